@@ -1,0 +1,113 @@
+"""Segment pictures with a trained SynerNet: `python examples/predict.py RUN PICTURE…` writes masks and overlays."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+from synernet_hf.crf import DenseCRF
+from synernet_hf.visualization import overlay, palette_image
+
+
+class UsageError(ValueError):
+    """A mistake in what was asked for, told in one sentence."""
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of a trained model, such as runs/voc_animals")
+    parser.add_argument("pictures", type=Path, nargs="+", help="picture files")
+    parser.add_argument("--output_dir", type=Path, default=Path("predictions"), help="where results go")
+    parser.add_argument("--scales", type=float, nargs="+", help="scales to look at (default: those of the model)")
+    parser.add_argument("--flip", action="store_true", help="also look at the mirror of every scale")
+    parser.add_argument("--crf", action="store_true", help="snap the result to contours with DenseCRF (extra `crf`)")
+    return parser.parse_args(argv)
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Decode a picture as RGB, turned upright as its EXIF orientation says."""
+    if not path.is_file():
+        raise UsageError(f"There is no picture {path}; check the path.")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UsageError(
+            f"The picture {path} cannot be decoded ({error}); give a valid JPEG, PNG or the like."
+        ) from error
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Find every mistake before the model is loaded and anything is written."""
+    if not (args.run / "config.json").is_file():
+        raise UsageError(f"{args.run} holds no trained model (no config.json); give the folder of a finished run.")
+    if args.scales is not None and min(args.scales) <= 0:
+        raise UsageError(f"The scales {args.scales} are not all positive; give factors such as 1.0 1.25 1.5.")
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        raise UsageError(f"{args.output_dir} is a file; give a folder for the results.")
+    seen = {}
+    for path in args.pictures:
+        read_picture(path)
+        if path.stem in seen:
+            raise UsageError(f"{seen[path.stem]} and {path} would write the same results; segment them separately.")
+        seen[path.stem] = path
+
+
+def write_atomically(image: Image.Image, path: Path) -> None:
+    """Write a PNG under a temporary name and rename it, so that no half-written file is ever seen."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        image.save(temporary, format="PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def predict(args: argparse.Namespace) -> None:
+    """Segment every picture and write its results."""
+    crf = DenseCRF() if args.crf else None
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(args.run).to(device).eval()
+    processor = SynerNetImageProcessor.from_pretrained(args.run)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for path in args.pictures:
+        image = read_picture(path)
+        pixel_values = processor(images=image, do_resize=False, return_tensors="pt")["pixel_values"].to(device)
+        logits = model.multi_scale_logits(pixel_values, scales=args.scales, flip=args.flip)[0].float()
+        scores = logits.softmax(dim=0).cpu().numpy()  # (num_labels, height, width)
+        if crf is not None:
+            scores = crf(np.asarray(image), scores)
+        label_map = scores.argmax(axis=0)
+        mask_path = args.output_dir / f"{path.stem}_mask.png"
+        overlay_path = args.output_dir / f"{path.stem}_overlay.png"
+        write_atomically(palette_image(label_map), mask_path)
+        write_atomically(overlay(image, label_map), overlay_path)
+        ids, counts = np.unique(label_map, return_counts=True)
+        found = (
+            f"{model.config.id2label[int(i)]} {100 * n / label_map.size:.1f} %"
+            for i, n in zip(ids, counts, strict=True)
+        )
+        print(f"{path}: {', '.join(found)} -> {mask_path}, {overlay_path}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; return its exit code."""
+    args = parse_arguments(argv)
+    try:
+        check_arguments(args)
+        predict(args)
+    except (UsageError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

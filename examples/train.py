@@ -1,0 +1,53 @@
+"""
+Trains SynerNet from image-level labels.
+
+    accelerate launch examples/train.py --config examples/recipes/tiny_cpu.yaml --output_dir runs/tiny_cpu
+
+    accelerate launch examples/train.py --config examples/recipes/voc_animals.yaml --data_dir ../shared/data/VOCdevkit \
+        --image_labels ../shared/data/voc2012_image_labels.npz --backbone ../shared/weights/deit-tiny-patch16-224 \
+        --output_dir runs/voc_animals
+
+A recipe holds settings, the command line changes single ones, `--help` lists all. What the run folder holds and how
+to resume is told in docs/training.md.
+"""
+
+import sys
+
+from synernet_hf.training import InvalidArguments, parse_arguments, train
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Runs one training.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            Command-line words; `None` takes those of the process.
+
+    Returns:
+        `int`: exit status: 0 done, 1 diverged, 2 input refused, 130 interrupted.
+    """
+    try:
+        model_args, data_args, training_args = parse_arguments(argv)
+        results = train(model_args, data_args, training_args)
+    except InvalidArguments as error:
+        return _complain(error, 2)
+    except FloatingPointError as error:
+        return _complain(error, 1)
+    except KeyboardInterrupt as error:
+        return _complain(error, 130)
+    training = results.pop("training")
+    print(f"{training['step']} steps in {training['minutes']:.1f} minutes; the run is in {training_args.output_dir}")
+    for kind, scores in results.items():
+        print(f"  {kind:<24} mean IoU {100 * scores['mean_iou']:.1f}")
+    return 0
+
+
+def _complain(error: BaseException, status: int) -> int:
+    for sentence in str(error).splitlines():
+        print(f"error: {sentence}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""What can be known to be wrong with a data set before training starts."""
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from synernet_hf.data.label_files import name_some
+from synernet_hf.data.schema import class_names
+from synernet_hf.data.transforms import open_picture
+
+
+logger = logging.getLogger(__name__)
+
+
+def check_dataset(
+    dataset_dict: datasets.DatasetDict, decode_pictures: bool = True, num_threads: int = 2
+) -> dict[str, dict[str, int]]:
+    """
+    Checks every split and says in one sentence what is wrong.
+
+    The `mask` column of a split named `train` is not touched.
+
+    Args:
+        dataset_dict (`datasets.DatasetDict`):
+            What a loader of this package returned.
+        decode_pictures (`bool`, *optional*, defaults to `True`):
+            Decodes every picture, JPEGs at an eighth of their size, so that a truncated file is found now and not in
+            the middle of a run; `False` leaves pictures unopened.
+        num_threads (`int`, *optional*, defaults to 2):
+            Threads that decode.
+
+    Returns:
+        `dict[str, dict[str, int]]`: for each split and foreground class, the number of pictures with that class.
+
+    Raises:
+        ValueError: No split, an empty split, a label vector of the wrong length or with values other than 0 and 1, no
+            positive label in the training split, a picture that does not decode, or a mask of another size than its
+            picture.
+    """
+    if not dataset_dict:
+        raise ValueError("The data set has no split: a 'train' split is needed for training, 'validation' for scores.")
+    empty = [name for name, split in dataset_dict.items() if len(split) == 0]
+    if empty:
+        raise ValueError(f"The split {empty[0]!r} is empty: give at least one picture.")
+    names = class_names(dataset_dict)[1:]
+    counts = {}
+    for split_name, split in dataset_dict.items():
+        positives = _check_labels(split, split_name, len(names))
+        counts[split_name] = dict(zip(names, positives.tolist(), strict=True))
+        if split_name == "train":
+            absent = [name for name, count in counts["train"].items() if count == 0]
+            if len(absent) == len(names):
+                raise ValueError(
+                    "No picture of the split 'train' has a positive label: training from image-level labels needs "
+                    "pictures with classes, so check the label source."
+                )
+            if absent:
+                logger.warning("No training picture shows %s: these classes can not be learned.", ", ".join(absent))
+    if decode_pictures:
+        for split_name, split in dataset_dict.items():
+            _check_pictures(split, split_name, num_threads)
+    return counts
+
+
+def _check_labels(split: datasets.Dataset, split_name: str, num_classes: int) -> np.ndarray:
+    table = split.select_columns(["image_id", "image_labels"])[:]
+    wrong = [index for index, vector in enumerate(table["image_labels"]) if len(vector) != num_classes]
+    if wrong:
+        raise ValueError(
+            f"The label vector of {table['image_id'][wrong[0]]} in the split {split_name!r} has the length "
+            f"{len(table['image_labels'][wrong[0]])}, but there are {num_classes} foreground classes: give one 0 or 1 "
+            f"for each ({len(wrong)} of {len(split)} vectors are wrong)."
+        )
+    labels = np.array(table["image_labels"])
+    bad = ~np.isin(labels, (0, 1)).all(axis=1)
+    if bad.any():
+        raise ValueError(
+            f"The label vector of {table['image_id'][int(bad.argmax())]} in the split {split_name!r} holds values other "
+            f"than 0 and 1: labels are multi-hot ({int(bad.sum())} of {len(split)} vectors are wrong)."
+        )
+    return labels.sum(axis=0)
+
+
+def _check_pictures(split: datasets.Dataset, split_name: str, num_threads: int) -> None:
+    scored = "mask" in split.column_names and split_name != "train"
+    columns = ["image", "image_id", "mask"] if scored else ["image", "image_id"]
+    split = split.select_columns(columns).cast_column("image", datasets.Image(decode=False))
+    if scored:
+        split = split.cast_column("mask", datasets.Image(decode=False))
+    with ThreadPoolExecutor(num_threads) as pool:
+        outcomes = pool.map(lambda index: _complaint(split[index]), range(len(split)))
+        complaints = [complaint for complaint in outcomes if complaint]
+    if complaints:
+        raise ValueError(
+            f"{len(complaints)} of {len(split)} records of the split {split_name!r} can not be used: "
+            f"{name_some(complaints)}. Repair them or take them out of the split."
+        )
+
+
+def _complaint(record: dict) -> str | None:
+    try:
+        picture = open_picture(record["image"])
+        size = picture.size
+        picture.draft("RGB", (max(1, size[0] // 8), max(1, size[1] // 8)))
+        picture.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return f"the picture {record['image_id']} does not decode ({error})"
+    if record.get("mask") is None:
+        return None
+    try:
+        mask = open_picture(record["mask"])
+        mask.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return f"the mask of {record['image_id']} does not decode ({error})"
+    if mask.size != size:
+        return f"the mask of {record['image_id']} is {mask.size} and its picture {size} pixels wide and high"
+    return None
+
+
+__all__ = ["check_dataset"]

@@ -1,0 +1,225 @@
+"""Image-level labels from a table: npz, json or csv, one multi-hot vector for each picture."""
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from synernet_hf.data.schema import class_index
+
+
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png"}
+
+
+def strip_picture_suffix(name: str) -> str:
+    """
+    Turns a file name or path into an identifier.
+
+    Args:
+        name (`str`):
+            For example `"2007_000032"`, `"2007_000032.jpg"` or `"/JPEGImages/2007_000032.jpg"`.
+
+    Returns:
+        `str`: The name without folders and without a picture suffix, `"2007_000032"` in all three cases.
+    """
+    name = name.strip().replace("\\", "/").rsplit("/", 1)[-1]
+    path = Path(name)
+    return path.stem if path.suffix.lower() in PICTURE_SUFFIXES else name
+
+
+def name_some(items: Sequence[str], limit: int = 3) -> str:
+    """
+    Names the first few of many things, for an error sentence.
+
+    Args:
+        items (`Sequence[str]`):
+            What is to be named.
+        limit (`int`, *optional*, defaults to 3):
+            The largest number of names.
+
+    Returns:
+        `str`: For example `"a, b, c and 7 more"`.
+    """
+    shown = ", ".join(items[:limit])
+    return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"
+
+
+def multi_hot(names: Iterable[str], class_names: Sequence[str]) -> np.ndarray:
+    """
+    Turns names into a label vector.
+
+    Args:
+        names (`Iterable[str]`):
+            Foreground class names, in any order, repeats allowed.
+        class_names (`Sequence[str]`):
+            C + 1 class names, background first.
+
+    Returns:
+        `np.ndarray`: `(C,)` uint8 with 1 for each named class.
+
+    Raises:
+        ValueError: A name is unknown or is the background, which is no image-level label.
+    """
+    vector = np.zeros(len(class_names) - 1, dtype=np.uint8)
+    for name in names:
+        index = class_index(name, class_names)
+        if index == 0:
+            raise ValueError("'background' is no image-level label: leave it out of the label file.")
+        vector[index - 1] = 1
+    return vector
+
+
+def read_label_file(path: str | Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
+    """
+    Reads image-level labels from a table.
+
+    - `.npz`: `ids` (`(N,)` strings) and `labels` (`(N, C)`, 0 or 1, columns in the order of `class_names[1:]`).
+    - `.json`: one object from identifier to a list of class names or to a multi-hot list of C numbers.
+    - `.csv`: with or without a header; either two columns (identifier; names separated by space, `;` or `|`), or
+      1 + C columns (identifier; 0 or 1 for each class, in the order of the header's class names if it has them, else
+      of `class_names[1:]`).
+
+    Identifiers may carry a picture suffix or a folder; both are dropped.
+
+    Args:
+        path (`str` or `Path`):
+            The file; its suffix chooses the format.
+        class_names (`Sequence[str]`):
+            C + 1 class names, background first.
+
+    Returns:
+        `dict[str, np.ndarray]`: `(C,)` uint8 multi-hot vector of each identifier.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: Unknown format, vector of the wrong length, values other than 0 and 1, or unknown class name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no label file {path}: give 'annotations', 'masks', or the path of an .npz, .json or .csv file."
+        )
+    readers = {".npz": _read_npz, ".json": _read_json, ".csv": _read_csv}
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"The label file {path} has the suffix {path.suffix!r}, but .npz, .json or .csv is expected.")
+    return readers[path.suffix.lower()](path, class_names)
+
+
+def select_labels(table: dict[str, np.ndarray], image_ids: Sequence[str], source: str | Path, split: str):
+    """
+    Looks up the labels of one split.
+
+    Args:
+        table (`dict[str, np.ndarray]`):
+            Label vector of each identifier.
+        image_ids (`Sequence[str]`):
+            N identifiers of the split.
+        source (`str` or `Path`):
+            Where the table came from, for the error sentence.
+        split (`str`):
+            The name of the split, for the error sentence.
+
+    Returns:
+        `np.ndarray`: `(N, C)` uint8.
+
+    Raises:
+        ValueError: An identifier of the split is not in the table.
+    """
+    missing = [image_id for image_id in image_ids if image_id not in table]
+    if missing:
+        raise ValueError(
+            f"The label file {source} lacks {len(missing)} of the {len(image_ids)} pictures of the split {split!r} "
+            f"({name_some(missing)}): add them to the file or take them out of the split."
+        )
+    return np.stack([table[image_id] for image_id in image_ids])
+
+
+def _checked_vector(values: Sequence, image_id: str, path: Path, class_names: Sequence[str]) -> np.ndarray:
+    expected = len(class_names) - 1
+    if len(values) != expected:
+        raise ValueError(
+            f"The label file {path} holds a vector of length {len(values)} for {image_id}, but there are {expected} "
+            "foreground classes: give one 0 or 1 for each, without the background."
+        )
+    try:
+        vector = np.asarray(values, dtype=float)
+    except (TypeError, ValueError):
+        vector = np.full(expected, np.nan)
+    if not np.isin(vector, (0, 1)).all():
+        raise ValueError(
+            f"The label file {path} holds values other than 0 and 1 for {image_id}: image-level labels are multi-hot."
+        )
+    return vector.astype(np.uint8)
+
+
+def _checked_names(names: Sequence[str], image_id: str, path: Path, class_names: Sequence[str]) -> np.ndarray:
+    try:
+        return multi_hot(names, class_names)
+    except ValueError as error:
+        raise ValueError(f"The label file {path} is wrong at {image_id}. {error}") from error
+
+
+def _read_npz(path: Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as archive:
+        if not {"ids", "labels"} <= set(archive.files):
+            raise ValueError(
+                f"The label file {path} holds the arrays {', '.join(archive.files) or 'none'}, but 'ids' and 'labels' "
+                "are expected."
+            )
+        ids, labels = archive["ids"], archive["labels"]
+    if labels.ndim != 2 or len(ids) != len(labels):
+        raise ValueError(
+            f"The label file {path} holds ids of shape {ids.shape} and labels of shape {labels.shape}, but (N,) and "
+            f"(N, {len(class_names) - 1}) are expected."
+        )
+    names = [strip_picture_suffix(str(image_id)) for image_id in ids]
+    if labels.shape[1] == len(class_names) - 1 and np.isin(labels, (0, 1)).all():
+        return dict(zip(names, labels.astype(np.uint8), strict=True))
+    return {name: _checked_vector(row, name, path, class_names) for name, row in zip(names, labels, strict=True)}
+
+
+def _read_json(path: Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"The label file {path} is not valid JSON ({error}).") from error
+    if not isinstance(entries, dict) or not all(isinstance(value, list) for value in entries.values()):
+        raise ValueError(f"The label file {path} must hold one object from identifier to a list of names or numbers.")
+    table = {}
+    for key, values in entries.items():
+        checked = _checked_names if all(isinstance(value, str) for value in values) else _checked_vector
+        table[strip_picture_suffix(key)] = checked(values, key, path, class_names)
+    return table
+
+
+def _read_csv(path: Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
+    with path.open(newline="", encoding="utf-8-sig") as stream:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(stream) if any(cell.strip() for cell in row)]
+    if not rows:
+        raise ValueError(f"The label file {path} is empty.")
+    id_headers = {"id", "ids", "image_id", "image", "file", "filename", "file_name", "name"}
+    header = rows.pop(0) if rows[0][0].lower() in id_headers or set(rows[0][1:]) == set(class_names[1:]) else None
+    order = slice(None)
+    if header is not None and len(header) > 2:
+        columns = [class_index(name, class_names) - 1 for name in header[1:]]
+        if sorted(columns) != list(range(len(class_names) - 1)):
+            raise ValueError(
+                f"The header of the label file {path} names {len(columns)} classes, but each of the "
+                f"{len(class_names) - 1} foreground classes is expected once."
+            )
+        order = np.argsort(columns)
+    table = {}
+    for row in rows:
+        image_id = strip_picture_suffix(row[0])
+        if len(row) <= 2:
+            names = [name for name in re.split(r"[\s;|]+", row[1] if len(row) == 2 else "") if name]
+            table[image_id] = _checked_names(names, image_id, path, class_names)
+        else:
+            table[image_id] = _checked_vector(row[1:], image_id, path, class_names)[order]
+    return table
+
+
+__all__ = ["multi_hot", "name_some", "read_label_file", "select_labels", "strip_picture_suffix"]

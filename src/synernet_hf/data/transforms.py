@@ -1,0 +1,304 @@
+"""Training pictures: geometry in the loader's workers (PIL), photometry on the training device (kornia)."""
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import datasets
+import kornia.augmentation
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+from torch.utils.data import Dataset, Sampler
+
+
+# Orientations of the EXIF standard that swap the axes.
+TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)
+ORIENTATION_TAG = 0x0112
+
+
+def open_picture(image: dict | str | Path | Image.Image) -> Image.Image:
+    """
+    Opens a picture without decoding its pixels.
+
+    Args:
+        image (`dict`, `str`, `Path` or `PIL.Image.Image`):
+            What an undecoded `datasets.Image` column holds (`{"bytes": ..., "path": ...}`), a path, or a picture.
+
+    Returns:
+        `PIL.Image.Image`: The picture in its stored mode and orientation.
+
+    Raises:
+        TypeError: `image` is none of these.
+        OSError: The file is missing or holds no picture.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, dict):
+        image = io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
+    if not isinstance(image, str | Path | io.BytesIO):
+        raise TypeError(
+            f"A picture, a path or a dictionary of bytes and path is expected, not {type(image).__name__}."
+        )
+    return Image.open(image)
+
+
+class TrainTransform:
+    """
+    Random rescale, mirror and crop of one picture, as in the authors' family of code (AFA, ToCo, SynerNet).
+
+    The picture of h×w pixels is rescaled by one factor to h'×w' and put at a random place of a black canvas of
+    max(h', S) × max(w', S) pixels; a random window of S×S pixels of the canvas is the crop. Only the pixels inside
+    the window are resampled, which gives the crop of the whole rescaled picture; a JPEG that is shrunk to half or
+    less is decoded at a reduced size.
+
+    Args:
+        crop_size (`int`):
+            Side S of the crop in pixels.
+        scale_range (`tuple[float, float]`, *optional*, defaults to `(0.5, 2.0)`):
+            Range of the uniformly drawn rescale factor. The default belongs to crops of 448 pixels; for VOC pictures
+            and a crop of 224, half of it keeps as much of a picture in view (our choice).
+        flip (`bool`, *optional*, defaults to `True`):
+            Mirrors left and right with probability 0.5.
+        seed (`int`, *optional*, defaults to 0):
+            All randomness comes from `numpy.random.default_rng((seed, position))`, so that the same position of the
+            stream gives the same crop in any process and after a resume.
+
+    Raises:
+        ValueError: The crop size or the range is not positive, or the range is reversed.
+    """
+
+    def __init__(
+        self, crop_size: int, scale_range: tuple[float, float] = (0.5, 2.0), flip: bool = True, seed: int = 0
+    ) -> None:
+        if crop_size < 1:
+            raise ValueError(f"crop_size is {crop_size}, but a crop needs at least one pixel.")
+        low, high = scale_range
+        if not 0 < low <= high:
+            raise ValueError(f"scale_range is ({low}, {high}), but 0 < smallest <= largest is expected.")
+        self.crop_size = crop_size
+        self.scale_range = (low, high)
+        self.flip = flip
+        self.seed = seed
+
+    def __call__(self, record: dict, position: int) -> dict[str, torch.Tensor | str]:
+        """
+        Makes one training sample.
+
+        Args:
+            record (`dict`):
+                `image` (see [`open_picture`]), `image_id` and `image_labels`.
+            position (`int`):
+                Place of the sample in the training stream.
+
+        Returns:
+            `dict`: `image` (`(3, S, S)` uint8, 0 outside the box), `valid_box` (`(4,)` int64: top, bottom, left,
+            right of the rectangle `[top, bottom) × [left, right)` of real pixels), `labels` (`(C,)` float32
+            multi-hot) and `image_id`.
+
+        Raises:
+            ValueError: The picture does not decode; the sentence names it.
+        """
+        rng = np.random.default_rng((self.seed, position))
+        try:
+            crop, valid_box = self._crop(open_picture(record["image"]), rng)
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"The picture {record['image_id']} does not decode: {error}") from error
+        return {
+            "image": torch.from_numpy(crop).permute(2, 0, 1).contiguous(),
+            "valid_box": torch.tensor(valid_box, dtype=torch.int64),
+            "labels": torch.tensor(record["image_labels"], dtype=torch.float32),
+            "image_id": record["image_id"],
+        }
+
+    def _crop(self, picture: Image.Image, rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+        size = self.crop_size
+        factor, mirror = rng.uniform(*self.scale_range), self.flip and rng.random() < 0.5
+        orientation = picture.getexif().get(ORIENTATION_TAG, 1)
+        stored_width, stored_height = picture.size
+        picture.draft("RGB", (max(1, int(stored_width * factor)), max(1, int(stored_height * factor))))
+        if orientation != 1:
+            picture = ImageOps.exif_transpose(picture)
+        picture = picture.convert("RGB")
+        if orientation in TRANSPOSED_ORIENTATIONS:
+            stored_width, stored_height = stored_height, stored_width
+        width, height = max(1, round(stored_width * factor)), max(1, round(stored_height * factor))
+
+        top, bottom, row_start = _place(height, size, rng)
+        left, right, column_start = _place(width, size, rng)
+        x_ratio, y_ratio = picture.width / width, picture.height / height
+        if mirror:
+            # columns [column_start, column_start + right - left) of the mirrored picture
+            column_start = width - column_start - (right - left)
+        box = (
+            column_start * x_ratio,
+            row_start * y_ratio,
+            min((column_start + right - left) * x_ratio, picture.width),
+            min((row_start + bottom - top) * y_ratio, picture.height),
+        )
+        window = np.asarray(picture.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=box))
+        crop = np.zeros((size, size, 3), dtype=np.uint8)
+        crop[top:bottom, left:right] = window[:, ::-1] if mirror else window
+        return crop, (top, bottom, left, right)
+
+
+def _place(length: int, size: int, rng: np.random.Generator) -> tuple[int, int, int]:
+    """Along one axis: first and last + 1 pixel of the picture in the window, first pixel of the picture shown."""
+    canvas = max(length, size)
+    offset = int(rng.integers(canvas - length + 1))
+    start = int(rng.integers(canvas - size + 1))
+    first, last = max(offset - start, 0), min(offset + length - start, size)
+    return first, last, max(start - offset, 0)
+
+
+class TrainDataset(Dataset):
+    """
+    The training stream: `dataset[(index, position)]` is the sample at `position` of the stream, made of the record at
+    `index`.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            A training split. A `mask` column, if there is one, is dropped unread; pictures are opened by the
+            transform.
+        transform ([`TrainTransform`]):
+            Called as `transform(record, position)`.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, transform: TrainTransform) -> None:
+        dataset = dataset.select_columns(["image", "image_id", "image_labels"])
+        self.dataset = dataset.cast_column("image", datasets.Image(decode=False))
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor | str]:
+        index, position = key
+        return self.transform(self.dataset[int(index)], int(position))
+
+
+class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
+    """
+    Batches of (index, position) keys for [`TrainDataset`], the same whether or not the run was interrupted.
+
+    The stream runs through one permutation of the records after another, each drawn from
+    `numpy.random.default_rng((seed, epoch))`; batches are full and may straddle two epochs.
+
+    Args:
+        num_records (`int`):
+            Number of records.
+        batch_size (`int`):
+            Number of samples in a batch.
+        num_batches (`int`):
+            Number of batches of the whole stream, that is of a run that was not interrupted.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the permutations.
+        start_batch (`int`, *optional*, defaults to 0):
+            Number of batches to leave out at the start, because an earlier run has seen them.
+
+    Raises:
+        ValueError: There are no records, or the numbers are out of range.
+    """
+
+    drop_last = False
+
+    def __init__(
+        self, num_records: int, batch_size: int, num_batches: int, seed: int = 0, start_batch: int = 0
+    ) -> None:
+        if num_records < 1 or batch_size < 1:
+            raise ValueError(f"A stream of {num_records} records in batches of {batch_size} has nothing to give.")
+        if not 0 <= start_batch <= num_batches:
+            raise ValueError(f"start_batch is {start_batch}, but 0 to num_batches = {num_batches} is expected.")
+        self.num_records = num_records
+        self.batch_size = batch_size
+        self.num_batches = num_batches
+        self.seed = seed
+        self.start_batch = start_batch
+
+    def __len__(self) -> int:
+        return self.num_batches - self.start_batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, permutation = -1, None
+        for batch in range(self.start_batch, self.num_batches):
+            keys = []
+            for position in range(batch * self.batch_size, (batch + 1) * self.batch_size):
+                if position // self.num_records != epoch:
+                    epoch = position // self.num_records
+                    permutation = np.random.default_rng((self.seed, epoch)).permutation(self.num_records)
+                keys.append((int(permutation[position % self.num_records]), position))
+            yield keys
+
+
+class PhotometricAugmentation(nn.Module):
+    """
+    Colour jitter, greyscale and blur of a batch on its device, then the normalisation that the encoder expects.
+
+    The probabilities are the authors'; they are drawn for each picture from torch's global generator. With all three
+    at 0 the module only normalises.
+
+    Args:
+        image_mean (`Sequence[float]`):
+            Mean of each channel, for pixels in [0, 1].
+        image_std (`Sequence[float]`):
+            Standard deviation of each channel, for pixels in [0, 1].
+        color_jitter (`float`, *optional*, defaults to 0.8):
+            Probability of changing brightness, contrast (±0.4 each), saturation (±0.2) and hue (±0.1).
+        grayscale (`float`, *optional*, defaults to 0.2):
+            Probability of removing the colours.
+        blur (`float`, *optional*, defaults to 1.0):
+            Probability of a Gaussian blur with a standard deviation of 0.1 to 2 pixels.
+
+    Raises:
+        ValueError: A probability is outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        color_jitter: float = 0.8,
+        grayscale: float = 0.2,
+        blur: float = 1.0,
+    ) -> None:
+        super().__init__()
+        for name, probability in (("color_jitter", color_jitter), ("grayscale", grayscale), ("blur", blur)):
+            if not 0 <= probability <= 1:
+                raise ValueError(f"{name} is {probability}, but a probability from 0 to 1 is expected.")
+        steps = []
+        if color_jitter > 0:
+            steps.append(kornia.augmentation.ColorJitter(0.4, 0.4, 0.2, 0.1, p=color_jitter))
+        if grayscale > 0:
+            steps.append(kornia.augmentation.RandomGrayscale(p=grayscale))
+        if blur > 0:
+            # 13 taps reach three standard deviations of the widest blur
+            steps.append(kornia.augmentation.RandomGaussianBlur((13, 13), (0.1, 2.0), p=blur))
+        self.steps = nn.ModuleList(steps)
+        self.register_buffer("mean", torch.tensor(image_mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(image_std, dtype=torch.float32).view(1, -1, 1, 1))
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """
+        Augments and normalises a batch.
+
+        Args:
+            images (`torch.Tensor`):
+                `(B, 3, H, W)` uint8, H and W at least 7.
+
+        Returns:
+            `torch.Tensor`: `(B, 3, H, W)` float32, `(pixel / 255 - mean) / std`.
+
+        Raises:
+            TypeError: `images` is not uint8.
+        """
+        if images.dtype != torch.uint8:
+            raise TypeError(f"Pictures of dtype {images.dtype} were given, but uint8 in 0..255 is expected.")
+        pixels = images.float() / 255
+        for step in self.steps:
+            pixels = step(pixels)
+        return (pixels.clamp(0, 1) - self.mean) / self.std
+
+
+__all__ = ["PhotometricAugmentation", "StreamBatchSampler", "TrainDataset", "TrainTransform", "open_picture"]

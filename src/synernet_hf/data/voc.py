@@ -1,0 +1,188 @@
+"""PASCAL VOC 2012 devkit folder → `datasets.DatasetDict`."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from synernet_hf.data.label_files import (
+    multi_hot,
+    name_some,
+    read_label_file,
+    select_labels,
+    strip_picture_suffix,
+)
+from synernet_hf.data.schema import VOC_CLASSES, build_split
+
+
+logger = logging.getLogger(__name__)
+
+MASK_FOLDERS = ("SegmentationClassAug", "SegmentationClass")
+
+
+def load_voc2012(
+    data_dir: str | Path,
+    image_labels: str | Path | None = None,
+    train_split: str | None = None,
+    validation_split: str = "val",
+) -> datasets.DatasetDict:
+    """
+    Loads PASCAL VOC 2012, or any folder in its layout, without decoding a picture.
+
+    Read are `JPEGImages/`, `ImageSets/Segmentation/`, for the validation masks `SegmentationClassAug/` or else
+    `SegmentationClass/`, and the image-level labels. The training split has no `mask` column and its masks are never
+    opened, unless `image_labels="masks"` asks for it by name.
+
+    Args:
+        data_dir (`str` or `Path`):
+            The `VOCdevkit` folder that holds `VOC2012`, or the `VOC2012` folder itself.
+        image_labels (`str` or `Path`, *optional*, defaults to `"annotations"`):
+            Where the image-level labels come from: `"annotations"` (the `object/name` entries of `Annotations/*.xml`,
+            difficult objects included, as is usual in this field), `"masks"` (the class ids that occur in the masks),
+            or the path of an `.npz`, `.json` or `.csv` file, see [`read_label_file`].
+        train_split (`str`, *optional*, defaults to `"train_aug"`):
+            The list in `ImageSets/Segmentation` to train on. Where it is not given and `train_aug` does not exist,
+            `train` is taken and logged.
+        validation_split (`str`, *optional*, defaults to `"val"`):
+            The list to evaluate on.
+
+    Returns:
+        `datasets.DatasetDict`: `train` (`image`, `image_id`, `image_labels`) and `validation` (the same and, where
+        masks exist, `mask`).
+
+    Raises:
+        FileNotFoundError: A folder, list, picture, annotation or mask is missing.
+        ValueError: An empty list, or labels that are missing, of the wrong length or of an unknown class.
+    """
+    root = _find_root(Path(data_dir).expanduser())
+    train_list = train_split or _default_train_split(root)
+    ids = {"train": _read_list(root, train_list), "validation": _read_list(root, validation_split)}
+    source = "annotations" if image_labels is None else image_labels
+    table = None if source in ("annotations", "masks") else read_label_file(source, VOC_CLASSES)
+
+    pictures = {Path(name).stem: name for name in _list_folder(root / "JPEGImages")}
+    splits = {}
+    for split, split_ids in ids.items():
+        list_name = train_list if split == "train" else validation_split
+        missing = [image_id for image_id in split_ids if image_id not in pictures]
+        if missing:
+            raise FileNotFoundError(
+                f"The split {list_name!r} names {len(missing)} pictures that are not in {root / 'JPEGImages'} "
+                f"({name_some(missing)}): add them or take them out of the list."
+            )
+        if source == "annotations":
+            labels = _labels_from_annotations(root, split_ids)
+        elif source == "masks":
+            labels = _labels_from_masks(_find_masks(root, split_ids, list_name, required=True))
+        else:
+            labels = select_labels(table, split_ids, source, list_name)
+        masks = _find_masks(root, split_ids, list_name) if split == "validation" else None
+        paths = [str(root / "JPEGImages" / pictures[image_id]) for image_id in split_ids]
+        splits[split] = build_split(paths, split_ids, labels, VOC_CLASSES, masks)
+    return datasets.DatasetDict(splits)
+
+
+def _find_root(data_dir: Path) -> Path:
+    if not data_dir.is_dir():
+        raise FileNotFoundError(f"There is no folder {data_dir}: give the VOCdevkit folder or the VOC2012 folder.")
+    root = data_dir / "VOC2012" if (data_dir / "VOC2012").is_dir() else data_dir
+    for needed in ("JPEGImages", "ImageSets/Segmentation"):
+        if not (root / needed).is_dir():
+            raise FileNotFoundError(
+                f"The folder {root} has no {needed}: give the VOCdevkit folder that holds VOC2012, or VOC2012 itself."
+            )
+    return root
+
+
+def _list_folder(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder)) if folder.is_dir() else []
+
+
+def _default_train_split(root: Path) -> str:
+    folder = root / "ImageSets" / "Segmentation"
+    if not (folder / "train_aug.txt").is_file() and (folder / "train.txt").is_file():
+        logger.warning("%s has no train_aug.txt: training on the list train.txt instead.", folder)
+        return "train"
+    return "train_aug"
+
+
+def _read_list(root: Path, name: str) -> list[str]:
+    path = root / "ImageSets" / "Segmentation" / f"{name}.txt"
+    if not path.is_file():
+        existing = [Path(other).stem for other in _list_folder(path.parent) if other.endswith(".txt")]
+        raise FileNotFoundError(
+            f"There is no list {path} for the split {name!r}: the folder has {', '.join(existing) or 'no lists'}."
+        )
+    # Lists of the field's repositories hold "/JPEGImages/ID.jpg /SegmentationClassAug/ID.png" instead of "ID".
+    ids = [strip_picture_suffix(line.split()[0]) for line in path.read_text().splitlines() if line.strip()]
+    if not ids:
+        raise ValueError(f"The list {path} of the split {name!r} is empty: give at least one picture.")
+    return ids
+
+
+def _find_masks(root: Path, image_ids: Sequence[str], split: str, required: bool = False) -> list[str] | None:
+    folders = [(root / name, set(_list_folder(root / name))) for name in MASK_FOLDERS]
+    found, missing = [], []
+    for image_id in image_ids:
+        folder = next((folder for folder, names in folders if f"{image_id}.png" in names), None)
+        if folder is None:
+            missing.append(image_id)
+        else:
+            found.append(str(folder / f"{image_id}.png"))
+    if not found and not required:
+        logger.warning("The split %r has no masks in %s: it can not be scored.", split, " or ".join(MASK_FOLDERS))
+        return None
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of the {len(image_ids)} pictures of the split {split!r} have no mask in "
+            f"{' or '.join(MASK_FOLDERS)} of {root} ({name_some(missing)}): add them or take them out of the list."
+        )
+    return found
+
+
+def _labels_from_annotations(root: Path, image_ids: Sequence[str]) -> np.ndarray:
+    folder = root / "Annotations"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"The folder {root} has no Annotations: give image_labels as the path of an .npz, .json or .csv file, or "
+            "as 'masks' to read the labels off the masks."
+        )
+    files = set(_list_folder(folder))
+    missing = [image_id for image_id in image_ids if f"{image_id}.xml" not in files]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(image_ids)} pictures have no annotation in {folder} ({name_some(missing)}): add "
+            "them or give image_labels as the path of a label file."
+        )
+    vectors = []
+    for image_id in image_ids:
+        path = folder / f"{image_id}.xml"
+        try:
+            names = [(node.text or "").strip() for node in ElementTree.parse(path).iterfind("object/name")]
+            vectors.append(multi_hot(names, VOC_CLASSES))
+        except (ElementTree.ParseError, ValueError) as error:
+            raise ValueError(f"The annotation {path} can not be read: {error}") from error
+    return np.stack(vectors)
+
+
+def _labels_from_masks(masks: Sequence[str]) -> np.ndarray:
+    labels = np.zeros((len(masks), len(VOC_CLASSES) - 1), dtype=np.uint8)
+    for row, path in zip(labels, masks, strict=True):
+        with Image.open(path) as mask:
+            ids = np.unique(np.asarray(mask))
+        ids = ids[(ids != 0) & (ids != 255)]
+        if (ids >= len(VOC_CLASSES)).any():
+            raise ValueError(
+                f"The mask {path} holds the class id {ids.max()}, but ids go from 0 to {len(VOC_CLASSES) - 1} and 255 "
+                "is ignore."
+            )
+        row[ids.astype(int) - 1] = 1
+    return labels
+
+
+__all__ = ["load_voc2012"]

@@ -1,0 +1,275 @@
+"""Class activation maps: making them, comparing layers and branches, fusing them, reading labels off them."""
+
+import torch
+from torch.nn import functional as F
+
+from .refinement_synernet import ignore_outside, own_classes
+
+
+def class_activation_maps(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """
+    CAM logits: a classifier applied to every token.
+
+    Args:
+        features (`torch.Tensor` of shape `(B, D, h, w)`): patch features.
+        weight (`torch.Tensor` of shape `(C, D)` or `(C, D, 1, 1)`): classifier weights.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C, h, w)`: unnormalised, no ReLU.
+    """
+    return F.conv2d(features, weight.reshape(weight.shape[0], -1, 1, 1))
+
+
+def normalize_cams(cams: torch.Tensor) -> torch.Tensor:
+    """
+    Brings each picture's and class's non-negative map `(B, C, H, W)` into [0, 1]: minus its minimum, divided by its
+    then maximum + 1e-5 (authors' code).
+    """
+    cams = cams - cams.amin(dim=(-2, -1), keepdim=True)
+    return cams / (cams.amax(dim=(-2, -1), keepdim=True) + 1e-5)
+
+
+def mask_absent_classes(cams: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    """Zeroes the maps `(B, C, H, W)` of classes that multi-hot `labels` `(B, C)` do not name; `None` keeps all."""
+    return cams if labels is None else cams * labels.to(cams.dtype)[:, :, None, None]
+
+
+def crop_to_input(maps: torch.Tensor, size: tuple[int, int], patch_size: int) -> torch.Tensor:
+    """
+    Maps on a token grid, resized to pixels where the grid reaches past the picture.
+
+    A picture of `size` that is no multiple of the patch is padded right and bottom before the encoder; the maps
+    `(B, C, h, w)` are then resized bilinearly to the padded size and cropped to `size`. Otherwise they come back as
+    they are, on the token grid, which covers the picture exactly.
+    """
+    padded = (maps.shape[-2] * patch_size, maps.shape[-1] * patch_size)
+    if padded == tuple(size):
+        return maps
+    maps = F.interpolate(maps, size=padded, mode="bilinear", align_corners=False)
+    return maps[..., : size[0], : size[1]]
+
+
+def _scaled_views(pixel_values: torch.Tensor, scale: float, flip: bool, patch_size: int) -> torch.Tensor:
+    """
+    `pixel_values` resized by `scale`, followed by their mirror images if `flip`. Views of a picture whose sides are
+    multiples of the patch lose, as in the authors' code, the rows and columns that fill no patch; views of any other
+    picture keep all and are padded by the model.
+    """
+    size = list(pixel_values.shape[-2:])
+    scaled = [max(int(scale * side), 1) for side in size]
+    views = pixel_values
+    if scaled != size:
+        views = F.interpolate(views, size=scaled, mode="bilinear", align_corners=False)
+    if flip:
+        views = torch.cat([views, views.flip(-1)])
+    if all(side % patch_size == 0 for side in size) and min(scaled) >= patch_size:
+        views = views[..., : scaled[0] // patch_size * patch_size, : scaled[1] // patch_size * patch_size]
+    return views
+
+
+@torch.no_grad()
+def multi_scale_cams(
+    model,
+    pixel_values: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    scales: tuple[float, ...] = (1.0, 0.5, 0.75, 1.5),
+    flip: bool = True,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """
+    CAMs of both branches summed over scales, without gradient (authors' code).
+
+    Per scale the picture is resized, seen as it is and mirrored in one batch, both CAM logits are resized to the
+    picture, the mirrored one is mirrored back, the larger of the two kept and cut at 0. The sum over scales is
+    normalised per picture and class.
+
+    Args:
+        model ([`SynerNetForWeaklySupervisedSegmentation`]): gives the CAM logits of both branches (`cam_logits`).
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised pictures.
+        labels (`torch.Tensor` of shape `(B, C)`, *optional*): multi-hot; classes not in it are zeroed afterwards.
+        scales (`tuple[float, ...]`, *optional*, defaults to `(1.0, 0.5, 0.75, 1.5)`): factors of height and width.
+        flip (`bool`, *optional*, defaults to `True`): whether to use the mirrored picture too.
+
+    Returns:
+        `dict[str, tuple[torch.Tensor, torch.Tensor]]`: for `"broad"` and `"precise"` the last layer's and the
+        auxiliary layer's CAMs, each `(B, C, H, W)` in [0, 1].
+    """
+    size = tuple(pixel_values.shape[-2:])
+    slots = None if labels is None else own_classes(labels)
+    totals: dict[str, list[torch.Tensor]] = {}
+    for scale in scales:
+        views = _scaled_views(pixel_values, scale, flip, model.config.patch_size)
+        for branch, maps in model.cam_logits(views).items():
+            for index, logits in enumerate(maps):
+                if slots is not None:
+                    logits = _select_classes(logits, slots[0])
+                logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+                if flip:
+                    straight, mirrored = logits.chunk(2)
+                    logits = torch.maximum(straight, mirrored.flip(-1))
+                totals.setdefault(branch, [0, 0])[index] += logits.relu_()
+    normalized = {branch: [normalize_cams(total) for total in pair] for branch, pair in totals.items()}
+    if slots is not None:
+        normalized = {
+            branch: [_spread_classes(maps, *slots, labels.shape[1]) for maps in pair]
+            for branch, pair in normalized.items()
+        }
+    return {branch: tuple(pair) for branch, pair in normalized.items()}
+
+
+def _select_classes(maps: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """`(n·B, C, h, w)` maps of n views → `(n·B, S, h, w)`: the classes `order` `(B, S)` names."""
+    order = order.repeat(maps.shape[0] // order.shape[0], 1)
+    return maps.gather(1, order[:, :, None, None].expand(-1, -1, *maps.shape[-2:]))
+
+
+def _spread_classes(maps: torch.Tensor, order: torch.Tensor, valid: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """The inverse of `_select_classes` for one view: `(B, S, H, W)` → `(B, C, H, W)`, absent classes 0."""
+    spread = maps.new_zeros(maps.shape[0], num_classes, *maps.shape[-2:])
+    return spread.scatter_(1, order[:, :, None, None].expand_as(maps), maps * valid[:, :, None, None])
+
+
+def cams_to_pseudo_labels(
+    cams: torch.Tensor,
+    labels: torch.Tensor,
+    low: float,
+    high: float,
+    valid_boxes: torch.Tensor | None = None,
+    ignore_index: int = 255,
+) -> torch.Tensor:
+    """
+    Label map with an uncertain band: above `high` the strongest class, at or below `low` background, ignored between.
+    With `low == high` there is no band (CAM evaluation).
+
+    Args:
+        cams (`torch.Tensor` of shape `(B, C, H, W)`): float, in [0, 1].
+        labels (`torch.Tensor` of shape `(B, C)`): multi-hot image-level labels; other classes are left out.
+        low (`float`): background threshold. high (`float`): class threshold.
+        valid_boxes (`torch.Tensor` of shape `(B, 4)`, *optional*):
+            [top, bottom, left, right) of the real pixels; outside is ignored. `None` means everywhere.
+        ignore_index (`int`, *optional*, defaults to 255): label of uncertain pixels.
+
+    Returns:
+        `torch.Tensor` of shape `(B, H, W)`, int64: 0 background, `c + 1` class `c`, or `ignore_index`.
+
+    Raises:
+        ValueError: if `low` is above `high`.
+    """
+    if low > high:
+        raise ValueError(f"low must not be above high, got {low} and {high}; swap them.")
+    strength, strongest = mask_absent_classes(cams, labels).max(dim=1)
+    label_map = (strongest + 1).masked_fill(strength <= high, ignore_index).masked_fill(strength <= low, 0)
+    return ignore_outside(label_map, valid_boxes, ignore_index)
+
+
+def area_shares(cams: torch.Tensor, labels: torch.Tensor, coverage: float, low: float, high: float) -> torch.Tensor:
+    """
+    Share of the picture each class should cover: its certain pixels plus `coverage` times the uncertain ones, split
+    evenly among the classes that have certain pixels (authors' code). Shares count every pixel, padding included.
+
+    Args:
+        cams (`torch.Tensor` of shape `(B, C, H, W)`): float, in [0, 1].
+        labels (`torch.Tensor` of shape `(B, C)`): multi-hot image-level labels.
+        coverage (`float`): ρ, the share of the uncertain area that counts as foreground, at least 0.
+        low (`float`): background threshold. high (`float`): class threshold.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C)`, float32, in [0, 0.99]; 0 for a class without certain pixels.
+    """
+    states = cams_to_pseudo_labels(cams, labels, low, high, ignore_index=-1).flatten(1)
+    num_labels = cams.shape[1] + 1
+    counts = torch.zeros(states.shape[0], num_labels, device=cams.device)
+    counts = counts.scatter_add_(1, states.clamp(min=0), torch.ones_like(states, dtype=counts.dtype))[:, 1:]
+    uncertain = (states < 0).sum(dim=1, keepdim=True).float()
+    has_area = counts > 0
+    share = counts + max(coverage, 0.0) * uncertain / has_area.sum(dim=1, keepdim=True).clamp(min=1)
+    return (share / states.shape[1]).clamp(max=0.99) * has_area
+
+
+def layer_confidence(votes: torch.Tensor, ignore_index: int = 255) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Agreement of several label maps of one picture, for example of layers and branches (paper; counting is ours).
+
+    Args:
+        votes (`torch.Tensor` of shape `(V, B, H, W)`): int64 label maps; `ignore_index` is an uncertain vote.
+        ignore_index (`int`, *optional*, defaults to 255): label of uncertain votes, which agree with none.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the share of votes equal to the majority vote, `(B, 1, H, W)` float in
+        [0, 1], 0 where all are uncertain; and the majority vote, `(B, H, W)` int64, `ignore_index` there.
+    """
+    certain = votes != ignore_index
+    equal = (votes[:, None] == votes[None]) & certain[None]
+    support, winner = (equal.sum(dim=1) * certain).max(dim=0)
+    return (support / votes.shape[0])[:, None], votes.gather(0, winner[None])[0]
+
+
+def fusion_shares(
+    broad_agreement: torch.Tensor, precise_agreement: torch.Tensor, share: float, reach: float
+) -> torch.Tensor:
+    """
+    Share λ of the broad CAM per pixel, from each branch's agreement among its own layers (paper; formula ours):
+    broad / (broad + precise), kept within `reach` of `share`; `share` itself where neither branch agrees on anything.
+
+    Args:
+        broad_agreement (`torch.Tensor` of shape `(B, 1, H, W)`): float, in [0, 1].
+        precise_agreement (`torch.Tensor` of shape `(B, 1, H, W)`): float, in [0, 1].
+        share (`float`): the constant share in [0, 1]. reach (`float`): the largest distance from it.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 1, H, W)`: float, in [max(share − reach, 0), min(share + reach, 1)].
+    """
+    total = broad_agreement + precise_agreement
+    adaptive = torch.where(total > 0, broad_agreement / total.clamp(min=1e-6), share)
+    return adaptive.clamp(max(share - reach, 0.0), min(share + reach, 1.0))
+
+
+def fuse_cams(
+    broad_cams: torch.Tensor,
+    precise_cams: torch.Tensor,
+    broad_share: float | torch.Tensor,
+    agreed_labels: torch.Tensor | None = None,
+    low: float = 0.25,
+    high: float = 0.7,
+    ignore_index: int = 255,
+) -> torch.Tensor:
+    """
+    One CAM from both branches: λ · broad + (1 − λ) · precise, and at confident pixels the agreed label (paper).
+
+    Args:
+        broad_cams (`torch.Tensor` of shape `(B, C, H, W)`): float, in [0, 1].
+        precise_cams (`torch.Tensor` of shape `(B, C, H, W)`): float, in [0, 1].
+        broad_share (`float` or `torch.Tensor` of shape `(B, 1, H, W)`): λ, in [0, 1].
+        agreed_labels (`torch.Tensor` of shape `(B, H, W)`, *optional*):
+            The label of confident pixels, `ignore_index` elsewhere. At an agreed class its value is raised to at
+            least `high` + 1e-3 and the others lowered to at most `high`; at agreed background all are lowered to at
+            most `low` − 1e-3. `None` blends only.
+        low (`float`, *optional*, defaults to 0.25): background threshold.
+        high (`float`, *optional*, defaults to 0.7): class threshold.
+        ignore_index (`int`, *optional*, defaults to 255): label of pixels that are not confident.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C, H, W)`: float, in [0, 1].
+    """
+    fused = broad_share * broad_cams + (1 - broad_share) * precise_cams
+    if agreed_labels is None:
+        return fused
+    agreed = agreed_labels[:, None]
+    class_ids = torch.arange(1, fused.shape[1] + 1, device=fused.device)[None, :, None, None]
+    certain_class = (agreed > 0) & (agreed != ignore_index)
+    lowered = torch.where(certain_class, fused.clamp(max=high), fused)
+    lowered = torch.where(agreed == 0, lowered.clamp(max=max(low - 1e-3, 0.0)), lowered)
+    return torch.where(agreed == class_ids, fused.clamp(min=high + 1e-3), lowered)
+
+
+__all__ = [
+    "area_shares",
+    "cams_to_pseudo_labels",
+    "class_activation_maps",
+    "crop_to_input",
+    "fuse_cams",
+    "fusion_shares",
+    "layer_confidence",
+    "mask_absent_classes",
+    "multi_scale_cams",
+    "normalize_cams",
+]

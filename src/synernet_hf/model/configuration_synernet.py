@@ -1,0 +1,233 @@
+"""Configuration of SynerNet."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+@strict
+class SynerNetConfig(PreTrainedConfig):
+    r"""
+    Everything that fixes a SynerNet: its encoder, its heads, the thresholds that turn class activation maps (CAMs)
+    into labels, and the weights of its losses. `id2label` counts the background as label 0.
+
+    Where a default comes from is said in brackets: *authors* is the authors' public code (values for PASCAL VOC
+    unless said otherwise), *paper* the publication, *ours* our own choice.
+
+    Args:
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a ViT-B/16 `ViTConfig`):
+            Configuration of the encoder; each branch has one such encoder. [paper: ViT-B/16]
+        pooling_top_k (`int`, *optional*, defaults to 5):
+            Tokens averaged per channel before the classifier; 1 is max pooling. [authors]
+        auxiliary_layer_index (`int`, *optional*, defaults to -3):
+            Which of the encoder's hidden states (embeddings first, so -3 of 12 blocks is the output of the 10th)
+            feeds the auxiliary classifier. [authors]
+        decoder_hidden_size (`int`, *optional*, defaults to 512):
+            Channels of the LargeFOV decoder. [authors]
+        decoder_dilation (`int`, *optional*, defaults to 5):
+            Dilation and padding of the decoder's two 3×3 convolutions, in tokens. [authors]
+        with_projection_head (`bool`, *optional*, defaults to `True`):
+            Whether the projection heads and prototypes, used in training only, are part of the model. [ours]
+        projection_hidden_size (`int`, *optional*, defaults to 2048):
+            Width of the projection head's two hidden layers. [authors]
+        projection_bottleneck_size (`int`, *optional*, defaults to 512):
+            Width before the last, weight-normalised layer. [authors]
+        prototype_size (`int`, *optional*, defaults to 1024):
+            Width of a projected class token and of a class prototype. [authors]
+        prototype_momentum (`float`, *optional*, defaults to 0.01):
+            Largest step γ of a prototype towards a new picture. [authors]
+        prototype_temperature (`float`, *optional*, defaults to 0.5):
+            Temperature of the prototype contrast. [authors]
+        prototype_branches (`list[str]`, *optional*, defaults to `("broad", "precise")`):
+            Branches with instance learning. [authors: both]
+        image_mean (`list[float]`, *optional*, defaults to ImageNet's):
+            Mean with which `pixel_values` were normalised; refinement undoes it. [authors]
+        image_std (`list[float]`, *optional*, defaults to ImageNet's):
+            Standard deviation with which `pixel_values` were normalised. [authors]
+        low_threshold (`float`, *optional*, defaults to 0.25):
+            A CAM whose largest value is at or below this is background. [authors; COCO 0.25]
+        background_threshold (`float`, *optional*, defaults to 0.5):
+            The single threshold of CAM evaluation. [authors; COCO 0.45]
+        high_threshold (`float`, *optional*, defaults to 0.7):
+            A CAM whose largest value is above this is a class. [authors; COCO 0.65]
+        cam_scales (`list[float]`, *optional*, defaults to `(1.0, 0.5, 0.75, 1.5)`):
+            Scales of the CAMs that make labels. [authors; COCO adds 1.25]
+        cam_flip (`bool`, *optional*, defaults to `True`):
+            Whether each scale is also seen mirrored. [authors]
+        inference_scales (`list[float]`, *optional*, defaults to `(1.0, 1.25, 1.5)`):
+            Scales of multi-scale segmentation. [authors]
+        broad_inference_weight (`float`, *optional*, defaults to 0.7):
+            Share of the broad branch in the fused segmentation logits. [authors]
+        fusion (`str`, *optional*, defaults to `"confidence"`):
+            `"confidence"` mixes the branches' CAMs per pixel by their agreement [paper], `"fixed"` by the constant
+            shares below [authors].
+        broad_label_share (`float`, *optional*, defaults to 0.3):
+            Share of the broad CAM in the label that teaches the broad branch. [authors; COCO 0.5]
+        precise_label_share (`float`, *optional*, defaults to 0.5):
+            Share of the broad CAM in the label that teaches the precise branch. [authors]
+        fusion_range (`float`, *optional*, defaults to 0.2):
+            How far the per-pixel share may leave the constant one. [ours]
+        confidence_threshold (`float`, *optional*, defaults to 1.0):
+            Share of equal votes from which a pixel is confident; 1 means unanimous. [ours]
+        cross_supervision (`bool`, *optional*, defaults to `True`):
+            Whether a branch's segmentation learns from fused labels; `False` lets each learn from its own CAM.
+            [paper]
+        refinement_dilations (`list[int]`, *optional*, defaults to `(1, 2, 4, 8, 12, 24)`):
+            Neighbour distances of pixel-adaptive refinement, in pixels of the half-resolution picture. [authors]
+        refinement_iterations (`int`, *optional*, defaults to 10):
+            Steps of pixel-adaptive refinement. [authors]
+        broad_coverage (`float`, *optional*, defaults to 0.2):
+            Share of the ambiguous area that the broad branch's spatial loss gives to the foreground until
+            `coverage_switch`. [authors]
+        broad_coverage_late (`float`, *optional*, defaults to 0.1):
+            The same from `coverage_switch` on, where it falls to 0 along a quarter cosine. [authors]
+        precise_coverage (`float`, *optional*, defaults to 0.0):
+            The same for the precise branch, throughout. [ours]
+        coverage_switch (`float`, *optional*, defaults to 0.5):
+            Fraction of training at which the area is read from the mean of both CAMs instead of the branch's own
+            auxiliary CAM. [authors; COCO 0]
+        spatial_bce_branches (`list[str]`, *optional*, defaults to `("broad", "precise")`):
+            Branches with the spatial loss. [ours; authors: broad only]
+        cls_weight (`float`, *optional*, defaults to 1.0):
+            Weight of the classification loss of each branch. [authors]
+        cls_aux_weight (`float`, *optional*, defaults to 1.0):
+            Weight of the auxiliary classification loss of each branch. [authors]
+        spatial_bce_weight (`float`, *optional*, defaults to 0.4):
+            Share w of the spatial loss in w · spatial + (1 − w) · classification. [authors; COCO 0.3]
+        patch_contrast_weight (`float`, *optional*, defaults to 0.2):
+            Weight of the patch-token contrast of each branch. [authors]
+        prototype_contrast_weight (`float`, *optional*, defaults to 0.05):
+            Weight of the prototype contrast of each branch. [authors]
+        segmentation_weight (`float`, *optional*, defaults to 0.17):
+            Weight of the segmentation loss of each branch. [authors; COCO 0.15]
+        segmentation_start (`float`, *optional*, defaults to 0.25):
+            Fraction of training after which the segmentation loss counts. [authors: 2,000 of 8,000 steps]
+        spatial_bce_start (`float`, *optional*, defaults to 0.375):
+            Fraction of training after which the spatial loss counts. [authors: 3,000 of 8,000 steps]
+        prototype_contrast_start (`float`, *optional*, defaults to 0.375):
+            Fraction of training after which the prototype contrast counts. [authors: 3,000 of 8,000 steps]
+        semantic_loss_ignore_index (`int`, *optional*, defaults to 255):
+            Label of pixels that teach nothing. [authors]
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of freshly drawn weights. [ours]
+
+    Raises:
+        ValueError: if thresholds are not ordered, a scale is not positive, a share is outside [0, 1] or fewer than two
+            labels are given.
+
+    Example:
+
+    ```python
+    >>> from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation
+
+    >>> configuration = SynerNetConfig(id2label={0: "background", 1: "cat", 2: "sofa"})
+    >>> model = SynerNetForWeaklySupervisedSegmentation(configuration)
+    >>> configuration.num_foreground_labels
+    2
+    ```"""
+
+    model_type = "synernet"
+    sub_configs_defaults = {"backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="vit")}
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    pooling_top_k: int = 5
+    auxiliary_layer_index: int = -3
+    decoder_hidden_size: int = 512
+    decoder_dilation: int = 5
+    with_projection_head: bool = True
+    projection_hidden_size: int = 2048
+    projection_bottleneck_size: int = 512
+    prototype_size: int = 1024
+    prototype_momentum: float | int = 0.01
+    prototype_temperature: float | int = 0.5
+    prototype_branches: list[str] | tuple[str, ...] = ("broad", "precise")
+    image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
+    image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
+    low_threshold: float | int = 0.25
+    background_threshold: float | int = 0.5
+    high_threshold: float | int = 0.7
+    cam_scales: list[float | int] | tuple[float | int, ...] = (1.0, 0.5, 0.75, 1.5)
+    cam_flip: bool = True
+    inference_scales: list[float | int] | tuple[float | int, ...] = (1.0, 1.25, 1.5)
+    broad_inference_weight: float | int = 0.7
+    fusion: Literal["confidence", "fixed"] = "confidence"
+    broad_label_share: float | int = 0.3
+    precise_label_share: float | int = 0.5
+    fusion_range: float | int = 0.2
+    confidence_threshold: float | int = 1.0
+    cross_supervision: bool = True
+    refinement_dilations: list[int] | tuple[int, ...] = (1, 2, 4, 8, 12, 24)
+    refinement_iterations: int = 10
+    broad_coverage: float | int = 0.2
+    broad_coverage_late: float | int = 0.1
+    precise_coverage: float | int = 0.0
+    coverage_switch: float | int = 0.5
+    spatial_bce_branches: list[str] | tuple[str, ...] = ("broad", "precise")
+    cls_weight: float | int = 1.0
+    cls_aux_weight: float | int = 1.0
+    spatial_bce_weight: float | int = 0.4
+    patch_contrast_weight: float | int = 0.2
+    prototype_contrast_weight: float | int = 0.05
+    segmentation_weight: float | int = 0.17
+    segmentation_start: float | int = 0.25
+    spatial_bce_start: float | int = 0.375
+    prototype_contrast_start: float | int = 0.375
+    semantic_loss_ignore_index: int = 255
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.label2id is None and self.id2label is not None:
+            self.label2id = {name: index for index, name in self.id2label.items()}
+
+    @property
+    def num_foreground_labels(self) -> int:
+        """`int`: number of classes without the background; the width of image-level `labels`."""
+        return self.num_labels - 1
+
+    @property
+    def patch_size(self) -> int:
+        """`int`: side of the encoder's square patch, in pixels."""
+        return self.backbone_config.patch_size
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """`dict[str, float]`: the weight of each loss term, every term counted."""
+        return {
+            "cls": self.cls_weight,
+            "cls_aux": self.cls_aux_weight,
+            "spatial_bce": self.spatial_bce_weight,
+            "patch_contrast": self.patch_contrast_weight,
+            "prototype_contrast": self.prototype_contrast_weight,
+            "segmentation": self.segmentation_weight,
+        }
+
+    def validate_thresholds(self):
+        """Part of the strict checks: the thresholds and shares make sense together."""
+        if not 0 <= self.low_threshold <= self.background_threshold <= self.high_threshold <= 1:
+            raise ValueError(
+                f"low, background and high threshold must rise within [0, 1], got {self.low_threshold}, "
+                f"{self.background_threshold} and {self.high_threshold}."
+            )
+        for name in ("broad_inference_weight", "broad_label_share", "precise_label_share", "spatial_bce_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` is a share and must lie in [0, 1], got {getattr(self, name)}.")
+
+    def validate_scales(self):
+        """Part of the strict checks: every scale is a positive number."""
+        for name in ("cam_scales", "inference_scales"):
+            scales = getattr(self, name)
+            if not scales or min(scales) <= 0:
+                raise ValueError(f"`{name}` must be a non-empty list of positive numbers, got {scales}.")
+
+    def validate_branches(self):
+        """Part of the strict checks: branch names are `broad` or `precise`."""
+        for name in ("spatial_bce_branches", "prototype_branches"):
+            unknown = set(getattr(self, name)) - {"broad", "precise"}
+            if unknown:
+                raise ValueError(f"`{name}` names branches out of broad and precise, got {sorted(unknown)}.")
+
+
+__all__ = ["SynerNetConfig"]

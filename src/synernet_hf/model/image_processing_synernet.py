@@ -1,0 +1,272 @@
+"""Image processor of SynerNet: pictures and masks to tensors, and the model's outputs back to label maps."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ChannelDimension,
+    ImageInput,
+    PILImageResampling,
+    SizeDict,
+)
+from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.utils import TensorType
+
+
+class SynerNetImageProcessorKwargs(ImagesKwargs, total=False):
+    r"""
+    size_divisor (`int`, *optional*, defaults to `self.size_divisor`):
+        With `do_pad`, heights and widths are padded up to a multiple of this number: the patch size of the model.
+    """
+
+    size_divisor: int
+
+
+class SynerNetImageProcessor(PilBackend):
+    r"""
+    Image processor of SynerNet on PIL and NumPy.
+
+    By default a picture keeps its native size, as in the authors' evaluation, and is scaled to [0, 1] and normalised
+    with the mean and standard deviation of ImageNet. The model itself pads what is not a multiple of its patch, so
+    neither resizing nor padding is needed for a single picture; a batch of pictures of several sizes needs one of the
+    two.
+
+    Args:
+        do_resize (`bool`, *optional*, defaults to `False`):
+            Resize the picture to `size`.
+        size (`dict[str, int]`, *optional*, defaults to `{"shortest_edge": 448}`):
+            `{"shortest_edge": s}` keeps the proportions, `{"height": h, "width": w}` does not. 448 is the
+            authors' crop.
+        resample (`PIL.Image.Resampling`, *optional*, defaults to `BILINEAR`):
+            Filter for pictures; masks are always resized with `NEAREST`.
+        do_rescale (`bool`, *optional*, defaults to `True`):
+            Multiply the values by `rescale_factor`.
+        rescale_factor (`float`, *optional*, defaults to `1/255`):
+            The factor.
+        do_normalize (`bool`, *optional*, defaults to `True`):
+            Subtract `image_mean` and divide by `image_std`.
+        image_mean (`list[float]`, *optional*, defaults to `[0.485, 0.456, 0.406]`):
+            Mean of the red, green and blue channel.
+        image_std (`list[float]`, *optional*, defaults to `[0.229, 0.224, 0.225]`):
+            Standard deviation of the red, green and blue channel.
+        do_pad (`bool`, *optional*, defaults to `False`):
+            Pad pictures at the right and the bottom with 0 (after normalisation), masks with 255, up to the largest
+            height and width of the batch rounded up to a multiple of `size_divisor`, or up to `pad_size`. Adds
+            `pixel_mask` to the result.
+        size_divisor (`int`, *optional*, defaults to 16):
+            The multiple; the patch size of the model.
+        do_convert_rgb (`bool`, *optional*, defaults to `True`):
+            Convert pictures to RGB first.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+
+    >>> processor = SynerNetImageProcessor()
+    >>> processor(Image.new("RGB", (60, 40)), return_tensors="pt")["pixel_values"].shape
+    torch.Size([1, 3, 40, 60])
+    ```
+    """
+
+    valid_kwargs = SynerNetImageProcessorKwargs
+    model_input_names = ["pixel_values"]
+    resample = PILImageResampling.BILINEAR
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"shortest_edge": 448}
+    default_to_square = False
+    do_resize = False
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    do_pad = False
+    size_divisor = 16
+    do_convert_rgb = True
+
+    def __init__(self, **kwargs: Unpack[SynerNetImageProcessorKwargs]):
+        super().__init__(**kwargs)
+
+    def preprocess(
+        self,
+        images: ImageInput,
+        segmentation_maps: ImageInput | None = None,
+        **kwargs: Unpack[SynerNetImageProcessorKwargs],
+    ) -> BatchFeature:
+        """
+        Prepare pictures, and their masks when given, for the model.
+
+        Args:
+            images (`ImageInput`):
+                One picture or a list: PIL, `np.ndarray` or `torch.Tensor` of shape `(height, width, 3)` or
+                `(3, height, width)` with values 0 to 255, a path or a URL.
+            segmentation_maps (`ImageInput`, *optional*):
+                One mask or a list, in the order of `images`: palette or greyscale PIL, or an array of shape
+                `(height, width)`; 0 = background, 255 = ignore.
+            kwargs ([`SynerNetImageProcessorKwargs`]):
+                Any argument of the constructor for this call only, and `return_tensors` (`"pt"` or `"np"`).
+
+        Returns:
+            `BatchFeature`: `pixel_values`, float32 of shape `(batch_size, 3, height, width)`; with masks `labels`,
+            int64 of shape `(batch_size, height, width)`; with `do_pad` `pixel_mask`, int64 of shape
+            `(batch_size, height, width)`, 1 on the picture and 0 on the padding.
+
+        Raises:
+            ValueError: If the number of masks is not the number of pictures, or `return_tensors` is set and the sizes
+                differ.
+        """
+        return super().preprocess(images, segmentation_maps, **kwargs)
+
+    def _preprocess_image_like_inputs(
+        self,
+        images: ImageInput,
+        segmentation_maps: ImageInput | None,
+        do_convert_rgb: bool,
+        input_data_format: ChannelDimension | None,
+        return_tensors: str | TensorType | None,
+        **kwargs,
+    ) -> BatchFeature:
+        images = self._prepare_image_like_inputs(
+            images=images, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format
+        )
+        data = self._preprocess(images, **kwargs)
+        if segmentation_maps is not None:
+            masks = self._prepare_image_like_inputs(
+                images=segmentation_maps,
+                expected_ndims=2,
+                do_convert_rgb=False,
+                input_data_format=ChannelDimension.FIRST,
+            )
+            if len(masks) != len(images):
+                raise ValueError(
+                    f"Got {len(images)} pictures and {len(masks)} segmentation maps; one per picture is expected."
+                )
+            mask_kwargs = kwargs | {"do_rescale": False, "do_normalize": False, "resample": PILImageResampling.NEAREST}
+            masks = self._preprocess(masks, fill_value=255, **mask_kwargs)["pixel_values"]
+            data["labels"] = [mask.squeeze(0).astype(np.int64) for mask in masks]
+        sizes = sorted({image.shape[-2:] for image in data["pixel_values"]})
+        if return_tensors is not None and len(sizes) > 1:
+            raise ValueError(
+                f"The pictures have {len(sizes)} sizes (height, width), such as {sizes[0]} and {sizes[-1]}, "
+                "but one tensor needs one size: pass them singly, set `do_pad=True`, or `do_resize=True` with a "
+                "height and a width."
+            )
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def _preprocess(
+        self,
+        images: list[np.ndarray],
+        do_resize: bool,
+        size: SizeDict,
+        do_pad: bool,
+        pad_size: SizeDict | None,
+        fill_value: int = 0,
+        **kwargs,
+    ) -> dict[str, list[np.ndarray]]:
+        # Padding comes after normalisation: 0 there is the mean colour, which is what the model pads with.
+        processed = []
+        for image in images:
+            if do_resize:
+                image = self.resize(image, size, kwargs["resample"])
+            if kwargs["do_center_crop"]:
+                image = self.center_crop(image, kwargs["crop_size"])
+            if kwargs["do_rescale"]:
+                image = self.rescale(image, kwargs["rescale_factor"])
+            if kwargs["do_normalize"]:
+                image = self.normalize(image, kwargs["image_mean"], kwargs["image_std"])
+            processed.append(image)
+        if not do_pad:
+            return {"pixel_values": processed}
+        if pad_size is None:
+            divisor = kwargs["size_divisor"]
+            height, width = (max(image.shape[axis] for image in processed) for axis in (1, 2))
+            pad_size = SizeDict(height=-(-height // divisor) * divisor, width=-(-width // divisor) * divisor)
+        processed, pixel_mask = self.pad(processed, pad_size=pad_size, fill_value=fill_value, return_mask=True)
+        return {"pixel_values": processed, "pixel_mask": pixel_mask}
+
+    def post_process_semantic_segmentation(
+        self,
+        outputs,
+        target_sizes: list[tuple[int, int]] | torch.Tensor | None = None,
+        return_segmentation_scores: bool = False,
+    ) -> list[torch.Tensor] | list[SemanticSegmentationPostProcessorOutput]:
+        """
+        Turn the logits of the model into label maps.
+
+        Args:
+            outputs ([`SynerNetSegmenterOutput`]):
+                Output of the model; its `logits` have shape `(batch_size, num_labels, height, width)`.
+            target_sizes (`list[tuple[int, int]]` or `torch.Tensor` of shape `(batch_size, 2)`, *optional*):
+                Height and width of every label map: the logits are resized bilinearly before the argmax. Unresized
+                when not given.
+            return_segmentation_scores (`bool`, *optional*, defaults to `False`):
+                Return the resized logits beside each label map.
+
+        Returns:
+            `list[torch.Tensor]` of int64 label maps of shape `(height, width)`, or
+            `list[SemanticSegmentationPostProcessorOutput]` with `segmentation` and `segmentation_scores` of shape
+            `(num_labels, height, width)`.
+
+        Raises:
+            ValueError: If the number of target sizes is not the batch size.
+        """
+        results = [
+            SemanticSegmentationPostProcessorOutput(
+                data={"segmentation": scores.argmax(dim=0), "segmentation_scores": scores}
+            )
+            for scores in self._resized(outputs.logits, target_sizes)
+        ]
+        return results if return_segmentation_scores else [result.segmentation for result in results]
+
+    def post_process_class_activation_maps(
+        self,
+        cams: torch.Tensor,
+        threshold: float = 0.5,
+        target_sizes: list[tuple[int, int]] | torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """
+        Turn class activation maps into label maps with a single threshold, as they are scored in the paper's tables.
+
+        Args:
+            cams (`torch.Tensor` of shape `(batch_size, num_labels - 1, height, width)`):
+                Maps of the foreground classes in [0, 1], zero for classes that are not in the picture.
+            threshold (`float`, *optional*, defaults to 0.5):
+                A pixel whose largest value is at or below it is background. 0.5 is the authors' value for VOC, 0.45
+                for COCO (`config.background_threshold`).
+            target_sizes (`list[tuple[int, int]]` or `torch.Tensor` of shape `(batch_size, 2)`, *optional*):
+                Height and width of every label map: the maps are resized bilinearly first. Unresized when not given.
+
+        Returns:
+            `list[torch.Tensor]`: int64 label maps of shape `(height, width)`; 0 = background, class `c` of the maps
+            has id `c + 1`.
+
+        Raises:
+            ValueError: If the number of target sizes is not the batch size.
+        """
+        label_maps = []
+        for maps in self._resized(cams, target_sizes):
+            values, class_ids = maps.max(dim=0)
+            label_maps.append(torch.where(values > threshold, class_ids + 1, torch.zeros_like(class_ids)))
+        return label_maps
+
+    @staticmethod
+    def _resized(maps: torch.Tensor, target_sizes: list[tuple[int, int]] | torch.Tensor | None) -> list[torch.Tensor]:
+        if target_sizes is None:
+            return list(maps)
+        if len(maps) != len(target_sizes):
+            raise ValueError(
+                f"Got {len(target_sizes)} target sizes for a batch of {len(maps)}; one per picture is expected."
+            )
+        sizes = [(int(height), int(width)) for height, width in target_sizes]
+        return [
+            F.interpolate(item[None], size=size, mode="bilinear", align_corners=False)[0]
+            for item, size in zip(maps, sizes, strict=True)
+        ]
+
+
+__all__ = ["SynerNetImageProcessor"]

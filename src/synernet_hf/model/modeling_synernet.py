@@ -1,0 +1,535 @@
+"""SynerNet: two ViT branches, a broad and a precise one, that teach each other segmentation from image labels."""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .branch_synernet import SynerNetBranch, SynerNetBranchOutput, SynerNetProjectionHead, pooling_arguments
+from .cam_synernet import crop_to_input, multi_scale_cams, normalize_cams
+from .configuration_synernet import SynerNetConfig
+from .loss_synernet import (
+    classification_loss,
+    cross_supervised_segmentation_loss,
+    patch_token_contrast_loss,
+    prototype_contrast_terms,
+    spatial_bce_loss,
+)
+from .refinement_synernet import box_mask
+from .supervision_synernet import (
+    BRANCHES,
+    SynerNetSupervision,
+    fuse_branches,
+    make_supervision,
+    pick_instance_classes,
+)
+
+
+@dataclass
+class SynerNetModelOutput(ModelOutput):
+    """
+    Args:
+        broad ([`SynerNetBranchOutput`], *optional*): the broad branch's output, if it was asked for.
+        precise ([`SynerNetBranchOutput`], *optional*): the precise branch's output, if it was asked for.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*): of the branches that ran, broad first.
+        attentions (`tuple(torch.FloatTensor)`, *optional*): of the branches that ran, broad first.
+    """
+
+    broad: SynerNetBranchOutput | None = None
+    precise: SynerNetBranchOutput | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class SynerNetSegmenterOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor`, *optional*): scalar, returned with `labels`.
+        loss_dict (`dict[str, torch.FloatTensor]`, *optional*):
+            Active terms before weighting, each the mean over the branches that have it, without gradient: `loss_cls`,
+            `loss_cls_aux`, `loss_spatial_bce`, `loss_patch_contrast`, `loss_prototype_contrast`, `loss_segmentation`.
+        logits (`torch.FloatTensor` of shape `(B, K, h, w)`):
+            Segmentation scores of both branches mixed by `config.broad_inference_weight`, one per token; `(B, K, H, W)`
+            where the picture had to be padded because its height or width is no multiple of the patch.
+        broad_logits (`torch.FloatTensor`, *optional*): the broad branch's share of `logits`, same shape.
+        precise_logits (`torch.FloatTensor`, *optional*): the precise branch's share of `logits`, same shape.
+        classification_logits (`torch.FloatTensor` of shape `(B, C)`): class scores, mean of the branches.
+        broad_cams (`torch.FloatTensor` of shape `(B, C, h, w)`):
+            The broad branch's CAMs in [0, 1], not masked: single-scale on the grid of `logits`; where `labels` are
+            given, the multi-scale ones that made the targets, `(B, C, H, W)`, absent classes zeroed.
+        precise_cams (`torch.FloatTensor` of shape `(B, C, h, w)`): the same of the precise branch.
+        confidence (`torch.FloatTensor` of shape `(B, 1, H, W)`, *optional*):
+            Share of layers and branches that agree on a pixel, returned when pseudo-labels are made.
+        pseudo_labels (`torch.LongTensor` of shape `(B, H, W)`, *optional*):
+            The refined fused label that teaches the precise branch, 255 where undecided; returned with `labels` when
+            a loss that needs it is active.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*): of both branches, broad first, if asked for.
+        attentions (`tuple(torch.FloatTensor)`, *optional*): of both branches, broad first, if asked for.
+    """
+
+    loss: torch.FloatTensor | None = None
+    loss_dict: dict[str, torch.FloatTensor] | None = None
+    logits: torch.FloatTensor | None = None
+    broad_logits: torch.FloatTensor | None = None
+    precise_logits: torch.FloatTensor | None = None
+    classification_logits: torch.FloatTensor | None = None
+    broad_cams: torch.FloatTensor | None = None
+    precise_cams: torch.FloatTensor | None = None
+    confidence: torch.FloatTensor | None = None
+    pseudo_labels: torch.LongTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class SynerNetCamOutput(ModelOutput):
+    """
+    Multi-scale CAMs at the picture's size, `(B, C, H, W)` float in [0, 1].
+
+    Args:
+        broad_cams (`torch.FloatTensor`): last layer of the broad branch.
+        precise_cams (`torch.FloatTensor`): last layer of the precise branch.
+        broad_aux_cams (`torch.FloatTensor`): auxiliary layer of the broad branch.
+        precise_aux_cams (`torch.FloatTensor`): auxiliary layer of the precise branch.
+        fused_cams (`torch.FloatTensor`): mean of the two fused CAMs that teach the branches.
+        confidence (`torch.FloatTensor` of shape `(B, 1, H, W)`): share of layers and branches that agree, in [0, 1].
+    """
+
+    broad_cams: torch.FloatTensor | None = None
+    precise_cams: torch.FloatTensor | None = None
+    broad_aux_cams: torch.FloatTensor | None = None
+    precise_aux_cams: torch.FloatTensor | None = None
+    fused_cams: torch.FloatTensor | None = None
+    confidence: torch.FloatTensor | None = None
+
+
+class SynerNetPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and loading for every SynerNet model."""
+
+    config: SynerNetConfig
+    base_model_prefix = "synernet"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["SynerNetBranch"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, SynerNetProjectionHead):
+            init.zeros_(module.prototypes)
+
+
+class SynerNetModel(SynerNetPreTrainedModel):
+    """The broad and the precise branch, without losses."""
+
+    def __init__(self, config: SynerNetConfig):
+        super().__init__(config)
+        depth = config.backbone_config.num_hidden_layers
+        if not -depth - 1 <= config.auxiliary_layer_index <= depth:
+            raise ValueError(
+                f"`auxiliary_layer_index` must pick one of the encoder's {depth + 1} hidden states, got "
+                f"{config.auxiliary_layer_index}."
+            )
+        self.broad_branch = SynerNetBranch(config)
+        self.precise_branch = SynerNetBranch(config)
+        self.post_init()
+
+    def branch(self, name: str) -> SynerNetBranch:
+        """The branch called `name`, `"broad"` or `"precise"`."""
+        return self.broad_branch if name == "broad" else self.precise_branch
+
+    def pad(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Pads `(B, 3, H, W)` right and bottom with 0, the mean colour, to multiples of the patch."""
+        patch_size = self.config.patch_size
+        missing = [-side % patch_size for side in pixel_values.shape[-2:]]
+        return F.pad(pixel_values, (0, missing[1], 0, missing[0])) if any(missing) else pixel_values
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor,
+        branches: tuple[str, ...] = BRANCHES,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> SynerNetModelOutput:
+        r"""
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): normalised pictures of any size; padded right
+                and bottom with 0 to multiples of the patch, so that maps have `ceil(H / p)` × `ceil(W / p)` tokens.
+            branches (`tuple[str, ...]`, *optional*, defaults to both): which branches to run.
+            output_hidden_states (`bool`, *optional*): whether to return hidden states.
+            output_attentions (`bool`, *optional*): whether to return attention maps.
+
+        Returns:
+            [`SynerNetModelOutput`]
+        """
+        keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        keep_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        pixel_values = self.pad(pixel_values)
+        outputs = {
+            name: self.branch(name)(pixel_values, self.config.patch_size, bool(keep_attentions)) for name in branches
+        }
+        states = tuple(state for output in outputs.values() for state in output.hidden_states)
+        attentions = tuple(item for output in outputs.values() for item in output.attentions or ())
+        return SynerNetModelOutput(
+            **outputs,
+            hidden_states=states if keep_states else None,
+            attentions=attentions if keep_attentions else None,
+        )
+
+
+class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
+    """SynerNet with its losses: trained from image-level labels, gives segmentation and CAMs."""
+
+    def __init__(self, config: SynerNetConfig):
+        super().__init__(config)
+        if config.num_foreground_labels < 1:
+            raise ValueError(
+                f"SynerNet needs background and at least one class, got {config.num_labels} labels; set `id2label`."
+            )
+        self.synernet = SynerNetModel(config)
+        self.post_init()
+
+    @classmethod
+    def from_backbone_pretrained(
+        cls,
+        name_or_path: str,
+        num_labels: int | None = None,
+        id2label: dict[int, str] | None = None,
+        backbone_overrides: dict | None = None,
+        **config_fields,
+    ) -> "SynerNetForWeaklySupervisedSegmentation":
+        r"""
+        Starts a SynerNet whose two encoders hold the weights of a pretrained ViT; heads are drawn at random.
+
+        Args:
+            name_or_path (`str`): Hub id or folder of a ViT-family model, for example `google/vit-base-patch16-224`.
+            num_labels (`int`, *optional*): labels with background, needed unless `id2label` is given.
+            id2label (`dict[int, str]`, *optional*): label names, 0 the background.
+            backbone_overrides (`dict`, *optional*): encoder config fields to change, for example `qkv_bias`; weights
+                that then have no place are dropped, as they are by the authors' code.
+            config_fields: further fields of [`SynerNetConfig`].
+
+        Returns:
+            [`SynerNetForWeaklySupervisedSegmentation`]
+
+        Raises:
+            ValueError: if neither `num_labels` nor `id2label` is given, or a field is not one of the config's.
+            OSError: if the encoder cannot be found.
+        """
+        if num_labels is None and id2label is None:
+            raise ValueError("Got neither num_labels nor id2label; pass one, counting background as label 0.")
+        unknown = sorted(set(config_fields) - set(inspect.signature(SynerNetConfig).parameters))
+        if unknown:
+            raise ValueError(f"SynerNetConfig has no field {', '.join(unknown)}; see its documentation for the names.")
+        backbone_config = AutoConfig.from_pretrained(name_or_path, **(backbone_overrides or {}))
+        backbone = AutoModel.from_pretrained(
+            name_or_path, config=backbone_config, **pooling_arguments(backbone_config)
+        )
+        # the encoder's own labels are of another task
+        fields = {
+            key: value for key, value in backbone.config.to_dict().items() if key not in ("id2label", "label2id")
+        }
+        labels = {"id2label": id2label} if id2label is not None else {"num_labels": num_labels}
+        config = SynerNetConfig(backbone_config=type(backbone.config)(**fields), **labels, **config_fields)
+        model = cls(config)
+        for name in BRANCHES:
+            model.synernet.branch(name).backbone.load_state_dict(backbone.state_dict())
+        return model
+
+    def cam_logits(self, pixel_values: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """
+        CAM logits of both branches, decoder left out.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised pictures of any size.
+
+        Returns:
+            `dict[str, tuple[torch.Tensor, torch.Tensor]]`: for `"broad"` and `"precise"` the last and the auxiliary
+            layer's CAM logits, `(B, C, h, w)`, or `(B, C, H, W)` where the picture had to be padded.
+        """
+        size, patch_size = pixel_values.shape[-2:], self.config.patch_size
+        padded = self.synernet.pad(pixel_values)
+        logits = {}
+        for name in BRANCHES:
+            branch = self.synernet.branch(name)
+            features, auxiliary, *_ = branch.encode(padded, patch_size)
+            maps = branch.cam_head(features)[1], branch.auxiliary_cam_head(auxiliary)[1]
+            logits[name] = tuple(crop_to_input(cam, size, patch_size) for cam in maps)
+        return logits
+
+    @torch.no_grad()
+    def generate_cams(
+        self,
+        pixel_values: torch.FloatTensor,
+        labels: torch.Tensor | None = None,
+        scales: tuple[float, ...] | None = None,
+        flip: bool | None = None,
+    ) -> SynerNetCamOutput:
+        r"""
+        Multi-scale CAMs of both branches and their fusion, without gradient.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): normalised pictures of any size.
+            labels (`torch.Tensor` of shape `(B, C)`, *optional*): multi-hot; absent classes are zeroed.
+            scales (`tuple[float, ...]`, *optional*, defaults to `config.cam_scales`): factors of height and width.
+            flip (`bool`, *optional*, defaults to `config.cam_flip`): whether to use the mirrored picture too.
+
+        Returns:
+            [`SynerNetCamOutput`]
+        """
+        scales = self.config.cam_scales if scales is None else scales
+        flip = self.config.cam_flip if flip is None else flip
+        cams = multi_scale_cams(self, pixel_values, labels, scales, flip)
+        present = torch.ones_like(cams["broad"][0][..., 0, 0]) if labels is None else labels
+        fused, confidence = fuse_branches(self.config, cams, present)
+        return SynerNetCamOutput(
+            broad_cams=cams["broad"][0],
+            precise_cams=cams["precise"][0],
+            broad_aux_cams=cams["broad"][1],
+            precise_aux_cams=cams["precise"][1],
+            fused_cams=0.5 * (fused["broad"] + fused["precise"]),
+            confidence=confidence,
+        )
+
+    @torch.no_grad()
+    def multi_scale_logits(
+        self,
+        pixel_values: torch.FloatTensor,
+        scales: tuple[float, ...] | None = None,
+        flip: bool = False,
+        inference_branches: str | None = None,
+    ) -> torch.Tensor:
+        r"""
+        Segmentation logits at the picture's size, the larger value over scales kept (authors' code).
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): normalised pictures of any size.
+            scales (`tuple[float, ...]`, *optional*, defaults to `config.inference_scales`): factors of the sides.
+            flip (`bool`, *optional*, defaults to `False`): whether to use the mirrored picture too.
+            inference_branches (`str`, *optional*): as in `forward`.
+
+        Returns:
+            `torch.Tensor` of shape `(B, K, H, W)`: float.
+        """
+        size = tuple(pixel_values.shape[-2:])
+        best = None
+        for scale in self.config.inference_scales if scales is None else scales:
+            scaled_size = (max(int(scale * size[0]), 1), max(int(scale * size[1]), 1))
+            scaled = pixel_values
+            if scaled_size != size:
+                scaled = F.interpolate(pixel_values, size=scaled_size, mode="bilinear", align_corners=False)
+            for mirrored in (False, True) if flip else (False,):
+                view = scaled.flip(-1) if mirrored else scaled
+                logits = self(view, inference_branches=inference_branches).logits
+                logits = logits.flip(-1) if mirrored else logits
+                logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+                best = logits if best is None else torch.maximum(best, logits)
+        return best
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor,
+        labels: torch.Tensor | None = None,
+        valid_boxes: torch.Tensor | None = None,
+        loss_weights: dict[str, float] | None = None,
+        training_progress: float | None = None,
+        inference_branches: str | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> SynerNetSegmenterOutput:
+        r"""
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`):
+                Pictures normalised with `config.image_mean` and `config.image_std`, of any size.
+            labels (`torch.Tensor` of shape `(B, num_labels - 1)`, *optional*):
+                Image-level labels, multi-hot over the foreground classes. With them the loss is computed.
+            valid_boxes (`torch.LongTensor` of shape `(B, 4)`, *optional*):
+                [top, bottom, left, right) of the real pixels of each picture; the padding around teaches nothing.
+            loss_weights (`dict[str, float]`, *optional*, defaults to `config.loss_weights`):
+                Weight of each term: `cls`, `cls_aux`, `spatial_bce`, `patch_contrast`, `prototype_contrast`,
+                `segmentation`. What weighs 0, or is not named, is not computed.
+            training_progress (`float`, *optional*, defaults to 0): t/T in [0, 1], for the coverage schedule.
+            inference_branches (`str`, *optional*, defaults to `"both"`):
+                `"broad"`, `"precise"` or `"both"`: which branches to run; training needs both.
+            output_hidden_states (`bool`, *optional*): whether to return hidden states.
+            output_attentions (`bool`, *optional*): whether to return attention maps.
+
+        Returns:
+            [`SynerNetSegmenterOutput`]
+
+        Raises:
+            ValueError: if `labels` has another width than `config.num_foreground_labels`, a name in `loss_weights` or
+                `inference_branches` is not known, or `labels` come with a single branch.
+        """
+        branches = _branches(inference_branches)
+        if labels is not None:
+            self._check_training_inputs(labels, branches, loss_weights)
+        size, patch_size = tuple(pixel_values.shape[-2:]), self.config.patch_size
+        outputs = self.synernet(
+            pixel_values, branches, output_hidden_states=output_hidden_states, output_attentions=output_attentions
+        )
+        logits = {name: crop_to_input(outputs[name].logits, size, patch_size) for name in branches}
+        share = self.config.broad_inference_weight
+        result = SynerNetSegmenterOutput(
+            logits=logits[branches[0]]
+            if len(branches) == 1
+            else share * logits["broad"] + (1 - share) * logits["precise"],
+            broad_logits=logits.get("broad"),
+            precise_logits=logits.get("precise"),
+            classification_logits=sum(outputs[name].classification_logits for name in branches) / len(branches),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        if labels is None:
+            cams = {
+                name: normalize_cams(crop_to_input(outputs[name].cam_logits, size, patch_size).relu())
+                for name in branches
+            }
+            result.broad_cams, result.precise_cams = cams.get("broad"), cams.get("precise")
+            return result
+        weights = dict.fromkeys(self.config.loss_weights, 0.0) | (loss_weights or self.config.loss_weights)
+        progress = 0.0 if training_progress is None else float(training_progress)
+        cams = multi_scale_cams(self, pixel_values, labels, self.config.cam_scales, self.config.cam_flip)
+        supervision = make_supervision(
+            self.config, cams, self._unit_images(pixel_values), labels, valid_boxes, weights, progress
+        )
+        result.loss, result.loss_dict = self._losses(
+            outputs, logits, pixel_values, labels, valid_boxes, weights, supervision
+        )
+        result.broad_cams, result.precise_cams = cams["broad"][0], cams["precise"][0]
+        result.confidence = supervision.confidence
+        result.pseudo_labels = supervision.pseudo_labels.get("precise")
+        return result
+
+    def _check_training_inputs(self, labels, branches, loss_weights):
+        if len(branches) == 1:
+            raise ValueError(f"Training needs both branches, got inference_branches={branches[0]!r} with labels.")
+        if labels.ndim != 2 or labels.shape[1] != self.config.num_foreground_labels:
+            raise ValueError(
+                f"labels must be multi-hot of shape (batch, {self.config.num_foreground_labels}), background left out, "
+                f"got {tuple(labels.shape)}."
+            )
+        unknown = sorted(set(loss_weights or ()) - set(self.config.loss_weights))
+        if unknown:
+            raise ValueError(f"loss_weights knows {', '.join(self.config.loss_weights)}, got {', '.join(unknown)}.")
+
+    def _unit_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`(B, 3, H, W)` normalised pictures back to [0, 1], in steps of 1/255 as the authors' uint8 pictures."""
+        mean, std = (
+            torch.tensor(values, device=pixel_values.device)[None, :, None, None]
+            for values in (self.config.image_mean, self.config.image_std)
+        )
+        return ((pixel_values.float() * std + mean) * 255).clamp(0, 255).trunc() / 255
+
+    def _losses(self, outputs, logits, pixel_values, labels, valid_boxes, weights, supervision: SynerNetSupervision):
+        terms: dict[str, list[torch.Tensor]] = {}
+        total = 0.0
+
+        def add(name: str, weight: float, value: torch.Tensor):
+            nonlocal total
+            terms.setdefault(f"loss_{name}", []).append(value.detach())
+            total = total + weight * value
+
+        ignore_index = self.config.semantic_loss_ignore_index
+        for name in BRANCHES:
+            output = outputs[name]
+            spatial_share = weights["spatial_bce"] if name in supervision.area_shares else 0.0
+            if weights["cls"]:
+                classification = classification_loss(output.classification_logits, labels)
+                add("cls", weights["cls"] * (1 - spatial_share), classification)
+            if spatial_share:
+                spatial = spatial_bce_loss(output.cam_logits, labels, supervision.area_shares[name])
+                add("spatial_bce", spatial_share, spatial)
+            if weights["cls_aux"]:
+                auxiliary = classification_loss(output.auxiliary_classification_logits, labels)
+                add("cls_aux", weights["cls_aux"], auxiliary)
+            if weights["patch_contrast"]:
+                contrast = patch_token_contrast_loss(output.features, supervision.token_labels[name], ignore_index)
+                add("patch_contrast", weights["patch_contrast"], contrast)
+            if weights["segmentation"]:
+                target = supervision.pseudo_labels[name]
+                segmentation = cross_supervised_segmentation_loss(logits[name], target, ignore_index)
+                add("segmentation", weights["segmentation"], segmentation)
+        if weights["prototype_contrast"] and self.config.with_projection_head:
+            for value in self._instance_losses(
+                pixel_values, labels, valid_boxes, supervision.pseudo_labels["precise"]
+            ):
+                add("prototype_contrast", weights["prototype_contrast"], value)
+        return total, {name: torch.stack(values).mean() for name, values in terms.items()}
+
+    def _instance_losses(self, pixel_values, labels, valid_boxes, pseudo_labels):
+        """Yields the prototype contrast of each branch that has one, and moves its prototypes while training."""
+        class_ids = pick_instance_classes(pseudo_labels, labels)
+        keep = (pseudo_labels == (class_ids + 1)[:, None, None]) | (
+            pseudo_labels == self.config.semantic_loss_ignore_index
+        )
+        if valid_boxes is not None:
+            keep &= box_mask(valid_boxes, pseudo_labels.shape[-2:])
+        instances = self.synernet.pad(pixel_values * keep[:, None])
+        for name in self.config.prototype_branches:
+            branch = self.synernet.branch(name)
+            embeddings = branch.projection_head(branch.encode(instances, self.config.patch_size)[2])
+            gathered, gathered_ids, own = _gather_in_rank_order(embeddings, class_ids)
+            terms, prototypes = prototype_contrast_terms(
+                gathered,
+                gathered_ids,
+                branch.projection_head.prototypes,
+                self.config.prototype_momentum,
+                self.config.prototype_temperature,
+            )
+            if self.training:
+                branch.projection_head.prototypes.copy_(prototypes)
+            yield terms[own].sum() / (class_ids >= 0).sum().clamp(min=1)
+
+
+def _branches(inference_branches: str | None) -> tuple[str, ...]:
+    if inference_branches in (None, "both"):
+        return BRANCHES
+    if inference_branches not in BRANCHES:
+        raise ValueError(f"inference_branches must be 'broad', 'precise' or 'both', got {inference_branches!r}.")
+    return (inference_branches,)
+
+
+def _gather_in_rank_order(embeddings: torch.Tensor, class_ids: torch.Tensor):
+    """
+    The embeddings `(N, P)` and class ids `(N,)` of every process's pictures, in rank order, gradient kept for the own
+    ones, and the slice that holds them. Prototypes must see all pictures, in one order, to stay equal everywhere.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return embeddings, class_ids, slice(None)
+    ranks = distributed.get_world_size()
+    all_embeddings = [torch.empty_like(embeddings) for _ in range(ranks)]
+    all_ids = [torch.empty_like(class_ids) for _ in range(ranks)]
+    distributed.all_gather(all_embeddings, embeddings.detach().contiguous())
+    distributed.all_gather(all_ids, class_ids)
+    rank, count = distributed.get_rank(), class_ids.shape[0]
+    all_embeddings[rank] = embeddings
+    return torch.cat(all_embeddings), torch.cat(all_ids), slice(rank * count, (rank + 1) * count)
+
+
+__all__ = [
+    "SynerNetBranchOutput",
+    "SynerNetCamOutput",
+    "SynerNetForWeaklySupervisedSegmentation",
+    "SynerNetModel",
+    "SynerNetModelOutput",
+    "SynerNetPreTrainedModel",
+    "SynerNetSegmenterOutput",
+]

@@ -1,0 +1,188 @@
+"""Pixel-adaptive refinement: class maps spread to neighbouring pixels of like colour. No parameters."""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+# rows and columns of the eight directions, in units of a dilation
+_DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
+
+
+class SynerNetPixelAdaptiveRefinement(nn.Module):
+    """
+    Pixel-adaptive refinement (PAR) of AFA and ToCo: each step replaces a map by a weighted mean over 8 neighbours at
+    each of several dilations; the weights come from colour and distance and depend on the picture alone.
+
+    Args:
+        dilations (`tuple[int, ...]`, *optional*, defaults to `(1, 2, 4, 8, 12, 24)`):
+            Neighbour distances in pixels. Source: authors' code.
+        num_iterations (`int`, *optional*, defaults to 10):
+            Number of steps. Source: authors' code.
+    """
+
+    colour_temperature = 0.3
+    position_weight = 0.01
+
+    def __init__(self, dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24), num_iterations: int = 10):
+        super().__init__()
+        if not dilations or min(dilations) < 1:
+            raise ValueError(f"dilations must be positive integers, got {tuple(dilations)}.")
+        self.dilations = tuple(dilations)
+        self.num_iterations = num_iterations
+
+    def _neighbours(self, maps: torch.Tensor):
+        """Yields the 8 · len(dilations) shifted views of `maps` `(B, C, H, W)`, borders replicated."""
+        height, width = maps.shape[-2:]
+        reach = max(self.dilations)
+        padded = F.pad(maps, [reach] * 4, mode="replicate")
+        for dilation in self.dilations:
+            for row, column in _DIRECTIONS:
+                top, left = reach + row * dilation, reach + column * dilation
+                yield padded[..., top : top + height, left : left + width]
+
+    def affinity(self, images: torch.Tensor) -> torch.Tensor:
+        """
+        Weights of every pixel's neighbours.
+
+        Args:
+            images (`torch.Tensor` of shape `(B, 3, H, W)`): float, in [0, 1].
+
+        Returns:
+            `torch.Tensor` of shape `(B, 8 * len(dilations), H, W)`; over the neighbours they sum to 1.01.
+        """
+        neighbours = torch.stack(list(self._neighbours(images)), dim=1)
+        deviation = neighbours.std(dim=1, keepdim=True)
+        difference = (neighbours - images[:, None]).abs() / (deviation + 1e-8) / self.colour_temperature
+        colour = -difference.square().mean(dim=2)
+
+        distances = torch.tensor(
+            [math.hypot(row, column) * dilation for dilation in self.dilations for row, column in _DIRECTIONS],
+            dtype=images.dtype,
+            device=images.device,
+        )
+        position = -(distances / (distances.std() + 1e-8) / self.colour_temperature).square()
+        return colour.softmax(dim=1) + self.position_weight * position.softmax(dim=0)[None, :, None, None]
+
+    def propagate(self, affinity: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+        """Runs the steps on `maps` `(B, C, H, W)` with the weights of [`~SynerNetPixelAdaptiveRefinement.affinity`]."""
+        for _ in range(self.num_iterations):
+            refined = torch.zeros_like(maps)
+            for index, neighbour in enumerate(self._neighbours(maps)):
+                refined.addcmul_(affinity[:, index : index + 1], neighbour)
+            maps = refined
+        return maps
+
+    def forward(self, images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            images (`torch.Tensor` of shape `(B, 3, H, W)`): float, in [0, 1].
+            maps (`torch.Tensor` of shape `(B, C, h, w)`): float maps, resized bilinearly to the images if needed.
+
+        Returns:
+            `torch.Tensor` of shape `(B, C, H, W)`: the refined maps, of the maps' dtype.
+        """
+        if maps.shape[-2:] != images.shape[-2:]:
+            maps = F.interpolate(maps, size=images.shape[-2:], mode="bilinear", align_corners=False)
+        return self.propagate(self.affinity(images), maps)
+
+
+def own_classes(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The classes each picture has, packed to the front.
+
+    Args:
+        labels (`torch.Tensor` of shape `(B, C)`): multi-hot.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: class indices `(B, S)` int64, S the largest number of classes of a
+        picture in the batch (at least 1), and which of them the picture really has, `(B, S)` bool.
+    """
+    present = labels > 0
+    slots = max(int(present.sum(dim=1).max()), 1)
+    order = present.int().argsort(dim=1, descending=True, stable=True)[:, :slots]
+    return order, present.gather(1, order)
+
+
+@torch.no_grad()
+def refine_pseudo_labels(
+    images: torch.Tensor,
+    cams: torch.Tensor,
+    labels: torch.Tensor,
+    low: float,
+    high: float,
+    valid_boxes: torch.Tensor | None = None,
+    ignore_index: int = 255,
+    refinement: SynerNetPixelAdaptiveRefinement | None = None,
+) -> torch.Tensor:
+    """
+    Label maps from CAMs under two background hypotheses, each refined by the picture (authors' code; PAR of AFA).
+
+    For each of the constant background planes `high` and `low`, the plane and the CAMs of the picture's own classes
+    go through a softmax at half resolution, refinement, and an argmax at full resolution. A pixel is a class where
+    the `high` hypothesis says so, background where both say background, and ignored elsewhere.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, 3, H, W)`): float, in [0, 1], full resolution.
+        cams (`torch.Tensor` of shape `(B, C, H, W)`): float, in [0, 1].
+        labels (`torch.Tensor` of shape `(B, C)`): multi-hot image-level labels.
+        low (`float`): lower background plane. high (`float`): upper background plane.
+        valid_boxes (`torch.Tensor` of shape `(B, 4)`, *optional*):
+            [top, bottom, left, right) of the real pixels; outside is ignored. `None` means everywhere.
+        ignore_index (`int`, *optional*, defaults to 255): label of undecided pixels.
+        refinement (`SynerNetPixelAdaptiveRefinement`, *optional*): the refinement; the authors' by default.
+
+    Returns:
+        `torch.Tensor` of shape `(B, H, W)`, int64: 0 background, `c + 1` class `c`, or `ignore_index`.
+    """
+    refinement = refinement or SynerNetPixelAdaptiveRefinement()
+    height, width = cams.shape[-2:]
+    half = (max(height // 2, 1), max(width // 2, 1))
+    small_images = F.interpolate(images.float(), size=half, mode="bilinear", align_corners=False)
+    order, present = own_classes(labels)
+
+    own = cams.float().gather(1, order[:, :, None, None].expand(-1, -1, height, width))
+    own = F.interpolate(own, size=half, mode="bilinear", align_corners=False)
+    scores = []
+    for background in (high, low):
+        stack = torch.cat([torch.full_like(own[:, :1], background), own], dim=1)
+        stack[:, 1:].masked_fill_(~present[:, :, None, None], float("-inf"))
+        scores.append(stack.softmax(dim=1))
+    refined = refinement(small_images, torch.cat(scores, dim=1))
+    refined = F.interpolate(refined, size=(height, width), mode="bilinear", align_corners=False)
+    high_label, low_label = (part.argmax(dim=1) for part in refined.chunk(2, dim=1))
+
+    class_ids = torch.cat([torch.zeros_like(order[:, :1]), order + 1], dim=1)
+    decided = class_ids.gather(1, high_label.flatten(1)).view_as(high_label)
+    decided = decided.masked_fill((high_label == 0) & (low_label != 0), ignore_index)
+    return ignore_outside(decided, valid_boxes, ignore_index)
+
+
+def ignore_outside(label_map: torch.Tensor, valid_boxes: torch.Tensor | None, ignore_index: int = 255) -> torch.Tensor:
+    """
+    Sets everything outside each picture's valid box to `ignore_index`.
+
+    Args:
+        label_map (`torch.Tensor` of shape `(B, H, W)`): int64 labels; left as they are.
+        valid_boxes (`torch.Tensor` of shape `(B, 4)`, *optional*): [top, bottom, left, right) per picture.
+        ignore_index (`int`, *optional*, defaults to 255): the label to set.
+
+    Returns:
+        `torch.Tensor` of shape `(B, H, W)`: a new label map.
+    """
+    if valid_boxes is None:
+        return label_map
+    return label_map.masked_fill(~box_mask(valid_boxes, label_map.shape[-2:]), ignore_index)
+
+
+def box_mask(valid_boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """`(B, H, W)` bool mask, true inside the [top, bottom) × [left, right) of `valid_boxes` `(B, 4)`."""
+    top, bottom, left, right = valid_boxes[:, :, None, None].unbind(dim=1)
+    rows = torch.arange(size[0], device=valid_boxes.device)[None, :, None]
+    columns = torch.arange(size[1], device=valid_boxes.device)[None, None, :]
+    return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+
+
+__all__ = ["SynerNetPixelAdaptiveRefinement", "box_mask", "ignore_outside", "own_classes", "refine_pseudo_labels"]

@@ -1,0 +1,181 @@
+"""What one batch's CAMs teach the two branches: token labels, area shares, fused labels. Nothing here has gradient."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional as F
+
+from .cam_synernet import area_shares, cams_to_pseudo_labels, fuse_cams, fusion_shares, layer_confidence
+from .configuration_synernet import SynerNetConfig
+from .refinement_synernet import SynerNetPixelAdaptiveRefinement, refine_pseudo_labels
+
+
+BRANCHES = ("broad", "precise")
+
+
+@dataclass
+class SynerNetSupervision:
+    """
+    Targets of one batch; what no active loss needs stays empty.
+
+    Attributes:
+        token_labels (`dict[str, torch.Tensor]`): per branch `(B, h, w)` int64, for the patch-token contrast.
+        area_shares (`dict[str, torch.Tensor]`): per branch `(B, C)` float, for the spatial loss.
+        pseudo_labels (`dict[str, torch.Tensor]`): per branch `(B, H, W)` int64, the label that teaches it.
+        confidence (`torch.Tensor` of shape `(B, 1, H, W)`, *optional*): share of layers and branches that agree.
+    """
+
+    token_labels: dict[str, torch.Tensor] = field(default_factory=dict)
+    area_shares: dict[str, torch.Tensor] = field(default_factory=dict)
+    pseudo_labels: dict[str, torch.Tensor] = field(default_factory=dict)
+    confidence: torch.Tensor | None = None
+
+
+def coverage(config: SynerNetConfig, branch: str, progress: float) -> float:
+    """
+    ρ of one branch's spatial loss at `progress` = t/T in [0, 1]: constant until `config.coverage_switch`, then a
+    quarter cosine down to 0, never negative (schedule: authors' code; a ρ for each branch: paper, values ours).
+    """
+    if branch == "precise":
+        return config.precise_coverage
+    if progress < config.coverage_switch or config.coverage_switch >= 1:
+        return config.broad_coverage
+    late = (progress - config.coverage_switch) / (1 - config.coverage_switch)
+    return max(config.broad_coverage_late * math.cos(math.pi / 2 * late), 0.0)
+
+
+def fuse_branches(
+    config: SynerNetConfig, cams: dict[str, tuple[torch.Tensor, torch.Tensor]], labels: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """
+    The fused CAM that teaches each branch, and the confidence of every pixel (paper; the arithmetic is ours).
+
+    Args:
+        config ([`SynerNetConfig`]): thresholds, shares and the kind of fusion.
+        cams (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): of [`multi_scale_cams`], masked by `labels`.
+        labels (`torch.Tensor` of shape `(B, C)`): multi-hot.
+
+    Returns:
+        `tuple[dict[str, torch.Tensor], torch.Tensor]`: per taught branch `(B, C, H, W)` in [0, 1]; and the share of
+        layer and branch votes equal to the majority, `(B, 1, H, W)` in [0, 1].
+    """
+    broad, precise = cams["broad"][0], cams["precise"][0]
+    votes = {
+        branch: torch.stack(
+            [cams_to_pseudo_labels(maps, labels, config.low_threshold, config.high_threshold) for maps in cams[branch]]
+        )
+        for branch in BRANCHES
+    }
+    confidence, agreed = layer_confidence(torch.cat([votes["broad"], votes["precise"]]))
+    shares = {"broad": config.broad_label_share, "precise": config.precise_label_share}
+    if not config.cross_supervision:
+        return {"broad": broad, "precise": precise}, confidence
+    if config.fusion == "fixed":
+        return {branch: fuse_cams(broad, precise, share) for branch, share in shares.items()}, confidence
+    agreement = {branch: layer_confidence(votes[branch])[0] for branch in BRANCHES}
+    agreed = agreed.masked_fill(confidence[:, 0] < config.confidence_threshold, 255)
+    fused = {}
+    for branch, share in shares.items():
+        adaptive = fusion_shares(agreement["broad"], agreement["precise"], share, config.fusion_range)
+        fused[branch] = fuse_cams(broad, precise, adaptive, agreed, config.low_threshold, config.high_threshold)
+    return fused, confidence
+
+
+def label_tokens(
+    config: SynerNetConfig, cams: torch.Tensor, labels: torch.Tensor, valid_boxes: torch.Tensor | None
+) -> torch.Tensor:
+    """
+    Label of every token from CAMs `(B, C, H, W)`: resized bilinearly to the token grid, then thresholded with an
+    uncertain band; tokens not wholly inside the valid box are ignored (authors' code).
+
+    Returns:
+        `torch.Tensor` of shape `(B, h, w)`, int64, with `config.semantic_loss_ignore_index` for ignored tokens.
+    """
+    patch_size = config.patch_size
+    height, width = cams.shape[-2:]
+    grid = (-(-height // patch_size), -(-width // patch_size))
+    if (grid[0] * patch_size, grid[1] * patch_size) != (height, width):
+        cams = F.pad(cams, (0, grid[1] * patch_size - width, 0, grid[0] * patch_size - height))
+        if valid_boxes is None:
+            valid_boxes = torch.tensor([[0, height, 0, width]], device=cams.device).expand(cams.shape[0], -1)
+    cams = F.interpolate(cams, size=grid, mode="bilinear", align_corners=False)
+    boxes = None if valid_boxes is None else valid_boxes // patch_size
+    ignore_index = config.semantic_loss_ignore_index
+    return cams_to_pseudo_labels(cams, labels, config.low_threshold, config.high_threshold, boxes, ignore_index)
+
+
+@torch.no_grad()
+def make_supervision(
+    config: SynerNetConfig,
+    cams: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    valid_boxes: torch.Tensor | None,
+    loss_weights: dict[str, float],
+    progress: float,
+) -> SynerNetSupervision:
+    """
+    Targets for the loss terms whose weight is not 0.
+
+    Args:
+        config ([`SynerNetConfig`]): thresholds, shares and schedules.
+        cams (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): of [`multi_scale_cams`], masked by `labels`.
+        images (`torch.Tensor` of shape `(B, 3, H, W)`): float, in [0, 1].
+        labels (`torch.Tensor` of shape `(B, C)`): multi-hot.
+        valid_boxes (`torch.Tensor` of shape `(B, 4)`, *optional*): [top, bottom, left, right) of real pixels.
+        loss_weights (`dict[str, float]`): weight of each term.
+        progress (`float`): t/T in [0, 1].
+    """
+    supervision = SynerNetSupervision()
+    low, high = config.low_threshold, config.high_threshold
+    if loss_weights["patch_contrast"]:
+        for branch in BRANCHES:
+            supervision.token_labels[branch] = label_tokens(config, cams[branch][1], labels, valid_boxes)
+    if loss_weights["spatial_bce"]:
+        mean_cams = 0.5 * (cams["broad"][0] + cams["precise"][0])
+        for branch in config.spatial_bce_branches:
+            source = cams[branch][1] if progress < config.coverage_switch else mean_cams
+            rho = coverage(config, branch, progress)
+            supervision.area_shares[branch] = area_shares(source, labels, rho, low, high)
+    if loss_weights["segmentation"] or loss_weights["prototype_contrast"]:
+        fused, supervision.confidence = fuse_branches(config, cams, labels)
+        refinement = SynerNetPixelAdaptiveRefinement(config.refinement_dilations, config.refinement_iterations)
+        for branch, maps in fused.items():
+            supervision.pseudo_labels[branch] = refine_pseudo_labels(
+                images, maps, labels, low, high, valid_boxes, config.semantic_loss_ignore_index, refinement
+            )
+    return supervision
+
+
+def pick_instance_classes(pseudo_labels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    One class per picture for instance learning, drawn at random from those in its label map, or from its image-level
+    labels if the map holds none (authors' code, which mixes up class ids here).
+
+    Args:
+        pseudo_labels (`torch.Tensor` of shape `(B, H, W)`): int64 label maps.
+        labels (`torch.Tensor` of shape `(B, C)`): multi-hot.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: int64, 0-based foreground class, −1 for a picture without any.
+    """
+    num_classes = labels.shape[1]
+    flat = pseudo_labels.flatten(1)
+    flat = flat.masked_fill(flat > num_classes, 0)
+    seen = torch.zeros(labels.shape[0], num_classes + 1, device=labels.device).scatter_(1, flat, 1.0)[:, 1:]
+    candidates = torch.where(seen.any(dim=1, keepdim=True), seen, labels.to(seen.dtype))
+    without = ~candidates.any(dim=1)
+    drawn = torch.multinomial(candidates + without[:, None], 1)[:, 0]
+    return drawn.masked_fill(without, -1)
+
+
+__all__ = [
+    "BRANCHES",
+    "SynerNetSupervision",
+    "coverage",
+    "fuse_branches",
+    "label_tokens",
+    "make_supervision",
+    "pick_instance_classes",
+]

@@ -1,0 +1,346 @@
+"""What a run leaves on disk: checkpoints, model folders and JSON files, each whole or not there at all."""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+from synernet_hf.training.arguments import InvalidArguments
+
+
+ARGUMENTS_FILE = "training_args.json"
+STATE_FILE = "trainer_state.json"
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+
+# settings that may change between a run and its continuation: no weight depends on them, or only through what is
+# compared as `run` (name of the backbone, fingerprint of the training split)
+FREE_SETTINGS = {
+    "model_args": {"backbone"},
+    "data_args": {"data_dir", "image_labels", "num_workers", "metric_classes", "max_eval_samples", "validation_split"},
+    "training_args": {
+        "output_dir",
+        "eval_steps",
+        "save_steps",
+        "save_total_limit",
+        "logging_steps",
+        "resume_from_checkpoint",
+        "report_to",
+    },
+}
+
+
+@dataclass
+class TrainerState:
+    """
+    The counters of a run; with the accelerator's state this is everything a continuation needs.
+
+    Args:
+        step (`int`, *optional*, defaults to 0):
+            Optimizer steps done.
+        elapsed_seconds (`float`, *optional*, defaults to 0.0):
+            Time in the loop, evaluations included, summed over continuations.
+        best_metric (`float`, *optional*):
+            Best mean IoU of the segmentation so far, in [0, 1].
+        best_step (`int`, *optional*):
+            Step of `best_metric`.
+        history (`list[dict]`, *optional*, defaults to `[]`):
+            What was logged, oldest first; each entry has its `step`.
+    """
+
+    step: int = 0
+    elapsed_seconds: float = 0.0
+    best_metric: float | None = None
+    best_step: int | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_text(path: Path, text: str) -> None:
+    """
+    Writes a text file through a temporary neighbour, so that the file is never seen half-written.
+
+    Args:
+        path (`Path`):
+            The file; its folder is made if needed.
+        text (`str`):
+            Its content.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """
+    Writes a JSON file as [`write_text`] writes text.
+
+    Args:
+        path (`Path`):
+            The file; its folder is made if needed.
+        data (`Any`):
+            Mappings, lists, text and numbers. NaN and infinities, which JSON has no word for, become `null`.
+    """
+    write_text(path, json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """
+    Reads a JSON file that a run wrote.
+
+    Args:
+        path (`Path`):
+            The file.
+
+    Returns:
+        `Any`: its content.
+
+    Raises:
+        InvalidArguments: if it is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise InvalidArguments(f"{path} cannot be read ({error}): choose another checkpoint.") from error
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """
+    The complete checkpoints of a run.
+
+    Args:
+        output_dir (`Path`):
+            Folder of the run; it need not exist.
+
+    Returns:
+        `list[Path]`: folders `checkpoint-<step>`, lowest step first.
+    """
+    if not output_dir.is_dir():
+        return []
+    found = [(CHECKPOINT_NAME.fullmatch(path.name), path) for path in output_dir.iterdir()]
+    complete = [(int(match[1]), path) for match, path in found if match and (path / STATE_FILE).is_file()]
+    return [path for _, path in sorted(complete)]
+
+
+def find_resume_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
+    """
+    Decides what a run starts from.
+
+    Args:
+        output_dir (`Path`):
+            Folder of the run.
+        resume_from_checkpoint (`str`, *optional*):
+            `None`, `"latest"` or a checkpoint folder.
+
+    Returns:
+        `Path` or `None`: the checkpoint to continue from, `None` for a fresh run.
+
+    Raises:
+        InvalidArguments: if a fresh run would write into a folder that holds another run or is no folder, or the
+            named checkpoint is not there.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InvalidArguments(f"The output folder {output_dir} is a file: choose another `output_dir`.")
+    checkpoints = list_checkpoints(output_dir)
+    if resume_from_checkpoint is None:
+        if checkpoints or (output_dir / ARGUMENTS_FILE).exists() or (output_dir / "config.json").exists():
+            raise InvalidArguments(
+                f"The output folder {output_dir} already holds a run: choose another `output_dir`, or continue it with "
+                "`--resume_from_checkpoint latest`."
+            )
+        return None
+    if resume_from_checkpoint == "latest":
+        if not checkpoints:
+            raise InvalidArguments(
+                f"The output folder {output_dir} holds no checkpoint to resume from: start without "
+                "`--resume_from_checkpoint`, in an empty folder."
+            )
+        return checkpoints[-1]
+    checkpoint = Path(resume_from_checkpoint)
+    if not (checkpoint / STATE_FILE).is_file():
+        raise InvalidArguments(
+            f"{checkpoint} is not a checkpoint of a run ({STATE_FILE} is missing): give a folder `checkpoint-<step>` "
+            "or `latest`."
+        )
+    own = [path.resolve() for path in checkpoints]
+    others = checkpoint.resolve() not in own and (own or (output_dir / ARGUMENTS_FILE).exists())
+    if others:
+        raise InvalidArguments(
+            f"The output folder {output_dir} already holds a run that {checkpoint} is not part of: choose another "
+            "`output_dir`."
+        )
+    return checkpoint
+
+
+def differing_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """
+    Compares the settings of a checkpoint with those of the run that would continue it.
+
+    Args:
+        saved (`Mapping`):
+            Content of the checkpoint's `training_args.json`.
+        current (`Mapping`):
+            The same of this run.
+
+    Returns:
+        `list[str]`: one entry `name (then → now)` per setting that weights depend on and that differs.
+    """
+    differing = []
+    current = _finite(current)
+    for group in ("model_args", "data_args", "training_args", "run"):
+        then, now = saved[group], current[group]
+        for name in sorted(set(then) | set(now)):
+            if name not in FREE_SETTINGS.get(group, ()) and then.get(name) != now.get(name):
+                differing.append(f"{name} ({then.get(name)} → {now.get(name)})")
+    if saved["class_names"] != current["class_names"]:
+        differing.append("the class list")
+    return differing
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    output_dir: Path,
+    state: TrainerState,
+    arguments: Mapping[str, Any],
+    save_total_limit: int | None = None,
+) -> Path:
+    """
+    Saves weights, optimizer, scheduler, random states and counters as `checkpoint-<step>`. The folder gets its name
+    only when everything in it is written; older checkpoints beyond the limit go after that. Every process calls this.
+
+    Args:
+        accelerator (`Accelerator`):
+            Holds what was prepared for training.
+        output_dir (`Path`):
+            Folder of the run.
+        state ([`TrainerState`]):
+            The counters.
+        arguments (`Mapping`):
+            Content of `training_args.json`, kept beside the weights for the check when resuming.
+        save_total_limit (`int`, *optional*):
+            Number of checkpoints to keep; `None` keeps all.
+
+    Returns:
+        `Path`: the checkpoint folder.
+    """
+    folder = output_dir / f"checkpoint-{state.step}"
+    temporary = folder.with_name(folder.name + ".tmp")
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary))
+    if accelerator.is_main_process:
+        write_json(temporary / ARGUMENTS_FILE, arguments)
+        write_json(temporary / STATE_FILE, asdict(state))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+        if save_total_limit is not None:
+            for old in list_checkpoints(output_dir)[:-save_total_limit]:
+                # after resuming from an early checkpoint the newest one need not have the highest step
+                if old != folder:
+                    shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    """
+    Reads the counters of a checkpoint; the rest is `accelerator.load_state`'s.
+
+    Args:
+        checkpoint (`Path`):
+            The checkpoint folder.
+
+    Returns:
+        [`TrainerState`]
+
+    Raises:
+        InvalidArguments: if the counters cannot be read.
+    """
+    return TrainerState(**read_json(checkpoint / STATE_FILE))
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """
+    Removes what an interrupted write left behind.
+
+    Args:
+        output_dir (`Path`):
+            Folder of the run; it need not exist.
+    """
+    for folder in (output_dir, output_dir / "best"):
+        for path in list(folder.glob("*.tmp")):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    if (output_dir / "best").is_dir() and not any((output_dir / "best").iterdir()):
+        (output_dir / "best").rmdir()
+
+
+def save_model_folder(
+    folder: Path,
+    model: SynerNetForWeaklySupervisedSegmentation,
+    processor: SynerNetImageProcessor,
+    json_files: Sequence[tuple[str, Any]] = (),
+) -> None:
+    """
+    Writes a folder that `from_pretrained` reads. Files are made in a temporary folder and moved into place one by
+    one, so that a reader finds each of them whole.
+
+    Args:
+        folder (`Path`):
+            The folder; may hold other things and an older model.
+        model ([`SynerNetForWeaklySupervisedSegmentation`]):
+            The unwrapped model.
+        processor ([`SynerNetImageProcessor`]):
+            Its image processor.
+        json_files (`Sequence[tuple[str, Any]]`, *optional*, defaults to `()`):
+            Names and contents of JSON files to write beside it.
+    """
+    temporary = folder / "model.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model.save_pretrained(temporary)
+    processor.save_pretrained(temporary)
+    for path in temporary.iterdir():
+        os.replace(path, folder / path.name)
+    temporary.rmdir()
+    for name, data in json_files:
+        write_json(folder / name, data)
+
+
+__all__ = [
+    "ARGUMENTS_FILE",
+    "STATE_FILE",
+    "TrainerState",
+    "differing_settings",
+    "find_resume_checkpoint",
+    "list_checkpoints",
+    "read_json",
+    "read_state",
+    "remove_unfinished",
+    "save_checkpoint",
+    "save_model_folder",
+    "write_json",
+    "write_text",
+]

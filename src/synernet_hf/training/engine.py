@@ -1,0 +1,766 @@
+"""The only training loop: setup → validate_arguments → build_run → fit → finish."""
+
+import dataclasses
+import hashlib
+import math
+import platform
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import datasets
+import torch
+import transformers
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.utils import ProjectConfiguration, set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoConfig
+
+from synernet_hf.data import (
+    PhotometricAugmentation,
+    StreamBatchSampler,
+    SynerNetDataCollator,
+    TrainDataset,
+    TrainTransform,
+    check_dataset,
+    class_names,
+    id2label_from,
+    load_wsss_dataset,
+)
+from synernet_hf.model import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+from synernet_hf.model_card import SynerNetModelCardData, generate_model_card
+from synernet_hf.training.arguments import (
+    DataArguments,
+    InvalidArguments,
+    ModelArguments,
+    SynerNetTrainingArguments,
+)
+from synernet_hf.training.checkpoints import (
+    ARGUMENTS_FILE,
+    TrainerState,
+    differing_settings,
+    find_resume_checkpoint,
+    list_checkpoints,
+    read_json,
+    read_state,
+    remove_unfinished,
+    save_checkpoint,
+    save_model_folder,
+    write_json,
+    write_text,
+)
+from synernet_hf.training.evaluation import evaluate_model
+from synernet_hf.training.optimization import LossWeightSchedule, learning_rate_multiplier, parameter_groups
+
+
+# what the validation of the arguments may meet in loaders and configs: missing files and values that do not fit
+INPUT_ERRORS = (OSError, ValueError, TypeError)
+MODEL_FIELDS = set(SynerNetConfig.__annotations__) - {"backbone_config"}
+
+
+@dataclass
+class TrainingRun:
+    """
+    Everything the acts after `build_run` share.
+
+    Args:
+        accelerator (`Accelerator`): devices, processes, precision.
+        model (`torch.nn.Module`): the prepared model.
+        optimizer (`torch.optim.Optimizer`): AdamW, prepared.
+        scheduler (`torch.optim.lr_scheduler.LRScheduler`): prepared; one step per optimizer step.
+        loader (`DataLoader`): the rest of the training stream, this process's share.
+        augmentation ([`~synernet_hf.data.PhotometricAugmentation`]): uint8 pictures → normalised ones.
+        loss_weights ([`LossWeightSchedule`]): share of the run → weight of each loss.
+        processor ([`SynerNetImageProcessor`]): saved with the model and used in evaluation.
+        splits (`datasets.DatasetDict`): `train`, and `validation` where there is one.
+        data_args ([`DataArguments`]): as given.
+        training_args ([`SynerNetTrainingArguments`]): as given.
+        record (`dict`): content of `training_args.json`.
+        state ([`TrainerState`]): the counters.
+        results (`dict`, *optional*, defaults to `{}`): of the latest evaluation.
+    """
+
+    accelerator: Accelerator
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    loader: DataLoader
+    augmentation: PhotometricAugmentation
+    loss_weights: LossWeightSchedule
+    processor: SynerNetImageProcessor
+    splits: datasets.DatasetDict
+    data_args: DataArguments
+    training_args: SynerNetTrainingArguments
+    record: dict[str, Any]
+    state: TrainerState
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def output_dir(self) -> Path:
+        """`Path`: folder of the run."""
+        return Path(self.training_args.output_dir)
+
+    @property
+    def bare_model(self) -> SynerNetForWeaklySupervisedSegmentation:
+        """[`SynerNetForWeaklySupervisedSegmentation`]: the model without its distributed wrapper."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def can_evaluate(self) -> bool:
+        """`bool`: the validation split exists and has masks."""
+        return "validation" in self.splits and "mask" in self.splits["validation"].column_names
+
+
+class LossMeter:
+    """Collects loss terms as device tensors and reads them together, so that most steps never wait for the device."""
+
+    def __init__(self):
+        self.steps: list[int] = []
+        self.terms: list[dict[str, torch.Tensor]] = []
+
+    def add(self, step: int, loss: torch.Tensor, loss_dict: dict[str, torch.Tensor]) -> None:
+        """Keeps the loss and its terms (scalars) of a forward pass made at `step`."""
+        self.steps.append(step)
+        self.terms.append({"loss": loss.detach(), **loss_dict})
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """
+        Averages over passes and processes and starts anew; the one place where a step waits for the device.
+
+        Returns:
+            `dict[str, float]`: mean of each term over the passes that had it; empty if nothing was added.
+
+        Raises:
+            FloatingPointError: if a value is not finite; every process raises, because all read the same numbers.
+        """
+        if not self.steps:
+            return {}
+        names = list(dict.fromkeys(name for terms in self.terms for name in terms))
+        zero = torch.zeros_like(self.terms[0]["loss"], dtype=torch.float32)
+        rows = torch.stack([torch.stack([terms.get(name, zero).float() for name in names]) for terms in self.terms])
+        values = accelerator.reduce(rows, reduction="mean").tolist()
+        for step, row in zip(self.steps, values, strict=True):
+            broken = [name for name, value in zip(names, row, strict=True) if not math.isfinite(value)]
+            if broken:
+                raise FloatingPointError(
+                    f"The loss is not finite at step {step} ({', '.join(broken)}): try a smaller learning_rate, "
+                    "bf16 or full precision."
+                )
+        means = {}
+        for column, name in enumerate(names):
+            present = [row[column] for row, terms in zip(values, self.terms, strict=True) if name in terms]
+            means[name] = sum(present) / len(present)
+        self.steps, self.terms = [], []
+        return means
+
+
+def train(
+    model_args: ModelArguments, data_args: DataArguments, training_args: SynerNetTrainingArguments
+) -> dict[str, dict[str, Any]]:
+    """
+    Trains a SynerNet from image-level labels and leaves a complete folder behind: model, processor, model card,
+    `training_args.json`, `eval_results.json` (where the validation split has masks), the best evaluated model in
+    `best/`, checkpoints and logs. No mask of a training picture is opened.
+
+    Args:
+        model_args ([`ModelArguments`]):
+            What is trained.
+        data_args ([`DataArguments`]):
+            On what.
+        training_args ([`SynerNetTrainingArguments`]):
+            How.
+
+    Returns:
+        `dict[str, dict]`: what [`evaluate_model`] says of the final weights (nothing where there are no masks), and
+        under `"training"` the step, minutes, and the last logged losses.
+
+    Raises:
+        InvalidArguments: with one sentence per problem, before any work and before the output folder is made.
+        FloatingPointError: if a loss or weight becomes NaN or infinite; the last checkpoint stays good.
+    """
+    accelerator = setup(training_args)
+    splits = validate_arguments(model_args, data_args, training_args, accelerator)
+    run = build_run(model_args, data_args, training_args, accelerator, splits)
+    with _stop_cleanly(run):
+        fit(run)
+        results = finish(run)
+    accelerator.end_training()
+    return results
+
+
+def setup(training_args: SynerNetTrainingArguments) -> Accelerator:
+    """
+    Brings up processes and devices and seeds every random generator; touches no file.
+
+    Args:
+        training_args ([`SynerNetTrainingArguments`]):
+            Precision, accumulation, seed and tracker.
+
+    Returns:
+        `Accelerator`
+
+    Raises:
+        InvalidArguments: if the training arguments contradict themselves.
+    """
+    problems = training_args.problems()
+    if problems:
+        raise InvalidArguments("\n".join(problems))
+    output_dir = Path(training_args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=training_args.mixed_precision,
+        gradient_accumulation_steps=training_args.gradient_accumulation_steps,
+        log_with=None if training_args.report_to == "none" else training_args.report_to,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        # otherwise accelerate steps the scheduler once per process, and the rate would depend on their number
+        step_scheduler_with_optimizer=False,
+        # a loss term of weight 0 is skipped, so decoder and projection head get no gradient before their gates open
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    # every process draws its own random classes and colours; weights are made equal by the distributed wrapper
+    set_seed(training_args.seed, device_specific=True)
+    return accelerator
+
+
+def validate_arguments(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: SynerNetTrainingArguments,
+    accelerator: Accelerator,
+) -> datasets.DatasetDict:
+    """
+    Looks for everything that would make the run fail later, and raises once. Writes nothing.
+
+    Args:
+        model_args ([`ModelArguments`]):
+            What is trained.
+        data_args ([`DataArguments`]):
+            On what.
+        training_args ([`SynerNetTrainingArguments`]):
+            How.
+        accelerator (`Accelerator`):
+            The processes; all of them come to the same verdict.
+
+    Returns:
+        `datasets.DatasetDict`: the data, which had to be loaded to be checked.
+
+    Raises:
+        InvalidArguments: with one sentence per problem, one per line.
+    """
+    problems = training_args.problems()
+    if data_args.num_workers < 0:
+        problems.append(f"`num_workers` must not be negative, got {data_args.num_workers}.")
+    if data_args.max_eval_samples is not None and data_args.max_eval_samples < 1:
+        problems.append(f"`max_eval_samples` must be at least 1, got {data_args.max_eval_samples}.")
+    splits, names = None, None
+    try:
+        splits = load_data(data_args)
+        names = class_names(splits)
+        check_dataset(splits)
+    except INPUT_ERRORS as error:
+        problems.append(str(error))
+    if names is not None:
+        unknown = [name for name in data_args.metric_classes or () if name not in names]
+        if unknown:
+            problems.append(f"`metric_classes` has unknown names {', '.join(unknown)}; known are {', '.join(names)}.")
+    problems += _model_problems(model_args, training_args.crop_size, names)
+    checkpoint = None
+    try:
+        checkpoint = find_resume_checkpoint(Path(training_args.output_dir), training_args.resume_from_checkpoint)
+    except InvalidArguments as error:
+        problems.append(str(error))
+    if checkpoint is not None and not problems:
+        current = _run_record(model_args, data_args, training_args, accelerator, splits)
+        differing = differing_settings(read_json(checkpoint / ARGUMENTS_FILE), current)
+        if differing:
+            problems.append(
+                f"{checkpoint} was made with other settings: {', '.join(differing)}. Resume with the same ones, or "
+                "start a new run in another `output_dir`."
+            )
+    if problems:
+        raise InvalidArguments("\n".join(problems))
+    # no process may make the output folder while another still looks whether it is free
+    accelerator.wait_for_everyone()
+    return splits
+
+
+def load_data(data_args: DataArguments) -> datasets.DatasetDict:
+    """
+    Loads the data that the arguments name.
+
+    Args:
+        data_args ([`DataArguments`]):
+            Name, folder, splits, labels and options.
+
+    Returns:
+        `datasets.DatasetDict`: splits `train` and `validation`.
+
+    Raises:
+        ValueError: if the name or an option is unknown, or the data does not hold together.
+        FileNotFoundError: if a file is missing.
+    """
+    return load_wsss_dataset(
+        data_args.dataset,
+        data_dir=data_args.data_dir,
+        image_labels=data_args.image_labels,
+        train_split=data_args.train_split,
+        validation_split=data_args.validation_split,
+        dataset_options=data_args.dataset_options,
+    )
+
+
+def _model_problems(model_args: ModelArguments, crop_size: int, names: list[str] | None) -> list[str]:
+    """Says what is wrong with the model arguments, without making a model."""
+    if (model_args.backbone is None) == (model_args.backbone_config is None):
+        got = "neither" if model_args.backbone is None else "both"
+        return [f"Give either `backbone` (pretrained) or `backbone_config` (random weights), got {got}."]
+    if model_args.backbone is None and model_args.backbone_overrides:
+        return ["`backbone_overrides` goes with `backbone` only: write its fields into `backbone_config`."]
+    problems = []
+    named_labels = {"num_labels", "id2label", "label2id"} & set(model_args.model_config)
+    unknown = sorted(set(model_args.model_config) - MODEL_FIELDS - named_labels)
+    if unknown:
+        problems.append(
+            f"`model_config` has unknown fields {', '.join(unknown)}; known are {', '.join(sorted(MODEL_FIELDS))}."
+        )
+    if named_labels:
+        problems.append(
+            f"`model_config` sets {', '.join(sorted(named_labels))}, but the labels come from the data set: leave it out."
+        )
+    try:
+        config = model_config_from(model_args, names or ["background", "object"])
+    except (*INPUT_ERRORS, KeyError, AttributeError) as error:
+        source = model_args.backbone or "`backbone_config`"
+        return [*problems, f"No model can be made of {source} and `model_config`: {error}"]
+    if crop_size < config.patch_size:
+        problems.append(f"`crop_size` is {crop_size}, smaller than a patch of {config.patch_size} pixels: enlarge it.")
+    return problems
+
+
+def model_config_from(model_args: ModelArguments, names: list[str]) -> SynerNetConfig:
+    """
+    The configuration that the model of these arguments will have.
+
+    Args:
+        model_args ([`ModelArguments`]):
+            Encoder and fields.
+        names (`list[str]`):
+            Class names, background first.
+
+    Returns:
+        [`SynerNetConfig`]
+
+    Raises:
+        OSError: if the pretrained encoder cannot be found.
+        ValueError: if a field has a value it cannot have.
+    """
+    if model_args.backbone is not None:
+        backbone_config = AutoConfig.from_pretrained(model_args.backbone, **model_args.backbone_overrides)
+    else:
+        backbone_config = AutoConfig.for_model(**model_args.backbone_config)
+    fields = {name: value for name, value in model_args.model_config.items() if name in MODEL_FIELDS}
+    return SynerNetConfig(backbone_config=backbone_config, id2label=id2label_from(names), **fields)
+
+
+def _run_record(model_args, data_args, training_args, accelerator: Accelerator, splits) -> dict[str, Any]:
+    """Content of `training_args.json`: the arguments, and under `run` what else the weights depend on."""
+    train_split = splits["train"]
+    digest = hashlib.sha256()
+    for image_id, labels in zip(train_split["image_id"], train_split["image_labels"], strict=True):
+        digest.update(f"{image_id}:{''.join(map(str, labels))};".encode())
+    return {
+        "model_args": dataclasses.asdict(model_args),
+        "data_args": dataclasses.asdict(data_args),
+        "training_args": dataclasses.asdict(training_args),
+        "class_names": class_names(splits),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+            "datasets": datasets.__version__,
+        },
+        "run": {
+            "backbone_name": Path(model_args.backbone).name if model_args.backbone else None,
+            "data_fingerprint": digest.hexdigest()[:16],
+            "num_train": len(train_split),
+            "num_processes": accelerator.num_processes,
+            "mixed_precision": accelerator.mixed_precision,
+        },
+    }
+
+
+def build_run(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: SynerNetTrainingArguments,
+    accelerator: Accelerator,
+    splits: datasets.DatasetDict,
+) -> TrainingRun:
+    """
+    Makes model, optimizer and data stream, restores a checkpoint if one is named, and makes the output folder.
+
+    Args:
+        model_args ([`ModelArguments`]):
+            Validated.
+        data_args ([`DataArguments`]):
+            Validated.
+        training_args ([`SynerNetTrainingArguments`]):
+            Validated.
+        accelerator (`Accelerator`):
+            From [`setup`].
+        splits (`datasets.DatasetDict`):
+            From [`validate_arguments`].
+
+    Returns:
+        [`TrainingRun`]: ready for [`fit`].
+    """
+    output_dir = Path(training_args.output_dir)
+    checkpoint = find_resume_checkpoint(output_dir, training_args.resume_from_checkpoint)
+    model = build_model(model_args, class_names(splits))
+    optimizer = torch.optim.AdamW(
+        parameter_groups(
+            model,
+            training_args.learning_rate,
+            training_args.weight_decay,
+            training_args.encoder_lr_multiplier,
+            training_args.head_lr_multiplier,
+        )
+    )
+    multiplier = partial(
+        learning_rate_multiplier, warmup_steps=training_args.warmup_steps, total_steps=training_args.max_steps
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
+    augmentation = PhotometricAugmentation(
+        model.config.image_mean,
+        model.config.image_std,
+        color_jitter=training_args.color_jitter,
+        grayscale=training_args.grayscale,
+        blur=training_args.blur,
+    ).to(accelerator.device)
+    config = model.config
+    state = TrainerState() if checkpoint is None else read_state(checkpoint)
+    loader = _train_loader(data_args, training_args, accelerator, splits["train"], state.step)
+    model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
+    record = _run_record(model_args, data_args, training_args, accelerator, splits)
+    run = TrainingRun(
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        loader=loader,
+        augmentation=augmentation,
+        loss_weights=LossWeightSchedule(config),
+        processor=SynerNetImageProcessor(
+            image_mean=list(config.image_mean), image_std=list(config.image_std), size_divisor=config.patch_size
+        ),
+        splits=splits,
+        data_args=data_args,
+        training_args=training_args,
+        record=record,
+        state=state,
+    )
+    if accelerator.is_main_process:
+        remove_unfinished(output_dir)
+        write_json(output_dir / ARGUMENTS_FILE, record)
+    if training_args.report_to != "none":
+        accelerator.init_trackers("train")
+    if checkpoint is not None:
+        # last, because it restores the random states too
+        accelerator.load_state(str(checkpoint))
+    return run
+
+
+def build_model(model_args: ModelArguments, names: list[str]) -> SynerNetForWeaklySupervisedSegmentation:
+    """
+    Makes the model, from a pretrained encoder or from random weights.
+
+    Args:
+        model_args ([`ModelArguments`]):
+            Encoder and fields.
+        names (`list[str]`):
+            Class names, background first.
+
+    Returns:
+        [`SynerNetForWeaklySupervisedSegmentation`]: in training mode, on the CPU.
+    """
+    if model_args.backbone is None:
+        model = SynerNetForWeaklySupervisedSegmentation(model_config_from(model_args, names))
+    else:
+        model = SynerNetForWeaklySupervisedSegmentation.from_backbone_pretrained(
+            model_args.backbone,
+            id2label=id2label_from(names),
+            backbone_overrides=model_args.backbone_overrides,
+            **model_args.model_config,
+        )
+    return model.train()
+
+
+def _train_loader(
+    data_args, training_args, accelerator: Accelerator, split: datasets.Dataset, step: int
+) -> DataLoader:
+    """The stream from `step` on; order, crops and mirrors depend on the position alone, so nothing is replayed."""
+    batches_per_step = training_args.gradient_accumulation_steps * accelerator.num_processes
+    sampler = StreamBatchSampler(
+        len(split),
+        training_args.per_device_batch_size,
+        num_batches=training_args.max_steps * batches_per_step,
+        seed=training_args.seed,
+        start_batch=step * batches_per_step,
+    )
+    transform = TrainTransform(
+        training_args.crop_size, tuple(training_args.scale_range), flip=training_args.flip, seed=training_args.seed
+    )
+    return DataLoader(
+        TrainDataset(split, transform),
+        batch_sampler=sampler,
+        collate_fn=SynerNetDataCollator(),
+        num_workers=data_args.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        # the loader draws a seed when it starts; from the global generator that would shift a resumed run's numbers
+        generator=torch.Generator(),
+    )
+
+
+def fit(run: TrainingRun) -> None:
+    """
+    The loop: one optimizer step after another until `max_steps`, with logs, evaluations and checkpoints in between.
+    The last step is always logged, evaluated and saved.
+
+    Args:
+        run ([`TrainingRun`]):
+            From [`build_run`]; its state moves on.
+
+    Raises:
+        FloatingPointError: see [`train`].
+    """
+    args, state, accelerator = run.training_args, run.state, run.accelerator
+    meter = LossMeter()
+    started = time.perf_counter() - state.elapsed_seconds
+    bar = tqdm(
+        total=args.max_steps,
+        initial=state.step,
+        desc="train",
+        unit="step",
+        smoothing=0.05,
+        disable=not accelerator.is_main_process,
+    )
+    run.model.train()
+    # closes before the final folder is written, so that the bar's last line stands above the messages
+    with bar:
+        for batch in run.loader:
+            loss, loss_dict = train_step(run, batch)
+            meter.add(state.step + 1, loss, loss_dict)
+            if not accelerator.sync_gradients:
+                continue
+            state.step += 1
+            bar.update()
+            is_last = state.step == args.max_steps
+            evaluates = run.can_evaluate and (is_last or state.step % args.eval_steps == 0)
+            saves = is_last or state.step % args.save_steps == 0
+            state.elapsed_seconds = time.perf_counter() - started
+            if evaluates or saves or state.step % args.logging_steps == 0:
+                log(run, meter.read(accelerator), bar)
+            if evaluates:
+                evaluate(run)
+            if saves:
+                _refuse_broken_weights(run)
+                state.elapsed_seconds = time.perf_counter() - started
+                save_checkpoint(accelerator, run.output_dir, state, run.record, args.save_total_limit)
+
+
+def train_step(run: TrainingRun, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """
+    One forward and backward pass, and the optimizer step when enough passes are accumulated.
+
+    Args:
+        run ([`TrainingRun`]):
+            The run.
+        batch (`dict[str, torch.Tensor]`):
+            `images` `(B, 3, S, S)` uint8, `labels` `(B, C)` and `valid_boxes` `(B, 4)`.
+
+    Returns:
+        `tuple[torch.Tensor, dict[str, torch.Tensor]]`: the loss and its active terms, scalars without gradient.
+    """
+    accelerator, args = run.accelerator, run.training_args
+    progress = run.state.step / args.max_steps
+    with accelerator.accumulate(run.model):
+        outputs = run.model(
+            pixel_values=run.augmentation(batch["images"]),
+            labels=batch["labels"],
+            valid_boxes=batch["valid_boxes"],
+            loss_weights=run.loss_weights(progress),
+            training_progress=progress,
+        )
+        accelerator.backward(outputs.loss)
+        if accelerator.sync_gradients and args.max_grad_norm is not None:
+            accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
+        run.optimizer.step()
+        if accelerator.sync_gradients:
+            run.scheduler.step()
+        run.optimizer.zero_grad()
+    return outputs.loss.detach(), outputs.loss_dict
+
+
+def log(run: TrainingRun, means: dict[str, float], bar: tqdm) -> None:
+    """
+    Writes the mean losses since the last log to the bar, the tracker and the run's history.
+
+    Args:
+        run ([`TrainingRun`]):
+            The run.
+        means (`dict[str, float]`):
+            From [`LossMeter.read`].
+        bar (`tqdm`):
+            The progress bar.
+    """
+    # after the scheduler's step the groups hold the next step's rates
+    rates = {group["name"]: group["lr"] for group in run.optimizer.param_groups}
+    entry = {"step": run.state.step, **means, "learning_rate": rates["encoder"]}
+    run.state.history.append(entry)
+    run.accelerator.log(
+        {f"train/{name}": value for name, value in entry.items() if name != "step"}, step=run.state.step
+    )
+    shown = {name.removeprefix("loss_"): f"{value:.3f}" for name, value in means.items()}
+    bar.set_postfix(shown | {"lr": f"{rates['encoder']:.1e}"}, refresh=False)
+
+
+def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
+    """
+    Scores the present weights on the validation split, keeps them as `best/` if no earlier ones were better.
+
+    Args:
+        run ([`TrainingRun`]):
+            The run; every process calls this.
+
+    Returns:
+        `dict[str, dict]`: see [`evaluate_model`].
+    """
+    accelerator, state = run.accelerator, run.state
+    results = evaluate_model(
+        run.bare_model,
+        run.processor,
+        run.splits["validation"],
+        class_names=run.record["class_names"],
+        metric_classes=run.data_args.metric_classes,
+        max_samples=run.data_args.max_eval_samples,
+        accelerator=accelerator,
+    )
+    run.model.train()
+    scores = {f"{kind}/mean_iou": values["mean_iou"] for kind, values in results.items()}
+    state.history.append({"step": state.step, **scores})
+    accelerator.log({f"eval/{name}": value for name, value in scores.items()}, step=state.step)
+    if accelerator.is_main_process:
+        listing = ", ".join(f"{kind} {100 * values['mean_iou']:.1f}" for kind, values in results.items())
+        tqdm.write(f"step {state.step}: mean IoU on {results['segmentation']['num_images']} pictures: {listing}")
+    metric = results["segmentation"]["mean_iou"]
+    if not math.isnan(metric) and (state.best_metric is None or metric > state.best_metric):
+        state.best_metric, state.best_step = metric, state.step
+        if accelerator.is_main_process:
+            extra = [("eval_results.json", {"step": state.step, **results}), (ARGUMENTS_FILE, run.record)]
+            save_model_folder(run.output_dir / "best", run.bare_model, run.processor, extra)
+        accelerator.wait_for_everyone()
+    run.results = results
+    return results
+
+
+def finish(run: TrainingRun) -> dict[str, dict[str, Any]]:
+    """
+    Writes the final folder: model, processor, results and card.
+
+    Args:
+        run ([`TrainingRun`]):
+            After [`fit`]; every process calls this.
+
+    Returns:
+        `dict[str, dict]`: see [`train`].
+    """
+    state, record = run.state, run.record
+    # a run that is resumed after its last step has nothing from `fit`
+    results = run.results or (evaluate(run) if run.can_evaluate else {})
+    if run.accelerator.is_main_process:
+        files = [("eval_results.json", {"step": state.step, **results})] if results else []
+        save_model_folder(run.output_dir, run.bare_model, run.processor, [*files, (ARGUMENTS_FILE, record)])
+        card = generate_model_card(
+            SynerNetModelCardData(
+                model_name=run.output_dir.resolve().name,
+                settings=record["model_args"] | record["data_args"] | record["training_args"],
+                class_names=record["class_names"],
+                num_train=record["run"]["num_train"],
+                steps=state.step,
+                minutes=state.elapsed_seconds / 60,
+                num_processes=run.accelerator.num_processes,
+                precision=run.accelerator.mixed_precision,
+                hardware=_hardware(run.accelerator),
+                versions=record["versions"],
+                results=results,
+            )
+        )
+        write_text(run.output_dir / "README.md", str(card))
+    run.accelerator.wait_for_everyone()
+    losses = next((entry for entry in reversed(state.history) if "loss" in entry), {})
+    training = {
+        "step": state.step,
+        "minutes": state.elapsed_seconds / 60,
+        "best_step": state.best_step,
+        "losses": {name: value for name, value in losses.items() if name.startswith("loss")},
+    }
+    return {**results, "training": training}
+
+
+def _hardware(accelerator: Accelerator) -> str:
+    count = f"{accelerator.num_processes} × " if accelerator.num_processes > 1 else ""
+    if accelerator.device.type == "cuda":
+        return count + torch.cuda.get_device_name(accelerator.device)
+    return f"{count}{accelerator.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def _refuse_broken_weights(run: TrainingRun) -> None:
+    """A finite loss does not vouch for its gradient, and a checkpoint must be one that training can go on from."""
+    tensors = [parameter.detach() for parameter in run.model.parameters()]
+    if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+        raise FloatingPointError(
+            f"The weights are not finite after step {run.state.step}: try a smaller learning_rate, bf16 or full "
+            "precision."
+        )
+
+
+@contextmanager
+def _stop_cleanly(run: TrainingRun) -> Iterator[None]:
+    """
+    Lets an interruption (Ctrl-C, or SIGTERM as clusters send it) end the run with nothing half-written and a word on
+    how to go on; adds the last good checkpoint to what a diverged run says.
+    """
+
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, interrupt) if in_main_thread else None
+    try:
+        yield
+    except (KeyboardInterrupt, FloatingPointError) as error:
+        for tracker in run.accelerator.trackers:
+            tracker.finish()
+        if run.accelerator.is_main_process:
+            remove_unfinished(run.output_dir)
+        checkpoints = list_checkpoints(run.output_dir)
+        last = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+        if isinstance(error, FloatingPointError):
+            raise FloatingPointError(f"{error} Training stopped; {last}.") from error
+        way_on = " (go on with --resume_from_checkpoint latest)" if checkpoints else ""
+        raise KeyboardInterrupt(f"Interrupted after step {run.state.step}; {last}{way_on}.") from error
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, previous)
+
+
+__all__ = ["LossMeter", "TrainingRun", "train", "train_step"]

@@ -1,0 +1,354 @@
+"""Scores of a model's segmentation and class activation maps on a split with masks, streaming and sharded."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypedDict, Unpack
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from synernet_hf.metrics import MeanIoU
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from datasets import Dataset
+
+    from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+
+
+CAM_KINDS = ("broad_cam", "precise_cam", "fused_cam", "broad_aux_cam", "precise_aux_cam")
+BASELINE_KINDS = ("single_scale_cam", "background_only")
+
+
+class PredictionKinds(TypedDict, total=False):
+    """
+    Which predictions [`evaluate_model`] scores beside the plain segmentation, and how.
+
+    Attributes:
+        multi_scale (`bool`, *optional*, defaults to `False`):
+            Also score the segmentation at `config.inference_scales`, elementwise maximum over the scales.
+        flip (`bool`, *optional*, defaults to `False`):
+            Also score that multi-scale segmentation with the mirror of every scale.
+        cams (`bool`, *optional*, defaults to `True`):
+            Also score the class activation maps, given the true image labels.
+        baselines (`bool`, *optional*, defaults to `False`):
+            Also score a plain single-scale CAM and a prediction of nothing but background.
+        crf (`Callable[[np.ndarray, np.ndarray], np.ndarray]`, *optional*):
+            Post-processing of the last segmentation listed, such as [`~synernet_hf.crf.DenseCRF`]: called with the
+            picture (uint8, `(height, width, 3)`) and class probabilities (float32, `(num_labels, height, width)`),
+            returns refined probabilities of the same shape. Adds a kind whose name ends in `_crf`.
+        progress (`bool`, *optional*, defaults to `False`):
+            Show a progress bar on the first process.
+    """
+
+    multi_scale: bool
+    flip: bool
+    cams: bool
+    baselines: bool
+    crf: Callable[[np.ndarray, np.ndarray], np.ndarray] | None
+    progress: bool
+
+
+@contextmanager
+def _inference_mode_of(model: torch.nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _metric_class_ids(class_names: Sequence[str], metric_classes: Sequence[str] | None) -> list[int]:
+    if metric_classes is None:
+        return list(range(len(class_names)))
+    unknown = [name for name in metric_classes if name not in class_names]
+    if unknown or not metric_classes:
+        fault = f"hold {unknown}, which the data set does not name" if unknown else "are an empty list"
+        raise ValueError(f"The metric classes {fault}; choose from {', '.join(class_names)}.")
+    return [class_names.index(name) for name in metric_classes]
+
+
+def _check_inputs(dataset: "Dataset", num_labels: int, class_names: Sequence[str], needs_labels: bool) -> None:
+    if num_labels != len(class_names):
+        raise ValueError(
+            f"The model predicts {num_labels} classes, the data set names {len(class_names)} (background included); "
+            "the two must agree, in the same order: evaluate on the data set the model was trained for."
+        )
+    if len(dataset) == 0:
+        raise ValueError("The split to evaluate on is empty; choose another split.")
+    needed = ["image", "mask", "image_labels"] if needs_labels else ["image", "mask"]
+    missing = [name for name in needed if name not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"The split to evaluate on lacks the columns {missing} (it has {list(dataset.column_names)}); use a split "
+            "with masks, such as validation."
+        )
+
+
+def _read_mask(record: dict) -> np.ndarray:
+    image, mask = record["image"], record["mask"]
+    name = record.get("image_id", "without id")
+    if mask is None:
+        raise ValueError(f"Picture {name} has no mask; every picture to evaluate on needs one: leave it out.")
+    if mask.size != image.size:
+        raise ValueError(
+            f"The mask of picture {name} is {mask.size[0]} x {mask.size[1]} (width x height), the picture "
+            f"{image.size[0]} x {image.size[1]}; equal sizes are expected."
+        )
+    ids = np.asarray(mask)
+    if ids.ndim != 2:
+        raise ValueError(
+            f"The mask of picture {name} has mode {mask.mode}; a palette or greyscale picture of ids is expected."
+        )
+    return ids.astype(np.int64)
+
+
+def segmentation_logits(
+    model: "SynerNetForWeaklySupervisedSegmentation",
+    pixel_values: torch.Tensor,
+    multi_scale: bool = False,
+    flip: bool = False,
+) -> dict[str, torch.Tensor]:
+    """
+    Segmentation logits of one batch in the forms that are reported separately.
+
+    Args:
+        model ([`SynerNetForWeaklySupervisedSegmentation`]):
+            The model, in evaluation mode.
+        pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`):
+            Normalised pictures.
+        multi_scale (`bool`, *optional*, defaults to `False`):
+            Add `"segmentation_multi_scale"`: `config.inference_scales`, no mirror (the authors' inference).
+        flip (`bool`, *optional*, defaults to `False`):
+            Add `"segmentation_multi_scale_flip"`: the same with the mirror of every scale.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Logits of shape `(batch_size, num_labels, height, width)` by kind; always
+        `"segmentation"` (scale 1, no mirror).
+    """
+    logits = {"segmentation": model.multi_scale_logits(pixel_values, scales=(1.0,), flip=False)}
+    scales = tuple(model.config.inference_scales)
+    if multi_scale:
+        logits["segmentation_multi_scale"] = model.multi_scale_logits(pixel_values, scales=scales, flip=False)
+    if flip:
+        logits["segmentation_multi_scale_flip"] = model.multi_scale_logits(pixel_values, scales=scales, flip=True)
+    return logits
+
+
+def single_scale_cams(
+    model: "SynerNetForWeaklySupervisedSegmentation", pixel_values: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """
+    The baseline CAM: mean of both branches' final-layer CAMs at scale 1 without mirror, stretched back to [0, 1].
+
+    Args:
+        model ([`SynerNetForWeaklySupervisedSegmentation`]):
+            The model, in evaluation mode.
+        pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`):
+            Normalised pictures.
+        labels (`torch.Tensor` of shape `(batch_size, num_labels - 1)`):
+            Multi-hot image labels; the maps of absent classes are zero.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, num_labels - 1, height, width)`: CAMs in [0, 1]. Each present class's map
+        is divided by its maximum, as every CAM of the method is (our choice for the mean of two).
+    """
+    cams = model.generate_cams(pixel_values, labels=labels, scales=(1.0,), flip=False)
+    mean = (cams.broad_cams + cams.precise_cams) / 2
+    return mean / (mean.amax(dim=(2, 3), keepdim=True) + 1e-5)
+
+
+class _KindScorer:
+    """Label maps of one picture for every kind asked for."""
+
+    def __init__(self, model, processor, kinds: PredictionKinds):
+        self.model = model
+        self.processor = processor
+        self.multi_scale = kinds.get("multi_scale", False)
+        self.flip = kinds.get("flip", False)
+        self.cams = kinds.get("cams", True)
+        self.baselines = kinds.get("baselines", False)
+        self.crf = kinds.get("crf")
+
+    @property
+    def names(self) -> list[str]:
+        names = ["segmentation"]
+        names += ["segmentation_multi_scale"] * self.multi_scale
+        names += ["segmentation_multi_scale_flip"] * self.flip
+        names += [f"{names[-1]}_crf"] * (self.crf is not None)
+        names += list(CAM_KINDS) * self.cams
+        names += list(BASELINE_KINDS) * self.baselines
+        return names
+
+    def __call__(self, record: dict) -> dict[str, torch.Tensor | np.ndarray]:
+        image = record["image"].convert("RGB")
+        inputs = self.processor(images=image, do_resize=False, do_center_crop=False, do_pad=False, return_tensors="pt")
+        pixel_values = inputs["pixel_values"].to(device=self.model.device)
+        logits = segmentation_logits(self.model, pixel_values, self.multi_scale, self.flip)
+        predictions = {name: values[0].argmax(dim=0) for name, values in logits.items()}
+        if self.crf is not None:
+            last = list(logits)[-1]
+            probabilities = logits[last][0].float().softmax(dim=0).cpu().numpy()
+            predictions[f"{last}_crf"] = self.crf(np.asarray(image), probabilities).argmax(axis=0)
+        if self.cams or self.baselines:
+            labels = torch.tensor([record["image_labels"]], dtype=torch.float32, device=self.model.device)
+            predictions |= self._cam_predictions(pixel_values, labels)
+        return predictions
+
+    def _cam_predictions(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        cams = {}
+        if self.cams:
+            output = self.model.generate_cams(pixel_values, labels=labels)
+            cams = {kind: output[f"{kind}s"] for kind in CAM_KINDS}
+        if self.baselines:
+            cams["single_scale_cam"] = single_scale_cams(self.model, pixel_values, labels)
+        threshold = self.model.config.background_threshold
+        predictions = {
+            kind: self.processor.post_process_class_activation_maps(maps, threshold=threshold)[0]
+            for kind, maps in cams.items()
+        }
+        if self.baselines:
+            height, width = pixel_values.shape[-2:]
+            predictions["background_only"] = torch.zeros(height, width, dtype=torch.int64)
+        return predictions
+
+
+def evaluate_model(
+    model: "SynerNetForWeaklySupervisedSegmentation",
+    processor: "SynerNetImageProcessor",
+    dataset: "Dataset",
+    *,
+    class_names: Sequence[str],
+    metric_classes: Sequence[str] | None = None,
+    max_samples: int | None = None,
+    accelerator: "Accelerator | None" = None,
+    **kinds: Unpack[PredictionKinds],
+) -> dict[str, dict]:
+    """
+    Score the segmentation and the class activation maps of a model on pictures with masks.
+
+    Every picture is taken alone at its native size. One confusion matrix per kind of prediction is kept and nothing
+    else, so memory does not grow with the split. With an accelerator each process takes every n-th picture, and the
+    matrices are summed at the end: all processes must call this function and all get the same result. CAMs are scored
+    as in the paper's tables: the true image labels, and the single threshold `config.background_threshold` (at or
+    below it, background).
+
+    Args:
+        model ([`SynerNetForWeaklySupervisedSegmentation`]):
+            The model, unwrapped, on its device. Its training mode is restored afterwards.
+        processor ([`SynerNetImageProcessor`]):
+            Turns a picture into normalised pixel values; never resizes here.
+        dataset (`datasets.Dataset`):
+            Records with `image`, `mask` (ids 0 to `K - 1`, 255 = ignore) and, for CAMs, `image_labels` (multi-hot over
+            the `K - 1` foreground classes).
+        class_names (`Sequence[str]`):
+            The `K` class names in the order of the ids, background first.
+        metric_classes (`Sequence[str]`, *optional*):
+            Names of the classes that the means are taken over. All classes when not given.
+        max_samples (`int`, *optional*):
+            Score the first so many pictures only.
+        accelerator (`accelerate.Accelerator`, *optional*):
+            Shares the pictures over its processes.
+        kinds ([`PredictionKinds`]):
+            `multi_scale`, `flip`, `cams`, `baselines`, `crf` and `progress`.
+
+    Returns:
+        `dict[str, dict]`: By kind (`"segmentation"`, `"segmentation_multi_scale"`, `"segmentation_multi_scale_flip"`,
+        the last of these + `"_crf"`, `"broad_cam"`, `"precise_cam"`, `"fused_cam"`, `"broad_aux_cam"`,
+        `"precise_aux_cam"`, `"single_scale_cam"`, `"background_only"`, as asked for) a dictionary of scores in [0, 1]:
+        `"mean_iou"`, `"recall"` and `"precision"` (means over the metric classes), `"foreground_recall"` and
+        `"foreground_precision"` (the same without background), `"mean_iou_present"` (over all classes that occur in
+        the masks), `"pixel_accuracy"`, `"per_class_iou"` (by name, `None` for a class that does not occur) and
+        `"num_images"`.
+
+    Raises:
+        ValueError: If the split is empty or lacks a column, a mask does not fit its picture or the class list, the
+            class list does not fit the model, or a metric class is unknown.
+    """
+    scorer = _KindScorer(model, processor, kinds)
+    _check_inputs(dataset, model.config.num_labels, class_names, needs_labels=scorer.cams or scorer.baselines)
+    class_ids = _metric_class_ids(list(class_names), metric_classes)
+    num_images = len(dataset) if max_samples is None else min(max_samples, len(dataset))
+    if num_images < 1:
+        raise ValueError(f"`max_samples` is {max_samples}; a positive number of pictures is expected.")
+    first, step = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    ignore_index = model.config.semantic_loss_ignore_index
+    metrics = {name: MeanIoU(model.config.num_labels, ignore_index) for name in scorer.names}
+    with _inference_mode_of(model):
+        positions = range(first, num_images, step)
+        for position in tqdm(positions, desc="evaluate", disable=not kinds.get("progress", False) or first > 0):
+            record = dataset[position]
+            mask = _read_mask(record)
+            predictions = scorer(record)
+            try:
+                for name, metric in metrics.items():
+                    metric.update(predictions[name], mask)
+            except ValueError as error:
+                raise ValueError(f"Picture {record.get('image_id', position)} cannot be scored. {error}") from error
+    if accelerator is not None:
+        for metric in metrics.values():
+            metric.reduce(accelerator)
+    return {name: _summary(metric, class_names, class_ids, num_images) for name, metric in metrics.items()}
+
+
+def _summary(metric: MeanIoU, class_names: Sequence[str], class_ids: list[int], num_images: int) -> dict:
+    chosen = metric.compute(class_ids)
+    foreground = metric.compute([class_id for class_id in class_ids if class_id > 0])
+    overall = metric.compute()
+    named_ious = zip(class_names, overall["per_class_iou"], strict=True)
+    return {
+        "mean_iou": chosen["mean_iou"],
+        "mean_iou_present": overall["mean_iou_present"],
+        "recall": chosen["recall"],
+        "precision": chosen["precision"],
+        "foreground_recall": foreground["recall"],
+        "foreground_precision": foreground["precision"],
+        "pixel_accuracy": overall["pixel_accuracy"],
+        "per_class_iou": {name: None if math.isnan(iou) else iou for name, iou in named_ious},
+        "num_images": num_images,
+    }
+
+
+def results_table(results: dict[str, dict], metric_classes: Sequence[str]) -> str:
+    """
+    Write scores as Markdown tables: the means of every kind of prediction, then the IoU of every metric class.
+
+    Args:
+        results (`dict[str, dict]`):
+            What [`evaluate_model`] returned.
+        metric_classes (`Sequence[str]`):
+            Names of the classes that its means were taken over.
+
+    Returns:
+        `str`: The tables; scores in percent, `-` where a score is not defined.
+    """
+    scores = ("mean_iou", "mean_iou_present", "recall", "precision", "foreground_recall", "foreground_precision")
+    titles = (f"mIoU ({len(metric_classes)} classes)", "mIoU (all present)", "recall", "precision")
+    titles += ("foreground recall", "foreground precision")
+    means = {kind: [values[name] for name in scores] for kind, values in results.items()}
+    classes = {kind: [values["per_class_iou"][name] for name in metric_classes] for kind, values in results.items()}
+    return _markdown("prediction", titles, means) + "\n\n" + _markdown("IoU", metric_classes, classes)
+
+
+def _markdown(corner: str, titles: Sequence[str], rows: dict[str, list[float | None]]) -> str:
+    cells = [[corner, *titles]]
+    cells += [[kind, *(_percent(value) for value in values)] for kind, values in rows.items()]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
+    lines = [
+        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        for row in [cells[0], rule, *cells[1:]]
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
+
+
+__all__ = ["PredictionKinds", "evaluate_model", "results_table", "segmentation_logits", "single_scale_cams"]

@@ -1,0 +1,209 @@
+"""Colours, overlays and caption figures made with numpy and PIL alone."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+
+# Control points of the heat map, from cold (0) to hot (1): dark, so that small values recede, then ever lighter.
+_HEAT_COLORS = ((8, 8, 32), (70, 20, 120), (190, 50, 90), (250, 140, 40), (255, 240, 170))
+
+
+def voc_palette() -> np.ndarray:
+    """
+    The colour map of PASCAL VOC: the bits of an id, three at a time, fill red, green and blue from the top bit on.
+
+    Returns:
+        `np.ndarray` of dtype uint8 and shape `(256, 3)`: RGB colour of every id; 0 is black, 255 is the pale contour
+        colour of "ignore".
+    """
+    ids = np.arange(256)
+    palette = np.zeros((256, 3), dtype=np.uint8)
+    for level in range(8):
+        for channel in range(3):
+            palette[:, channel] |= (((ids >> (3 * level + channel)) & 1) << (7 - level)).astype(np.uint8)
+    return palette
+
+
+def _checked_label_map(label_map: np.ndarray) -> np.ndarray:
+    label_map = np.asarray(label_map)
+    if label_map.ndim != 2 or not np.issubdtype(label_map.dtype, np.integer):
+        raise ValueError(
+            f"Got a label map of shape {label_map.shape} and dtype {label_map.dtype}; integers of shape (height, "
+            "width) are expected."
+        )
+    if label_map.size and not (0 <= label_map.min() and label_map.max() <= 255):
+        raise ValueError(
+            f"Got label ids from {label_map.min()} to {label_map.max()}; a palette picture holds ids from 0 to 255."
+        )
+    return label_map.astype(np.uint8)
+
+
+def _as_rgb(image: "Image.Image | np.ndarray") -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
+        raise ValueError(
+            f"Got a picture of shape {array.shape} and dtype {array.dtype}; uint8 of shape (height, width) or "
+            "(height, width, 3) is expected."
+        )
+    return Image.fromarray(array).convert("RGB")
+
+
+def palette_image(label_map: np.ndarray) -> Image.Image:
+    """
+    A label map as a palette picture, the file format of PASCAL VOC masks: the stored values are the ids themselves.
+
+    Args:
+        label_map (`np.ndarray` of integers and shape `(height, width)`):
+            Class ids, 0 to 255.
+
+    Returns:
+        `PIL.Image.Image`: Picture of mode `"P"` with the VOC palette.
+
+    Raises:
+        ValueError: If the map is not two-dimensional, not integer or holds ids outside 0 to 255.
+    """
+    image = Image.fromarray(_checked_label_map(label_map), mode="L")
+    image.putpalette(voc_palette().reshape(-1).tolist())
+    return image
+
+
+def colorize(label_map: np.ndarray) -> Image.Image:
+    """
+    Paint every class id in its VOC colour.
+
+    Args:
+        label_map (`np.ndarray` of integers and shape `(height, width)`):
+            Class ids, 0 to 255.
+
+    Returns:
+        `PIL.Image.Image`: RGB picture of the same size.
+
+    Raises:
+        ValueError: As in [`palette_image`].
+    """
+    return Image.fromarray(voc_palette()[_checked_label_map(label_map)])
+
+
+def overlay(image: "Image.Image | np.ndarray", label_map: np.ndarray, alpha: float = 0.5) -> Image.Image:
+    """
+    Lay the coloured classes over a picture; background (id 0) stays as it is.
+
+    Args:
+        image (`PIL.Image.Image` or `np.ndarray` of dtype uint8 and shape `(height, width, 3)`):
+            The picture.
+        label_map (`np.ndarray` of integers and shape `(height, width)`):
+            Class ids, 0 to 255, of the size of the picture.
+        alpha (`float`, *optional*, defaults to 0.5):
+            Opacity of the colours in [0, 1].
+
+    Returns:
+        `PIL.Image.Image`: RGB picture of the same size.
+
+    Raises:
+        ValueError: If the sizes differ or `alpha` is outside [0, 1].
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"`alpha` is {alpha}; an opacity between 0 and 1 is expected.")
+    picture = np.asarray(_as_rgb(image), dtype=np.float32)
+    label_map = _checked_label_map(label_map)
+    if picture.shape[:2] != label_map.shape:
+        raise ValueError(
+            f"The picture is {picture.shape[0]} x {picture.shape[1]} (height x width), the label map "
+            f"{label_map.shape[0]} x {label_map.shape[1]}; equal sizes are expected: resize the map first."
+        )
+    colored = voc_palette()[label_map].astype(np.float32)
+    opacity = np.where(label_map == 0, 0.0, alpha)[..., None]  # (height, width, 1)
+    return Image.fromarray(np.rint(picture * (1 - opacity) + colored * opacity).astype(np.uint8))
+
+
+def heat_map(values: np.ndarray, image: "Image.Image | np.ndarray | None" = None, alpha: float = 0.6) -> Image.Image:
+    """
+    Colour a map of values, such as a CAM or a confidence map, from dark (0) to light (1).
+
+    Args:
+        values (`np.ndarray` of floats and shape `(height, width)`):
+            Values in [0, 1]; what lies outside is clipped.
+        image (`PIL.Image.Image` or `np.ndarray` of dtype uint8 and shape `(height, width, 3)`, *optional*):
+            Picture of the same size to show through. None paints the plain heat map.
+        alpha (`float`, *optional*, defaults to 0.6):
+            Opacity of the heat map over `image` in [0, 1].
+
+    Returns:
+        `PIL.Image.Image`: RGB picture of the same size.
+
+    Raises:
+        ValueError: If `values` is not two-dimensional or the sizes differ.
+    """
+    values = np.clip(np.asarray(values, dtype=np.float32), 0.0, 1.0)
+    if values.ndim != 2:
+        raise ValueError(f"Got values of shape {values.shape}; one map of shape (height, width) is expected.")
+    stops = np.linspace(0.0, 1.0, len(_HEAT_COLORS))
+    channels = np.asarray(_HEAT_COLORS, dtype=np.float32).T
+    heat = np.stack([np.interp(values, stops, channel) for channel in channels], axis=-1)  # (height, width, 3)
+    if image is not None:
+        picture = np.asarray(_as_rgb(image), dtype=np.float32)
+        if picture.shape[:2] != values.shape:
+            raise ValueError(
+                f"The picture is {picture.shape[0]} x {picture.shape[1]} (height x width), the values "
+                f"{values.shape[0]} x {values.shape[1]}; equal sizes are expected."
+            )
+        heat = (1 - alpha) * picture + alpha * heat
+    return Image.fromarray(np.rint(heat).astype(np.uint8))
+
+
+def figure_panels(
+    rows: "Sequence[Sequence[tuple[str, Image.Image | np.ndarray]]]", panel_size: tuple[int, int] = (224, 224)
+) -> Image.Image:
+    """
+    Pictures in a grid, each with its title above.
+
+    Args:
+        rows (`Sequence[Sequence[tuple[str, PIL.Image.Image or np.ndarray]]]`):
+            One sequence of (title, picture) per row; rows may differ in length. Arrays are uint8 of shape
+            `(height, width)` or `(height, width, 3)`.
+        panel_size (`tuple[int, int]`, *optional*, defaults to `(224, 224)`):
+            Width and height in pixels that every picture is fitted into, its proportions kept.
+
+    Returns:
+        `PIL.Image.Image`: RGB figure on white.
+
+    Raises:
+        ValueError: If there is no panel.
+    """
+    if not any(len(row) for row in rows):
+        raise ValueError("Got no panel; at least one (title, picture) pair is expected.")
+    width, height = panel_size
+    margin = 8
+    font = ImageFont.load_default(size=13)
+    caption = 20
+    columns = max(len(row) for row in rows)
+    figure_size = (margin + columns * (width + margin), margin + len(rows) * (caption + height + margin))
+    figure = Image.new("RGB", figure_size, "white")
+    draw = ImageDraw.Draw(figure)
+    for i, row in enumerate(rows):
+        for j, (title, image) in enumerate(row):
+            left = margin + j * (width + margin)
+            top = margin + i * (caption + height + margin)
+            draw.text((left, top), _shortened(title, font, width), fill="black", font=font)
+            picture = _as_rgb(image)
+            scale = min(width / picture.width, height / picture.height)
+            fitted = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+            picture = picture.resize(fitted, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX)
+            offset = ((width - fitted[0]) // 2, (height - fitted[1]) // 2)
+            figure.paste(picture, (left + offset[0], top + caption + offset[1]))
+    return figure
+
+
+def _shortened(text: str, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont", width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+__all__ = ["colorize", "figure_panels", "heat_map", "overlay", "palette_image", "voc_palette"]

@@ -1,0 +1,156 @@
+"""Who may import whom, and the rules that keep `model/` exportable to the Hub as a flat folder of files."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "synernet_hf"
+FILES = sorted(SOURCE.rglob("*.py"))
+MODEL_FILES = sorted(path for path in (SOURCE / "model").glob("*.py") if path.name != "__init__.py")
+
+MAX_LINES = 550
+MAX_FUNCTION_LINES = 80
+MAX_LOOP_LINES = 120
+MAX_ARGUMENTS = 8
+
+# Per room: which other rooms of the package it may import, and which third-party roots.
+DATA_LIBRARIES = {"torch", "datasets", "PIL", "numpy", "kornia", "pycocotools", "evaluate"}
+ROOMS = {
+    "__init__": ({"model"}, set()),
+    "model": (set(), {"torch", "numpy", "PIL", "transformers", "huggingface_hub", "safetensors"}),
+    "data": (set(), DATA_LIBRARIES),
+    "metrics": (set(), DATA_LIBRARIES),
+    "visualization": (set(), DATA_LIBRARIES),
+    "crf": (set(), {"numpy", "PIL", "pydensecrf"}),
+    "export": ({"model"}, {"torch", "numpy", "onnx", "onnxruntime", "transformers"}),
+    "model_card": (set(), {"huggingface_hub", "yaml", "jinja2"}),
+    "training": (
+        {"model", "data", "metrics", "model_card"},
+        DATA_LIBRARIES | {"accelerate", "transformers", "huggingface_hub", "safetensors", "tqdm", "yaml"},
+    ),
+}
+# Inside model/: files that import no other file of the folder, and what the others may build on.
+LEAVES = {"configuration", "refinement", "loss", "image_processing", "pipeline"}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(SOURCE).as_posix()
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> list[tuple[int, str, int]]:
+    """(level of the relative import, module, line) of every import in a file, wherever it stands."""
+    found = []
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.level, node.module or "", node.lineno))
+    return found
+
+
+def test_the_package_is_found():
+    assert {"__init__.py", "model/__init__.py", "data/__init__.py"} <= {relative(path) for path in FILES}
+    assert {room_of(path) for path in FILES} <= set(ROOMS), "a new file or folder: add it to ROOMS with its rules"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_imports_point_in_allowed_directions(path):
+    room = room_of(path)
+    rooms, libraries = ROOMS[room]
+    for level, module, line in imported(path):
+        where = f"{relative(path)}:{line}"
+        assert level <= 1, f"{where} climbs with `..`: write synernet_hf.… instead"
+        if level == 1:
+            depth = len(path.relative_to(SOURCE).parts)
+            target = module.split(".")[0] if depth == 1 else room
+            assert target == room or target in rooms, f"{where} imports {target}, which {room} may not know"
+            continue
+        root, *rest = module.split(".")
+        if root == "synernet_hf":
+            assert room != "model", f"{where} imports the package: files of model/ only know their neighbours"
+            assert not rest or rest[0] == room or rest[0] in rooms, f"{where} imports {module}, which {room} may not"
+        elif root not in sys.stdlib_module_names:
+            assert root in libraries, f"{where} imports {root}, which {room} may not use"
+
+
+@pytest.mark.parametrize("path", MODEL_FILES, ids=relative)
+def test_model_files_import_named_neighbours_only(path):
+    assert path.stem.endswith("_synernet"), f"{path.name} must be called <name>_synernet.py"
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.module and re.fullmatch(r"[a-z_]+_synernet", node.module), (
+                f"{relative(path)}:{node.lineno}: only `from .<name>_synernet import …` travels to the Hub"
+            )
+            assert (SOURCE / "model" / f"{node.module}.py").is_file()
+
+
+def test_model_imports_form_a_hierarchy():
+    edges = {
+        path.stem.removesuffix("_synernet"): {
+            module.removesuffix("_synernet") for level, module, _ in imported(path) if level
+        }
+        for path in MODEL_FILES
+    }
+    for leaf in LEAVES:
+        assert edges[leaf] == set(), f"{leaf}_synernet.py must not import its neighbours, it imports {edges[leaf]}"
+    done: set[str] = set()
+    while len(done) < len(edges):
+        ready = {name for name, needs in edges.items() if name not in done and needs <= done}
+        assert ready, f"a circle among {sorted(set(edges) - done)}"
+        done |= ready
+
+
+@pytest.mark.parametrize("path", MODEL_FILES, ids=relative)
+def test_no_import_line_in_texts_of_exported_files(path):
+    # The export finds imports with regular expressions over the text, docstrings included.
+    pattern = re.compile(r"^\s*(from\s+\S+\s+import\b|import\s+\S+\s*$)", re.MULTILINE)
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" in node.value:
+            match = pattern.search(node.value)
+            assert match is None, f"{relative(path)}:{node.lineno}: reads as an import: {match.group().strip()!r}"
+
+
+@pytest.mark.parametrize("path", MODEL_FILES, ids=relative)
+def test_model_files_end_with_all(path):
+    last = parsed(path).body[-1]
+    assert isinstance(last, ast.Assign) and [target.id for target in last.targets] == ["__all__"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_words_that_are_not_used(path):
+    text = path.read_text(encoding="utf-8")
+    for word in (r"\.cuda\(", r"\btorchvision\b", r"\btimm\b"):
+        assert not re.search(word, text), f"{relative(path)} holds {word}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_sizes(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES, f"{relative(path)} has {lines} lines; split it at {MAX_LINES}"
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.FunctionDef):
+            start = node.body[1].lineno if ast.get_docstring(node) and len(node.body) > 1 else node.lineno
+            length = node.end_lineno - start + 1
+            limit = MAX_LOOP_LINES if room_of(path) == "training" else MAX_FUNCTION_LINES
+            assert length <= limit, f"{relative(path)}:{node.lineno} {node.name} has {length} lines of code"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_signatures_are_short(path):
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.FunctionDef):
+            names = [argument.arg for argument in node.args.args + node.args.kwonlyargs]
+            count = len([name for name in names if name not in ("self", "cls")])
+            assert count <= MAX_ARGUMENTS, f"{relative(path)}:{node.lineno} {node.name} takes {count} arguments"

@@ -1,0 +1,85 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from synernet_hf.visualization import colorize, figure_panels, heat_map, overlay, palette_image, voc_palette
+
+
+LABEL_MAP = np.array([[0, 1, 2], [15, 20, 255]])
+
+
+def test_palette_is_that_of_pascal_voc():
+    palette = voc_palette()
+    assert palette.shape == (256, 3) and palette.dtype == np.uint8
+    # colours of background, aeroplane, bicycle, bird, person, tvmonitor and the contour in the devkit's masks
+    expected = {
+        0: (0, 0, 0),
+        1: (128, 0, 0),
+        2: (0, 128, 0),
+        3: (128, 128, 0),
+        15: (192, 128, 128),
+        20: (0, 64, 128),
+        255: (224, 224, 192),
+    }
+    for class_id, color in expected.items():
+        assert tuple(palette[class_id]) == color
+    assert len({tuple(color) for color in palette}) == 256
+
+
+def test_palette_picture_keeps_ids_and_shows_colours(tmp_path):
+    palette_image(LABEL_MAP).save(tmp_path / "mask.png")
+    with Image.open(tmp_path / "mask.png") as mask:
+        assert mask.mode == "P"
+        assert np.array_equal(np.asarray(mask), LABEL_MAP)
+        assert np.array_equal(np.asarray(mask.convert("RGB")), np.asarray(colorize(LABEL_MAP)))
+
+
+def test_overlay_leaves_background_and_blends_the_rest():
+    picture = np.full((2, 3, 3), 100, dtype=np.uint8)
+    result = np.asarray(overlay(picture, LABEL_MAP, alpha=0.5)).astype(int)
+    assert (result[0, 0] == 100).all()
+    assert result[0, 1].tolist() == [114, 50, 50]
+    assert np.array_equal(np.asarray(overlay(picture, LABEL_MAP, alpha=0.0)), picture)
+    opaque = np.asarray(overlay(Image.fromarray(picture), LABEL_MAP, alpha=1.0))
+    assert np.array_equal(opaque[1], np.asarray(colorize(LABEL_MAP))[1])
+
+
+def test_heat_map_grows_lighter_with_the_value_and_clips():
+    heat = np.asarray(heat_map(np.array([[-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 2.0]]))).astype(int).sum(axis=-1)[0]
+    assert (np.diff(heat[1:-1]) > 0).all()
+    assert heat[0] == heat[1] and heat[-1] == heat[-2]
+
+
+def test_heat_map_over_a_picture_lets_it_show_through():
+    picture = np.zeros((1, 1, 3), dtype=np.uint8)
+    plain = np.asarray(heat_map(np.ones((1, 1)))).astype(int)
+    over = np.asarray(heat_map(np.ones((1, 1)), picture, alpha=0.5)).astype(int)
+    assert np.abs(over - plain / 2).max() <= 1
+
+
+def test_figure_has_room_for_every_panel_and_paints_all_of_them():
+    red, blue = (Image.new("RGB", (40, 20), color) for color in ("red", "blue"))
+    one = figure_panels([[("red", red)]], panel_size=(30, 30))
+    figure = figure_panels([[("red", red), ("a very long title that cannot fit", blue)], [("blue", blue)]], (30, 30))
+    assert figure.width > one.width and figure.height > one.height
+    pixels = np.asarray(figure).reshape(-1, 3)
+    assert (pixels == (255, 0, 0)).all(axis=1).sum() == 30 * 15
+    assert (pixels == (0, 0, 255)).all(axis=1).sum() == 2 * 30 * 15
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: colorize(np.zeros((2, 2))), "integers"),
+        (lambda: colorize(np.full((2, 2), 256)), "0 to 255"),
+        (lambda: overlay(np.zeros((2, 2, 3), np.uint8), np.zeros((2, 3), int)), "equal sizes"),
+        (lambda: overlay(np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2), int), alpha=2), "between 0 and 1"),
+        (lambda: overlay(np.zeros((2, 2, 3)), np.zeros((2, 2), int)), "uint8"),
+        (lambda: heat_map(np.zeros((1, 2, 2))), "one map"),
+        (lambda: heat_map(np.zeros((2, 2)), np.zeros((3, 3, 3), np.uint8)), "equal sizes"),
+        (lambda: figure_panels([[]]), "no panel"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()
