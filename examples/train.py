@@ -13,6 +13,8 @@ to resume is told in docs/training.md.
 
 import sys
 
+from transformers.utils import logging
+
 from synernet_hf.training import InvalidArguments, parse_arguments, train
 
 
@@ -27,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         `int`: exit status: 0 done, 1 diverged, 2 input refused, 130 interrupted.
     """
+    # saving has its own bar, which would break into that of the training
+    logging.disable_progress_bar()
     try:
         model_args, data_args, training_args = parse_arguments(argv)
         results = train(model_args, data_args, training_args)

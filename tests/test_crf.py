@@ -31,6 +31,7 @@ def test_noise_is_cleaned_along_the_contour_of_the_picture():
     truth = np.zeros((height, width), dtype=int)
     truth[:, width // 2 :] = 1
     image = np.where(truth[..., None] == 1, 200, 40).astype(np.uint8).repeat(3, axis=2)
+    image.flags.writeable = False  # as arrays of PIL pictures are
     noisy = np.where(np.random.default_rng(0).random(truth.shape) < 0.2, 1 - truth, truth)
     probabilities = np.stack([np.where(noisy == 0, 0.7, 0.3), np.where(noisy == 1, 0.7, 0.3)]).astype(np.float32)
     refined = DenseCRF()(image, probabilities)

@@ -76,10 +76,11 @@ class DenseCRF:
         unary = -np.log(np.clip(probabilities, 1e-5, 1.0)).reshape(num_labels, -1)  # (num_labels, height * width)
         field.setUnaryEnergy(np.ascontiguousarray(unary, dtype=np.float32))
         field.addPairwiseGaussian(sxy=self.gaussian_sxy, compat=self.gaussian_compat)
+        # a copy, because the arrays of PIL pictures are read-only and the extension refuses those
         field.addPairwiseBilateral(
             sxy=self.bilateral_sxy,
             srgb=self.bilateral_srgb,
-            rgbim=np.ascontiguousarray(image),
+            rgbim=np.array(image, order="C"),
             compat=self.bilateral_compat,
         )
         refined = field.inference(self.num_iterations)

@@ -181,21 +181,25 @@ def figure_panels(
     font = ImageFont.load_default(size=13)
     caption = 20
     columns = max(len(row) for row in rows)
-    figure_size = (margin + columns * (width + margin), margin + len(rows) * (caption + height + margin))
-    figure = Image.new("RGB", figure_size, "white")
+    fitted = [[(title, _fitted(_as_rgb(image), width, height)) for title, image in row] for row in rows]
+    row_heights = [max((image.height for _, image in row), default=0) for row in fitted]
+    figure_height = margin + sum(caption + row_height + margin for row_height in row_heights)
+    figure = Image.new("RGB", (margin + columns * (width + margin), figure_height), "white")
     draw = ImageDraw.Draw(figure)
-    for i, row in enumerate(rows):
+    top = margin
+    for row, row_height in zip(fitted, row_heights, strict=True):
         for j, (title, image) in enumerate(row):
             left = margin + j * (width + margin)
-            top = margin + i * (caption + height + margin)
             draw.text((left, top), _shortened(title, font, width), fill="black", font=font)
-            picture = _as_rgb(image)
-            scale = min(width / picture.width, height / picture.height)
-            fitted = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-            picture = picture.resize(fitted, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX)
-            offset = ((width - fitted[0]) // 2, (height - fitted[1]) // 2)
-            figure.paste(picture, (left + offset[0], top + caption + offset[1]))
+            figure.paste(image, (left, top + caption))
+        top += caption + row_height + margin
     return figure
+
+
+def _fitted(image: Image.Image, width: int, height: int) -> Image.Image:
+    scale = min(width / image.width, height / image.height)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX)
 
 
 def _shortened(text: str, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont", width: int) -> str:

@@ -212,6 +212,27 @@ def differing_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> 
     return differing
 
 
+def refuse_other_settings(checkpoint: Path, current: Mapping[str, Any]) -> None:
+    """
+    Makes sure that a run can go on from a checkpoint.
+
+    Args:
+        checkpoint (`Path`):
+            The checkpoint folder.
+        current (`Mapping`):
+            Content of this run's `training_args.json`.
+
+    Raises:
+        InvalidArguments: if a setting that weights depend on differs; the sentence names all that do.
+    """
+    differing = differing_settings(read_json(checkpoint / ARGUMENTS_FILE), current)
+    if differing:
+        raise InvalidArguments(
+            f"{checkpoint} was made with other settings: {', '.join(differing)}. Resume with the same ones, or start a "
+            "new run in another `output_dir`."
+        )
+
+
 def save_checkpoint(
     accelerator: Accelerator,
     output_dir: Path,
@@ -338,6 +359,7 @@ __all__ = [
     "list_checkpoints",
     "read_json",
     "read_state",
+    "refuse_other_settings",
     "remove_unfinished",
     "save_checkpoint",
     "save_model_folder",

@@ -1,7 +1,5 @@
-"""The only training loop: setup → validate_arguments → build_run → fit → finish."""
+"""The only training loop: validate_arguments → setup → build_run → fit → finish."""
 
-import dataclasses
-import hashlib
 import math
 import platform
 import signal
@@ -14,15 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import datasets
 import torch
-import transformers
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.utils import ProjectConfiguration, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoConfig
 
 from synernet_hf.data import (
     PhotometricAugmentation,
@@ -30,27 +25,23 @@ from synernet_hf.data import (
     SynerNetDataCollator,
     TrainDataset,
     TrainTransform,
-    check_dataset,
     class_names,
     id2label_from,
-    load_wsss_dataset,
 )
-from synernet_hf.model import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.model_card import SynerNetModelCardData, generate_model_card
 from synernet_hf.training.arguments import (
     DataArguments,
-    InvalidArguments,
     ModelArguments,
     SynerNetTrainingArguments,
 )
 from synernet_hf.training.checkpoints import (
     ARGUMENTS_FILE,
     TrainerState,
-    differing_settings,
     find_resume_checkpoint,
     list_checkpoints,
-    read_json,
     read_state,
+    refuse_other_settings,
     remove_unfinished,
     save_checkpoint,
     save_model_folder,
@@ -58,12 +49,9 @@ from synernet_hf.training.checkpoints import (
     write_text,
 )
 from synernet_hf.training.evaluation import evaluate_model
+from synernet_hf.training.monitoring import LossMeter
 from synernet_hf.training.optimization import LossWeightSchedule, learning_rate_multiplier, parameter_groups
-
-
-# what the validation of the arguments may meet in loaders and configs: missing files and values that do not fit
-INPUT_ERRORS = (OSError, ValueError, TypeError)
-MODEL_FIELDS = set(SynerNetConfig.__annotations__) - {"backbone_config"}
+from synernet_hf.training.validation import model_config_from, run_record, validate_arguments
 
 
 @dataclass
@@ -119,49 +107,6 @@ class TrainingRun:
         return "validation" in self.splits and "mask" in self.splits["validation"].column_names
 
 
-class LossMeter:
-    """Collects loss terms as device tensors and reads them together, so that most steps never wait for the device."""
-
-    def __init__(self):
-        self.steps: list[int] = []
-        self.terms: list[dict[str, torch.Tensor]] = []
-
-    def add(self, step: int, loss: torch.Tensor, loss_dict: dict[str, torch.Tensor]) -> None:
-        """Keeps the loss and its terms (scalars) of a forward pass made at `step`."""
-        self.steps.append(step)
-        self.terms.append({"loss": loss.detach(), **loss_dict})
-
-    def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """
-        Averages over passes and processes and starts anew; the one place where a step waits for the device.
-
-        Returns:
-            `dict[str, float]`: mean of each term over the passes that had it; empty if nothing was added.
-
-        Raises:
-            FloatingPointError: if a value is not finite; every process raises, because all read the same numbers.
-        """
-        if not self.steps:
-            return {}
-        names = list(dict.fromkeys(name for terms in self.terms for name in terms))
-        zero = torch.zeros_like(self.terms[0]["loss"], dtype=torch.float32)
-        rows = torch.stack([torch.stack([terms.get(name, zero).float() for name in names]) for terms in self.terms])
-        values = accelerator.reduce(rows, reduction="mean").tolist()
-        for step, row in zip(self.steps, values, strict=True):
-            broken = [name for name, value in zip(names, row, strict=True) if not math.isfinite(value)]
-            if broken:
-                raise FloatingPointError(
-                    f"The loss is not finite at step {step} ({', '.join(broken)}): try a smaller learning_rate, "
-                    "bf16 or full precision."
-                )
-        means = {}
-        for column, name in enumerate(names):
-            present = [row[column] for row, terms in zip(values, self.terms, strict=True) if name in terms]
-            means[name] = sum(present) / len(present)
-        self.steps, self.terms = [], []
-        return means
-
-
 def train(
     model_args: ModelArguments, data_args: DataArguments, training_args: SynerNetTrainingArguments
 ) -> dict[str, dict[str, Any]]:
@@ -186,8 +131,8 @@ def train(
         InvalidArguments: with one sentence per problem, before any work and before the output folder is made.
         FloatingPointError: if a loss or weight becomes NaN or infinite; the last checkpoint stays good.
     """
+    splits = validate_arguments(model_args, data_args, training_args)
     accelerator = setup(training_args)
-    splits = validate_arguments(model_args, data_args, training_args, accelerator)
     run = build_run(model_args, data_args, training_args, accelerator, splits)
     with _stop_cleanly(run):
         fit(run)
@@ -202,17 +147,11 @@ def setup(training_args: SynerNetTrainingArguments) -> Accelerator:
 
     Args:
         training_args ([`SynerNetTrainingArguments`]):
-            Precision, accumulation, seed and tracker.
+            Validated.
 
     Returns:
         `Accelerator`
-
-    Raises:
-        InvalidArguments: if the training arguments contradict themselves.
     """
-    problems = training_args.problems()
-    if problems:
-        raise InvalidArguments("\n".join(problems))
     output_dir = Path(training_args.output_dir)
     accelerator = Accelerator(
         mixed_precision=training_args.mixed_precision,
@@ -228,174 +167,6 @@ def setup(training_args: SynerNetTrainingArguments) -> Accelerator:
     # every process draws its own random classes and colours; weights are made equal by the distributed wrapper
     set_seed(training_args.seed, device_specific=True)
     return accelerator
-
-
-def validate_arguments(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    training_args: SynerNetTrainingArguments,
-    accelerator: Accelerator,
-) -> datasets.DatasetDict:
-    """
-    Looks for everything that would make the run fail later, and raises once. Writes nothing.
-
-    Args:
-        model_args ([`ModelArguments`]):
-            What is trained.
-        data_args ([`DataArguments`]):
-            On what.
-        training_args ([`SynerNetTrainingArguments`]):
-            How.
-        accelerator (`Accelerator`):
-            The processes; all of them come to the same verdict.
-
-    Returns:
-        `datasets.DatasetDict`: the data, which had to be loaded to be checked.
-
-    Raises:
-        InvalidArguments: with one sentence per problem, one per line.
-    """
-    problems = training_args.problems()
-    if data_args.num_workers < 0:
-        problems.append(f"`num_workers` must not be negative, got {data_args.num_workers}.")
-    if data_args.max_eval_samples is not None and data_args.max_eval_samples < 1:
-        problems.append(f"`max_eval_samples` must be at least 1, got {data_args.max_eval_samples}.")
-    splits, names = None, None
-    try:
-        splits = load_data(data_args)
-        names = class_names(splits)
-        check_dataset(splits)
-    except INPUT_ERRORS as error:
-        problems.append(str(error))
-    if names is not None:
-        unknown = [name for name in data_args.metric_classes or () if name not in names]
-        if unknown:
-            problems.append(f"`metric_classes` has unknown names {', '.join(unknown)}; known are {', '.join(names)}.")
-    problems += _model_problems(model_args, training_args.crop_size, names)
-    checkpoint = None
-    try:
-        checkpoint = find_resume_checkpoint(Path(training_args.output_dir), training_args.resume_from_checkpoint)
-    except InvalidArguments as error:
-        problems.append(str(error))
-    if checkpoint is not None and not problems:
-        current = _run_record(model_args, data_args, training_args, accelerator, splits)
-        differing = differing_settings(read_json(checkpoint / ARGUMENTS_FILE), current)
-        if differing:
-            problems.append(
-                f"{checkpoint} was made with other settings: {', '.join(differing)}. Resume with the same ones, or "
-                "start a new run in another `output_dir`."
-            )
-    if problems:
-        raise InvalidArguments("\n".join(problems))
-    # no process may make the output folder while another still looks whether it is free
-    accelerator.wait_for_everyone()
-    return splits
-
-
-def load_data(data_args: DataArguments) -> datasets.DatasetDict:
-    """
-    Loads the data that the arguments name.
-
-    Args:
-        data_args ([`DataArguments`]):
-            Name, folder, splits, labels and options.
-
-    Returns:
-        `datasets.DatasetDict`: splits `train` and `validation`.
-
-    Raises:
-        ValueError: if the name or an option is unknown, or the data does not hold together.
-        FileNotFoundError: if a file is missing.
-    """
-    return load_wsss_dataset(
-        data_args.dataset,
-        data_dir=data_args.data_dir,
-        image_labels=data_args.image_labels,
-        train_split=data_args.train_split,
-        validation_split=data_args.validation_split,
-        dataset_options=data_args.dataset_options,
-    )
-
-
-def _model_problems(model_args: ModelArguments, crop_size: int, names: list[str] | None) -> list[str]:
-    """Says what is wrong with the model arguments, without making a model."""
-    if (model_args.backbone is None) == (model_args.backbone_config is None):
-        got = "neither" if model_args.backbone is None else "both"
-        return [f"Give either `backbone` (pretrained) or `backbone_config` (random weights), got {got}."]
-    if model_args.backbone is None and model_args.backbone_overrides:
-        return ["`backbone_overrides` goes with `backbone` only: write its fields into `backbone_config`."]
-    problems = []
-    named_labels = {"num_labels", "id2label", "label2id"} & set(model_args.model_config)
-    unknown = sorted(set(model_args.model_config) - MODEL_FIELDS - named_labels)
-    if unknown:
-        problems.append(
-            f"`model_config` has unknown fields {', '.join(unknown)}; known are {', '.join(sorted(MODEL_FIELDS))}."
-        )
-    if named_labels:
-        problems.append(
-            f"`model_config` sets {', '.join(sorted(named_labels))}, but the labels come from the data set: leave it out."
-        )
-    try:
-        config = model_config_from(model_args, names or ["background", "object"])
-    except (*INPUT_ERRORS, KeyError, AttributeError) as error:
-        source = model_args.backbone or "`backbone_config`"
-        return [*problems, f"No model can be made of {source} and `model_config`: {error}"]
-    if crop_size < config.patch_size:
-        problems.append(f"`crop_size` is {crop_size}, smaller than a patch of {config.patch_size} pixels: enlarge it.")
-    return problems
-
-
-def model_config_from(model_args: ModelArguments, names: list[str]) -> SynerNetConfig:
-    """
-    The configuration that the model of these arguments will have.
-
-    Args:
-        model_args ([`ModelArguments`]):
-            Encoder and fields.
-        names (`list[str]`):
-            Class names, background first.
-
-    Returns:
-        [`SynerNetConfig`]
-
-    Raises:
-        OSError: if the pretrained encoder cannot be found.
-        ValueError: if a field has a value it cannot have.
-    """
-    if model_args.backbone is not None:
-        backbone_config = AutoConfig.from_pretrained(model_args.backbone, **model_args.backbone_overrides)
-    else:
-        backbone_config = AutoConfig.for_model(**model_args.backbone_config)
-    fields = {name: value for name, value in model_args.model_config.items() if name in MODEL_FIELDS}
-    return SynerNetConfig(backbone_config=backbone_config, id2label=id2label_from(names), **fields)
-
-
-def _run_record(model_args, data_args, training_args, accelerator: Accelerator, splits) -> dict[str, Any]:
-    """Content of `training_args.json`: the arguments, and under `run` what else the weights depend on."""
-    train_split = splits["train"]
-    digest = hashlib.sha256()
-    for image_id, labels in zip(train_split["image_id"], train_split["image_labels"], strict=True):
-        digest.update(f"{image_id}:{''.join(map(str, labels))};".encode())
-    return {
-        "model_args": dataclasses.asdict(model_args),
-        "data_args": dataclasses.asdict(data_args),
-        "training_args": dataclasses.asdict(training_args),
-        "class_names": class_names(splits),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "accelerate": accelerate.__version__,
-            "datasets": datasets.__version__,
-        },
-        "run": {
-            "backbone_name": Path(model_args.backbone).name if model_args.backbone else None,
-            "data_fingerprint": digest.hexdigest()[:16],
-            "num_train": len(train_split),
-            "num_processes": accelerator.num_processes,
-            "mixed_precision": accelerator.mixed_precision,
-        },
-    }
 
 
 def build_run(
@@ -422,9 +193,15 @@ def build_run(
 
     Returns:
         [`TrainingRun`]: ready for [`fit`].
+
+    Raises:
+        InvalidArguments: if the checkpoint was made with other settings; nothing is written then.
     """
     output_dir = Path(training_args.output_dir)
+    record = run_record(model_args, data_args, training_args, accelerator, splits)
     checkpoint = find_resume_checkpoint(output_dir, training_args.resume_from_checkpoint)
+    if checkpoint is not None:
+        refuse_other_settings(checkpoint, record)
     model = build_model(model_args, class_names(splits))
     optimizer = torch.optim.AdamW(
         parameter_groups(
@@ -450,7 +227,6 @@ def build_run(
     state = TrainerState() if checkpoint is None else read_state(checkpoint)
     loader = _train_loader(data_args, training_args, accelerator, splits["train"], state.step)
     model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
-    record = _run_record(model_args, data_args, training_args, accelerator, splits)
     run = TrainingRun(
         accelerator=accelerator,
         model=model,
@@ -468,6 +244,8 @@ def build_run(
         record=record,
         state=state,
     )
+    # no process may make the output folder while another still looks whether it is free
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         remove_unfinished(output_dir)
         write_json(output_dir / ARGUMENTS_FILE, record)
@@ -622,15 +400,17 @@ def log(run: TrainingRun, means: dict[str, float], bar: tqdm) -> None:
         bar (`tqdm`):
             The progress bar.
     """
-    # after the scheduler's step the groups hold the next step's rates
-    rates = {group["name"]: group["lr"] for group in run.optimizer.param_groups}
-    entry = {"step": run.state.step, **means, "learning_rate": rates["encoder"]}
+    # the groups already hold the next step's rates; logged is the one that the last step used
+    args = run.training_args
+    multiplier = learning_rate_multiplier(run.state.step - 1, args.warmup_steps, args.max_steps)
+    rate = run.optimizer.param_groups[0]["initial_lr"] * multiplier
+    entry = {"step": run.state.step, **means, "learning_rate": rate}
     run.state.history.append(entry)
     run.accelerator.log(
         {f"train/{name}": value for name, value in entry.items() if name != "step"}, step=run.state.step
     )
     shown = {name.removeprefix("loss_"): f"{value:.3f}" for name, value in means.items()}
-    bar.set_postfix(shown | {"lr": f"{rates['encoder']:.1e}"}, refresh=False)
+    bar.set_postfix(shown | {"lr": f"{rate:.1e}"}, refresh=False)
 
 
 def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
@@ -763,4 +543,4 @@ def _stop_cleanly(run: TrainingRun) -> Iterator[None]:
             signal.signal(signal.SIGTERM, previous)
 
 
-__all__ = ["LossMeter", "TrainingRun", "train", "train_step"]
+__all__ = ["TrainingRun", "train", "train_step"]

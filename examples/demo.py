@@ -1,0 +1,199 @@
+"""
+The main job from end to end on generated pictures, no download: train, evaluate, predict, draw. `make demo` runs it.
+
+    python examples/demo.py
+    python examples/demo.py --output_dir runs/short_demo --max_steps 100
+
+Options that are not listed go to `examples/train.py`, which trains with the recipe `tiny_cpu`.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor, SynerNetSegmentationPipeline
+from synernet_hf.data import class_names, load_wsss_dataset
+from synernet_hf.training import InvalidArguments, evaluate_model, parse_arguments
+from synernet_hf.visualization import colorize, figure_panels, heat_map, overlay, palette_image
+
+
+HERE = Path(__file__).resolve().parent
+# What a training run leaves in its folder; only a folder that holds one of these is ever removed.
+RUN_MARKS = ("training_args.json", "checkpoint-*", "logs")
+KINDS = {
+    "segmentation": "segmentation, one scale",
+    "segmentation_multi_scale": "segmentation, several scales",
+    "broad_cam": "B-CAM (broad branch)",
+    "precise_cam": "P-CAM (precise branch)",
+    "fused_cam": "fused CAM",
+    "single_scale_cam": "baseline: single-scale CAM",
+    "background_only": "baseline: background only",
+}
+
+
+def say(act: str) -> None:
+    """Announce what happens next."""
+    print(f"\n== {act}", flush=True)
+
+
+def parse_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Read the demo's own options; what remains is for the training script."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", default=str(HERE / "recipes" / "tiny_cpu.yaml"), help="recipe of the run")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="folder of the run, made anew")
+    parser.add_argument("--num_pictures", type=int, default=6, help="rows of the figure")
+    return parser.parse_known_args(argv)
+
+
+def clear(folder: Path) -> None:
+    """Remove the run that an earlier demo left in the folder."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not folder.is_dir() or not any(any(folder.glob(mark)) for mark in RUN_MARKS):
+        raise InvalidArguments(f"{folder} is there but holds no earlier run; give another folder as --output_dir.")
+    print(f"Removing the earlier run in {folder}.")
+    shutil.rmtree(folder)
+
+
+def train(config: str, output_dir: Path, extra: list[str]) -> None:
+    """Train through `accelerate launch`, in a process of its own as a user would."""
+    script = [str(HERE / "train.py"), "--config", config, "--output_dir", str(output_dir), *extra]
+    print(f"accelerate launch {shlex.join(script)}", flush=True)
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Spelt out so that accelerate neither warns about missing settings nor asks for them.
+    launch = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--num_cpu_threads_per_process", str(threads)]
+    subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *launch, *script], check=True)
+
+
+def print_scores(results: dict[str, dict]) -> None:
+    """One line per kind of prediction: mIoU, recall and precision over all classes, in percent."""
+    print(f"{'':<30}  mIoU  recall  precision")
+    for kind, title in KINDS.items():
+        scores = results[kind]
+        print(
+            f"{title:<30}  {100 * scores['mean_iou']:4.1f}  {100 * scores['recall']:6.1f}"
+            f"  {100 * scores['precision']:9.1f}"
+        )
+
+
+def predict_one(model, processor, record: dict, folder: Path) -> None:
+    """Save one picture, segment it with the pipeline, and save its mask and overlay beside it."""
+    image = record["image"].convert("RGB")
+    image.save(folder / "picture.png")
+    segmenter = SynerNetSegmentationPipeline(model=model, image_processor=processor)
+    label_map = np.zeros((image.height, image.width), dtype=np.uint8)
+    for segment in segmenter(str(folder / "picture.png"), scales=model.config.inference_scales):
+        where = np.asarray(segment["mask"]) > 0
+        label_map[where] = model.config.label2id[segment["label"]]
+        print(f"{segment['label']:<12} {100 * where.mean():5.1f} % of the picture, score {segment['score']:.2f}")
+    palette_image(label_map).save(folder / "picture_mask.png")
+    overlay(image, label_map).save(folder / "picture_overlay.png")
+    print(f"Wrote {folder / 'picture_mask.png'} and {folder / 'picture_overlay.png'}.")
+
+
+@torch.no_grad()
+def panels_of(model, processor, record: dict) -> list[tuple[str, Image.Image]]:
+    """A row of the figure: the picture, the truth, and everything the model makes of the picture."""
+    image = record["image"].convert("RGB")
+    pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
+    labels = torch.tensor([record["image_labels"]], dtype=torch.float32, device=model.device)
+    # With image labels the model returns what it teaches itself with: CAMs, confidence and the refined fused label.
+    teaching = model(pixel_values, labels=labels, loss_weights={"segmentation": 1.0}, training_progress=1.0)
+    segmentation = model.multi_scale_logits(pixel_values).argmax(dim=1)[0].cpu().numpy()
+
+    def heat(maps: torch.Tensor) -> Image.Image:
+        return heat_map(maps[0].amax(dim=0).cpu().numpy(), image)
+
+    return [
+        ("picture", image),
+        ("ground truth", colorize(np.asarray(record["mask"]))),
+        ("B-CAM", heat(teaching.broad_cams)),
+        ("P-CAM", heat(teaching.precise_cams)),
+        ("confidence", heat_map(teaching.confidence[0, 0].cpu().numpy())),
+        ("fused pseudo-label", colorize(teaching.pseudo_labels[0].cpu().numpy())),
+        ("segmentation", colorize(segmentation)),
+    ]
+
+
+def pick_records(split, number: int) -> list[dict]:
+    """The first pictures with the most classes, which show most."""
+    counts = np.asarray(split["image_labels"]).sum(axis=1)
+    return [split[int(index)] for index in np.argsort(-counts, kind="stable")[:number]]
+
+
+def run_demo(options: argparse.Namespace, extra: list[str]) -> None:
+    """The acts of the demo."""
+    start = time.monotonic()
+    folder = options.output_dir
+    _, data_args, _ = parse_arguments(["--config", options.config, "--output_dir", str(folder), *extra])
+    clear(folder)
+
+    say("1/4 Training on generated pictures with image labels only")
+    train(options.config, folder, extra)
+
+    say("2/4 Evaluating the segmentation, each branch's CAM and two baselines on pictures with known masks")
+    splits = load_wsss_dataset(
+        data_args.dataset,
+        data_args.data_dir,
+        data_args.image_labels,
+        data_args.train_split,
+        data_args.validation_split,
+        data_args.dataset_options,
+    )
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(folder).to(device)
+    processor = SynerNetImageProcessor.from_pretrained(folder)
+    results = evaluate_model(
+        model,
+        processor,
+        splits["validation"],
+        class_names=class_names(splits),
+        metric_classes=data_args.metric_classes,
+        multi_scale=True,
+        baselines=True,
+    )
+
+    say("3/4 Predicting one picture")
+    records = pick_records(splits["validation"], options.num_pictures)
+    predict_one(model, processor, records[0], folder)
+
+    say("4/4 Drawing the figure")
+    figure = folder / "figure.png"
+    figure_panels([panels_of(model, processor, record) for record in records], panel_size=(144, 144)).save(figure)
+
+    number = results["segmentation"]["num_images"]
+    say(f"Results on {number} pictures, in percent, after {(time.monotonic() - start) / 60:.1f} minutes")
+    print_scores(results)
+    print(f"\nSaved model: {folder}\nFigure:      {figure}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; return its exit code."""
+    options, extra = parse_options(argv)
+    try:
+        if options.num_pictures < 1:
+            raise InvalidArguments(f"--num_pictures is {options.num_pictures}; give at least 1.")
+        run_demo(options, extra)
+    except InvalidArguments as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except subprocess.CalledProcessError as error:
+        print(f"error: the training ended with status {error.returncode}; its message is above.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

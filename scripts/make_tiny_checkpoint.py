@@ -1,0 +1,69 @@
+"""Writes a tiny SynerNet with random weights, for tests, documentation and trying things out.
+
+    python scripts/make_tiny_checkpoint.py runs/tiny
+
+The folder holds model, config and image processor, about 100 kB; `examples/predict.py` reads it like any other. What
+it predicts is meaningless.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from convert_timm_vit_to_hf import save_checked
+from transformers import ViTConfig
+
+from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+
+
+def make_tiny_model(class_names: list[str], seed: int = 0) -> SynerNetForWeaklySupervisedSegmentation:
+    """
+    A SynerNet of two layers, width 32 and patch 8.
+
+    Args:
+        class_names (`list[str]`): Foreground classes, without the background.
+        seed (`int`, *optional*, defaults to 0): Seed of the random weights.
+
+    Returns:
+        [`SynerNetForWeaklySupervisedSegmentation`], in evaluation mode.
+    """
+    torch.manual_seed(seed)
+    backbone = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
+    )
+    config = SynerNetConfig(
+        backbone_config=backbone,
+        id2label=dict(enumerate(["background", *class_names])),
+        auxiliary_layer_index=-2,
+        decoder_hidden_size=16,
+        projection_hidden_size=32,
+        projection_bottleneck_size=16,
+        prototype_size=32,
+    )
+    return SynerNetForWeaklySupervisedSegmentation(config).eval()
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="new folder for the model")
+    parser.add_argument("--class_names", nargs="+", default=["cat", "dog"], help="foreground classes")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; return its exit code."""
+    args = parse_arguments(argv)
+    model = make_tiny_model(args.class_names, args.seed)
+    try:
+        save_checked(model, model.state_dict(), args.out, SynerNetImageProcessor(size_divisor=model.config.patch_size))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{sum(parameter.numel() for parameter in model.parameters())} random weights in {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""Losses of a running training, read without making every step wait for the device."""
+
+import math
+
+import torch
+from accelerate import Accelerator
+
+
+class LossMeter:
+    """Collects loss terms as device tensors and reads them together, so that most steps never wait for the device."""
+
+    def __init__(self):
+        self.steps: list[int] = []
+        self.terms: list[dict[str, torch.Tensor]] = []
+
+    def add(self, step: int, loss: torch.Tensor, loss_dict: dict[str, torch.Tensor]) -> None:
+        """Keeps the loss and its terms (scalars) of a forward pass made at `step`."""
+        self.steps.append(step)
+        self.terms.append({"loss": loss.detach(), **loss_dict})
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """
+        Averages over passes and processes and starts anew; the one place where a step waits for the device.
+
+        Returns:
+            `dict[str, float]`: mean of each term over the passes that had it; empty if nothing was added.
+
+        Raises:
+            FloatingPointError: if a value is not finite; every process raises, because all read the same numbers.
+        """
+        if not self.steps:
+            return {}
+        names = list(dict.fromkeys(name for terms in self.terms for name in terms))
+        zero = torch.zeros_like(self.terms[0]["loss"], dtype=torch.float32)
+        rows = torch.stack([torch.stack([terms.get(name, zero).float() for name in names]) for terms in self.terms])
+        values = accelerator.reduce(rows, reduction="mean").tolist()
+        for step, row in zip(self.steps, values, strict=True):
+            broken = [name for name, value in zip(names, row, strict=True) if not math.isfinite(value)]
+            if broken:
+                raise FloatingPointError(
+                    f"The loss is not finite at step {step} ({', '.join(broken)}): try a smaller learning_rate, "
+                    "bf16 or full precision."
+                )
+        means = {}
+        for column, name in enumerate(names):
+            present = [row[column] for row, terms in zip(values, self.terms, strict=True) if name in terms]
+            means[name] = sum(present) / len(present)
+        self.steps, self.terms = [], []
+        return means
+
+
+__all__ = ["LossMeter"]

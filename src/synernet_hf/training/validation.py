@@ -1,0 +1,218 @@
+"""Everything that would make a run fail later, looked for before it starts."""
+
+import dataclasses
+import hashlib
+import platform
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import datasets
+import torch
+import transformers
+from accelerate import Accelerator
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+from synernet_hf.data import check_dataset, class_names, id2label_from, load_wsss_dataset
+from synernet_hf.model import SynerNetConfig
+from synernet_hf.training.arguments import (
+    DataArguments,
+    InvalidArguments,
+    ModelArguments,
+    SynerNetTrainingArguments,
+)
+from synernet_hf.training.checkpoints import find_resume_checkpoint
+
+
+# what the validation of the arguments may meet in loaders and configs: missing files and values that do not fit
+INPUT_ERRORS = (OSError, ValueError, TypeError)
+MODEL_FIELDS = set(SynerNetConfig.__annotations__) - {"backbone_config"}
+
+
+def validate_arguments(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: SynerNetTrainingArguments,
+) -> datasets.DatasetDict:
+    """
+    Looks for everything that would make the run fail later, and raises once. Writes nothing.
+
+    Args:
+        model_args ([`ModelArguments`]):
+            What is trained.
+        data_args ([`DataArguments`]):
+            On what.
+        training_args ([`SynerNetTrainingArguments`]):
+            How.
+
+    Returns:
+        `datasets.DatasetDict`: the data, which had to be loaded to be checked.
+
+    Raises:
+        InvalidArguments: with one sentence per problem, one per line.
+    """
+    problems = training_args.problems()
+    if data_args.num_workers < 0:
+        problems.append(f"`num_workers` must not be negative, got {data_args.num_workers}.")
+    if data_args.max_eval_samples is not None and data_args.max_eval_samples < 1:
+        problems.append(f"`max_eval_samples` must be at least 1, got {data_args.max_eval_samples}.")
+    splits, names = None, None
+    try:
+        splits = load_data(data_args)
+        names = class_names(splits)
+        check_dataset(splits)
+    except INPUT_ERRORS as error:
+        problems.append(_one_line(error))
+    if names is not None:
+        unknown = [name for name in data_args.metric_classes or () if name not in names]
+        if unknown:
+            problems.append(f"`metric_classes` has unknown names {', '.join(unknown)}; known are {', '.join(names)}.")
+    problems += _model_problems(model_args, training_args.crop_size, names)
+    if training_args.output_dir:
+        try:
+            find_resume_checkpoint(Path(training_args.output_dir), training_args.resume_from_checkpoint)
+        except InvalidArguments as error:
+            problems.append(str(error))
+    if problems:
+        raise InvalidArguments("\n".join(problems))
+    return splits
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def load_data(data_args: DataArguments) -> datasets.DatasetDict:
+    """
+    Loads the data that the arguments name.
+
+    Args:
+        data_args ([`DataArguments`]):
+            Name, folder, splits, labels and options.
+
+    Returns:
+        `datasets.DatasetDict`: splits `train` and `validation`.
+
+    Raises:
+        ValueError: if the name or an option is unknown, or the data does not hold together.
+        FileNotFoundError: if a file is missing.
+    """
+    return load_wsss_dataset(
+        data_args.dataset,
+        data_dir=data_args.data_dir,
+        image_labels=data_args.image_labels,
+        train_split=data_args.train_split,
+        validation_split=data_args.validation_split,
+        dataset_options=data_args.dataset_options,
+    )
+
+
+def _model_problems(model_args: ModelArguments, crop_size: int, names: list[str] | None) -> list[str]:
+    """Says what is wrong with the model arguments, without making a model."""
+    if (model_args.backbone is None) == (model_args.backbone_config is None):
+        got = "neither" if model_args.backbone is None else "both"
+        return [f"Give either `backbone` (pretrained) or `backbone_config` (random weights), got {got}."]
+    if model_args.backbone is None and model_args.backbone_overrides:
+        return ["`backbone_overrides` goes with `backbone` only: write its fields into `backbone_config`."]
+    problems = []
+    named_labels = {"num_labels", "id2label", "label2id"} & set(model_args.model_config)
+    unknown = sorted(set(model_args.model_config) - MODEL_FIELDS - named_labels)
+    if unknown:
+        problems.append(
+            f"`model_config` has unknown fields {', '.join(unknown)}; known are {', '.join(sorted(MODEL_FIELDS))}."
+        )
+    if named_labels:
+        problems.append(
+            f"`model_config` sets {', '.join(sorted(named_labels))}, but the labels come from the data set: leave it out."
+        )
+    try:
+        patch_size = model_config_from(model_args, names or ["background", "object"]).patch_size
+    except (*INPUT_ERRORS, StrictDataclassError, KeyError, AttributeError) as error:
+        source = model_args.backbone or "`backbone_config`"
+        # the strict checks wrap the sentence that says what is wrong
+        reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        return [*problems, f"No model can be made of {source} and `model_config`: {_one_line(reason)}"]
+    if crop_size < patch_size:
+        problems.append(f"`crop_size` is {crop_size}, smaller than a patch of {patch_size} pixels: enlarge it.")
+    return problems
+
+
+def model_config_from(model_args: ModelArguments, names: list[str]) -> SynerNetConfig:
+    """
+    The configuration that the model of these arguments will have.
+
+    Args:
+        model_args ([`ModelArguments`]):
+            Encoder and fields.
+        names (`list[str]`):
+            Class names, background first.
+
+    Returns:
+        [`SynerNetConfig`]
+
+    Raises:
+        OSError: if the pretrained encoder cannot be found.
+        ValueError: if a field has a value it cannot have.
+    """
+    if model_args.backbone is not None:
+        backbone_config = AutoConfig.from_pretrained(model_args.backbone, **model_args.backbone_overrides)
+    else:
+        backbone_config = AutoConfig.for_model(**model_args.backbone_config)
+    fields = {name: value for name, value in model_args.model_config.items() if name in MODEL_FIELDS}
+    return SynerNetConfig(backbone_config=backbone_config, id2label=id2label_from(names), **fields)
+
+
+def run_record(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: SynerNetTrainingArguments,
+    accelerator: Accelerator,
+    splits: datasets.DatasetDict,
+) -> dict[str, Any]:
+    """
+    Content of `training_args.json`.
+
+    Args:
+        model_args ([`ModelArguments`]):
+            As given.
+        data_args ([`DataArguments`]):
+            As given.
+        training_args ([`SynerNetTrainingArguments`]):
+            As given.
+        accelerator (`Accelerator`):
+            Number of processes and precision.
+        splits (`datasets.DatasetDict`):
+            The data.
+
+    Returns:
+        `dict[str, Any]`: the three argument groups, `class_names`, `versions`, and under `run` what else the weights
+        depend on.
+    """
+    train_split = splits["train"]
+    digest = hashlib.sha256()
+    for image_id, labels in zip(train_split["image_id"], train_split["image_labels"], strict=True):
+        digest.update(f"{image_id}:{''.join(map(str, labels))};".encode())
+    return {
+        "model_args": dataclasses.asdict(model_args),
+        "data_args": dataclasses.asdict(data_args),
+        "training_args": dataclasses.asdict(training_args),
+        "class_names": class_names(splits),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+            "datasets": datasets.__version__,
+        },
+        "run": {
+            "backbone_name": Path(model_args.backbone).name if model_args.backbone else None,
+            "data_fingerprint": digest.hexdigest()[:16],
+            "num_train": len(train_split),
+            "num_processes": accelerator.num_processes,
+            "mixed_precision": accelerator.mixed_precision,
+        },
+    }
+
+
+__all__ = ["load_data", "model_config_from", "run_record", "validate_arguments"]

@@ -1,0 +1,230 @@
+import logging
+import shutil
+
+import numpy as np
+import pytest
+from devkit_utils import (
+    VOC_NAMES,
+    label_matrix,
+    write_annotation,
+    write_labels_csv,
+    write_labels_csv_multi_hot,
+    write_labels_json,
+    write_labels_npz,
+    write_voc_devkit,
+)
+
+from synernet_hf.data import TrainDataset, TrainTransform, class_names, load_voc2012, load_wsss_dataset
+
+
+def labels_of(dataset_dict):
+    return {
+        record["image_id"]: record["image_labels"]
+        for split in dataset_dict.values()
+        for record in split.select_columns(["image_id", "image_labels"])
+    }
+
+
+@pytest.fixture
+def expected(devkit):
+    return dict(zip(devkit.labels, label_matrix(devkit.labels).tolist(), strict=True))
+
+
+def test_splits_follow_the_lists_and_only_validation_has_masks(devkit):
+    loaded = load_voc2012(devkit.root)
+    assert loaded["train"]["image_id"][:] == devkit.train_ids
+    assert loaded["validation"]["image_id"][:] == devkit.validation_ids
+    assert loaded["train"].column_names == ["image", "image_id", "image_labels"]
+    assert loaded["validation"].column_names == ["image", "image_id", "image_labels", "mask"]
+    assert class_names(loaded) == VOC_NAMES
+    record = loaded["validation"][0]
+    assert record["image"].size == (48, 40)
+    ids = set(np.unique(np.asarray(record["mask"])))
+    assert ids == {0, 255} | {VOC_NAMES.index(name) for name in devkit.labels[record["image_id"]]}
+
+
+def test_devkit_and_voc2012_folder_are_the_same(devkit):
+    assert labels_of(load_voc2012(devkit.root)) == labels_of(load_voc2012(str(devkit.voc)))
+
+
+def test_all_label_sources_agree(devkit, expected, tmp_path):
+    shuffled = ["background", *reversed(VOC_NAMES[1:])]
+    sources = [
+        None,
+        "annotations",
+        "masks",
+        write_labels_npz(tmp_path / "labels.npz", devkit.labels),
+        write_labels_json(tmp_path / "names.json", devkit.labels),
+        write_labels_json(tmp_path / "vectors.json", devkit.labels, multi_hot=True),
+        *(
+            write_labels_csv(tmp_path / f"{index}.csv", devkit.labels, separator)
+            for index, separator in enumerate((" ", ";", "|", "; "))
+        ),
+        write_labels_csv_multi_hot(tmp_path / "columns.csv", devkit.labels),
+        write_labels_csv_multi_hot(tmp_path / "shuffled.csv", devkit.labels, shuffled),
+    ]
+    for source in sources:
+        assert labels_of(load_voc2012(devkit.root, source)) == expected, f"labels from {source}"
+
+
+def test_csv_without_a_header_has_the_order_of_the_class_list(devkit, expected, tmp_path):
+    path = write_labels_csv_multi_hot(tmp_path / "labels.csv", devkit.labels)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    assert labels_of(load_voc2012(devkit.root, path)) == expected
+    path = write_labels_csv(tmp_path / "names.csv", devkit.labels)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    assert labels_of(load_voc2012(devkit.root, path)) == expected
+
+
+def test_training_needs_no_mask(devkit, tmp_path):
+    labels = write_labels_npz(tmp_path / "labels.npz", devkit.labels)
+    transform = TrainTransform(32)
+    before = [TrainDataset(load_voc2012(devkit.root, labels)["train"], transform)[index, index] for index in range(6)]
+    shutil.rmtree(devkit.voc / "SegmentationClassAug")
+    loaded = load_voc2012(devkit.root, labels)
+    after = [TrainDataset(loaded["train"], transform)[index, index] for index in range(6)]
+    assert all(
+        (one["image"] == other["image"]).all() and (one["labels"] == other["labels"]).all()
+        for one, other in zip(before, after, strict=True)
+    )
+    assert "mask" not in loaded["validation"].column_names
+
+
+def test_loading_opens_no_picture(devkit):
+    for path in [*(devkit.voc / "JPEGImages").iterdir(), *(devkit.voc / "SegmentationClassAug").iterdir()]:
+        path.write_bytes(b"not a picture")
+    assert len(load_voc2012(devkit.root)["train"]) == 6
+
+
+def test_segmentation_class_is_the_second_choice(devkit):
+    (devkit.voc / "SegmentationClassAug").rename(devkit.voc / "SegmentationClass")
+    assert np.asarray(load_voc2012(devkit.root)["validation"][0]["mask"]).max() == 255
+
+
+def test_train_is_taken_where_train_aug_is_missing_unless_asked_by_name(tmp_path, caplog):
+    devkit = write_voc_devkit(tmp_path, train_list="train")
+    with caplog.at_level(logging.WARNING):
+        assert len(load_voc2012(devkit.root)["train"]) == 6
+    assert "training on the list train.txt instead" in caplog.text
+    with pytest.raises(FileNotFoundError, match="for the split 'train_aug': the folder has train, val"):
+        load_voc2012(devkit.root, train_split="train_aug")
+
+
+def test_lists_with_paths_are_read(devkit):
+    path = devkit.voc / "ImageSets" / "Segmentation" / "train_aug.txt"
+    lines = (f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n" for name in devkit.train_ids)
+    path.write_text("".join(lines))
+    assert load_voc2012(devkit.root)["train"]["image_id"][:] == devkit.train_ids
+
+
+def test_missing_folder_and_foreign_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no folder .*nowhere"):
+        load_voc2012(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="has no JPEGImages: give the VOCdevkit folder"):
+        load_voc2012(tmp_path)
+
+
+def test_missing_and_empty_list(devkit):
+    with pytest.raises(FileNotFoundError, match="for the split 'test': the folder has train_aug, val"):
+        load_voc2012(devkit.root, validation_split="test")
+    (devkit.voc / "ImageSets" / "Segmentation" / "val.txt").write_text("\n")
+    with pytest.raises(ValueError, match="the split 'val' is empty"):
+        load_voc2012(devkit.root)
+
+
+def test_id_without_picture_or_mask_or_annotation(devkit):
+    first, second = devkit.validation_ids[:2]
+    (devkit.voc / "Annotations" / f"{first}.xml").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"1 of 3 pictures have no annotation in .* \({first}\)"):
+        load_voc2012(devkit.root)
+    (devkit.voc / "SegmentationClassAug" / f"{second}.png").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"1 of the 3 pictures of the split 'val' have no mask.*\({second}\)"):
+        load_voc2012(devkit.root, "masks")
+    for image_id in devkit.train_ids[:5]:
+        (devkit.voc / "JPEGImages" / f"{image_id}.jpg").unlink()
+    named = ", ".join(devkit.train_ids[:3])
+    with pytest.raises(FileNotFoundError, match=rf"'train_aug' names 5 pictures .*\({named} and 2 more\)"):
+        load_voc2012(devkit.root)
+
+
+def test_no_annotations_folder_names_the_alternatives(devkit):
+    shutil.rmtree(devkit.voc / "Annotations")
+    with pytest.raises(FileNotFoundError, match="has no Annotations: give image_labels"):
+        load_voc2012(devkit.root)
+
+
+def test_unknown_class_in_an_annotation(devkit):
+    path = devkit.voc / "Annotations" / f"{devkit.train_ids[0]}.xml"
+    write_annotation(path, ["dogg"])
+    with pytest.raises(ValueError, match="Unknown class name 'dogg': did you mean dog"):
+        load_voc2012(devkit.root)
+
+
+def test_label_file_without_ids_of_the_split(devkit, tmp_path):
+    kept = {image_id: devkit.labels[image_id] for image_id in [devkit.train_ids[0], *devkit.validation_ids]}
+    path = write_labels_json(tmp_path / "labels.json", kept)
+    named = ", ".join(devkit.train_ids[1:4])
+    with pytest.raises(
+        ValueError, match=rf"lacks 5 of the 6 pictures of the split 'train_aug' \({named} and 2 more\)"
+    ):
+        load_voc2012(devkit.root, path)
+
+
+def test_label_vectors_of_wrong_length_in_each_format(devkit, tmp_path):
+    image_id = devkit.train_ids[0]
+    np.savez(tmp_path / "labels.npz", ids=np.array([image_id]), labels=np.zeros((1, 21), dtype=np.uint8))
+    (tmp_path / "labels.json").write_text(f'{{"{image_id}": [0, 1]}}')
+    (tmp_path / "labels.csv").write_text(f"{image_id},0,1\n")
+    for suffix, length in (("npz", 21), ("json", 2), ("csv", 2)):
+        sentence = rf"vector of length {length} for {image_id}, but there are 20 foreground classes"
+        with pytest.raises(ValueError, match=sentence):
+            load_voc2012(devkit.root, tmp_path / f"labels.{suffix}")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("labels.json", '{"2007_000000": ["catt"]}', "wrong at 2007_000000.*'catt': did you mean cat"),
+        ("labels.json", '{"2007_000000": ["background"]}', "'background' is no image-level label"),
+        ("labels.json", '["2007_000000"]', "one object from identifier to a list"),
+        ("labels.json", "{", "is not valid JSON"),
+        ("labels.csv", "2007_000000,cat zebra\n", "Unknown class name 'zebra'"),
+        ("labels.csv", "\n", "is empty"),
+        ("labels.csv", "id,cat,dog\n2007_000000,1,0\n", "names 2 classes, but each of the 20"),
+        ("labels.csv", "2007_000000" + ",2" * 20, "values other than 0 and 1 for 2007_000000"),
+        ("labels.csv", "2007_000000" + ",yes" * 20, "values other than 0 and 1 for 2007_000000"),
+        ("labels.txt", "2007_000000 cat\n", "suffix '.txt', but .npz, .json or .csv"),
+    ],
+)
+def test_bad_label_files_get_a_sentence(devkit, tmp_path, name, text, sentence):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        load_voc2012(devkit.root, tmp_path / name)
+
+
+def test_missing_label_file_and_npz_without_its_arrays(devkit, tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no label file .*nothing.npz"):
+        load_voc2012(devkit.root, tmp_path / "nothing.npz")
+    np.savez(tmp_path / "labels.npz", names=np.zeros(3))
+    with pytest.raises(ValueError, match="holds the arrays names, but 'ids' and 'labels'"):
+        load_voc2012(devkit.root, tmp_path / "labels.npz")
+
+
+def test_load_by_name(devkit):
+    assert labels_of(load_wsss_dataset("voc2012", devkit.root)) == labels_of(load_voc2012(devkit.root))
+    with pytest.raises(ValueError, match="Unknown data set 'voc2013'"):
+        load_wsss_dataset("voc2013", devkit.root)
+    with pytest.raises(ValueError, match="'voc2012' needs data_dir"):
+        load_wsss_dataset("voc2012")
+    with pytest.raises(ValueError, match="'shapes' does not take data_dir"):
+        load_wsss_dataset("shapes", devkit.root)
+
+
+def test_real_devkit_and_real_label_file(root):
+    shared = root.parent / "shared" / "data"
+    if not shared.is_dir():
+        pytest.skip("the real pictures are not beside the checkout")
+    loaded = load_voc2012(shared / "VOCdevkit", shared / "voc2012_image_labels.npz")
+    assert (len(loaded["train"]), len(loaded["validation"])) == (3131, 300)
+    from_masks = load_voc2012(shared / "VOCdevkit", "masks", train_split="train")
+    assert loaded["validation"]["image_labels"][:] == from_masks["validation"]["image_labels"][:]

@@ -1,0 +1,138 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from synernet_hf import SynerNetImageProcessor
+from synernet_hf.model.modeling_synernet import SynerNetSegmenterOutput
+
+
+def random_picture(height, width, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def random_mask(height, width, seed=0):
+    mask = Image.fromarray(np.random.default_rng(seed).choice([0, 1, 2, 255], (height, width)).astype(np.uint8))
+    mask.putpalette(list(range(256)) * 3)
+    return mask
+
+
+def test_a_picture_keeps_its_size_and_is_normalised():
+    picture = random_picture(37, 45)
+    inputs = SynerNetImageProcessor()(picture, return_tensors="pt")
+    assert list(inputs) == ["pixel_values"]
+    values = inputs["pixel_values"]
+    assert values.shape == (1, 3, 37, 45) and values.dtype == torch.float32
+    expected = (np.asarray(picture) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    assert np.abs(values[0].permute(1, 2, 0).numpy() - expected).max() < 1e-5
+
+
+def test_all_kinds_of_input_give_the_same_values(tmp_path):
+    picture = random_picture(20, 30)
+    picture.save(tmp_path / "picture.png")
+    array = np.asarray(picture)
+    processor = SynerNetImageProcessor()
+    expected = processor(picture, return_tensors="pt")["pixel_values"]
+    kinds = [array, torch.from_numpy(array.transpose(2, 0, 1).copy()), str(tmp_path / "picture.png"), [picture]]
+    for kind in kinds:
+        assert torch.equal(processor(kind, return_tensors="pt")["pixel_values"], expected)
+    numpy_values = processor(picture, return_tensors="np")["pixel_values"]
+    assert np.array_equal(numpy_values, expected.numpy())
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
+def test_pictures_of_other_modes_become_rgb(mode):
+    picture = random_picture(9, 7).convert(mode)
+    values = SynerNetImageProcessor()(picture, return_tensors="pt")["pixel_values"]
+    assert torch.equal(values, SynerNetImageProcessor()(picture.convert("RGB"), return_tensors="pt")["pixel_values"])
+
+
+def test_masks_keep_their_ids():
+    mask = random_mask(21, 33)
+    inputs = SynerNetImageProcessor()(random_picture(21, 33), mask, return_tensors="pt")
+    assert inputs["labels"].dtype == torch.int64
+    assert np.array_equal(inputs["labels"][0].numpy(), np.asarray(mask))
+
+
+def test_resizing_invents_no_mask_id():
+    inputs = SynerNetImageProcessor(do_resize=True, size={"height": 32, "width": 24})(
+        random_picture(21, 33), random_mask(21, 33), return_tensors="pt"
+    )
+    assert inputs["pixel_values"].shape == (1, 3, 32, 24) and inputs["labels"].shape == (1, 32, 24)
+    assert set(inputs["labels"].unique().tolist()) <= {0, 1, 2, 255}
+
+
+@pytest.mark.parametrize("size", [40, {"shortest_edge": 40}])
+def test_shortest_edge_keeps_proportions(size):
+    values = SynerNetImageProcessor()(random_picture(20, 30), do_resize=True, size=size, return_tensors="pt")
+    assert values["pixel_values"].shape == (1, 3, 40, 60)
+
+
+def test_padding_reaches_the_patch_multiple_and_is_told_apart():
+    pictures, masks = [random_picture(20, 33), random_picture(10, 12)], [random_mask(20, 33), random_mask(10, 12)]
+    processor = SynerNetImageProcessor()
+    inputs = processor(pictures, masks, do_pad=True, size_divisor=8, return_tensors="pt")
+    assert inputs["pixel_values"].shape == (2, 3, 24, 40)
+    for i, (picture, mask) in enumerate(zip(pictures, masks, strict=True)):
+        real = torch.zeros(24, 40, dtype=torch.int64)
+        real[: picture.height, : picture.width] = 1
+        assert torch.equal(inputs["pixel_mask"][i], real)
+        assert (inputs["pixel_values"][i][:, real == 0] == 0).all()
+        assert (inputs["labels"][i][real == 0] == 255).all()
+        assert np.array_equal(inputs["labels"][i][: mask.height, : mask.width].numpy(), np.asarray(mask))
+        alone = processor(picture, return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(inputs["pixel_values"][i][:, : picture.height, : picture.width], alone)
+
+
+def test_pictures_of_several_sizes_are_a_list_or_a_clear_error():
+    pictures = [random_picture(20, 33), random_picture(10, 12)]
+    assert [values.shape for values in SynerNetImageProcessor()(pictures)["pixel_values"]] == [
+        (3, 20, 33),
+        (3, 10, 12),
+    ]
+    with pytest.raises(ValueError, match="one tensor needs one size"):
+        SynerNetImageProcessor()(pictures, return_tensors="pt")
+
+
+def test_one_mask_per_picture_is_demanded():
+    with pytest.raises(ValueError, match="2 pictures and 1 segmentation maps"):
+        SynerNetImageProcessor()([random_picture(8, 8)] * 2, [random_mask(8, 8)], return_tensors="pt")
+
+
+def test_saved_and_loaded_processor_is_the_same(tmp_path):
+    processor = SynerNetImageProcessor(do_resize=True, size={"shortest_edge": 24}, image_mean=[0.5, 0.4, 0.3])
+    processor.save_pretrained(tmp_path)
+    loaded = SynerNetImageProcessor.from_pretrained(tmp_path)
+    assert loaded.to_dict() == processor.to_dict()
+    picture = random_picture(31, 50)
+    assert torch.equal(
+        processor(picture, return_tensors="pt")["pixel_values"], loaded(picture, return_tensors="pt")["pixel_values"]
+    )
+
+
+def test_segmentation_takes_the_best_class_at_the_target_size():
+    logits = torch.zeros(2, 3, 4, 5)
+    logits[0, 2, :, :2] = 1
+    logits[1, 1] = 1
+    outputs = SynerNetSegmenterOutput(logits=logits)
+    processor = SynerNetImageProcessor()
+    small = processor.post_process_semantic_segmentation(outputs)
+    assert [tuple(item.shape) for item in small] == [(4, 5), (4, 5)] and small[0].dtype == torch.int64
+    assert torch.equal(small[0], torch.tensor([2, 2, 0, 0, 0]).expand(4, 5))
+    for target_sizes in ([(8, 10), (3, 3)], torch.tensor([[8, 10], [3, 3]])):
+        resized = processor.post_process_semantic_segmentation(outputs, target_sizes=target_sizes)
+        assert [tuple(item.shape) for item in resized] == [(8, 10), (3, 3)]
+        assert (resized[1] == 1).all()
+    scored = processor.post_process_semantic_segmentation(outputs, [(8, 10), (3, 3)], return_segmentation_scores=True)
+    assert scored[0].segmentation_scores.shape == (3, 8, 10)
+    assert torch.equal(scored[0].segmentation, scored[0].segmentation_scores.argmax(dim=0))
+    with pytest.raises(ValueError, match="1 target sizes for a batch of 2"):
+        processor.post_process_semantic_segmentation(outputs, target_sizes=[(8, 10)])
+
+
+def test_cams_at_or_below_the_threshold_are_background():
+    cams = torch.tensor([[0.5, 0.51, 0.2], [0.1, 0.0, 0.9]]).reshape(1, 2, 1, 3)
+    processor = SynerNetImageProcessor()
+    assert processor.post_process_class_activation_maps(cams, threshold=0.5)[0].tolist() == [[0, 1, 2]]
+    assert processor.post_process_class_activation_maps(cams, threshold=0.51)[0].tolist() == [[0, 0, 2]]
+    assert processor.post_process_class_activation_maps(cams, target_sizes=[(2, 6)])[0].shape == (2, 6)

@@ -1,0 +1,131 @@
+"""The model card: the run's values, a valid header, and no folder of the machine it was made on."""
+
+import re
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from synernet_hf.model_card import SynerNetModelCardData, generate_model_card
+
+
+SCORES = {
+    "mean_iou": 0.61234,
+    "mean_iou_present": 0.4,
+    "recall": 0.7,
+    "precision": 0.8,
+    "per_class_iou": {"background": 0.8, "cat": 0.42},
+    "num_images": 17,
+}
+
+
+def card_data(**changes) -> SynerNetModelCardData:
+    values = {
+        "model_name": "animals",
+        "settings": {
+            "backbone": "/home/somebody/weights/deit-tiny",
+            "backbone_config": None,
+            "model_config": {"fusion": "fixed"},
+            "dataset": "voc2012",
+            "data_dir": "/home/somebody/VOCdevkit",
+            "image_labels": "/home/somebody/labels.npz",
+            "validation_split": "val",
+            "metric_classes": ["background", "cat"],
+            "output_dir": "/home/somebody/runs/animals",
+            "crop_size": 224,
+            "per_device_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "seed": 5,
+        },
+        "class_names": ["background", "cat", "dog"],
+        "num_train": 3131,
+        "steps": 1200,
+        "minutes": 61.25,
+        "num_processes": 3,
+        "precision": "bf16",
+        "hardware": "a machine",
+        "versions": {"torch": "2.13.0"},
+        "results": {"segmentation": SCORES, "broad_cam": SCORES | {"mean_iou": 0.5}},
+    }
+    return SynerNetModelCardData(**(values | changes))
+
+
+def test_the_header_is_valid_and_holds_the_results():
+    card = ModelCard(str(generate_model_card(card_data())))
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "image-segmentation")
+    found = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert found == {"mean IoU, segmentation": 0.6123, "mean IoU, B-CAM": 0.5}
+    assert {(r.dataset_name, r.dataset_split, r.metric_type) for r in card.data.eval_results} == {
+        ("voc2012", "val", "mean_iou")
+    }
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        r"\| data \| voc2012, 3131 training pictures, image-level labels \|",
+        r"\| encoder \| deit-tiny, pretrained \|",
+        r"\| steps \| 1200 \|",
+        r"\| pictures per step \| 24 \|",
+        r"\| crop \| 224 px \|",
+        r"\| seed \| 5 \|",
+        r"\| precision \| mixed, bf16 \|",
+        r"\| time \| 61.2 minutes, evaluations included \|",
+        r"\| hardware \| a machine \|",
+        r"\| software \| torch 2.13.0 \|",
+        r"\| segmentation \| 61.2 \| 70.0 \| 80.0 \| 40.0 \|",
+        r"\| B-CAM \| 50.0 \| 70.0 \| 80.0 \| 40.0 \|",
+        r"On 17 pictures .* the 2 classes background, cat\.",
+        r"0 background, 1 cat, 2 dog",
+    ],
+)
+def test_the_text_tells_the_runs_values(row):
+    assert re.search(rf"^{row}", str(generate_model_card(card_data())), re.MULTILINE)
+
+
+def test_no_folder_of_this_machine_is_told():
+    text = str(generate_model_card(card_data()))
+    assert "/home" not in text
+    assert "somebody" not in text
+
+
+def test_the_settings_are_a_recipe(tmp_path):
+    from synernet_hf.training import read_recipe
+
+    text = str(generate_model_card(card_data()))
+    block = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(block, encoding="utf-8")
+    recipe = read_recipe(path)
+    assert recipe["crop_size"] == 224
+    assert recipe["image_labels"] == "labels.npz"
+    assert "data_dir" not in recipe
+    assert yaml.safe_load(block) == recipe
+
+
+def test_a_hub_backbone_is_named_as_base_model():
+    settings = card_data().settings | {"backbone": "google/vit-base-patch16-224"}
+    card = ModelCard(str(generate_model_card(card_data(settings=settings))))
+    assert card.data.base_model == "google/vit-base-patch16-224"
+    assert "| encoder | google/vit-base-patch16-224, pretrained |" in card.text
+    assert generate_model_card(card_data()).data.base_model is None
+
+
+def test_random_weights_and_a_run_without_masks():
+    settings = card_data().settings | {"backbone": None, "backbone_config": {"model_type": "vit"}}
+    card = generate_model_card(card_data(settings=settings, results={}))
+    assert "| encoder | random weights, vit |" in card.text
+    assert "Not evaluated: the validation split has no masks." in card.text
+    assert "| prediction |" not in card.text
+    assert card.data.eval_results is None
+
+
+def test_the_snippet_of_the_card_runs(tiny_run_folder, monkeypatch):
+    text = str(generate_model_card(card_data()))
+    snippet = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    monkeypatch.chdir(tiny_run_folder)
+    names = {}
+    exec(snippet.replace("path/to/this/folder", ".").replace("picture.jpg", "picture.png"), names)
+    image, label_map = names["image"], names["label_map"]
+    assert tuple(label_map.shape) == (image.height, image.width)
+    assert set(label_map.unique().tolist()) <= set(names["model"].config.id2label)

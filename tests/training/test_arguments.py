@@ -1,0 +1,137 @@
+"""Recipes and the command line: what wins, and what is refused."""
+
+import dataclasses
+
+import pytest
+
+from synernet_hf.training import InvalidArguments, SynerNetTrainingArguments, parse_arguments, read_recipe
+from synernet_hf.training.arguments import ARGUMENT_CLASSES
+
+
+def write_recipe(tmp_path, text: str) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_defaults_are_the_papers_run():
+    model_args, data_args, training_args = parse_arguments([])
+    assert model_args.backbone is None
+    assert data_args.dataset == "voc2012"
+    assert (training_args.max_steps, training_args.crop_size, training_args.learning_rate) == (8000, 448, 6e-5)
+    assert training_args.warmup_steps == 1500
+
+
+def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_default(tmp_path):
+    recipe = write_recipe(tmp_path, "max_steps: 100\ncrop_size: 64\nflip: false\nlearning_rate: 6e-4\n")
+    _, _, training_args = parse_arguments(["--config", recipe, "--max_steps", "8000", "--seed", "3"])
+    # 8000 is also the default, and was asked for
+    assert training_args.max_steps == 8000
+    assert (training_args.crop_size, training_args.seed, training_args.save_steps) == (64, 3, 1000)
+    assert training_args.flip is False
+    assert training_args.learning_rate == 6e-4
+    _, _, training_args = parse_arguments([f"--config={recipe}", "--flip", "true"])
+    assert training_args.flip is True
+
+
+def test_mappings_and_lists_come_from_recipe_and_command_line(tmp_path):
+    recipe = write_recipe(
+        tmp_path,
+        "backbone_config: {model_type: vit, hidden_size: 16}\nmetric_classes: [background, cat]\n"
+        "scale_range: [1, 2]\nmodel_config:\n  fusion: fixed\n",
+    )
+    model_args, data_args, training_args = parse_arguments(
+        ["--config", recipe, "--dataset_options", '{"num_train": 8}', "--metric_classes", "dog", "cow"]
+    )
+    assert model_args.backbone_config == {"model_type": "vit", "hidden_size": 16}
+    assert model_args.model_config == {"fusion": "fixed"}
+    assert data_args.dataset_options == {"num_train": 8}
+    assert data_args.metric_classes == ["dog", "cow"]
+    assert training_args.scale_range == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("max_stepz: 10\ncrop: 3\n", "unknown settings crop, max_stepz; known are"),
+        ("max_steps: [1, 2]\n", "`max_steps` in the recipe .* must be a whole number"),
+        ("max_steps: 1.5\n", "`max_steps` in the recipe .* must be a whole number"),
+        ("max_steps: null\n", "`max_steps` in the recipe .* must be a value"),
+        ("learning_rate: fast\n", "`learning_rate` in the recipe .* must be a number"),
+        ("flip: 2\n", "`flip` in the recipe .* must be true or false"),
+        ("metric_classes: cat\n", "`metric_classes` in the recipe .* must be a list"),
+        ("model_config: fixed\n", "`model_config` in the recipe .* must be a mapping"),
+        ("dataset: 3\n", "`dataset` in the recipe .* must be text"),
+        ("- max_steps\n", "must be a mapping of settings, got list"),
+        ("max_steps: [1\n", "is not valid YAML"),
+    ],
+)
+def test_a_recipe_with_a_mistake_is_refused_in_one_sentence(tmp_path, text, sentence):
+    with pytest.raises(InvalidArguments, match=sentence):
+        parse_arguments(["--config", write_recipe(tmp_path, text)])
+
+
+def test_a_recipe_is_still_checked_after_a_parser_was_made(tmp_path):
+    parse_arguments([])
+    assert read_recipe(write_recipe(tmp_path, "model_config: {fusion: fixed}\n"))["model_config"] == {
+        "fusion": "fixed"
+    }
+
+
+def test_a_missing_recipe_is_named(tmp_path):
+    with pytest.raises(InvalidArguments, match=r"nowhere\.yaml does not exist"):
+        parse_arguments(["--config", str(tmp_path / "nowhere.yaml")])
+
+
+def test_an_unreadable_mapping_is_named():
+    with pytest.raises(InvalidArguments, match="`model_config` must be a mapping"):
+        parse_arguments(["--model_config", "fixed"])
+
+
+@pytest.mark.parametrize("argv", [["--max_stepz", "3"], ["--max_st", "3"], ["--mixed_precision", "int8"]])
+def test_unknown_options_and_choices_are_refused(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_arguments(argv)
+    assert stop.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_every_setting_has_a_help_text():
+    for group in ARGUMENT_CLASSES:
+        for item in dataclasses.fields(group):
+            assert len(item.metadata["help"]) > 10, item.name
+            assert f"{item.name} (`" in group.__doc__, item.name
+
+
+def test_all_problems_of_the_values_are_found_together():
+    args = SynerNetTrainingArguments(
+        output_dir=None, max_steps=0, learning_rate=0.0, blur=2.0, scale_range=[2, 1], save_total_limit=0
+    )
+    text = "\n".join(args.problems())
+    for name in ("output_dir", "max_steps", "learning_rate", "blur", "scale_range", "save_total_limit"):
+        assert text.count(f"`{name}`") == 1
+    assert SynerNetTrainingArguments(output_dir="run", report_to="none").problems() == []
+
+
+@pytest.mark.parametrize("name", ["voc12", "voc12_authors", "voc_animals", "tiny_cpu"])
+def test_recipes_of_the_repository_are_valid(root, name):
+    from synernet_hf import SynerNetConfig
+
+    recipe = root / "examples" / "recipes" / f"{name}.yaml"
+    model_args, _, training_args = parse_arguments(["--config", str(recipe), "--output_dir", "run"])
+    assert training_args.problems() == []
+    assert (model_args.backbone is None) != (model_args.backbone_config is None)
+    config = SynerNetConfig(num_labels=3, **model_args.model_config)
+    for field, value in model_args.model_config.items():
+        assert field in SynerNetConfig.__annotations__
+        assert getattr(config, field) == value
+
+
+def test_the_authors_recipe_differs_where_method_and_code_do(root):
+    recipes = root / "examples" / "recipes"
+    ours, theirs = (read_recipe(recipes / f"{name}.yaml") for name in ("voc12", "voc12_authors"))
+    differing = {key for key in ours | theirs if ours.get(key) != theirs.get(key)}
+    assert differing == {"backbone_overrides", "model_config"}
+    assert theirs["backbone_overrides"] == {"qkv_bias": False, "layer_norm_eps": 1e-5}
+    assert theirs["model_config"]["fusion"] == "fixed"
+    assert theirs["model_config"]["spatial_bce_branches"] == ["broad"]

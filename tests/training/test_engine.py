@@ -1,0 +1,482 @@
+"""The training loop on a few 32-pixel pictures: what it leaves behind, resuming, refusing, stopping."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from safetensors.torch import load_file
+
+from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+from synernet_hf.training import (
+    DataArguments,
+    InvalidArguments,
+    ModelArguments,
+    SynerNetTrainingArguments,
+    engine,
+    learning_rate_multiplier,
+    train,
+)
+from synernet_hf.training.checkpoints import list_checkpoints
+
+
+MODEL = {
+    "backbone_config": {
+        "model_type": "vit",
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    },
+    "model_config": {
+        "auxiliary_layer_index": -2,
+        "decoder_hidden_size": 8,
+        "projection_hidden_size": 16,
+        "projection_bottleneck_size": 8,
+        "prototype_size": 16,
+        "cam_scales": [1.0, 0.5],
+        "refinement_iterations": 1,
+        "segmentation_start": 0.25,
+        "spatial_bce_start": 0.25,
+        "prototype_contrast_start": 0.25,
+    },
+}
+DATA = {"dataset": "shapes", "dataset_options": {"num_train": 6, "num_validation": 2, "image_size": 32}}
+TRAINING = {
+    "max_steps": 4,
+    "crop_size": 32,
+    "per_device_batch_size": 2,
+    "learning_rate": 1e-3,
+    "eval_steps": 4,
+    "save_steps": 2,
+    "save_total_limit": None,
+    "logging_steps": 1,
+    "report_to": "none",
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps precision and accumulation in singletons; each run here is a process of its own in life."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def run(folder: Path, model=None, data=None, **training) -> dict:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return train(
+        ModelArguments(**(MODEL | (model or {}))),
+        DataArguments(num_workers=0, **(DATA | (data or {}))),
+        SynerNetTrainingArguments(**(TRAINING | {"output_dir": str(folder)} | training)),
+    )
+
+
+def state_of(folder: Path) -> dict:
+    return json.loads((folder / "trainer_state.json").read_text())
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of a model folder or of a checkpoint; the two name the encoder's weights differently on disk."""
+    if (folder / "config.json").exists():
+        return SynerNetForWeaklySupervisedSegmentation.from_pretrained(folder).state_dict()
+    return load_file(folder / "model.safetensors")
+
+
+def assert_equal_weights(one: Path, other: Path):
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), f"{name}: {(first[name] - second[name]).abs().max():.1e}"
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of four steps that was not interrupted: its folder and what `train` returned."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    return folder, run(folder, report_to="tensorboard")
+
+
+def test_a_run_leaves_a_complete_folder(finished):
+    folder, results = finished
+    for name in ("model.safetensors", "config.json", "preprocessor_config.json", "README.md", "eval_results.json"):
+        assert (folder / name).stat().st_size > 0
+    assert list(folder.rglob("events.out.tfevents*"))
+    assert not list(folder.rglob("*.tmp"))
+    record = json.loads((folder / "training_args.json").read_text())
+    assert {"model_args", "data_args", "training_args", "class_names", "versions"} <= set(record)
+    assert record["training_args"]["max_steps"] == 4
+    assert record["class_names"][0] == "background"
+    assert record["versions"]["torch"] == torch.__version__
+    written = json.loads((folder / "eval_results.json").read_text())
+    assert written["step"] == results["training"]["step"] == 4
+    assert written["segmentation"]["mean_iou"] == pytest.approx(results["segmentation"]["mean_iou"])
+    assert {"segmentation", "broad_cam", "precise_cam", "fused_cam"} <= set(written)
+    assert results["training"]["minutes"] > 0
+    assert "| steps | 4 |" in (folder / "README.md").read_text()
+
+
+def test_saved_model_is_the_trained_one(finished):
+    folder, _ = finished
+    loaded = SynerNetForWeaklySupervisedSegmentation.from_pretrained(folder).state_dict()
+    trained = load_file(folder / "checkpoint-4" / "model.safetensors")
+    assert loaded.keys() == trained.keys()
+    for name, tensor in trained.items():
+        assert torch.equal(loaded[name], tensor), name
+    assert SynerNetImageProcessor.from_pretrained(folder).image_mean == pytest.approx([0.485, 0.456, 0.406])
+
+
+def test_weights_move_and_prototypes_fill(finished):
+    folder, _ = finished
+    early, late = (load_file(folder / f"checkpoint-{step}" / "model.safetensors") for step in (2, 4))
+    still = [name for name in early if torch.equal(early[name], late[name]) and not name.endswith("prototypes")]
+    assert still == []
+    prototypes = [tensor for name, tensor in late.items() if name.endswith("prototypes")]
+    assert len(prototypes) == 2
+    assert all(tensor.norm(dim=-1).max() == pytest.approx(1, abs=1e-5) for tensor in prototypes)
+
+
+def test_best_is_the_best_evaluated_model(tmp_path, monkeypatch):
+    scores = iter([0.3, 0.5, 0.4, float("nan")])
+    evaluate_model = engine.evaluate_model
+
+    def scored(*args, **kwargs):
+        results = evaluate_model(*args, **kwargs)
+        results["segmentation"]["mean_iou"] = next(scores)
+        return results
+
+    monkeypatch.setattr(engine, "evaluate_model", scored)
+    results = run(tmp_path / "run", eval_steps=1, save_steps=1)
+    assert results["training"]["best_step"] == 2
+    assert_equal_weights(tmp_path / "run" / "best", tmp_path / "run" / "checkpoint-2")
+    assert json.loads((tmp_path / "run" / "best" / "eval_results.json").read_text())["step"] == 2
+    assert (tmp_path / "run" / "best" / "preprocessor_config.json").is_file()
+    assert state_of(tmp_path / "run" / "checkpoint-4")["best_metric"] == 0.5
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_gates_and_rates_follow_the_optimizer_steps(tmp_path, accumulation):
+    run(tmp_path / "run", gradient_accumulation_steps=accumulation, warmup_ratio=0.5)
+    history = [entry for entry in state_of(tmp_path / "run" / "checkpoint-4")["history"] if "loss" in entry]
+    assert [entry["step"] for entry in history] == [1, 2, 3, 4]
+    gated = {"loss_segmentation", "loss_spatial_bce", "loss_prototype_contrast"}
+    assert [gated & set(entry) for entry in history] == [set(), gated, gated, gated]
+    assert all({"loss_cls", "loss_cls_aux", "loss_patch_contrast"} <= set(entry) for entry in history)
+    expected = [2e-3 * learning_rate_multiplier(step, 2, 4) for step in range(4)]
+    assert [entry["learning_rate"] for entry in history] == pytest.approx(expected)
+    scheduler = torch.load(tmp_path / "run" / "checkpoint-2" / "scheduler.bin", weights_only=False)
+    assert scheduler["last_epoch"] == 2
+    assert scheduler["_last_lr"] == pytest.approx([expected[2], 5 * expected[2]])
+
+
+def stop_at(monkeypatch, passes: int, action):
+    """Calls `action` in place of the forward pass number `passes`, counted from 0."""
+    original, count = engine.train_step, iter(range(10**6))
+
+    def step(*args):
+        if next(count) == passes:
+            return action(original, *args)
+        return original(*args)
+
+    monkeypatch.setattr(engine, "train_step", step)
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_steps_and_a_resume_equal_four_steps(tmp_path, monkeypatch, accumulation):
+    settings = {"gradient_accumulation_steps": accumulation, "eval_steps": 1}
+    run(tmp_path / "straight", **settings)
+    with monkeypatch.context() as patch:
+        # in the middle of the third step where two passes make one
+        stop_at(patch, 3 * accumulation - 1, interrupt)
+        with pytest.raises(KeyboardInterrupt, match="after step 2; the last checkpoint is .*checkpoint-2"):
+            run(tmp_path / "broken", **settings)
+    assert [path.name for path in list_checkpoints(tmp_path / "broken")] == ["checkpoint-2"]
+    assert not (tmp_path / "broken" / "model.safetensors").exists()
+    run(tmp_path / "broken", resume_from_checkpoint="latest", **settings)
+    for folder in ("checkpoint-4", "best", "."):
+        assert_equal_weights(tmp_path / "straight" / folder, tmp_path / "broken" / folder)
+    straight, resumed = (state_of(tmp_path / name / "checkpoint-4") for name in ("straight", "broken"))
+    assert straight["history"] == resumed["history"]
+    assert straight["best_step"] == resumed["best_step"]
+
+
+def test_a_checkpoint_can_be_continued_in_another_folder(finished, tmp_path):
+    folder, _ = finished
+    before = snapshot(folder)
+    run(tmp_path / "copy", resume_from_checkpoint=str(folder / "checkpoint-2"))
+    assert_equal_weights(folder, tmp_path / "copy")
+    assert snapshot(folder) == before
+
+
+def test_old_checkpoints_go(tmp_path):
+    run(tmp_path / "run", save_steps=1, save_total_limit=2)
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_sigterm_leaves_the_last_checkpoint_and_nothing_half_written(tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    save_state = engine.Accelerator.save_state
+
+    def killed_while_saving(self, folder, **kwargs):
+        result = save_state(self, folder, **kwargs)
+        if "checkpoint-2" in folder:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(engine.Accelerator, "save_state", killed_while_saving)
+    with pytest.raises(KeyboardInterrupt, match="the last checkpoint is .*checkpoint-1 .*--resume_from_checkpoint"):
+        run(tmp_path / "run", save_steps=1)
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-1"]
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    def broken(original, *args):
+        loss, terms = original(*args)
+        return loss, terms | {"loss_cls": terms["loss_cls"] * math.nan}
+
+    stop_at(monkeypatch, 2, broken)
+    # logged every 100 steps: the checkpoint is what makes it look
+    with pytest.raises(FloatingPointError, match=r"not finite at step 3 \(loss_cls\).*checkpoint-2"):
+        run(tmp_path / "run", save_steps=1, logging_steps=100)
+    assert list_checkpoints(tmp_path / "run")[-1].name == "checkpoint-2"
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
+    def broken(original, training_run, batch):
+        result = original(training_run, batch)
+        with torch.no_grad():
+            next(training_run.model.parameters()).fill_(math.inf)
+        return result
+
+    stop_at(monkeypatch, 2, broken)
+    with pytest.raises(FloatingPointError, match=r"weights are not finite after step 3.*checkpoint-2"):
+        run(tmp_path / "run", save_steps=1)
+    assert list_checkpoints(tmp_path / "run")[-1].name == "checkpoint-2"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"crop_size": 7}, "`crop_size` is 7, smaller than a patch of 8 pixels"),
+        ({"output_dir": None}, "`output_dir` is missing"),
+        ({"mixed_precision": "int8"}, "`mixed_precision` must be no, fp16 or bf16, got 'int8'"),
+        ({"max_steps": 0}, "`max_steps` must be at least 1, got 0"),
+        ({"model": {"backbone": "folder"}}, "Give either `backbone` .* or `backbone_config` .* got both"),
+        ({"model": {"backbone_config": None}}, "Give either `backbone` .* or `backbone_config` .* got neither"),
+        ({"model": {"backbone_config": None, "backbone": "./nowhere"}}, r"No model can be made of \./nowhere"),
+        ({"model": {"backbone_config": {"model_type": "vitt"}}}, "No model can be made of `backbone_config`.*vitt"),
+        ({"model": {"backbone_overrides": {"qkv_bias": False}}}, "`backbone_overrides` goes with `backbone` only"),
+        ({"model": {"model_config": {"fuson": "fixed"}}}, "`model_config` has unknown fields fuson; known are"),
+        ({"model": {"model_config": {"low_threshold": 0.9}}}, "threshold must rise"),
+        ({"model": {"model_config": {"fusion": "mean"}}}, "No model can be made of .*'fusion'"),
+        ({"model": {"backbone_config": {"model_type": "resnet"}}}, "No model can be made of .*patch_size"),
+        ({"model": {"model_config": {"num_labels": 3}}}, "`model_config` sets num_labels, but the labels come from"),
+        ({"data": {"metric_classes": ["dots", "unicorn"]}}, "`metric_classes` has unknown names unicorn; known are"),
+        ({"data": {"dataset": "voc"}}, "Unknown data set 'voc'"),
+        ({"data": {"dataset_options": {"num_trian": 3}}}, "num_trian"),
+        ({"data": {"max_eval_samples": 0}}, "`max_eval_samples` must be at least 1"),
+        ({"data": {"dataset": "voc2012", "data_dir": "nowhere", "dataset_options": {}}}, "nowhere"),
+        ({"resume_from_checkpoint": "latest"}, "holds no checkpoint to resume from"),
+        ({"resume_from_checkpoint": "nowhere/checkpoint-2"}, "is not a checkpoint of a run"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing_behind(tmp_path, changes, sentence):
+    with pytest.raises(InvalidArguments, match=sentence) as error:
+        run(tmp_path / "run", **changes)
+    assert len(str(error.value).splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_problems_are_told_at_once(tmp_path):
+    with pytest.raises(InvalidArguments) as error:
+        run(
+            tmp_path / "run",
+            crop_size=4,
+            learning_rate=-1.0,
+            data={"metric_classes": ["unicorn"]},
+            resume_from_checkpoint="latest",
+        )
+    text = str(error.value)
+    assert "`learning_rate` must be positive" in text
+    assert "smaller than a patch" in text
+    assert "unicorn" in text
+    assert "no checkpoint" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_another_run_is_refused_and_not_touched(finished):
+    folder, _ = finished
+    before = snapshot(folder)
+    with pytest.raises(InvalidArguments, match="already holds a run"):
+        run(folder)
+    assert snapshot(folder) == before
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "run").write_text("text")
+    with pytest.raises(InvalidArguments, match="is a file"):
+        run(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"seed": 1}, r"seed \(0 → 1\)"),
+        ({"per_device_batch_size": 1}, r"per_device_batch_size \(2 → 1\)"),
+        ({"max_steps": 6}, r"max_steps \(4 → 6\)"),
+        ({"model": {"model_config": MODEL["model_config"] | {"fusion": "fixed"}}}, "model_config"),
+        ({"data": {"dataset_options": DATA["dataset_options"] | {"seed": 1}}}, "data_fingerprint"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(finished, changes, name):
+    folder, _ = finished
+    before = snapshot(folder)
+    with pytest.raises(InvalidArguments, match=f"made with other settings: .*{name}"):
+        run(folder, resume_from_checkpoint=str(folder / "checkpoint-2"), **changes)
+    assert snapshot(folder) == before
+
+
+def test_settings_without_influence_may_change_on_resume(finished, tmp_path):
+    folder, _ = finished
+    run(tmp_path / "run", resume_from_checkpoint=str(folder / "checkpoint-2"), logging_steps=3, save_total_limit=1)
+    assert_equal_weights(folder, tmp_path / "run")
+
+
+def voc_folder(root: Path) -> Path:
+    """A devkit of four training and two validation pictures with masks for all of them."""
+    voc, rng = root / "VOCdevkit" / "VOC2012", np.random.default_rng(0)
+    for name in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
+        (voc / name).mkdir(parents=True)
+    lists = {"train_aug": ["a", "b", "c", "d"], "val": ["e", "f"]}
+    labels = {}
+    for number, name in enumerate(lists["train_aug"] + lists["val"]):
+        Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(voc / "JPEGImages" / f"{name}.jpg")
+        mask = np.zeros((40, 48), dtype=np.uint8)
+        mask[8:24, 8:30] = 8 + number % 2
+        Image.fromarray(mask).save(voc / "SegmentationClassAug" / f"{name}.png")
+        labels[name] = ["cat" if number % 2 == 0 else "chair"]
+    for name, ids in lists.items():
+        (voc / "ImageSets" / "Segmentation" / f"{name}.txt").write_text("\n".join(ids) + "\n")
+    (root / "labels.json").write_text(json.dumps(labels))
+    return voc
+
+
+def test_training_never_opens_a_mask_of_its_pictures(tmp_path):
+    voc = voc_folder(tmp_path)
+    data = {
+        "dataset": "voc2012",
+        "data_dir": str(tmp_path / "VOCdevkit"),
+        "image_labels": str(tmp_path / "labels.json"),
+        "dataset_options": {},
+    }
+    with_masks = run(tmp_path / "with", data=data, max_steps=2)
+    assert "segmentation" in with_masks
+    for name in "abcd":
+        (voc / "SegmentationClassAug" / f"{name}.png").unlink()
+    without_training_masks = run(tmp_path / "without", data=data, max_steps=2)
+    assert without_training_masks["segmentation"] == with_masks["segmentation"]
+    assert_equal_weights(tmp_path / "with", tmp_path / "without")
+
+
+def test_a_run_without_any_mask_trains_and_says_so(tmp_path):
+    voc = voc_folder(tmp_path)
+    for path in (voc / "SegmentationClassAug").iterdir():
+        path.unlink()
+    (voc / "SegmentationClassAug").rmdir()
+    data = {
+        "dataset": "voc2012",
+        "data_dir": str(voc),
+        "image_labels": str(tmp_path / "labels.json"),
+        "dataset_options": {},
+    }
+    results = run(tmp_path / "run", data=data, max_steps=2, eval_steps=1)
+    assert set(results) == {"training"}
+    assert not (tmp_path / "run" / "eval_results.json").exists()
+    assert not (tmp_path / "run" / "best").exists()
+    assert "Not evaluated" in (tmp_path / "run" / "README.md").read_text()
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_a_pretrained_encoder_starts_both_branches(tmp_path):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(1)
+    fields = {key: value for key, value in MODEL["backbone_config"].items() if key != "model_type"}
+    encoder = ViTForImageClassification(ViTConfig(**fields, num_labels=10))
+    encoder.save_pretrained(tmp_path / "encoder")
+    arguments = ModelArguments(
+        backbone=str(tmp_path / "encoder"),
+        backbone_overrides={"layer_norm_eps": 1e-5},
+        model_config=MODEL["model_config"],
+    )
+    model = engine.build_model(arguments, ["background", "cat", "dog"])
+    assert model.config.id2label == {0: "background", 1: "cat", 2: "dog"}
+    assert model.config.backbone_config.layer_norm_eps == 1e-5
+    # the two ways to the configuration agree, and `validate_arguments` looks at the right one
+    looked_at = engine.model_config_from(arguments, ["background", "cat", "dog"])
+    assert looked_at.backbone_config.layer_norm_eps == 1e-5
+    expected = encoder.vit.state_dict()
+    for branch in ("broad", "precise"):
+        for name, tensor in model.synernet.branch(branch).backbone.state_dict().items():
+            assert torch.equal(tensor, expected[name]), (branch, name)
+
+
+RANK_SCRIPT = """
+import sys
+import torch
+from synernet_hf.training import engine, parse_arguments
+
+fit = engine.fit
+
+def fit_and_keep(run):
+    fit(run)
+    torch.save(run.bare_model.state_dict(), f"{sys.argv[1]}/rank{run.accelerator.process_index}.pt")
+
+engine.fit = fit_and_keep
+engine.train(*parse_arguments(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_keep_equal_weights_and_prototypes(root, tmp_path):
+    (tmp_path / "script.py").write_text(RANK_SCRIPT)
+    settings = MODEL | DATA | TRAINING | {"output_dir": str(tmp_path / "run"), "num_workers": 0, "save_total_limit": 2}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
+    arguments = [str(tmp_path / "script.py"), str(tmp_path), "--config", str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(command + arguments, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    filled = [tensor.norm(dim=-1) for name, tensor in first.items() if name.endswith("prototypes")]
+    assert all(norms.max() == pytest.approx(1, abs=1e-5) for norms in filled)
+    state = state_of(tmp_path / "run" / "checkpoint-4")
+    rates = [entry["learning_rate"] for entry in state["history"] if "loss" in entry]
+    assert rates == pytest.approx([2e-3 * learning_rate_multiplier(step, 1, 4) for step in range(4)])
+    scheduler = torch.load(tmp_path / "run" / "checkpoint-4" / "scheduler.bin", weights_only=False)
+    assert scheduler["last_epoch"] == 4
+    record = json.loads((tmp_path / "run" / "training_args.json").read_text())
+    assert record["run"]["num_processes"] == 2

@@ -1,0 +1,314 @@
+import importlib.util
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+from synernet_hf.data import SHAPES_CLASSES, build_split
+from synernet_hf.metrics import MeanIoU
+from synernet_hf.model.modeling_synernet import SynerNetCamOutput
+from synernet_hf.training.evaluation import CAM_KINDS, evaluate_model, results_table
+
+
+NAMES = ["background", "cat", "dog"]
+SCALES = (1.0, 1.5)
+
+
+def picture_of(label_map):
+    """A picture whose red channel tells the class of every pixel, so that an oracle can read it."""
+    return Image.fromarray(np.stack([label_map * 100, label_map * 0, label_map * 0], axis=-1).astype(np.uint8))
+
+
+def make_split(label_maps, ignored=0):
+    masks = [label_map.astype(np.uint8) for label_map in label_maps]
+    for mask in masks:
+        mask[:ignored] = 255
+    labels = np.array([[int((label_map == c).any()) for c in (1, 2)] for label_map in label_maps])
+    ids = [f"picture_{i}" for i in range(len(masks))]
+    return build_split([picture_of(m) for m in label_maps], ids, labels, NAMES, [Image.fromarray(m) for m in masks])
+
+
+@pytest.fixture
+def label_maps():
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 3, size) for size in [(8, 9), (12, 7), (5, 5), (6, 10), (9, 4)]]
+
+
+class OracleModel(torch.nn.Module):
+    """Reads the true classes off the red channel; `shift` rolls its answer to the right by so many pixels."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, shift=0, cam_value=0.9):
+        super().__init__()
+        self.shift, self.cam_value = shift, cam_value
+        self.seen, self.cam_labels = [], []
+        self.config = SimpleNamespace(
+            num_labels=3, background_threshold=0.5, semantic_loss_ignore_index=255, inference_scales=SCALES
+        )
+
+    def one_hot(self, pixel_values):
+        assert not self.training and not torch.is_grad_enabled()
+        class_ids = torch.round((pixel_values[:, 0] * 0.229 + 0.485) * 255 / 100).long()
+        return torch.nn.functional.one_hot(class_ids, 3).permute(0, 3, 1, 2).float().roll(self.shift, dims=-1)
+
+    def multi_scale_logits(self, pixel_values, scales, flip):
+        self.seen.append((tuple(scales), flip))
+        return self.one_hot(pixel_values)
+
+    def generate_cams(self, pixel_values, labels=None, scales=None, flip=None):
+        self.cam_labels.append(labels)
+        cams = self.one_hot(pixel_values)[:, 1:] * labels[:, :, None, None] * self.cam_value
+        return SynerNetCamOutput(**{f"{kind}s": cams for kind in CAM_KINDS})
+
+
+def score(model, split, **options):
+    return evaluate_model(model, SynerNetImageProcessor(), split, class_names=NAMES, **options)
+
+
+def test_an_oracle_scores_one_everywhere_and_background_only_does_not(label_maps):
+    model = OracleModel().train()
+    results = score(model, make_split(label_maps), multi_scale=True, flip=True, baselines=True)
+    assert list(results) == [
+        "segmentation",
+        "segmentation_multi_scale",
+        "segmentation_multi_scale_flip",
+        *CAM_KINDS,
+        "single_scale_cam",
+        "background_only",
+    ]
+    background_only = results.pop("background_only")
+    for values in results.values():
+        for name in ("mean_iou", "mean_iou_present", "recall", "precision", "foreground_recall", "pixel_accuracy"):
+            assert values[name] == 1.0
+        assert values["per_class_iou"] == dict.fromkeys(NAMES, 1.0)
+        assert values["num_images"] == len(label_maps)
+    assert background_only["foreground_recall"] == 0.0
+    assert background_only["per_class_iou"]["background"] == background_only["pixel_accuracy"]
+    assert set(model.seen) == {((1.0,), False), (SCALES, False), (SCALES, True)}
+    assert model.training
+
+
+def test_scores_come_from_one_matrix_of_the_whole_split(label_maps):
+    metric = MeanIoU(3)
+    for label_map in label_maps:
+        reference = label_map.copy()
+        reference[:2] = 255
+        metric.update(np.roll(label_map, 1, axis=1), reference)
+    expected = metric.compute()
+    values = score(OracleModel(shift=1), make_split(label_maps, ignored=2), cams=False)["segmentation"]
+    assert values["mean_iou"] == pytest.approx(expected["mean_iou"])
+    assert list(values["per_class_iou"].values()) == pytest.approx(expected["per_class_iou"])
+    assert values["foreground_recall"] == pytest.approx(np.mean(expected["per_class_recall"][1:]))
+    assert values["foreground_precision"] == pytest.approx(np.mean(expected["per_class_precision"][1:]))
+
+
+def test_metric_classes_restrict_the_means_only(label_maps):
+    split = make_split(label_maps)
+    everything = score(OracleModel(shift=1), split, cams=False)["segmentation"]
+    part = score(OracleModel(shift=1), split, cams=False, metric_classes=["background", "dog"])["segmentation"]
+    ious = everything["per_class_iou"]
+    assert part["mean_iou"] == pytest.approx((ious["background"] + ious["dog"]) / 2)
+    assert part["per_class_iou"] == ious and part["mean_iou_present"] == everything["mean_iou_present"]
+
+
+def test_cams_get_the_true_labels_and_the_single_threshold(label_maps):
+    model = OracleModel(cam_value=0.5)
+    split = make_split(label_maps)
+    results = score(model, split)
+    assert [labels.tolist() for labels in model.cam_labels] == [[labels] for labels in split["image_labels"]]
+    # 0.5 is at the threshold, hence background
+    assert results["broad_cam"]["foreground_recall"] == 0.0
+    assert score(OracleModel(cam_value=0.51), split)["broad_cam"]["foreground_recall"] == 1.0
+
+
+def test_shards_summed_over_processes_equal_one_process(label_maps):
+    split = make_split(label_maps)
+    single = score(OracleModel(shift=1), split)
+    counted = []
+
+    def process(index, reduce):
+        accelerator = SimpleNamespace(process_index=index, num_processes=2, device="cpu", reduce=reduce)
+        return score(OracleModel(shift=1), split, accelerator=accelerator)
+
+    process(1, lambda counts, reduction: counted.append(counts) or counts)
+    remaining = iter(counted)
+    assert process(0, lambda counts, reduction: counts + next(remaining)) == single
+
+
+def test_max_samples_takes_the_first_pictures(label_maps):
+    split = make_split(label_maps)
+    assert score(OracleModel(shift=1), split, max_samples=2) == score(OracleModel(shift=1), split.select(range(2)))
+
+
+def test_crf_refines_the_last_segmentation(label_maps):
+    def swap(image, probabilities):
+        assert image.dtype == np.uint8 and np.allclose(probabilities.sum(axis=0), 1)
+        return probabilities[[0, 2, 1]]
+
+    results = score(OracleModel(), make_split(label_maps), multi_scale=True, cams=False, crf=swap)
+    assert list(results) == ["segmentation", "segmentation_multi_scale", "segmentation_multi_scale_crf"]
+    assert results["segmentation_multi_scale_crf"]["per_class_iou"] == {"background": 1.0, "cat": 0.0, "dog": 0.0}
+
+
+def test_the_real_model_is_scored_at_native_size(tiny_config, label_maps):
+    torch.manual_seed(0)
+    model = SynerNetForWeaklySupervisedSegmentation(tiny_config).eval()
+    big = [np.kron(label_map, np.ones((3, 3), dtype=int)) for label_map in label_maps[:2]]
+    results = score(model, make_split(big), multi_scale=True, baselines=True)
+    metric, cam_metric = MeanIoU(3), MeanIoU(3)
+    for label_map in big:
+        pixel_values = SynerNetImageProcessor()(picture_of(label_map), return_tensors="pt")["pixel_values"]
+        metric.update(model.multi_scale_logits(pixel_values, scales=(1.0,))[0].argmax(dim=0), label_map)
+        labels = torch.tensor([[(label_map == c).any() for c in (1, 2)]]).float()
+        values, ids = model.generate_cams(pixel_values, labels=labels).precise_cams[0].max(dim=0)
+        cam_metric.update(torch.where(values > tiny_config.background_threshold, ids + 1, 0), label_map)
+    assert results["segmentation"]["mean_iou"] == metric.compute()["mean_iou"]
+    assert results["precise_cam"]["mean_iou"] == cam_metric.compute()["mean_iou"]
+    assert all(0 <= values["mean_iou"] <= 1 for values in results.values())
+
+
+def without_mask(split):
+    return split.remove_columns("mask")
+
+
+def with_wrong_id(split):
+    return make_split([np.full((4, 4), 2)]).map(lambda record: {"mask": Image.new("L", (4, 4), 7)})
+
+
+def with_wrong_size(split):
+    return split.map(lambda record: {"mask": Image.new("L", (3, 3))})
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "sentence"),
+    [
+        (without_mask, {}, r"lacks the columns \['mask'\]"),
+        (lambda split: split.select([]), {}, "is empty"),
+        (with_wrong_id, {}, r"Picture picture_0 cannot be scored. The references hold the ids \[7\]"),
+        (with_wrong_size, {}, "mask of picture picture_0 is 3 x 3"),
+        (None, {"metric_classes": ["wolf"]}, r"hold \['wolf'\]"),
+        (None, {"metric_classes": []}, "are an empty list"),
+        (None, {"max_samples": 0}, "positive number of pictures"),
+        (None, {"class_names": NAMES[:2]}, "predicts 3 classes, the data set names 2"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(label_maps, change, options, sentence):
+    split = make_split(label_maps)
+    split = split if change is None else change(split)
+    with pytest.raises(ValueError, match=sentence):
+        evaluate_model(OracleModel(), SynerNetImageProcessor(), split, **({"class_names": NAMES} | options))
+
+
+def test_table_holds_every_kind_and_marks_undefined_scores():
+    split = make_split([np.zeros((4, 4), dtype=int), np.ones((4, 4), dtype=int)])
+    table = results_table(score(OracleModel(), split), NAMES)
+    means, classes = table.split("\n\n")
+    assert len(means.splitlines()) == len(classes.splitlines()) == 2 + 1 + len(CAM_KINDS)
+    cells = [cell.strip() for cell in classes.splitlines()[2].strip("|").split("|")]
+    assert cells == ["segmentation", "100.0", "100.0", "-"]
+
+
+def load_script(root, name):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", root / "examples" / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+@pytest.fixture
+def shapes_run(tiny_config, tmp_path):
+    pytest.importorskip("accelerate")
+    config = type(tiny_config).from_dict(
+        tiny_config.to_dict() | {"id2label": dict(enumerate(SHAPES_CLASSES)), "label2id": None}
+    )
+    SynerNetForWeaklySupervisedSegmentation(config).save_pretrained(tmp_path / "run")
+    SynerNetImageProcessor().save_pretrained(tmp_path / "run")
+    data_args = {
+        "dataset": "shapes",
+        "metric_classes": SHAPES_CLASSES[:3],
+        "dataset_options": {"num_train": 1, "num_validation": 3, "image_size": 48},
+    }
+    (tmp_path / "run" / "training_args.json").write_text(json.dumps({"data_args": data_args}))
+    return tmp_path / "run"
+
+
+def test_evaluate_script_takes_its_data_from_the_run(root, shapes_run, tmp_path, capsys):
+    script = load_script(root, "evaluate")
+    output = tmp_path / "scores" / "scores.json"
+    assert script.main([str(shapes_run), "--baselines", "--output", str(output)]) == 0
+    scores = json.loads(output.read_text())
+    assert scores["metric_classes"] == SHAPES_CLASSES[:3]
+    assert list(scores["results"]) == [
+        "segmentation",
+        "segmentation_multi_scale",
+        *CAM_KINDS,
+        "single_scale_cam",
+        "background_only",
+    ]
+    assert scores["results"]["background_only"]["num_images"] == 3
+    assert results_table(scores["results"], SHAPES_CLASSES[:3]) in capsys.readouterr().out
+    assert [path.name for path in output.parent.iterdir()] == ["scores.json"]
+    words = ["--no_cams", "--no_multi_scale", "--max_samples", "1", "--classes", "dots", "--output", str(output)]
+    assert script.main([str(shapes_run), *words]) == 0
+    scores = json.loads(output.read_text())
+    assert list(scores["results"]) == ["segmentation"] and scores["results"]["segmentation"]["num_images"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--dataset", "voc2012"], "needs data_dir"),
+        (["--classes", "wolf"], "wolf"),
+        (["--dataset", "nowhere"], "nowhere"),
+    ],
+)
+def test_evaluate_script_refuses_in_a_sentence(root, shapes_run, capsys, words, sentence):
+    assert load_script(root, "evaluate").main([str(shapes_run), *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and sentence in error
+
+
+def test_evaluate_script_names_a_folder_without_model(root, tmp_path, capsys):
+    assert load_script(root, "evaluate").main([str(tmp_path / "none")]) == 2
+    assert "holds no trained model" in capsys.readouterr().err
+
+
+def test_predict_script_writes_masks_and_overlays(root, tiny_run_folder, tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 33, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=exif)
+    script = load_script(root, "predict")
+    words = [str(tiny_run_folder), str(tiny_run_folder / "picture.png"), str(tmp_path / "turned.jpg")]
+    assert script.main([*words, "--output_dir", str(tmp_path / "out"), "--scales", "1.0", "0.5", "--flip"]) == 0
+    names = ["picture_mask.png", "picture_overlay.png", "turned_mask.png", "turned_overlay.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    with Image.open(tmp_path / "out" / "turned_mask.png") as mask:
+        assert mask.mode == "P" and mask.size == (20, 33)
+    model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(tiny_run_folder).eval()
+    with Image.open(tiny_run_folder / "picture.png") as picture:
+        pixel_values = SynerNetImageProcessor()(picture, return_tensors="pt")["pixel_values"]
+    expected = model.multi_scale_logits(pixel_values, scales=(1.0, 0.5), flip=True)[0].argmax(dim=0)
+    with Image.open(tmp_path / "out" / "picture_mask.png") as mask:
+        assert np.array_equal(np.asarray(mask), expected.numpy())
+    line = capsys.readouterr().out.splitlines()[0]
+    assert all(f"{model.config.id2label[i]} " in line for i in expected.unique().tolist())
+
+
+@pytest.mark.parametrize("broken", ["missing", "undecodable", "truncated", "twins"])
+def test_predict_script_checks_every_picture_before_any_work(root, tiny_run_folder, tmp_path, capsys, broken):
+    good = tiny_run_folder / "picture.png"
+    bad = tmp_path / ("picture.png" if broken == "twins" else "bad.png")
+    content = {"undecodable": b"no picture", "truncated": good.read_bytes()[:2000], "twins": good.read_bytes()}
+    if broken != "missing":
+        bad.write_bytes(content[broken])
+    words = [str(tiny_run_folder), str(good), str(bad), "--output_dir", str(tmp_path / "out")]
+    assert load_script(root, "predict").main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and str(bad) in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()

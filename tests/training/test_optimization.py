@@ -1,0 +1,90 @@
+"""Learning rate against the authors' recorded schedule, gates, and parameter groups."""
+
+import numpy as np
+import pytest
+
+from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation
+from synernet_hf.training import LossWeightSchedule, learning_rate_multiplier, parameter_groups
+
+
+def test_golden_schedule(root):
+    recorded = np.load(root / "tests" / "fixtures" / "golden" / "functions_seed0.npz")
+    total, warmup = int(recorded["schedule/T"]), int(recorded["schedule/warmup"])
+    ours = [learning_rate_multiplier(step, warmup, total) for step in range(total)]
+    difference = np.abs(np.array(ours) - recorded["schedule/multiplier"]).max()
+    print(f"schedule: max difference {difference:.1e}")
+    assert difference < 1e-6
+
+
+def test_schedule_of_the_full_run():
+    factors = [learning_rate_multiplier(step, 1500, 8000) for step in range(8001)]
+    assert factors[0] == pytest.approx(6e-6)
+    assert factors[1499] == pytest.approx(1 - (1 - 6e-6) / 1500)
+    assert factors[1500] == pytest.approx(0.8125**0.9)
+    assert factors[8000] == 0
+    assert np.all(np.diff(factors[:1500]) > 0)
+    assert np.all(np.diff(factors[1500:]) < 0)
+
+
+def test_schedule_without_warmup_and_past_the_end():
+    assert learning_rate_multiplier(0, 0, 10) == 1
+    assert learning_rate_multiplier(11, 0, 10) == 0
+
+
+@pytest.mark.parametrize(
+    ("term", "start"), [("segmentation", 0.25), ("spatial_bce", 0.375), ("prototype_contrast", 0.375)]
+)
+def test_a_gate_opens_at_its_share_of_the_run(term, start):
+    config = SynerNetConfig(num_labels=3)
+    schedule = LossWeightSchedule(config)
+    weights = [schedule(step / 8000)[term] for step in range(8000)]
+    first = round(start * 8000)
+    assert weights[:first] == [0.0] * first
+    assert weights[first:] == [config.loss_weights[term]] * (8000 - first)
+
+
+def test_terms_without_a_gate_always_count():
+    config = SynerNetConfig(num_labels=3, cls_weight=0.5, patch_contrast_weight=0.3)
+    schedule = LossWeightSchedule(config)
+    for progress in (0.0, 0.5, 1.0):
+        weights = schedule(progress)
+        assert (weights["cls"], weights["cls_aux"], weights["patch_contrast"]) == (0.5, 1.0, 0.3)
+        assert set(weights) == set(config.loss_weights)
+
+
+def test_gates_are_settings():
+    config = SynerNetConfig(num_labels=3, segmentation_start=0.0, spatial_bce_start=1.0)
+    schedule = LossWeightSchedule(config)
+    assert schedule(0.0)["segmentation"] == config.segmentation_weight
+    assert schedule(0.999)["spatial_bce"] == 0
+
+
+@pytest.mark.parametrize("progress", [-0.1, 1.1])
+def test_progress_is_a_share(progress):
+    with pytest.raises(ValueError, match="share of the run"):
+        LossWeightSchedule(SynerNetConfig(num_labels=3))(progress)
+
+
+def test_every_parameter_is_in_one_group_with_its_rate(tiny_config):
+    model = SynerNetForWeaklySupervisedSegmentation(tiny_config)
+    encoder, heads = parameter_groups(model, 6e-5, 0.01)
+    assert (encoder["lr"], heads["lr"]) == (pytest.approx(1.2e-4), pytest.approx(6e-4))
+    assert encoder["weight_decay"] == heads["weight_decay"] == 0.01
+    grouped = [id(parameter) for group in (encoder, heads) for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
+    branches = [model.synernet.branch(name).backbone for name in ("broad", "precise")]
+    assert {id(p) for branch in branches for p in branch.parameters()} == {id(p) for p in encoder["params"]}
+
+
+def test_frozen_parameters_are_left_out(tiny_config):
+    model = SynerNetForWeaklySupervisedSegmentation(tiny_config)
+    branch = model.synernet.branch("broad")
+    branch.decode_head.requires_grad_(False)
+    grouped = {id(parameter) for group in parameter_groups(model, 1e-4, 0.0) for parameter in group["params"]}
+    assert not grouped & {id(parameter) for parameter in branch.decode_head.parameters()}
+
+
+def test_a_model_without_encoder_names_is_refused(tiny_config):
+    model = SynerNetForWeaklySupervisedSegmentation(tiny_config)
+    with pytest.raises(ValueError, match="Expected encoder parameters"):
+        parameter_groups(model.synernet.branch("broad").decode_head, 1e-4, 0.0)
