@@ -11,8 +11,8 @@ from synernet_hf.model.cam_synernet import multi_scale_cams
 
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden" / "network_seed0.npz"
-# Asked for is 1e-4; equal arithmetic in another order gives 5e-7, so that anything more is a real difference.
-TOLERANCE = 2e-6
+# Asked for is 1e-4; the same arithmetic in another order differs by about 5e-7, so more than this is a real difference.
+TOLERANCE = 1e-5
 # The recorded arrays stack the authors' branch 1 and branch 2.
 BRANCHES = ("precise", "broad")
 

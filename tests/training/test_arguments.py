@@ -71,6 +71,14 @@ def test_a_recipe_with_a_mistake_is_refused_in_one_sentence(tmp_path, text, sent
         parse_arguments(["--config", write_recipe(tmp_path, text)])
 
 
+def test_numbers_in_mappings_stay_numbers(tmp_path):
+    recipe = write_recipe(tmp_path, "backbone_overrides: {layer_norm_eps: 1e-5}\nlearning_rate: 6E-5\n")
+    model_args, _, training_args = parse_arguments(["--config", recipe, "--model_config", '{"low_threshold": 2e-1}'])
+    assert model_args.backbone_overrides == {"layer_norm_eps": 1e-5}
+    assert model_args.model_config == {"low_threshold": 0.2}
+    assert training_args.learning_rate == 6e-5
+
+
 def test_a_recipe_is_still_checked_after_a_parser_was_made(tmp_path):
     parse_arguments([])
     assert read_recipe(write_recipe(tmp_path, "model_config: {fusion: fixed}\n"))["model_config"] == {
@@ -121,6 +129,9 @@ def test_recipes_of_the_repository_are_valid(root, name):
     model_args, _, training_args = parse_arguments(["--config", str(recipe), "--output_dir", "run"])
     assert training_args.problems() == []
     assert (model_args.backbone is None) != (model_args.backbone_config is None)
+    for name, value in read_recipe(recipe).items():
+        if name in ("backbone_config", "backbone_overrides", "model_config"):
+            assert getattr(model_args, name) == value
     config = SynerNetConfig(num_labels=3, **model_args.model_config)
     for field, value in model_args.model_config.items():
         assert field in SynerNetConfig.__annotations__

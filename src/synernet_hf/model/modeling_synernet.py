@@ -62,8 +62,8 @@ class SynerNetSegmenterOutput(ModelOutput):
         precise_logits (`torch.FloatTensor`, *optional*): the precise branch's share of `logits`, same shape.
         classification_logits (`torch.FloatTensor` of shape `(B, C)`): class scores, mean of the branches.
         broad_cams (`torch.FloatTensor` of shape `(B, C, h, w)`):
-            The broad branch's CAMs in [0, 1], not masked: single-scale on the grid of `logits`; where `labels` are
-            given, the multi-scale ones that made the targets, `(B, C, H, W)`, absent classes zeroed.
+            The broad branch's CAMs in [0, 1], not masked: single-scale on the grid of `logits`; where targets were
+            made from `labels`, the multi-scale ones they come from, `(B, C, H, W)`, absent classes zeroed.
         precise_cams (`torch.FloatTensor` of shape `(B, C, h, w)`): the same of the precise branch.
         confidence (`torch.FloatTensor` of shape `(B, 1, H, W)`, *optional*):
             Share of layers and branches that agree on a pixel, returned when pseudo-labels are made.
@@ -396,26 +396,29 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-        if labels is None:
+        if labels is not None:
+            weights = dict.fromkeys(self.config.loss_weights, 0.0) | (loss_weights or self.config.loss_weights)
+            cams, supervision = self._supervise(pixel_values, labels, valid_boxes, weights, training_progress or 0.0)
+            result.loss, result.loss_dict = self._losses(
+                outputs, logits, pixel_values, labels, valid_boxes, weights, supervision
+            )
+            result.confidence = supervision.confidence
+            result.pseudo_labels = supervision.pseudo_labels.get("precise")
+        if labels is None or not cams:
             cams = {
-                name: normalize_cams(crop_to_input(outputs[name].cam_logits, size, patch_size).relu())
+                name: [normalize_cams(crop_to_input(outputs[name].cam_logits.detach(), size, patch_size).relu())]
                 for name in branches
             }
-            result.broad_cams, result.precise_cams = cams.get("broad"), cams.get("precise")
-            return result
-        weights = dict.fromkeys(self.config.loss_weights, 0.0) | (loss_weights or self.config.loss_weights)
-        progress = 0.0 if training_progress is None else float(training_progress)
-        cams = multi_scale_cams(self, pixel_values, labels, self.config.cam_scales, self.config.cam_flip)
-        supervision = make_supervision(
-            self.config, cams, self._unit_images(pixel_values), labels, valid_boxes, weights, progress
-        )
-        result.loss, result.loss_dict = self._losses(
-            outputs, logits, pixel_values, labels, valid_boxes, weights, supervision
-        )
-        result.broad_cams, result.precise_cams = cams["broad"][0], cams["precise"][0]
-        result.confidence = supervision.confidence
-        result.pseudo_labels = supervision.pseudo_labels.get("precise")
+        result.broad_cams, result.precise_cams = (cams[name][0] if name in cams else None for name in BRANCHES)
         return result
+
+    def _supervise(self, pixel_values, labels, valid_boxes, weights, progress):
+        """Multi-scale CAMs and the targets made of them; nothing where only classification counts."""
+        if not any(weights[term] for term in ("spatial_bce", "patch_contrast", "prototype_contrast", "segmentation")):
+            return {}, SynerNetSupervision()
+        cams = multi_scale_cams(self, pixel_values, labels, self.config.cam_scales, self.config.cam_flip)
+        images = self._unit_images(pixel_values)
+        return cams, make_supervision(self.config, cams, images, labels, valid_boxes, weights, float(progress))
 
     def _check_training_inputs(self, labels, branches, loss_weights):
         if len(branches) == 1:

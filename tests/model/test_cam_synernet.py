@@ -1,0 +1,259 @@
+"""Class activation maps: ranges, symmetries and the voting between layers and branches."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from testing_utils import SynerNetModelTester
+
+from synernet_hf.model.cam_synernet import (
+    area_shares,
+    cams_to_pseudo_labels,
+    class_activation_maps,
+    crop_to_input,
+    fuse_cams,
+    fusion_shares,
+    layer_confidence,
+    mask_absent_classes,
+    multi_scale_cams,
+    normalize_cams,
+)
+
+
+LOW, HIGH = 0.25, 0.7
+SEEDS = st.integers(0, 999)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def seeded(seed, *shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return SynerNetModelTester(num_classes=4).model()
+
+
+# making them
+
+
+def test_a_cam_is_the_classifier_at_every_token():
+    features, weight = torch.randn(2, 5, 3, 4), torch.randn(7, 5)
+    cams = class_activation_maps(features, weight)
+    assert cams.shape == (2, 7, 3, 4)
+    torch.testing.assert_close(cams[1, :, 2, 3], weight @ features[1, :, 2, 3])
+    assert torch.equal(class_activation_maps(features, weight[..., None, None]), cams)
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS, st.floats(1e-3, 1e4), st.floats(0, 10))
+def test_normalised_maps_lie_in_the_unit_interval(seed, scale, shift):
+    cams = normalize_cams(seeded(seed, 2, 3, 4, 5) * scale + shift)
+    assert cams.min() == 0
+    assert 0.9 < cams.amax(dim=(-2, -1)).min() and cams.max() <= 1
+
+
+def test_normalising_a_constant_map_gives_zeros():
+    assert not normalize_cams(torch.full((1, 2, 3, 3), 4.0)).any()
+
+
+def test_masking_keeps_the_maps_of_the_labels():
+    cams, labels = torch.rand(2, 3, 4, 4), torch.tensor([[1, 0, 1], [0, 0, 0]])
+    masked = mask_absent_classes(cams, labels)
+    assert torch.equal(masked[0, [0, 2]], cams[0, [0, 2]])
+    assert not masked[0, 1].any() and not masked[1].any()
+    assert mask_absent_classes(cams, None) is cams
+
+
+def test_crop_to_input_is_resize_then_crop():
+    maps = torch.rand(1, 2, 3, 4)
+    assert crop_to_input(maps, (24, 32), 8) is maps
+    cropped = crop_to_input(maps, (19, 30), 8)
+    whole = torch.nn.functional.interpolate(maps, size=(24, 32), mode="bilinear", align_corners=False)
+    assert torch.equal(cropped, whole[..., :19, :30])
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 40), (30, 45), (7, 5)])
+@pytest.mark.parametrize("flip", [True, False])
+def test_multi_scale_cams_fit_the_picture(model, size, flip):
+    pixel_values = torch.randn(2, 3, *size)
+    cams = multi_scale_cams(model, pixel_values, scales=(1.0, 0.5, 1.25), flip=flip)
+    assert set(cams) == {"broad", "precise"}
+    for last, auxiliary in cams.values():
+        for maps in (last, auxiliary):
+            assert maps.shape == (2, 4, *size)
+            assert not maps.requires_grad
+            assert 0 <= maps.min() and maps.max() <= 1
+
+
+@pytest.mark.parametrize("rows", [[[1, 0, 0, 1], [0, 1, 0, 0]], [[0, 0, 0, 0], [1, 1, 1, 1]], [[0] * 4, [0] * 4]])
+def test_only_the_classes_of_the_labels_are_computed_and_equal_masking_afterwards(model, rows):
+    pixel_values, labels = torch.randn(2, 3, 32, 24), torch.tensor(rows).float()
+    given_labels = multi_scale_cams(model, pixel_values, labels, scales=(1.0, 0.75))
+    everything = multi_scale_cams(model, pixel_values, None, scales=(1.0, 0.75))
+    for branch, pair in everything.items():
+        for actual, maps in zip(given_labels[branch], pair, strict=True):
+            torch.testing.assert_close(actual, mask_absent_classes(maps, labels))
+
+
+def test_mirrored_pictures_have_mirrored_cams(model):
+    # sides and scaled sides are multiples of the patch, so that nothing is cut or padded at one side
+    pixel_values = torch.randn(1, 3, 32, 48)
+    straight = multi_scale_cams(model, pixel_values, scales=(1.0, 0.5, 1.5), flip=True)
+    mirrored = multi_scale_cams(model, pixel_values.flip(-1), scales=(1.0, 0.5, 1.5), flip=True)
+    for branch in straight:
+        for actual, expected in zip(mirrored[branch], straight[branch], strict=True):
+            torch.testing.assert_close(actual, expected.flip(-1), atol=1e-5, rtol=1e-5)
+
+
+def test_scales_are_summed_before_normalising(model):
+    pixel_values = torch.randn(1, 3, 32, 32)
+
+    def at(scale):
+        size = [int(32 * scale)] * 2
+        resized = torch.nn.functional.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False)
+        with torch.no_grad():
+            logits = model.cam_logits(resized)["broad"][0]
+        return torch.nn.functional.interpolate(logits, size=(32, 32), mode="bilinear", align_corners=False).relu()
+
+    expected = normalize_cams(at(1.0) + at(0.5))
+    torch.testing.assert_close(multi_scale_cams(model, pixel_values, scales=(1.0, 0.5), flip=False)["broad"][0], expected)
+
+
+def test_a_picture_has_the_same_cams_alone_and_in_a_batch(model):
+    pixel_values, labels = torch.randn(3, 3, 32, 32), torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]])
+    together = multi_scale_cams(model, pixel_values, labels, scales=(1.0,))["precise"][0]
+    for index in range(3):
+        part = slice(index, index + 1)
+        alone = multi_scale_cams(model, pixel_values[part], labels[part], scales=(1.0,))["precise"][0]
+        torch.testing.assert_close(alone, together[part], atol=1e-5, rtol=1e-5)
+
+
+# reading labels off them
+
+
+def test_label_bands_by_hand():
+    cams = torch.tensor([0.25, 0.26, 0.7, 0.71]).view(1, 1, 1, 4).repeat(1, 2, 1, 1)
+    cams[:, 1] = 0.9  # an absent class, stronger everywhere
+    labels = torch.tensor([[1.0, 0.0]])
+    assert cams_to_pseudo_labels(cams, labels, LOW, HIGH).flatten().tolist() == [0, 255, 255, 1]
+    assert cams_to_pseudo_labels(cams, labels, 0.5, 0.5).flatten().tolist() == [0, 0, 1, 1]
+    boxes = torch.tensor([[0, 1, 0, 3]])
+    assert cams_to_pseudo_labels(cams, labels, LOW, HIGH, boxes, -1).flatten().tolist() == [0, -1, -1, -1]
+
+
+def test_a_picture_without_classes_is_background():
+    assert not cams_to_pseudo_labels(torch.rand(1, 3, 4, 4), torch.zeros(1, 3), LOW, HIGH).any()
+
+
+def test_thresholds_must_not_cross():
+    with pytest.raises(ValueError, match="low must not be above high, got 0.7 and 0.25; swap them"):
+        cams_to_pseudo_labels(torch.rand(1, 1, 2, 2), torch.ones(1, 1), HIGH, LOW)
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS, st.floats(0, 1), st.floats(0, 1))
+def test_area_shares_grow_with_the_coverage(seed, first, second):
+    cams, labels = seeded(seed, 2, 3, 5, 6), (seeded(seed + 1, 2, 3) > 0.4).float()
+    low_share, high_share = (area_shares(cams, labels, value, LOW, HIGH) for value in sorted((first, second)))
+    assert (low_share <= high_share).all()
+    assert 0 <= low_share.min() and high_share.max() <= 0.99
+    assert not high_share[labels == 0].any()
+
+
+def test_area_shares_by_hand():
+    cams = torch.zeros(1, 3, 1, 10)
+    cams[0, 0, 0, :2] = 0.9  # certain
+    cams[0, 1, 0, 2] = 0.9
+    cams[0, 2, 0, 3:7] = 0.5  # uncertain, and no certain pixel of this class
+    shares = area_shares(cams, torch.ones(1, 3), 0.5, LOW, HIGH)
+    torch.testing.assert_close(shares, torch.tensor([[0.2 + 0.5 * 0.4 / 2, 0.1 + 0.5 * 0.4 / 2, 0.0]]))
+    torch.testing.assert_close(area_shares(cams, torch.ones(1, 3), -1.0, LOW, HIGH), torch.tensor([[0.2, 0.1, 0.0]]))
+    assert area_shares(torch.ones(1, 1, 2, 2), torch.ones(1, 1), 0.2, LOW, HIGH).item() == pytest.approx(0.99)
+
+
+# comparing them
+
+
+def test_unanimous_votes_give_the_agreed_label():
+    label = torch.randint(0, 4, (2, 5, 6))
+    confidence, agreed = layer_confidence(label.expand(4, -1, -1, -1))
+    assert confidence.shape == (2, 1, 5, 6)
+    assert (confidence == 1).all()
+    assert torch.equal(agreed, label)
+
+
+@pytest.mark.parametrize(
+    ("votes", "share", "label"),
+    [
+        ([1, 1, 1, 2], 0.75, 1),
+        ([2, 1, 2, 1], 0.5, 2),
+        ([3, 255, 3, 255], 0.5, 3),
+        ([255, 255, 255, 0], 0.25, 0),
+        ([255, 255, 255, 255], 0.0, 255),
+        ([0, 0, 255, 1], 0.5, 0),
+    ],
+)
+def test_layer_confidence_by_hand(votes, share, label):
+    confidence, agreed = layer_confidence(torch.tensor(votes).view(4, 1, 1, 1))
+    assert confidence.item() == share
+    assert agreed.item() == label
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 6), SEEDS)
+def test_layer_confidence_does_not_depend_on_the_order_of_votes(num_votes, seed):
+    votes = (seeded(seed, num_votes, 1, 3, 3) * 3).long()
+    votes[seeded(seed + 1, num_votes, 1, 3, 3) < 0.2] = 255
+    confidence, agreed = layer_confidence(votes)
+    assert torch.equal(confidence, layer_confidence(votes.flip(0))[0])
+    support = (votes == agreed[None]).float().mean(dim=0) * (agreed != 255)
+    torch.testing.assert_close(confidence[:, 0], support)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(0, 1), st.floats(0, 1), SEEDS)
+def test_fusion_shares_stay_within_reach(share, reach, seed):
+    broad, precise = seeded(seed, 1, 1, 3, 3), seeded(seed + 1, 1, 1, 3, 3)
+    broad[..., 0, 0] = precise[..., 0, 0] = 0.0
+    shares = fusion_shares(broad, precise, share, reach)
+    assert (shares - share).abs().max() <= reach + 1e-6
+    assert 0 <= shares.min() and shares.max() <= 1
+    assert shares[..., 0, 0].item() == pytest.approx(share)
+
+
+def test_fusion_shares_follow_the_branch_that_agrees_with_itself():
+    agreement = torch.tensor([[[[1.0, 0.5, 0.0]]]])
+    shares = fusion_shares(agreement, agreement.flip(-1), 0.5, 0.2)
+    torch.testing.assert_close(shares, torch.tensor([[[[0.7, 0.5, 0.3]]]]))
+
+
+# fusing them
+
+
+def test_without_agreement_fusion_is_a_mix():
+    broad, precise = torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4)
+    torch.testing.assert_close(fuse_cams(broad, precise, 0.3), 0.3 * broad + 0.7 * precise)
+    nothing_agreed = torch.full((1, 4, 4), 255)
+    torch.testing.assert_close(fuse_cams(broad, precise, 0.3, nothing_agreed), 0.3 * broad + 0.7 * precise)
+    share = torch.rand(1, 1, 4, 4)
+    torch.testing.assert_close(fuse_cams(broad, broad, share), broad)
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS, st.floats(0.05, 0.5), st.floats(0.5, 0.95), st.floats(0, 1))
+def test_the_agreed_label_wins_whatever_the_cams_say(seed, low, high, share):
+    broad, precise = seeded(seed, 2, 3, 5, 5), seeded(seed + 1, 2, 3, 5, 5)
+    agreed = (seeded(seed + 2, 2, 5, 5) * 5).long()
+    agreed[agreed == 4] = 255
+    fused = fuse_cams(broad, precise, share, agreed, low, high)
+    assert 0 <= fused.min() and fused.max() <= 1
+    label = cams_to_pseudo_labels(fused, torch.ones(2, 3), low, high)
+    assert torch.equal(label[agreed != 255], agreed[agreed != 255])
+    plain = fuse_cams(broad, precise, share)
+    undecided = (agreed == 255)[:, None].expand_as(fused)
+    assert torch.equal(fused[undecided], plain[undecided])

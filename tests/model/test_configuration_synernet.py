@@ -1,0 +1,100 @@
+"""The config: what it refuses, what survives saving, and where it says a default comes from."""
+
+import dataclasses
+import inspect
+import re
+
+import pytest
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
+from testing_utils import SynerNetModelTester, tiny_backbone_config
+from transformers import AutoConfig, ViTConfig
+
+from synernet_hf import SynerNetConfig
+
+
+def test_the_default_encoder_is_vit_base():
+    config = SynerNetConfig(num_labels=21)
+    assert isinstance(config.backbone_config, ViTConfig)
+    assert (config.backbone_config.hidden_size, config.patch_size) == (768, 16)
+    assert config.num_foreground_labels == 20
+
+
+def test_labels_count_the_background():
+    config = SynerNetConfig(id2label={0: "background", 1: "cat", 2: "dog"})
+    assert (config.num_labels, config.num_foreground_labels) == (3, 2)
+    assert config.label2id == {"background": 0, "cat": 1, "dog": 2}
+
+
+def test_loss_weights_name_every_term():
+    config = SynerNetConfig(num_labels=2, segmentation_weight=0.5)
+    assert config.loss_weights["segmentation"] == 0.5
+    assert set(config.loss_weights) == {
+        "cls",
+        "cls_aux",
+        "spatial_bce",
+        "patch_contrast",
+        "prototype_contrast",
+        "segmentation",
+    }
+
+
+@pytest.mark.parametrize("family", ["vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit"])
+def test_every_field_survives_saving(family, tmp_path):
+    config = SynerNetModelTester(family, fusion="fixed", cam_scales=(1.0, 2), high_threshold=0.9).config()
+    config.save_pretrained(tmp_path)
+    for loaded in (SynerNetConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is SynerNetConfig
+        assert type(loaded.backbone_config) is type(config.backbone_config)
+        assert loaded.backbone_config.to_dict() == config.backbone_config.to_dict()
+        for name in SynerNetConfig.__annotations__:
+            saved, now = getattr(config, name), getattr(loaded, name)
+            assert list(now) == list(saved) if isinstance(saved, tuple) else now == saved or name == "backbone_config"
+        assert loaded.id2label == config.id2label
+
+
+def test_the_encoder_can_be_given_as_a_dictionary():
+    fields = tiny_backbone_config("dinov2").to_dict()
+    config = SynerNetConfig(backbone_config=fields, num_labels=3)
+    assert config.backbone_config.model_type == "dinov2"
+    assert config.patch_size == 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"low_threshold": 0.8}, "low, background and high threshold must rise within"),
+        ({"background_threshold": 0.2}, "low, background and high threshold must rise within"),
+        ({"high_threshold": 1.2}, "low, background and high threshold must rise within"),
+        ({"broad_label_share": 1.5}, "`broad_label_share` is a share and must lie in"),
+        ({"spatial_bce_weight": -0.1}, "`spatial_bce_weight` is a share and must lie in"),
+        ({"cam_scales": ()}, "`cam_scales` must be a non-empty list of positive numbers"),
+        ({"inference_scales": (1.0, 0.0)}, "`inference_scales` must be a non-empty list of positive numbers"),
+        ({"spatial_bce_branches": ("wide",)}, "names branches out of broad and precise, got .*wide"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(fields, sentence):
+    with pytest.raises(StrictDataclassClassValidationError) as caught:
+        SynerNetConfig(num_labels=2, **fields)
+    assert re.search(sentence, str(caught.value.__cause__ or caught.value))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"pooling_top_k": "five"}, {"fusion": "mean"}, {"cam_flip": "yes"}, {"cam_scales": 1.0}]
+)
+def test_values_of_the_wrong_kind_are_refused(fields):
+    with pytest.raises(StrictDataclassFieldValidationError, match=next(iter(fields))):
+        SynerNetConfig(num_labels=2, **fields)
+
+
+def test_every_field_is_documented_with_its_default_and_its_source():
+    documented = inspect.getdoc(SynerNetConfig).split("Raises:")[0]
+    entries = re.findall(r"^ +(\w+) \((.+?)\):\n((?:(?! +\w+ \(`).*\n?)+)", documented, flags=re.MULTILINE)
+    assert [name for name, *_ in entries] == list(SynerNetConfig.__annotations__)
+    defaults = {field.name: field.default for field in dataclasses.fields(SynerNetConfig)}
+    for name, kind, text in entries:
+        assert re.search(r"\[(authors|paper|ours)[^\]]*\]", text), f"{name} does not say where its default comes from"
+        stated = re.search(r"defaults to `(.+?)`\)?$", kind)
+        if stated:
+            value = defaults[name]
+            shown = f'"{value}"' if isinstance(value, str) else str(value).replace("'", '"')
+            assert stated.group(1) == shown, f"{name} defaults to {shown}, its documentation says {stated.group(1)}"

@@ -1,0 +1,254 @@
+"""What a batch's CAMs teach: coverage schedule, token labels, fused labels and the classes of instance learning."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from testing_utils import ALL_TERMS, SynerNetModelTester
+
+from synernet_hf.model.cam_synernet import area_shares, cams_to_pseudo_labels, mask_absent_classes
+from synernet_hf.model.refinement_synernet import SynerNetPixelAdaptiveRefinement, refine_pseudo_labels
+from synernet_hf.model.supervision_synernet import (
+    coverage,
+    fuse_branches,
+    label_tokens,
+    make_supervision,
+    pick_instance_classes,
+)
+
+
+NONE = dict.fromkeys(ALL_TERMS, 0.0)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def make_config(**fields):
+    return SynerNetModelTester(**fields).config()
+
+
+def random_cams(labels, size=(32, 32)):
+    """As `multi_scale_cams` gives them, both branches and layers unlike."""
+    return {
+        branch: tuple(mask_absent_classes(torch.rand(*labels.shape, *size), labels) for _ in range(2))
+        for branch in ("broad", "precise")
+    }
+
+
+# coverage
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(0, 1), st.floats(0, 1), st.sampled_from(["broad", "precise"]))
+def test_coverage_is_never_negative(progress, switch, branch):
+    config = make_config(coverage_switch=switch)
+    assert 0 <= coverage(config, branch, progress) <= config.broad_coverage
+
+
+def test_coverage_schedule_of_the_broad_branch():
+    config = make_config()
+    assert coverage(config, "broad", 0.0) == coverage(config, "broad", 0.499) == 0.2
+    assert coverage(config, "broad", 0.5) == pytest.approx(0.1)
+    assert coverage(config, "broad", 0.75) == pytest.approx(0.1 * math.cos(math.pi / 4))
+    assert coverage(config, "broad", 1.0) == pytest.approx(0.0)
+    assert coverage(config, "broad", 1.5) == 0.0
+    late = [coverage(config, "broad", 0.5 + 0.05 * step) for step in range(11)]
+    assert late == sorted(late, reverse=True)
+
+
+def test_coverage_of_the_precise_branch_is_constant():
+    config = make_config(precise_coverage=0.05)
+    assert {coverage(config, "precise", progress) for progress in (0.0, 0.5, 1.0)} == {0.05}
+
+
+# token labels
+
+
+def test_token_labels_are_the_bands_of_the_resized_cams():
+    config, labels = make_config(), torch.tensor([[1.0, 0, 1]])
+    cams = torch.rand(1, 3, 32, 40)
+    resized = torch.nn.functional.interpolate(cams, size=(4, 5), mode="bilinear", align_corners=False)
+    expected = cams_to_pseudo_labels(resized, labels, config.low_threshold, config.high_threshold)
+    assert torch.equal(label_tokens(config, cams, labels, None), expected)
+
+
+def test_tokens_outside_the_box_are_ignored():
+    config, labels = make_config(), torch.zeros(2, 3)
+    boxes = torch.tensor([[0, 31, 8, 32], [16, 32, 0, 15]])
+    tokens = label_tokens(config, torch.rand(2, 3, 32, 32), labels, boxes)
+    expected = torch.full((2, 4, 4), 255)
+    expected[0, 0:3, 1:4] = 0  # row 3 holds one padded line
+    expected[1, 2:4, 0:1] = 0
+    assert torch.equal(tokens, expected)
+
+
+@pytest.mark.parametrize("boxes", [None, torch.tensor([[0, 30, 0, 45]])])
+def test_tokens_reaching_past_the_picture_are_ignored(boxes):
+    config = make_config()
+    tokens = label_tokens(config, torch.ones(1, 3, 30, 45), torch.tensor([[0.0, 1, 0]]), boxes)
+    assert tokens.shape == (1, 4, 6)
+    assert (tokens[:, :3, :5] == 2).all()
+    assert (tokens[:, 3] == 255).all() and (tokens[:, :, 5] == 255).all()
+
+
+# fusion
+
+
+def test_fixed_fusion_is_the_constant_mix():
+    labels = torch.tensor([[1.0, 1, 0]])
+    cams = random_cams(labels)
+    fused, confidence = fuse_branches(make_config(fusion="fixed"), cams, labels)
+    broad, precise = cams["broad"][0], cams["precise"][0]
+    torch.testing.assert_close(fused["broad"], 0.3 * broad + 0.7 * precise)
+    torch.testing.assert_close(fused["precise"], 0.5 * broad + 0.5 * precise)
+    assert confidence.shape == (1, 1, 32, 32)
+
+
+def test_without_cross_supervision_each_branch_keeps_its_own_cam():
+    labels = torch.ones(1, 3)
+    cams = random_cams(labels)
+    fused, _ = fuse_branches(make_config(cross_supervision=False), cams, labels)
+    for branch in ("broad", "precise"):
+        assert torch.equal(fused[branch], cams[branch][0])
+
+
+@pytest.mark.parametrize("threshold", [1.0, 0.75, 0.5])
+def test_confident_pixels_take_the_agreed_label_in_both_fused_cams(threshold):
+    config = make_config(confidence_threshold=threshold)
+    labels = torch.tensor([[1.0, 0, 1], [0, 0, 0]])
+    cams = random_cams(labels)
+    fused, confidence = fuse_branches(config, cams, labels)
+    first, second = (
+        cams_to_pseudo_labels(fused[branch], labels, config.low_threshold, config.high_threshold)
+        for branch in ("broad", "precise")
+    )
+    confident = confidence[:, 0] >= threshold
+    assert confident.any() and not confident.all()
+    assert torch.equal(first[confident], second[confident])
+    assert (first[confident] != 255).all()
+    assert (confidence[1] == 1).all() and (first[1] == 0).all()
+
+
+def test_unanimous_layers_decide_the_fused_label():
+    config, labels = make_config(), torch.ones(1, 3)
+    same = torch.rand(1, 3, 16, 16)
+    fused, confidence = fuse_branches(config, {"broad": (same, same), "precise": (same, same)}, labels)
+    states = cams_to_pseudo_labels(same, labels, config.low_threshold, config.high_threshold)
+    assert torch.equal(confidence[:, 0] == 1, states != 255)
+    for maps in fused.values():
+        fused_states = cams_to_pseudo_labels(maps, labels, config.low_threshold, config.high_threshold)
+        assert torch.equal(fused_states, states)
+
+
+@pytest.mark.parametrize("fusion", ["confidence", "fixed"])
+def test_fused_cams_stay_in_range_and_within_the_labels(fusion):
+    labels = torch.tensor([[1.0, 0, 0], [0, 1, 1]])
+    fused, confidence = fuse_branches(make_config(fusion=fusion), random_cams(labels), labels)
+    assert 0 <= confidence.min() and confidence.max() <= 1
+    for maps in fused.values():
+        assert 0 <= maps.min() and maps.max() <= 1
+        assert not maps[labels == 0].any()
+
+
+# everything together
+
+
+def test_only_what_a_loss_needs_is_made():
+    config, labels = make_config(), torch.tensor([[1.0, 0, 1]])
+    cams, images = random_cams(labels), torch.rand(1, 3, 32, 32)
+
+    def made(**weights):
+        result = make_supervision(config, cams, images, labels, None, NONE | weights, 0.0)
+        return {name for name in ("token_labels", "area_shares", "pseudo_labels") if getattr(result, name)}
+
+    assert made() == set()
+    assert made(cls=1.0, cls_aux=1.0) == set()
+    assert made(patch_contrast=1.0) == {"token_labels"}
+    assert made(spatial_bce=1.0) == {"area_shares"}
+    assert made(segmentation=1.0) == made(prototype_contrast=1.0) == {"pseudo_labels"}
+
+
+@pytest.mark.parametrize(("progress", "source"), [(0.4, "auxiliary"), (0.5, "mean")])
+def test_area_shares_are_read_from_the_auxiliary_cams_first_and_the_mean_later(progress, source):
+    config, labels = make_config(), torch.ones(2, 3)
+    cams = random_cams(labels)
+    weights = NONE | {"spatial_bce": 1.0}
+    shares = make_supervision(config, cams, torch.rand(2, 3, 32, 32), labels, None, weights, progress).area_shares
+    for branch in ("broad", "precise"):
+        maps = cams[branch][1] if source == "auxiliary" else 0.5 * (cams["broad"][0] + cams["precise"][0])
+        rho = coverage(config, branch, progress)
+        assert torch.equal(shares[branch], area_shares(maps, labels, rho, 0.25, 0.7))
+
+
+def test_the_broad_branch_gets_more_area_than_the_precise_one():
+    config, labels = make_config(), torch.ones(1, 3)
+    same = torch.rand(1, 3, 32, 32)
+    cams = {"broad": (same, same), "precise": (same, same)}
+    for progress in (0.0, 0.5, 0.9):
+        weights = NONE | {"spatial_bce": 1.0}
+        shares = make_supervision(config, cams, torch.rand(1, 3, 32, 32), labels, None, weights, progress).area_shares
+        assert (shares["broad"] > shares["precise"]).all()
+
+
+def test_spatial_branches_are_the_configured_ones():
+    config, labels = make_config(spatial_bce_branches=("broad",)), torch.ones(1, 3)
+    weights = NONE | {"spatial_bce": 1.0}
+    result = make_supervision(config, random_cams(labels), torch.rand(1, 3, 32, 32), labels, None, weights, 0.0)
+    assert set(result.area_shares) == {"broad"}
+
+
+def test_pseudo_labels_are_the_refined_fused_cams():
+    config, labels = make_config(), torch.tensor([[1.0, 1, 0]])
+    cams, images, boxes = random_cams(labels), torch.rand(1, 3, 32, 32), torch.tensor([[0, 24, 8, 32]])
+    result = make_supervision(config, cams, images, labels, boxes, NONE | {"segmentation": 1.0}, 0.0)
+    fused, confidence = fuse_branches(config, cams, labels)
+    refinement = SynerNetPixelAdaptiveRefinement((1, 2), 2)
+    for branch, maps in fused.items():
+        expected = refine_pseudo_labels(images, maps, labels, 0.25, 0.7, boxes, 255, refinement)
+        assert torch.equal(result.pseudo_labels[branch], expected)
+    assert torch.equal(result.confidence, confidence)
+
+
+# instance learning
+
+
+def test_instance_classes_are_drawn_evenly_from_the_label_map():
+    label_map = torch.zeros(1, 4, 4, dtype=torch.long)
+    label_map[0, 0, 0], label_map[0, 1:3] = 1, 3  # one pixel of class 0, many of class 2
+    label_map[0, 3] = 255
+    drawn = pick_instance_classes(label_map.expand(2000, -1, -1), torch.ones(2000, 4))
+    counts = drawn.bincount(minlength=4).tolist()
+    assert counts[1] == counts[3] == 0
+    assert 850 < counts[0] < 1150
+
+
+@pytest.mark.parametrize("filling", [0, 255])
+def test_instance_classes_fall_back_on_the_image_labels(filling):
+    label_map = torch.full((600, 2, 2), filling)
+    labels = torch.tensor([[0.0, 1, 1, 0]]).expand(600, -1)
+    counts = pick_instance_classes(label_map, labels).bincount(minlength=4).tolist()
+    assert counts[0] == counts[3] == 0
+    assert min(counts[1:3]) > 230
+
+
+def test_a_picture_without_any_class_gets_minus_one():
+    label_map = torch.zeros(3, 2, 2, dtype=torch.long)
+    label_map[1, 0, 0] = 2
+    drawn = pick_instance_classes(label_map, torch.tensor([[0.0, 0, 0], [0, 0, 0], [0, 0, 1]]))
+    assert drawn.tolist() == [-1, 1, 2]
+    assert drawn.dtype == torch.int64
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.sets(st.integers(0, 4)), min_size=1, max_size=4))
+def test_an_absent_class_is_never_drawn(rows):
+    labels = torch.zeros(len(rows), 5)
+    for index, classes in enumerate(rows):
+        labels[index, sorted(classes)] = 1
+    drawn = pick_instance_classes(torch.full((len(rows), 2, 2), 255), labels).tolist()
+    for class_id, classes in zip(drawn, rows, strict=True):
+        assert class_id in classes if classes else class_id == -1
