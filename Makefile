@@ -17,6 +17,7 @@ endif
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+DOCUMENTED := .data .metrics .model .training .visualization .crf
 SOURCES := src tests examples $(wildcard scripts benchmarks metrics)
 
 # The torch wheel is installed first and without its dependencies, as the "+cpu" build on Linux: the build on PyPI would bring
@@ -88,7 +89,7 @@ style: $(STAMP) ## put the code into the house's form with ruff
 
 docs: $(STAMP) ## write the reference of the public names to site/ (installs the docs extra)
 	@$(PIP) -c constraints.txt -e ".[docs]" $(QUIET)
-	@$(PY) -m pdoc --output-directory site synernet_hf '!synernet_hf.metrics.mean_iou'
+	@$(PY) -m pdoc --output-directory site synernet_hf $(addprefix synernet_hf,$(DOCUMENTED))
 
 clean: ## remove caches and builds (.venv and runs/ stay)
 	@rm -rf build dist site .pytest_cache .ruff_cache .hypothesis

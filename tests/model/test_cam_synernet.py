@@ -121,7 +121,9 @@ def test_scales_are_summed_before_normalising(model):
         return torch.nn.functional.interpolate(logits, size=(32, 32), mode="bilinear", align_corners=False).relu()
 
     expected = normalize_cams(at(1.0) + at(0.5))
-    torch.testing.assert_close(multi_scale_cams(model, pixel_values, scales=(1.0, 0.5), flip=False)["broad"][0], expected)
+    torch.testing.assert_close(
+        multi_scale_cams(model, pixel_values, scales=(1.0, 0.5), flip=False)["broad"][0], expected
+    )
 
 
 def test_a_picture_has_the_same_cams_alone_and_in_a_batch(model):

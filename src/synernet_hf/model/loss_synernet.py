@@ -68,7 +68,7 @@ def patch_token_contrast_loss(
         `torch.Tensor`: scalar.
     """
     tokens = F.normalize(features.flatten(2), dim=1, eps=1e-8)
-    similarity = (tokens.transpose(1, 2) @ tokens).abs()
+    similarity = (tokens.transpose(1, 2) @ tokens).abs().float()
     labels = token_labels.flatten(1)
     counted = labels != ignore_index
     pairs = counted[:, :, None] & counted[:, None, :]

@@ -35,16 +35,17 @@ from .supervision_synernet import (
 class SynerNetModelOutput(ModelOutput):
     """
     Args:
-        broad ([`SynerNetBranchOutput`], *optional*): the broad branch's output, if it was asked for.
-        precise ([`SynerNetBranchOutput`], *optional*): the precise branch's output, if it was asked for.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*): of the branches that ran, broad first.
         attentions (`tuple(torch.FloatTensor)`, *optional*): of the branches that ran, broad first.
+        broad ([`SynerNetBranchOutput`], *optional*): the broad branch's output, if it was asked for.
+        precise ([`SynerNetBranchOutput`], *optional*): the precise branch's output, if it was asked for.
     """
 
-    broad: SynerNetBranchOutput | None = None
-    precise: SynerNetBranchOutput | None = None
+    # a branch must not come first: `ModelOutput` unpacks a first field that is a mapping and stands alone
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+    broad: SynerNetBranchOutput | None = None
+    precise: SynerNetBranchOutput | None = None
 
 
 @dataclass
@@ -397,7 +398,8 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             attentions=outputs.attentions,
         )
         if labels is not None:
-            weights = dict.fromkeys(self.config.loss_weights, 0.0) | (loss_weights or self.config.loss_weights)
+            given = self.config.loss_weights if loss_weights is None else loss_weights
+            weights = dict.fromkeys(self.config.loss_weights, 0.0) | given
             cams, supervision = self._supervise(pixel_values, labels, valid_boxes, weights, training_progress or 0.0)
             result.loss, result.loss_dict = self._losses(
                 outputs, logits, pixel_values, labels, valid_boxes, weights, supervision
@@ -442,7 +444,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
 
     def _losses(self, outputs, logits, pixel_values, labels, valid_boxes, weights, supervision: SynerNetSupervision):
         terms: dict[str, list[torch.Tensor]] = {}
-        total = 0.0
+        total = torch.zeros((), device=pixel_values.device)
 
         def add(name: str, weight: float, value: torch.Tensor):
             nonlocal total
@@ -470,24 +472,21 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
                 segmentation = cross_supervised_segmentation_loss(logits[name], target, ignore_index)
                 add("segmentation", weights["segmentation"], segmentation)
         if weights["prototype_contrast"] and self.config.with_projection_head:
-            for value in self._instance_losses(
-                pixel_values, labels, valid_boxes, supervision.pseudo_labels["precise"]
-            ):
+            for value in self._instance_losses(pixel_values, labels, valid_boxes, supervision.pseudo_labels):
                 add("prototype_contrast", weights["prototype_contrast"], value)
         return total, {name: torch.stack(values).mean() for name, values in terms.items()}
 
-    def _instance_losses(self, pixel_values, labels, valid_boxes, pseudo_labels):
+    def _instance_losses(self, pixel_values, labels, valid_boxes, pseudo_labels: dict[str, torch.Tensor]):
         """Yields the prototype contrast of each branch that has one, and moves its prototypes while training."""
-        class_ids = pick_instance_classes(pseudo_labels, labels)
-        keep = (pseudo_labels == (class_ids + 1)[:, None, None]) | (
-            pseudo_labels == self.config.semantic_loss_ignore_index
-        )
-        if valid_boxes is not None:
-            keep &= box_mask(valid_boxes, pseudo_labels.shape[-2:])
-        instances = self.synernet.pad(pixel_values * keep[:, None])
+        instances: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name in self.config.prototype_branches:
+            # the precise branch's label is the even mix of both CAMs; without cross-supervision each has only its own
+            source = "precise" if self.config.cross_supervision else name
+            if source not in instances:
+                instances[source] = self._cut_instances(pixel_values, labels, valid_boxes, pseudo_labels[source])
+            pictures, class_ids = instances[source]
             branch = self.synernet.branch(name)
-            embeddings = branch.projection_head(branch.encode(instances, self.config.patch_size)[2])
+            embeddings = branch.projection_head(branch.encode(pictures, self.config.patch_size)[2]).float()
             gathered, gathered_ids, own = _gather_in_rank_order(embeddings, class_ids)
             terms, prototypes = prototype_contrast_terms(
                 gathered,
@@ -499,6 +498,15 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             if self.training:
                 branch.projection_head.prototypes.copy_(prototypes)
             yield terms[own].sum() / (class_ids >= 0).sum().clamp(min=1)
+
+    def _cut_instances(self, pixel_values, labels, valid_boxes, label_map):
+        """Pictures in which only one drawn class and the undecided pixels are left, and that class, −1 for none."""
+        ignore_index = self.config.semantic_loss_ignore_index
+        class_ids = pick_instance_classes(label_map, labels)
+        keep = (label_map == (class_ids + 1)[:, None, None]) | (label_map == ignore_index)
+        if valid_boxes is not None:
+            keep &= box_mask(valid_boxes, label_map.shape[-2:])
+        return self.synernet.pad(pixel_values * keep[:, None]), class_ids
 
 
 def _branches(inference_branches: str | None) -> tuple[str, ...]:

@@ -87,7 +87,7 @@ def label_tokens(
 ) -> torch.Tensor:
     """
     Label of every token from CAMs `(B, C, H, W)`: resized bilinearly to the token grid, then thresholded with an
-    uncertain band; tokens not wholly inside the valid box are ignored (authors' code).
+    uncertain band; tokens outside the valid box divided by the patch, rounded down, are ignored (authors' code).
 
     Returns:
         `torch.Tensor` of shape `(B, h, w)`, int64, with `config.semantic_loss_ignore_index` for ignored tokens.

@@ -1,0 +1,462 @@
+"""The network and its training arithmetic on models of a few thousand weights."""
+
+import pytest
+import torch
+from testing_utils import ALL_TERMS, EARLY_TERMS, SynerNetModelTester, tiny_backbone_config
+from torch.nn import functional as F
+
+from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation
+
+
+FAMILIES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
+# class token, and what the family puts beside it
+PREFIX_TOKENS = {"vit": 1, "deit": 2, "dinov2": 1, "dinov2_with_registers": 4, "dinov3_vit": 5}
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tester():
+    return SynerNetModelTester()
+
+
+@pytest.fixture
+def model(tester):
+    return tester.model()
+
+
+def without_gradient(model):
+    return {name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()}
+
+
+# outputs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_of_every_encoder_family(family):
+    tester = SynerNetModelTester(family)
+    model = tester.model()
+    with torch.no_grad():
+        output = model(tester.inputs(2, 32, 48)["pixel_values"])
+    assert output.logits.shape == output.broad_logits.shape == output.precise_logits.shape == (2, 4, 4, 6)
+    assert output.broad_cams.shape == output.precise_cams.shape == (2, 3, 4, 6)
+    assert output.classification_logits.shape == (2, 3)
+    for cams in (output.broad_cams, output.precise_cams):
+        assert 0 <= cams.min() and cams.max() <= 1
+    assert output.loss is output.loss_dict is output.pseudo_labels is output.hidden_states is output.attentions is None
+    torch.testing.assert_close(output.logits, 0.7 * output.broad_logits + 0.3 * output.precise_logits)
+    assert not torch.allclose(output.broad_logits, output.precise_logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefix_tokens_are_left_out_of_the_maps(family):
+    tester = SynerNetModelTester(family)
+    model = tester.model()
+    pixel_values = tester.inputs(1, 32, 48)["pixel_values"]
+    with torch.no_grad():
+        output = model.synernet(pixel_values, output_hidden_states=True).broad
+    states = output.hidden_states[-2]
+    assert states.shape[1] == PREFIX_TOKENS[family] + 4 * 6
+    expected = states[:, PREFIX_TOKENS[family] :].reshape(1, 4, 6, 16).permute(0, 3, 1, 2)
+    assert torch.equal(output.auxiliary_features, expected)
+    assert output.features.shape == (1, 16, 4, 6)
+    assert output.class_token.shape == (1, 16)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_token_map_follows_the_picture(family):
+    # patch embedding and position are all that tells tokens apart before the first block
+    tester = SynerNetModelTester(family, auxiliary_layer_index=0)
+    model = tester.model()
+    pixel_values = torch.zeros(1, 3, 32, 48)
+    changed = pixel_values.clone()
+    changed[..., 8:16, 24:32] = 1.0
+    with torch.no_grad():
+        first, second = (model.synernet(values).broad.auxiliary_features for values in (pixel_values, changed))
+    moved = (first - second).abs().amax(dim=1)[0] > 1e-6
+    assert moved.nonzero().tolist() == [[1, 3]]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_outputs_with_labels(tester, model, training):
+    inputs = tester.inputs(2, 32, 48)
+    output = model.train(training)(**inputs, loss_weights=ALL_TERMS)
+    assert output.loss.ndim == 0 and output.loss.requires_grad and output.loss.isfinite()
+    assert output.logits.shape == (2, 4, 4, 6)
+    assert output.broad_cams.shape == output.precise_cams.shape == (2, 3, 32, 48)
+    assert output.confidence.shape == (2, 1, 32, 48)
+    assert output.pseudo_labels.shape == (2, 32, 48) and output.pseudo_labels.dtype == torch.int64
+    for cams in (output.broad_cams, output.precise_cams):
+        assert not cams[inputs["labels"] == 0].any()
+    allowed = torch.cat([inputs["labels"].new_ones(2, 1), inputs["labels"]], dim=1).bool()
+    for label_map, own in zip(output.pseudo_labels, allowed, strict=True):
+        assert all(value == 255 or own[value] for value in label_map.unique().tolist())
+
+
+@pytest.mark.parametrize("branch", ["broad", "precise"])
+def test_one_branch_alone(tester, model, branch):
+    pixel_values = tester.inputs()["pixel_values"]
+    with torch.no_grad():
+        both, alone = model(pixel_values), model(pixel_values, inference_branches=branch)
+    other = "precise" if branch == "broad" else "broad"
+    assert torch.equal(alone.logits, both[f"{branch}_logits"])
+    assert torch.equal(alone[f"{branch}_cams"], both[f"{branch}_cams"])
+    assert f"{other}_logits" not in alone and f"{other}_cams" not in alone
+    assert torch.equal(model(pixel_values, inference_branches="both").logits, both.logits)
+
+
+def test_states_and_attentions_come_broad_first(tester, model):
+    model.set_attn_implementation("eager")
+    pixel_values = tester.inputs(1, 32, 40)["pixel_values"]
+    with torch.no_grad():
+        output = model(pixel_values, output_hidden_states=True, output_attentions=True)
+        broad = model.synernet.broad_branch.backbone(
+            pixel_values, output_hidden_states=True, output_attentions=True, interpolate_pos_encoding=True
+        )
+    assert len(output.hidden_states) == 2 * (3 + 1) and len(output.attentions) == 2 * 3
+    for actual, expected in zip(output.hidden_states[:4], broad.hidden_states, strict=True):
+        assert torch.equal(actual, expected)
+    for actual, expected in zip(output.attentions[:3], broad.attentions, strict=True):
+        assert torch.equal(actual, expected)
+    torch.testing.assert_close(output.attentions[5].sum(dim=-1), torch.ones(1, 2, 21))
+    assert not torch.equal(output.hidden_states[0], output.hidden_states[4])
+
+
+def test_a_tuple_instead_of_an_output(tester, model):
+    pixel_values = tester.inputs()["pixel_values"]
+    with torch.no_grad():
+        assert torch.equal(model(pixel_values, return_dict=False)[0], model(pixel_values).logits)
+
+
+def test_attention_implementations_agree(tester, model):
+    pixel_values = tester.inputs()["pixel_values"]
+    with torch.no_grad():
+        sdpa = model(pixel_values).logits
+        model.set_attn_implementation("eager")
+        torch.testing.assert_close(model(pixel_values).logits, sdpa)
+
+
+# sizes
+
+
+@pytest.mark.parametrize("size", [(30, 45), (33, 32), (8, 47), (5, 3)])
+@pytest.mark.parametrize("family", ["vit", "dinov3_vit"])
+def test_other_sizes_are_padded_resized_and_cropped(family, size):
+    tester = SynerNetModelTester(family)
+    model = tester.model()
+    pixel_values = tester.inputs(2, *size)["pixel_values"]
+    rows, columns = -(-size[0] // 8), -(-size[1] // 8)
+    padded = torch.zeros(2, 3, rows * 8, columns * 8)
+    padded[..., : size[0], : size[1]] = pixel_values
+    with torch.no_grad():
+        output, expected = model(pixel_values), model(padded)
+    assert expected.logits.shape == (2, 4, rows, columns)
+    by_hand = F.interpolate(expected.logits, size=padded.shape[-2:], mode="bilinear", align_corners=False)
+    assert output.logits.shape == (2, 4, *size)
+    torch.testing.assert_close(output.logits, by_hand[..., : size[0], : size[1]])
+    assert output.broad_cams.shape == (2, 3, *size)
+    torch.testing.assert_close(output.classification_logits, expected.classification_logits)
+
+
+def test_the_last_row_and_column_of_any_picture_count(tester, model):
+    pixel_values = tester.inputs(1, 33, 41)["pixel_values"]
+    changed = pixel_values.clone()
+    changed[..., 32, 40] += 3.0
+    with torch.no_grad():
+        assert not torch.allclose(model(pixel_values).logits, model(changed).logits)
+
+
+@pytest.mark.parametrize("size", [(30, 45), (16, 56)])
+def test_training_at_other_sizes(tester, model, size):
+    output = model(**tester.inputs(2, *size), loss_weights=ALL_TERMS, training_progress=0.9)
+    output.loss.backward()
+    assert output.loss.isfinite()
+    assert output.pseudo_labels.shape == (2, *size)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (29, 50)])
+@pytest.mark.parametrize("flip", [True, False])
+def test_multi_scale_logits_are_the_larger_of_each_scale(tester, model, size, flip):
+    pixel_values = tester.inputs(1, *size)["pixel_values"]
+
+    expected = []
+    for scale in (1.0, 1.5):
+        scaled_size = [int(scale * side) for side in size]
+        scaled = F.interpolate(pixel_values, size=scaled_size, mode="bilinear", align_corners=False)
+        with torch.no_grad():
+            views = [model(scaled).logits] + ([model(scaled.flip(-1)).logits.flip(-1)] if flip else [])
+        expected += [F.interpolate(view, size=size, mode="bilinear", align_corners=False) for view in views]
+    actual = model.multi_scale_logits(pixel_values, flip=flip)
+    assert actual.shape == (1, 4, *size) and not actual.requires_grad
+    torch.testing.assert_close(actual, torch.stack(expected).amax(dim=0), atol=1e-5, rtol=1e-5)
+
+
+def test_generated_cams(tester, model):
+    inputs = tester.inputs(2, 30, 44)
+    cams = model.generate_cams(**inputs)
+    free = model.generate_cams(inputs["pixel_values"])
+    for name in ("broad_cams", "precise_cams", "broad_aux_cams", "precise_aux_cams", "fused_cams"):
+        assert cams[name].shape == (2, 3, 30, 44) and not cams[name].requires_grad
+        assert 0 <= cams[name].min() and cams[name].max() <= 1
+        assert not cams[name][inputs["labels"] == 0].any()
+        assert free[name].amax(dim=(-2, -1)).min() > 0
+    assert cams.confidence.shape == (2, 1, 30, 44)
+    single = model.generate_cams(**inputs, scales=(1.0,), flip=False)
+    assert not torch.allclose(single.broad_cams, cams.broad_cams)
+
+
+# losses
+
+
+@pytest.mark.parametrize("term", ALL_TERMS)
+def test_a_term_appears_only_where_it_weighs_something(tester, model, term):
+    names = {f"loss_{name}" for name in ALL_TERMS}
+    all_terms = model(**tester.inputs(), loss_weights=ALL_TERMS).loss_dict
+    assert set(all_terms) == names
+    assert not any(value.requires_grad for value in all_terms.values())
+    without = model(**tester.inputs(), loss_weights=ALL_TERMS | {term: 0.0}).loss_dict
+    assert set(without) == names - {f"loss_{term}"}
+    alone = model(**tester.inputs(), loss_weights={term: 0.5})
+    assert set(alone.loss_dict) == {f"loss_{term}"}
+
+
+def test_weights_come_from_the_config_unless_given(tester, model):
+    inputs = tester.inputs()
+    torch.manual_seed(3)
+    expected = model(**inputs, loss_weights=model.config.loss_weights)
+    torch.manual_seed(3)
+    assert torch.equal(model(**inputs).loss, expected.loss)
+
+
+@pytest.mark.parametrize("weights", [{}, dict.fromkeys(ALL_TERMS, 0.0)])
+def test_without_any_term_the_loss_is_zero(tester, model, weights):
+    output = model(**tester.inputs(), loss_weights=weights)
+    assert torch.is_tensor(output.loss) and output.loss == 0
+    assert output.loss_dict == {}
+
+
+def test_the_loss_is_the_weighted_sum_over_both_branches(tester, model):
+    output = model(**tester.inputs(), loss_weights=ALL_TERMS)
+    terms = {name.removeprefix("loss_"): value for name, value in output.loss_dict.items()}
+    mixed = (1 - 0.4) * terms["cls"] + 0.4 * terms["spatial_bce"] + terms["cls_aux"]
+    others = sum(ALL_TERMS[name] * terms[name] for name in ("patch_contrast", "prototype_contrast", "segmentation"))
+    torch.testing.assert_close(output.loss, 2 * (mixed + others))
+
+
+def test_the_spatial_share_is_taken_from_its_branches_only():
+    tester = SynerNetModelTester(spatial_bce_branches=("broad",))
+    model, inputs = tester.model(), tester.inputs()
+    terms = model(**inputs, loss_weights={"cls": 1.0, "spatial_bce": 0.4})
+    with torch.no_grad():
+        outputs = model.synernet(inputs["pixel_values"])
+    broad, precise = (
+        F.multilabel_soft_margin_loss(outputs[name].classification_logits, inputs["labels"])
+        for name in ("broad", "precise")
+    )
+    expected = 0.6 * broad + precise + 0.4 * terms.loss_dict["loss_spatial_bce"]
+    torch.testing.assert_close(terms.loss, expected)
+
+
+def test_before_the_gates_decoder_and_projection_have_no_gradient(tester, model):
+    model(**tester.inputs(), loss_weights=EARLY_TERMS).loss.backward()
+    untouched = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    idle = {name for name in dict(model.named_parameters()) if "decode_head" in name or "projection_head" in name}
+    assert untouched == idle
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_all_terms_every_parameter_has_a_gradient(family):
+    tester = SynerNetModelTester(family)
+    model = tester.model()
+    model(**tester.inputs(2, 40, 32), loss_weights=ALL_TERMS, training_progress=0.7).loss.backward()
+    # DINO's mask token is for its own pretraining
+    assert {name for name in without_gradient(model) if not name.endswith("mask_token")} == set()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_targets_carry_no_gradient(tester, model):
+    """The classifiers make the CAMs of every target; segmentation alone must not move them."""
+    inputs = tester.inputs()
+    output = model(**inputs, loss_weights={"segmentation": 1.0})
+    output.loss.backward()
+    assert output.loss > 0
+    for value in (output.broad_cams, output.precise_cams, output.confidence):
+        assert not value.requires_grad
+    touched = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert touched and not any("cam_head" in name or "projection_head" in name for name in touched)
+
+
+def test_patch_contrast_does_not_move_the_classifiers(tester, model):
+    model(**tester.inputs(), loss_weights={"patch_contrast": 1.0}).loss.backward()
+    assert not any(
+        parameter.grad is not None for name, parameter in model.named_parameters() if "cam_head.classifier" in name
+    )
+
+
+def test_the_spatial_loss_moves_the_last_classifier_only(tester, model):
+    model(**tester.inputs(), loss_weights={"spatial_bce": 0.4}).loss.backward()
+    moved = {name for name, value in model.named_parameters() if value.grad is not None and "cam_head" in name}
+    assert moved == {f"synernet.{branch}_branch.cam_head.classifier.weight" for branch in ("broad", "precise")}
+
+
+@pytest.mark.parametrize("rows", [[[0, 0, 0]], [[1, 1, 1]], [[0, 0, 0], [1, 1, 1]], [[0, 0, 0], [0, 0, 0]]])
+@pytest.mark.parametrize("progress", [0.0, 1.0])
+def test_pictures_with_no_and_with_every_class(tester, model, rows, progress):
+    labels = torch.tensor(rows)
+    pixel_values = tester.inputs(len(rows), 32, 40)["pixel_values"]
+    output = model.train()(pixel_values, labels=labels, loss_weights=ALL_TERMS, training_progress=progress)
+    output.loss.backward()
+    assert output.loss.isfinite()
+    assert all(value.isfinite() for value in output.loss_dict.values())
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+    assert not output.pseudo_labels[labels.sum(dim=1) == 0].any()
+
+
+def test_boxes_are_ignored_outside_and_may_be_empty(tester, model):
+    inputs = tester.inputs(2, 32, 32)
+    boxes = torch.tensor([[0, 16, 8, 32], [0, 0, 0, 0]])
+    output = model(**inputs, valid_boxes=boxes, loss_weights=ALL_TERMS)
+    output.loss.backward()
+    assert output.loss.isfinite()
+    assert (output.pseudo_labels[0, 16:] == 255).all() and (output.pseudo_labels[0, :, :8] == 255).all()
+    assert (output.pseudo_labels[1] == 255).all()
+
+
+def test_a_constant_picture_trains(tester, model):
+    inputs = tester.inputs(1)
+    output = model(torch.zeros_like(inputs["pixel_values"]), labels=inputs["labels"], loss_weights=ALL_TERMS)
+    output.loss.backward()
+    assert output.loss.isfinite()
+
+
+def test_a_few_steps_lower_the_loss(tester, model):
+    inputs = tester.inputs(4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(8):
+        loss = model(**inputs, loss_weights=EARLY_TERMS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.2
+
+
+# prototypes
+
+
+def test_prototypes_move_in_training_only(tester, model):
+    inputs = tester.inputs()
+    weights = {"prototype_contrast": 0.05}
+    before = model.synernet.broad_branch.projection_head.prototypes.clone()
+    model.eval()(**inputs, loss_weights=weights)
+    assert torch.equal(model.synernet.broad_branch.projection_head.prototypes, before)
+    model.train()(**inputs, loss_weights=EARLY_TERMS)
+    assert torch.equal(model.synernet.broad_branch.projection_head.prototypes, before)
+    model.train()(**inputs, loss_weights=weights)
+    for branch in ("broad", "precise"):
+        prototypes = model.synernet.branch(branch).projection_head.prototypes
+        lengths = prototypes.norm(dim=1)
+        assert not prototypes.requires_grad
+        assert torch.all((lengths == 0) | ((lengths - 1).abs() < 1e-5)) and lengths.any()
+
+
+def test_prototypes_are_saved(tester, model, tmp_path):
+    model.train()(**tester.inputs(), loss_weights={"prototype_contrast": 0.05})
+    model.save_pretrained(tmp_path)
+    loaded = SynerNetForWeaklySupervisedSegmentation.from_pretrained(tmp_path)
+    for branch in ("broad", "precise"):
+        saved = model.synernet.branch(branch).projection_head.prototypes
+        assert saved.any()
+        assert torch.equal(loaded.synernet.branch(branch).projection_head.prototypes, saved)
+
+
+def test_prototype_branches_are_the_configured_ones():
+    tester = SynerNetModelTester(prototype_branches=("precise",))
+    model = tester.model().train()
+    model(**tester.inputs(), loss_weights={"prototype_contrast": 0.05}).loss.backward()
+    assert not model.synernet.broad_branch.projection_head.prototypes.any()
+    assert model.synernet.precise_branch.projection_head.prototypes.any()
+    assert model.synernet.broad_branch.projection_head.directions.weight.grad is None
+
+
+def test_without_projection_heads():
+    tester = SynerNetModelTester(with_projection_head=False)
+    model = tester.model()
+    assert not any("projection_head" in name for name in model.state_dict())
+    output = model(**tester.inputs(), loss_weights=ALL_TERMS)
+    assert "loss_prototype_contrast" not in output.loss_dict
+    output.loss.backward()
+
+
+# refused input
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (2, 2), (6,), (2, 32, 32)])
+def test_labels_of_the_wrong_width_are_refused(tester, model, shape):
+    with pytest.raises(ValueError, match=r"labels must be multi-hot of shape \(batch, 3\), background left out, got"):
+        model(tester.inputs()["pixel_values"], labels=torch.zeros(shape))
+
+
+def test_unknown_terms_and_branches_are_refused(tester, model):
+    inputs = tester.inputs()
+    with pytest.raises(ValueError, match="loss_weights knows cls, .*, got segmentaton"):
+        model(**inputs, loss_weights={"segmentaton": 1.0})
+    with pytest.raises(ValueError, match="inference_branches must be 'broad', 'precise' or 'both', got 'wide'"):
+        model(inputs["pixel_values"], inference_branches="wide")
+    with pytest.raises(ValueError, match="Training needs both branches, got inference_branches='broad'"):
+        model(**inputs, inference_branches="broad")
+
+
+def test_a_model_without_classes_or_with_a_wrong_layer_is_refused():
+    with pytest.raises(ValueError, match="at least one class, got 1 labels; set `id2label`"):
+        SynerNetForWeaklySupervisedSegmentation(SynerNetConfig(backbone_config=tiny_backbone_config(), num_labels=1))
+    with pytest.raises(ValueError, match="must pick one of the encoder's 4 hidden states, got -5"):
+        SynerNetModelTester(auxiliary_layer_index=-5).model()
+
+
+# precision and memory
+
+
+def test_bfloat16(tester, model):
+    inputs = tester.inputs()
+    with torch.no_grad():
+        expected = model(inputs["pixel_values"]).logits
+        actual = model.to(torch.bfloat16)(inputs["pixel_values"].bfloat16()).logits
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.float(), expected, atol=0.05 * expected.abs().max().item(), rtol=0.05)
+
+
+def test_training_under_bfloat16_autocast(tester, model):
+    inputs = tester.inputs()
+    expected = model(**inputs, loss_weights=EARLY_TERMS | {"spatial_bce": 0.4}).loss_dict
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**inputs, loss_weights=ALL_TERMS)
+    output.loss.backward()
+    assert output.loss.isfinite()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    for name, value in expected.items():
+        torch.testing.assert_close(output.loss_dict[name].float(), value, atol=0.02, rtol=0.02)
+
+
+# the newer name is not in every version of transformers that this package works with
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_gives_equal_gradients(family):
+    tester = SynerNetModelTester(family)
+    inputs = tester.inputs()
+    gradients = []
+    for checkpointing in (False, True):
+        model = tester.model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            assert model.is_gradient_checkpointing
+        torch.manual_seed(5)
+        model(**inputs, loss_weights=ALL_TERMS).loss.backward()
+        gradients.append({name: value.grad for name, value in model.named_parameters() if value.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
