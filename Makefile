@@ -1,6 +1,6 @@
 # Every target does its own set-up: a virtual environment in .venv with the versions of constraints.txt.
-# Variables: PYTHON (3.11 or newer), TORCH_INDEX and TORCH_BUILD (where the torch wheel comes from and which
-# one; for CUDA: make install TORCH_BUILD=2.13.0), EXTRAS, PYTEST_ARGS.
+# Variables: PYTHON (3.11 or newer), TORCH_INDEX (an index with PyTorch's CPU wheels, where pip's own index would bring
+# the CUDA build), EXTRAS, PYTEST_ARGS.
 
 SHELL := bash
 .DEFAULT_GOAL := help
@@ -9,7 +9,7 @@ MAKEFLAGS += --no-print-directory
 VENV ?= .venv
 EXTRAS ?= train,dev
 PYTEST_ARGS ?=
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 ifeq ($(origin PYTHON), undefined)
 PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
@@ -20,12 +20,8 @@ STAMP := $(VENV)/.installed
 DOCUMENTED := .data .metrics .model .training .visualization .crf
 SOURCES := src tests examples $(wildcard scripts benchmarks metrics)
 
-# The torch wheel is installed first and without its dependencies, as the "+cpu" build on Linux: the build on PyPI would bring
-# several gigabytes of CUDA libraries. Elsewhere PyPI's build is the CPU build already.
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
-TORCH_BUILD ?= $(TORCH_VERSION)$(if $(filter Linux,$(shell uname -s)),+cpu)
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
-QUIET := 2> >(grep -v -e 'is ignored: it is neither' -e 'Retrying (Retry' >&2)
 
 .PHONY: help install demo test test-slow quality style docs clean
 
@@ -57,13 +53,13 @@ $(STAMP): pyproject.toml constraints.txt
 			exit 1; \
 		fi; \
 	fi; \
-	echo "[2/4] Installing torch $(TORCH_BUILD) (the CPU build is a download of about 200 MB)."; \
-	if ! $(PIP) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) "torch==$(TORCH_BUILD)" $(QUIET); then \
-		echo "torch $(TORCH_BUILD) was found neither at $(TORCH_INDEX) nor at pip's own indexes: check the network, or name another index with make TORCH_INDEX=URL." >&2; \
+	echo "[2/4] Installing torch $(TORCH_VERSION)."; \
+	if ! $(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt "torch==$(TORCH_VERSION)"; then \
+		echo "torch $(TORCH_VERSION) could not be installed: check the network, or name an index that has it with make TORCH_INDEX=URL." >&2; \
 		exit 1; \
 	fi; \
 	echo "[3/4] Installing synernet_hf[$(EXTRAS)] with the versions of constraints.txt (one to three minutes)."; \
-	$(PIP) -c constraints.txt -e ".[$(EXTRAS)]" $(QUIET); \
+	$(PIP) -c constraints.txt -e ".[$(EXTRAS)]"; \
 	echo "[4/4] Checking that the package imports."; \
 	$(PY) -c 'import synernet_hf'; \
 	touch $@; \
@@ -88,7 +84,7 @@ style: $(STAMP) ## put the code into the house's form with ruff
 	@$(PY) -m ruff format $(SOURCES)
 
 docs: $(STAMP) ## write the reference of the public names to site/ (installs the docs extra)
-	@$(PIP) -c constraints.txt -e ".[docs]" $(QUIET)
+	@$(PIP) -c constraints.txt -e ".[docs]"
 	@$(PY) -m pdoc --output-directory site synernet_hf $(addprefix synernet_hf,$(DOCUMENTED))
 
 clean: ## remove caches and builds (.venv and runs/ stay)

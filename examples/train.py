@@ -3,9 +3,8 @@ Trains SynerNet from image-level labels.
 
     accelerate launch examples/train.py --config examples/recipes/tiny_cpu.yaml --output_dir runs/tiny_cpu
 
-    accelerate launch examples/train.py --config examples/recipes/voc_animals.yaml --data_dir ../shared/data/VOCdevkit \
-        --image_labels ../shared/data/voc2012_image_labels.npz --backbone ../shared/weights/deit-tiny-patch16-224 \
-        --output_dir runs/voc_animals
+    accelerate launch examples/train.py --config examples/recipes/voc_animals.yaml --data_dir path/to/VOCdevkit \
+        --backbone facebook/deit-tiny-patch16-224 --output_dir runs/voc_animals
 
 A recipe holds settings, the command line changes single ones, `--help` lists all. What the run folder holds and how
 to resume is told in docs/training.md.
