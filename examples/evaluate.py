@@ -8,12 +8,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 from accelerate import Accelerator
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.crf import DenseCRF
-from synernet_hf.data import class_names, load_wsss_dataset
+from synernet_hf.data import check_dataset, class_names, load_wsss_dataset
 from synernet_hf.training.evaluation import evaluate_model, results_table
+
+
+# What a folder with missing, truncated or foreign files raises on loading.
+LOADING_ERRORS = (OSError, RuntimeError, TypeError, ValueError, SafetensorError, StrictDataclassError)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -50,7 +57,15 @@ def data_settings(args: argparse.Namespace) -> dict[str, Any]:
     classes belong to another one.
     """
     path = args.run / "training_args.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))["data_args"] if path.is_file() else {}
+    settings = {}
+    if path.is_file():
+        try:
+            settings = dict(json.loads(path.read_text(encoding="utf-8"))["data_args"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is no record of a run's data ({type(error).__name__}: {error}); remove it and name the data "
+                "set with --dataset."
+            ) from error
     if args.dataset is not None and args.dataset != settings.get("dataset"):
         settings = {}
     overrides = {
@@ -66,11 +81,49 @@ def data_settings(args: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
-def load_split(settings: dict[str, Any]) -> tuple[Any, list[str]]:
-    """Load the split to evaluate on and the class names, background first."""
+def load_split(settings: dict[str, Any], max_samples: int | None = None) -> tuple[datasets.Dataset, list[str]]:
+    """
+    Load and check the split to evaluate on; also return the class names, background first.
+
+    The loaders give all splits at once, so the lists and image labels of the training split must be there too; none
+    of its pictures is opened.
+    """
     names = ("data_dir", "image_labels", "train_split", "validation_split", "dataset_options")
     splits = load_wsss_dataset(settings["dataset"], **{name: settings.get(name) for name in names})
-    return splits["validation"], class_names(splits)
+    split = splits["validation"]
+    if max_samples is not None:
+        split = split.select(range(min(max_samples, len(split))))
+    check_dataset(datasets.DatasetDict(validation=split))
+    return split, class_names(splits)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Find mistakes of the command line before anything is loaded."""
+    if not (args.run / "config.json").is_file():
+        raise ValueError(f"{args.run} holds no trained model (no config.json); give the folder of a finished run.")
+    if args.max_samples is not None and args.max_samples < 1:
+        raise ValueError(f"--max_samples is {args.max_samples}; a positive number of pictures is expected.")
+    if args.output is not None and args.output.is_dir():
+        raise ValueError(f"--output {args.output} is a folder; give the name of a JSON file.")
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def load_run(run: Path) -> tuple[SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor]:
+    """Load model and processor of a run, all weights of which must be there."""
+    try:
+        model, report = SynerNetForWeaklySupervisedSegmentation.from_pretrained(run, output_loading_info=True)
+        processor = SynerNetImageProcessor.from_pretrained(run)
+    except LOADING_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{run} holds no usable model ({reason}); give the folder of a finished run.") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(
+            f"The weights in {run} lack {len(missing)} parameters, such as {missing[0]}; give the folder of a finished "
+            "run."
+        )
+    return model, processor
 
 
 def write_scores(scores: dict[str, Any], path: Path) -> None:
@@ -81,7 +134,6 @@ def write_scores(scores: dict[str, Any], path: Path) -> None:
             return {key: defined(item) for key, item in value.items()}
         return None if isinstance(value, float) and math.isnan(value) else value
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(defined(scores), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
@@ -89,21 +141,18 @@ def write_scores(scores: dict[str, Any], path: Path) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Load the run and its data, score, print and write."""
-    if not (args.run / "config.json").is_file():
-        raise ValueError(f"{args.run} holds no trained model (no config.json); give the folder of a finished run.")
+    check_arguments(args)
     settings = data_settings(args)
     crf = DenseCRF() if args.crf else None
-    split, names = load_split(settings)
+    split, names = load_split(settings, args.max_samples)
     accelerator = Accelerator()
-    model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(args.run).to(accelerator.device)
-    processor = SynerNetImageProcessor.from_pretrained(args.run)
+    model, processor = load_run(args.run)
     results = evaluate_model(
-        model,
+        model.to(accelerator.device),
         processor,
         split,
         class_names=names,
         metric_classes=settings.get("metric_classes"),
-        max_samples=args.max_samples,
         accelerator=accelerator,
         multi_scale=args.multi_scale,
         flip=args.flip,
@@ -133,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         evaluate(args)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,17 +1,24 @@
 """Segment pictures with a trained SynerNet: `python examples/predict.py RUN PICTURE…` writes masks and overlays."""
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.crf import DenseCRF
 from synernet_hf.visualization import overlay, palette_image
+
+
+# What a folder with missing, truncated or foreign files raises on loading.
+LOADING_ERRORS = (OSError, RuntimeError, TypeError, ValueError, SafetensorError, StrictDataclassError)
 
 
 class UsageError(ValueError):
@@ -47,8 +54,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Find every mistake before the model is loaded and anything is written."""
     if not (args.run / "config.json").is_file():
         raise UsageError(f"{args.run} holds no trained model (no config.json); give the folder of a finished run.")
-    if args.scales is not None and min(args.scales) <= 0:
-        raise UsageError(f"The scales {args.scales} are not all positive; give factors such as 1.0 1.25 1.5.")
+    if args.scales is not None and not all(0 < scale < math.inf for scale in args.scales):
+        raise UsageError(f"The scales {args.scales} are not all positive numbers; give factors such as 1.0 1.25 1.5.")
     if args.output_dir.exists() and not args.output_dir.is_dir():
         raise UsageError(f"{args.output_dir} is a file; give a folder for the results.")
     seen = {}
@@ -57,6 +64,23 @@ def check_arguments(args: argparse.Namespace) -> None:
         if path.stem in seen:
             raise UsageError(f"{seen[path.stem]} and {path} would write the same results; segment them separately.")
         seen[path.stem] = path
+
+
+def load_run(run: Path) -> tuple[SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor]:
+    """Load model and processor of a run, all weights of which must be there."""
+    try:
+        model, report = SynerNetForWeaklySupervisedSegmentation.from_pretrained(run, output_loading_info=True)
+        processor = SynerNetImageProcessor.from_pretrained(run)
+    except LOADING_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{run} holds no usable model ({reason}); give the folder of a finished run.") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UsageError(
+            f"The weights in {run} lack {len(missing)} parameters, such as {missing[0]}; give the folder of a finished "
+            "run."
+        )
+    return model, processor
 
 
 def write_atomically(image: Image.Image, path: Path) -> None:
@@ -74,8 +98,8 @@ def predict(args: argparse.Namespace) -> None:
     """Segment every picture and write its results."""
     crf = DenseCRF() if args.crf else None
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(args.run).to(device).eval()
-    processor = SynerNetImageProcessor.from_pretrained(args.run)
+    model, processor = load_run(args.run)
+    model = model.to(device).eval()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for path in args.pictures:
         image = read_picture(path)
@@ -106,6 +130,9 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: The results cannot be written: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

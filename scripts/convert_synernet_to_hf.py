@@ -51,7 +51,12 @@ DROPPED = {
     "patch_proj.last_layer.weight_g": "the gain of the projection, fixed at 1 as ours",
 }
 # What the authors' code does in ways our defaults do not, by number of foreground classes.
-AUTHORS_FIELDS = {"fusion": "fixed", "spatial_bce_branches": ("broad",), "prototype_branches": ("broad", "precise")}
+AUTHORS_FIELDS = {
+    "fusion": "fixed",
+    "floor_scaled_views": True,
+    "spatial_bce_branches": ("broad",),
+    "prototype_branches": ("broad", "precise"),
+}
 DATASETS = {
     20: (VOC_CLASSES, {}),
     80: (

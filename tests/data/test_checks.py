@@ -4,6 +4,7 @@ import datasets
 import numpy as np
 import pytest
 from devkit_utils import save_mask
+from PIL import Image
 
 from synernet_hf.data import build_split, check_dataset, load_shapes, load_voc2012
 
@@ -80,8 +81,59 @@ def test_mask_of_another_size_or_broken(devkit):
     save_mask(np.zeros((10, 12), dtype=np.uint8), devkit.voc / "SegmentationClassAug" / f"{first}.png")
     (devkit.voc / "SegmentationClassAug" / f"{second}.png").write_bytes(b"no mask")
     loaded = load_voc2012(devkit.root)
-    with pytest.raises(ValueError, match=rf"mask of {first} is \(12, 10\).*the mask of {second} does not decode"):
+    with pytest.raises(
+        ValueError, match=rf"mask of {first} .*{first}.png\) is 12 x 10 .*the mask of {second} .* does"
+    ):
         check_dataset(loaded)
+
+
+def checked(picture, mask):
+    """What the checks say about one validation record; both are stored as they are."""
+    labels = np.array([[1, 0]])
+    split = build_split([picture], ["picture_0"], labels, NAMES, [mask])
+    check_dataset(datasets.DatasetDict(validation=split))
+
+
+@pytest.mark.parametrize(
+    ("mask", "sentence"),
+    [
+        (Image.new("P", (12, 10), 40), r"mask of picture_0 holds the ids 40; 0 to 2 and 255 \(ignore\) are expected"),
+        (Image.new("L", (12, 10), 3), "mask of picture_0 holds the ids 3;"),
+        (Image.new("RGB", (12, 10)), "mask of picture_0 has mode RGB; a palette or greyscale picture"),
+        (Image.new("LA", (12, 10)), "mask of picture_0 has mode LA;"),
+        (None, "mask of picture_0 is missing"),
+    ],
+)
+def test_mask_that_could_not_be_scored(mask, sentence):
+    with pytest.raises(ValueError, match=f"1 of 1 records of the split 'validation' can not be used: the {sentence}"):
+        checked(Image.new("RGB", (12, 10)), mask)
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "1"])
+def test_masks_of_class_ids_pass(mode):
+    pixels = np.array([[0, 1, 1, 0]] if mode == "1" else [[0, 1, 2, 255]], dtype=np.uint8)
+    mask = Image.fromarray(pixels * 255).convert("1") if mode == "1" else Image.fromarray(pixels)
+    if mode == "P":
+        mask.putpalette(list(range(256)) * 3)
+    assert mask.mode == mode
+    checked(Image.new("RGB", (4, 1)), mask)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff"])
+def test_mask_is_compared_with_the_upright_picture(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = str(tmp_path / f"picture_0.{suffix}")
+    Image.new("RGB", (12, 10)).save(path, exif=exif)
+    stored, turned = Image.new("P", (12, 10)), Image.new("P", (10, 12))
+    right, wrong = (turned, stored) if orientation in (6, 8) else (stored, turned)
+    checked(path, right)
+    with pytest.raises(ValueError, match="mask of picture_0 is .* turned as their EXIF orientation says"):
+        checked(path, wrong)
+    wrong.save(tmp_path / "mask.png", exif=exif)
+    if orientation in (6, 8):
+        checked(path, str(tmp_path / "mask.png"))  # a mask with the tag is turned too
 
 
 def test_training_masks_are_not_touched():

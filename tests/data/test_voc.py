@@ -206,8 +206,36 @@ def test_missing_label_file_and_npz_without_its_arrays(devkit, tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no label file .*nothing.npz"):
         load_voc2012(devkit.root, tmp_path / "nothing.npz")
     np.savez(tmp_path / "labels.npz", names=np.zeros(3))
-    with pytest.raises(ValueError, match="holds the arrays names, but 'ids' and 'labels'"):
+    with pytest.raises(ValueError, match="as an .npz archive of 'ids' and 'labels' .it holds the arrays names"):
         load_voc2012(devkit.root, tmp_path / "labels.npz")
+
+
+@pytest.mark.parametrize("broken", ["empty", "half", "hole", "text", "array", "objects", "scalar"])
+def test_unreadable_npz_gets_a_sentence(devkit, tmp_path, broken):
+    path = tmp_path / "labels.npz"
+    np.savez_compressed(path, ids=np.array(["2007_000000"]), labels=np.ones((1, 20), dtype=np.uint8))
+    content = path.read_bytes()
+    if broken == "array":
+        with path.open("wb") as stream:
+            np.save(stream, np.ones((1, 20)))
+    elif broken == "objects":
+        np.savez(path, ids=np.array(["2007_000000"], dtype=object), labels=np.ones((1, 20)))
+    elif broken == "scalar":
+        np.savez(path, ids=np.array("2007_000000"), labels=np.ones((1, 20)))
+    else:
+        hole = content[:60] + bytes(20) + content[80:]
+        path.write_bytes({"empty": b"", "half": content[: len(content) // 2], "hole": hole, "text": b"ids"}[broken])
+    with pytest.raises(ValueError, match="The label file .*labels.npz ") as caught:
+        load_voc2012(devkit.root, path)
+    assert "allow_pickle=True" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("suffix", "sentence"), [("json", "is not valid JSON"), ("csv", "is not a table of")])
+def test_label_file_that_is_no_text_gets_a_sentence(devkit, tmp_path, suffix, sentence):
+    path = tmp_path / f"labels.{suffix}"
+    path.write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(ValueError, match=f"The label file .*labels.{suffix} {sentence}"):
+        load_voc2012(devkit.root, path)
 
 
 def test_load_by_name(devkit):

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from testing_utils import SynerNetModelTester
 
+from synernet_hf import SynerNetForWeaklySupervisedSegmentation
 from synernet_hf.model.cam_synernet import (
     area_shares,
     cams_to_pseudo_labels,
@@ -259,3 +260,22 @@ def test_the_agreed_label_wins_whatever_the_cams_say(seed, low, high, share):
     plain = fuse_cams(broad, precise, share)
     undecided = (agreed == 255)[:, None].expand_as(fused)
     assert torch.equal(fused[undecided], plain[undecided])
+
+
+def test_no_row_or_column_of_a_scaled_view_is_lost(monkeypatch):
+    # at 0.75 a 32-pixel picture gives 24 pixels, one and a half patches of 16
+    tester = SynerNetModelTester()
+    config = tester.config()
+    config.backbone_config.patch_size = 16
+    torch.manual_seed(0)
+    model = SynerNetForWeaklySupervisedSegmentation(config).eval()
+    picture = torch.randn(1, 3, 32, 32)
+    changed = picture.clone()
+    changed[..., -6:, -6:] += 3
+    difference = {}
+    for floor in (False, True):
+        model.config.floor_scaled_views = floor
+        before, after = (multi_scale_cams(model, x, None, (0.75,), False)["broad"][0] for x in (picture, changed))
+        difference[floor] = (before - after).abs().max().item()
+    assert difference[False] > 1e-3
+    assert difference[True] == 0

@@ -47,19 +47,20 @@ def test_pictures_of_other_modes_become_rgb(mode):
     assert torch.equal(values, SynerNetImageProcessor()(picture.convert("RGB"), return_tensors="pt")["pixel_values"])
 
 
-def test_masks_keep_their_ids():
+def test_masks_keep_their_ids_and_are_not_called_labels():
     mask = random_mask(21, 33)
     inputs = SynerNetImageProcessor()(random_picture(21, 33), mask, return_tensors="pt")
-    assert inputs["labels"].dtype == torch.int64
-    assert np.array_equal(inputs["labels"][0].numpy(), np.asarray(mask))
+    assert set(inputs) == {"pixel_values", "mask"}  # the model's `labels` are those of whole pictures
+    assert inputs["mask"].dtype == torch.int64
+    assert np.array_equal(inputs["mask"][0].numpy(), np.asarray(mask))
 
 
 def test_resizing_invents_no_mask_id():
     inputs = SynerNetImageProcessor(do_resize=True, size={"height": 32, "width": 24})(
         random_picture(21, 33), random_mask(21, 33), return_tensors="pt"
     )
-    assert inputs["pixel_values"].shape == (1, 3, 32, 24) and inputs["labels"].shape == (1, 32, 24)
-    assert set(inputs["labels"].unique().tolist()) <= {0, 1, 2, 255}
+    assert inputs["pixel_values"].shape == (1, 3, 32, 24) and inputs["mask"].shape == (1, 32, 24)
+    assert set(inputs["mask"].unique().tolist()) <= {0, 1, 2, 255}
 
 
 @pytest.mark.parametrize("size", [40, {"shortest_edge": 40}])
@@ -78,8 +79,8 @@ def test_padding_reaches_the_patch_multiple_and_is_told_apart():
         real[: picture.height, : picture.width] = 1
         assert torch.equal(inputs["pixel_mask"][i], real)
         assert (inputs["pixel_values"][i][:, real == 0] == 0).all()
-        assert (inputs["labels"][i][real == 0] == 255).all()
-        assert np.array_equal(inputs["labels"][i][: mask.height, : mask.width].numpy(), np.asarray(mask))
+        assert (inputs["mask"][i][real == 0] == 255).all()
+        assert np.array_equal(inputs["mask"][i][: mask.height, : mask.width].numpy(), np.asarray(mask))
         alone = processor(picture, return_tensors="pt")["pixel_values"][0]
         assert torch.equal(inputs["pixel_values"][i][:, : picture.height, : picture.width], alone)
 

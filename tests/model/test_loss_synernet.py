@@ -264,3 +264,12 @@ def test_prototype_contrast_is_finite_for_long_embeddings():
         lambda embeddings: prototype_contrast_loss(embeddings, torch.tensor([0, 1]), prototypes)[0],
         torch.randn(2, 4) * 1000,
     )
+
+
+def test_bfloat16_does_not_widen_the_area_of_the_spatial_loss():
+    torch.manual_seed(0)
+    logits, labels, shares = torch.randn(1, 1, 28, 28), torch.ones(1, 1), torch.full((1, 1), 0.3)
+    expected = spatial_bce_loss(logits, labels, shares)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = spatial_bce_loss(logits, labels, shares)
+    assert torch.equal(actual, expected)

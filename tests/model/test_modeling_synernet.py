@@ -6,6 +6,8 @@ from testing_utils import ALL_TERMS, EARLY_TERMS, SynerNetModelTester, tiny_back
 from torch.nn import functional as F
 
 from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation
+from synernet_hf.model import modeling_synernet
+from synernet_hf.model.loss_synernet import prototype_contrast_terms
 
 
 FAMILIES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
@@ -397,8 +399,77 @@ def test_without_projection_heads():
 
 @pytest.mark.parametrize("shape", [(2, 4), (2, 2), (6,), (2, 32, 32)])
 def test_labels_of_the_wrong_width_are_refused(tester, model, shape):
-    with pytest.raises(ValueError, match=r"labels must be multi-hot of shape \(batch, 3\), background left out, got"):
+    with pytest.raises(ValueError, match=r"labels must be multi-hot, .* without background: \(2, 3\), got"):
         model(tester.inputs()["pixel_values"], labels=torch.zeros(shape))
+
+
+def test_generate_cams_checks_labels_too(tester, model):
+    with pytest.raises(ValueError, match=r"\(2, 3\), got \(2, 5\)"):
+        model.generate_cams(tester.inputs()["pixel_values"], labels=torch.zeros(2, 5))
+
+
+def test_unknown_arguments_are_refused(tester, model):
+    with pytest.raises(TypeError, match="forward does not know pixel_value"):
+        model(**tester.inputs(), pixel_value=torch.zeros(1))
+
+
+def test_a_pixel_mask_stands_for_the_valid_box(tester, model):
+    inputs = tester.inputs()
+    height, width = inputs["pixel_values"].shape[-2:]
+    mask = torch.zeros(2, height, width)
+    mask[0, : height - 8, : width - 16] = 1
+    mask[1, 8:] = 1
+    boxes = torch.tensor([[0, height - 8, 0, width - 16], [8, height, 0, width]])
+    inputs.pop("valid_boxes", None)
+    weights = EARLY_TERMS | {"segmentation": 0.17}
+    by_mask = model(**inputs, pixel_mask=mask, loss_weights=weights)
+    by_box = model(**inputs, valid_boxes=boxes, loss_weights=weights)
+    assert torch.equal(by_mask.pseudo_labels, by_box.pseudo_labels)
+    assert (by_mask.pseudo_labels[1, :8] == 255).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_training_with_half_precision_weights(tester, model, dtype):
+    inputs = tester.inputs()
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    output = model.to(dtype)(**inputs, loss_weights=ALL_TERMS)
+    assert output.loss.dtype == torch.float32
+    assert output.loss.isfinite()
+    output.loss.backward()
+    cams = model.generate_cams(inputs["pixel_values"], inputs["labels"])
+    assert cams.fused_cams.isfinite().all()
+
+
+def test_losses_count_in_float32_under_autocast(tester, model, monkeypatch):
+    seen = {}
+
+    def spy(embeddings, class_ids, prototypes, *rest):
+        terms, moved = prototype_contrast_terms(embeddings, class_ids, prototypes, *rest)
+        seen.update(autocast=torch.is_autocast_enabled("cpu"), terms=terms.dtype, moved=moved.dtype)
+        return terms, moved
+
+    monkeypatch.setattr(modeling_synernet, "prototype_contrast_terms", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**tester.inputs(), loss_weights=ALL_TERMS)
+    assert seen == {"autocast": False, "terms": torch.float32, "moved": torch.float32}
+
+
+def test_tuples_are_returned_when_the_configuration_asks_for_them(tester, model):
+    model.config.return_dict = False
+    outputs = model(tester.inputs()["pixel_values"])
+    assert isinstance(outputs, tuple)
+    assert outputs[0].shape[1] == model.config.num_labels
+
+
+def test_another_ignore_index_changes_nothing_but_the_label(tester):
+    usual, other = (tester.model(seed=0).train() for _ in range(2))
+    other.config.semantic_loss_ignore_index = -100
+    outputs = []
+    for model in (usual, other):
+        torch.manual_seed(0)
+        outputs.append(model(**tester.inputs(), loss_weights=ALL_TERMS))
+    assert torch.equal(outputs[0].loss, outputs[1].loss)
+    assert torch.equal(outputs[0].pseudo_labels == 255, outputs[1].pseudo_labels == -100)
 
 
 def test_unknown_terms_and_branches_are_refused(tester, model):

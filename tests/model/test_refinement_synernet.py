@@ -202,3 +202,12 @@ def test_ignoring_outside_leaves_the_given_map_as_it_is():
     assert (label_map == 1).all()
     assert (result[:, 2:] == 255).all() and (result[:, :2] == 1).all()
     assert ignore_outside(label_map, None) is label_map
+
+
+def test_several_sets_of_cams_are_refined_as_if_one_by_one():
+    torch.manual_seed(0)
+    images, cams = torch.rand(2, 3, 24, 32), torch.rand(3, 2, 4, 24, 32)
+    labels = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0]])
+    together = refine_pseudo_labels(images, cams, labels, 0.25, 0.7)
+    one_by_one = torch.stack([refine_pseudo_labels(images, maps, labels, 0.25, 0.7) for maps in cams])
+    assert torch.equal(together, one_by_one)

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from testing_utils import ALL_TERMS, SynerNetModelTester
 
 from synernet_hf.model.cam_synernet import area_shares, cams_to_pseudo_labels, mask_absent_classes
+from synernet_hf.model.instance_synernet import pick_instance_classes
 from synernet_hf.model.refinement_synernet import SynerNetPixelAdaptiveRefinement, refine_pseudo_labels
 from synernet_hf.model.supervision_synernet import (
     coverage,
     fuse_branches,
     label_tokens,
     make_supervision,
-    pick_instance_classes,
 )
 
 
@@ -252,3 +252,20 @@ def test_an_absent_class_is_never_drawn(rows):
     drawn = pick_instance_classes(torch.full((len(rows), 2, 2), 255), labels).tolist()
     for class_id, classes in zip(drawn, rows, strict=True):
         assert class_id in classes if classes else class_id == -1
+
+
+def test_the_affinity_is_built_once_per_picture(monkeypatch):
+    calls = []
+    original = SynerNetPixelAdaptiveRefinement.affinity
+
+    def counting(self, images):
+        calls.append(images.shape[0])
+        return original(self, images)
+
+    monkeypatch.setattr(SynerNetPixelAdaptiveRefinement, "affinity", counting)
+    labels = torch.tensor([[1, 0, 1], [0, 1, 0]])
+    supervision = make_supervision(
+        make_config(), random_cams(labels), torch.rand(2, 3, 32, 32), labels, None, NONE | {"segmentation": 1.0}, 0.5
+    )
+    assert calls == [2]
+    assert set(supervision.pseudo_labels) == {"broad", "precise"}

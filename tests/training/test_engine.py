@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from synernet_hf.training import (
     engine,
     learning_rate_multiplier,
     train,
+    validation,
 )
 from synernet_hf.training.checkpoints import list_checkpoints
 
@@ -227,6 +229,96 @@ def test_a_checkpoint_can_be_continued_in_another_folder(finished, tmp_path):
     assert snapshot(folder) == before
 
 
+def test_a_failing_evaluation_costs_no_step(tmp_path, monkeypatch):
+    settings = {"eval_steps": 2, "save_steps": 2}
+    run(tmp_path / "straight", **settings)
+    evaluate_model = engine.evaluate_model
+
+    def failing(*args, **kwargs):
+        raise ValueError("a mask is broken")
+
+    # what the evaluations of each start do: a continuation first makes up for the one that is missing
+    for step, calls in ((2, [failing]), (4, [evaluate_model, failing])):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "evaluate_model", lambda *args, calls=calls, **kwargs: calls.pop(0)(*args, **kwargs))
+            with pytest.raises(ValueError, match="a mask is broken"):
+                run(tmp_path / "run", resume_from_checkpoint=None if step == 2 else "latest", **settings)
+        assert calls == []
+        assert list_checkpoints(tmp_path / "run")[-1].name == f"checkpoint-{step}"
+        assert (tmp_path / "run" / "best").exists() == (step == 4)
+    run(tmp_path / "run", resume_from_checkpoint="latest", **settings)
+    for folder in ("checkpoint-4", "best", "."):
+        assert_equal_weights(tmp_path / "straight" / folder, tmp_path / "run" / folder)
+    for step in (2, 4):
+        straight, resumed = (state_of(tmp_path / name / f"checkpoint-{step}") for name in ("straight", "run"))
+        for state in (straight, resumed):
+            assert state.pop("elapsed_seconds") > 0
+        assert straight == resumed
+        assert [entry["step"] for entry in straight["history"] if "loss" not in entry] == list(range(2, step + 1, 2))
+    results = [json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("straight", "run")]
+    assert results[0] == results[1]
+
+
+def test_the_best_model_is_that_of_the_own_folder(tmp_path, monkeypatch):
+    scores = iter([0.5, 0.4, 0.3, 0.2, 0.3, 0.2])
+    evaluate_model = engine.evaluate_model
+
+    def scored(*args, **kwargs):
+        results = evaluate_model(*args, **kwargs)
+        results["segmentation"]["mean_iou"] = next(scores)
+        return results
+
+    monkeypatch.setattr(engine, "evaluate_model", scored)
+    run(tmp_path / "first", eval_steps=1)
+    # goes on at step 3, worse than step 1 of the folder it comes from
+    results = run(tmp_path / "other", eval_steps=1, resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
+    assert results["training"]["best_step"] == 3
+    best = json.loads((tmp_path / "other" / "best" / "eval_results.json").read_text())
+    assert (best["step"], best["segmentation"]["mean_iou"]) == (3, 0.3)
+    assert json.loads((tmp_path / "first" / "best" / "eval_results.json").read_text())["step"] == 1
+    assert state_of(tmp_path / "other" / "checkpoint-4")["best_metric"] == 0.3
+
+
+def test_evaluation_under_bf16_is_that_of_the_saved_model(tmp_path, monkeypatch):
+    evaluate_model, seen = engine.evaluate_model, []
+    pixels = torch.linspace(-2, 2, 3 * 32 * 32).reshape(1, 3, 32, 32)
+
+    def recorded(model, *args, **kwargs):
+        model.eval()
+        with torch.no_grad():
+            seen.append(model(pixels).logits)
+        return evaluate_model(model, *args, **kwargs)
+
+    def autocast_in(original, training_run, batch):
+        dtypes = []
+        decoder = next(module for module in training_run.bare_model.modules() if isinstance(module, torch.nn.Conv2d))
+        handle = decoder.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+        result = original(training_run, batch)
+        handle.remove()
+        assert set(dtypes) == {torch.bfloat16}
+        trained.append(training_run.state.step)
+        return result
+
+    trained, train_step = [], engine.train_step
+    monkeypatch.setattr(engine, "evaluate_model", recorded)
+    monkeypatch.setattr(engine, "train_step", lambda *args: autocast_in(train_step, *args))
+    results = run(tmp_path / "run", mixed_precision="bf16", eval_steps=2)
+    # the evaluation after step 2 left the autocast of the training as it was
+    assert trained == [0, 1, 2, 3]
+    model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(tmp_path / "run").eval()
+    with torch.no_grad():
+        expected = model(pixels).logits
+    assert seen[-1].dtype == expected.dtype == torch.float32
+    assert torch.equal(seen[-1], expected)
+    processor = SynerNetImageProcessor.from_pretrained(tmp_path / "run")
+    data = validation.load_data(DataArguments(**DATA))
+    names = json.loads((tmp_path / "run" / "training_args.json").read_text())["class_names"]
+    again = evaluate_model(model, processor, data["validation"], class_names=names)
+    assert {kind: scores["per_class_iou"] for kind, scores in again.items()} == {
+        kind: scores["per_class_iou"] for kind, scores in results.items() if kind != "training"
+    }
+
+
 def test_old_checkpoints_go(tmp_path):
     run(tmp_path / "run", save_steps=1, save_total_limit=2)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-3", "checkpoint-4"]
@@ -290,6 +382,13 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
         ({"model": {"model_config": {"fuson": "fixed"}}}, "`model_config` has unknown fields fuson; known are"),
         ({"model": {"model_config": {"low_threshold": 0.9}}}, "threshold must rise"),
         ({"model": {"model_config": {"fusion": "mean"}}}, "No model can be made of .*'fusion'"),
+        (
+            {"model": {"model_config": {"fusion_range": -1}}},
+            r"`model_config`: `fusion_range` must lie in \[0, 1\], got -1",
+        ),
+        ({"model": {"model_config": {"refinement_dilations": []}}}, "`refinement_dilations` must be a non-empty list"),
+        ({"model": {"model_config": {"cam_scales": "all"}}}, "No model can be made of .*'cam_scales'"),
+        ({"model": {"model_config": {"cam_flip": 2}}}, "No model can be made of .*'cam_flip' expected bool, got int"),
         ({"model": {"backbone_config": {"model_type": "resnet"}}}, "No model can be made of .*patch_size"),
         ({"model": {"model_config": {"num_labels": 3}}}, "`model_config` sets num_labels, but the labels come from"),
         ({"data": {"metric_classes": ["dots", "unicorn"]}}, "`metric_classes` has unknown names unicorn; known are"),
@@ -330,6 +429,69 @@ def test_a_folder_with_another_run_is_refused_and_not_touched(finished):
     before = snapshot(folder)
     with pytest.raises(InvalidArguments, match="already holds a run"):
         run(folder)
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("name", ["README.md", "notes.tmp", "training_args.json", "logs/notes.txt", "config.json"])
+def test_a_folder_with_other_files_is_refused_and_not_touched(finished, tmp_path, name):
+    (tmp_path / "home" / name).parent.mkdir(parents=True)
+    (tmp_path / "home" / name).write_text("{}")
+    before = snapshot(tmp_path / "home")
+    for checkpoint in (None, "latest", str(finished[0] / "checkpoint-2")):
+        with pytest.raises(InvalidArguments, match="home holds files that are not of a run: choose a new or empty"):
+            run(tmp_path / "home", resume_from_checkpoint=checkpoint)
+    assert snapshot(tmp_path / "home") == before
+
+
+def test_only_the_temporaries_of_a_run_are_removed(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    # as after a power cut in the very first write
+    folder.mkdir()
+    (folder / "training_args.json.tmp").write_text("{")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, eval_steps=2)
+    others = [folder / "notes.tmp", folder / "best" / "mine.tmp" / "notes", folder / "checkpoint-2.tmp.tmp"]
+    own = [folder / "checkpoint-4.tmp" / "model.safetensors", folder / "best" / "model.tmp" / "config.json"]
+    for path in others + own:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("text")
+    (folder / "README.md.tmp").write_text("text")
+    run(folder, eval_steps=2, resume_from_checkpoint="latest")
+    assert all(path.read_text() == "text" for path in others)
+    assert sorted(path.name for path in folder.rglob("*.tmp")) == ["checkpoint-2.tmp.tmp", "mine.tmp", "notes.tmp"]
+
+
+def test_a_run_without_a_checkpoint_starts_over(finished, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, interrupt)
+        with pytest.raises(
+            KeyboardInterrupt, match="no checkpoint yet .start over with --resume_from_checkpoint latest"
+        ):
+            run(folder, report_to="tensorboard", eval_steps=1)
+    before = snapshot(folder)
+    with pytest.raises(
+        InvalidArguments, match="already holds a run: .* or continue it with `--resume_from_checkpoint"
+    ):
+        run(folder)
+    assert snapshot(folder) == before
+    capsys.readouterr()
+    run(folder, resume_from_checkpoint="latest")
+    assert "was interrupted before its first checkpoint and starts over" in capsys.readouterr().out
+    for name in ("checkpoint-4", "best", "."):
+        assert_equal_weights(finished[0] / name, folder / name)
+
+
+def test_a_finished_run_whose_checkpoints_were_removed_does_not_start_over(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    before = snapshot(folder)
+    with pytest.raises(InvalidArguments, match="already holds a run: choose another `output_dir`, or remove it"):
+        run(folder)
+    with pytest.raises(InvalidArguments, match="holds no checkpoint to resume from"):
+        run(folder, resume_from_checkpoint="latest")
     assert snapshot(folder) == before
 
 
@@ -434,7 +596,7 @@ def test_a_pretrained_encoder_starts_both_branches(tmp_path):
     assert model.config.id2label == {0: "background", 1: "cat", 2: "dog"}
     assert model.config.backbone_config.layer_norm_eps == 1e-5
     # the two ways to the configuration agree, and `validate_arguments` looks at the right one
-    looked_at = engine.model_config_from(arguments, ["background", "cat", "dog"])
+    looked_at = validation.model_config_from(arguments, ["background", "cat", "dog"])
     assert looked_at.backbone_config.layer_norm_eps == 1e-5
     expected = encoder.vit.state_dict()
     for branch in ("broad", "precise"):
@@ -445,21 +607,28 @@ def test_a_pretrained_encoder_starts_both_branches(tmp_path):
 RANK_SCRIPT = """
 import sys
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from synernet_hf.training import engine, parse_arguments
 
 fit = engine.fit
 
 def fit_and_keep(run):
     fit(run)
-    torch.save(run.bare_model.state_dict(), f"{sys.argv[1]}/rank{run.accelerator.process_index}.pt")
+    torch.save(run.bare_model.state_dict(), f"{sys.argv[1]}/{run.output_dir.name}{run.accelerator.process_index}.pt")
 
 engine.fit = fit_and_keep
+# the processes stay connected, for the second training
+Accelerator.end_training = lambda self: None
 engine.train(*parse_arguments(sys.argv[2:]))
+AcceleratorState._reset_state(reset_partial_state=True)
+GradientState._reset_state()
+resumed = ["--output_dir", f"{sys.argv[1]}/resumed", "--resume_from_checkpoint", f"{sys.argv[1]}/run/checkpoint-2"]
+engine.train(*parse_arguments(sys.argv[2:] + resumed))
 """
 
 
-@pytest.mark.slow
-def test_two_processes_keep_equal_weights_and_prototypes(root, tmp_path):
+def test_two_processes_keep_equal_weights_and_prototypes_and_resume(root, tmp_path):
     (tmp_path / "script.py").write_text(RANK_SCRIPT)
     settings = MODEL | DATA | TRAINING | {"output_dir": str(tmp_path / "run"), "num_workers": 0, "save_total_limit": 2}
     (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
@@ -468,9 +637,13 @@ def test_two_processes_keep_equal_weights_and_prototypes(root, tmp_path):
     arguments = [str(tmp_path / "script.py"), str(tmp_path), "--config", str(tmp_path / "recipe.yaml")]
     done = subprocess.run(command + arguments, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    first, second = (torch.load(tmp_path / f"run{rank}.pt", weights_only=True) for rank in (0, 1))
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
+    for rank in (0, 1):
+        resumed = torch.load(tmp_path / f"resumed{rank}.pt", weights_only=True)
+        for name, tensor in first.items():
+            assert torch.equal(tensor, resumed[name]), (rank, name)
     filled = [tensor.norm(dim=-1) for name, tensor in first.items() if name.endswith("prototypes")]
     assert all(norms.max() == pytest.approx(1, abs=1e-5) for norms in filled)
     state = state_of(tmp_path / "run" / "checkpoint-4")

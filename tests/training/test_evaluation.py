@@ -5,10 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from datasets import DatasetDict
+from devkit_utils import write_voc_devkit
 from PIL import Image
+from safetensors.torch import save_file
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
-from synernet_hf.data import SHAPES_CLASSES, build_split
+from synernet_hf.data import SHAPES_CLASSES, build_split, check_dataset
 from synernet_hf.metrics import MeanIoU
 from synernet_hf.model.modeling_synernet import SynerNetCamOutput
 from synernet_hf.training.evaluation import CAM_KINDS, evaluate_model, results_table
@@ -140,6 +143,38 @@ def test_shards_summed_over_processes_equal_one_process(label_maps):
     assert process(0, lambda counts, reduction: counts + next(remaining)) == single
 
 
+def test_counts_are_summed_as_integers(label_maps):
+    """Counts above 2**24, which float32 does not hold, and every kind in the same order on all processes."""
+    seen = []
+
+    def reduce(counts, reduction):
+        assert counts.dtype == torch.int64 and reduction == "sum"
+        seen.append(counts)
+        return counts + (2**40 + 1) * torch.eye(3, dtype=torch.int64)
+
+    accelerator = SimpleNamespace(process_index=0, num_processes=2, device="cpu", reduce=reduce)
+    results = score(OracleModel(shift=1), make_split(label_maps), accelerator=accelerator)
+    assert len(seen) == len(results)
+    for counts, values in zip(seen, results.values(), strict=True):
+        hits, total = int(counts.trace()) + 3 * (2**40 + 1), int(counts.sum()) + 3 * (2**40 + 1)
+        assert values["pixel_accuracy"] == hits / total
+
+
+@pytest.mark.parametrize("orientation", [1, 6, 8])
+def test_a_turned_picture_passes_the_check_and_is_scored_upright(label_maps, tmp_path, orientation):
+    (label_map, *_) = label_maps
+    turns = {1: 0, 6: 1, 8: 3}[orientation]  # counter-clockwise, undone by showing
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "picture.png"
+    picture_of(np.rot90(label_map, turns)).save(path, exif=exif)
+    labels = np.array([[int((label_map == c).any()) for c in (1, 2)]])
+    mask = Image.fromarray(label_map.astype(np.uint8))
+    split = build_split([str(path)], ["picture"], labels, NAMES, [mask])
+    check_dataset(DatasetDict(validation=split))
+    assert score(OracleModel(), split)["segmentation"]["mean_iou"] == 1.0
+
+
 def test_max_samples_takes_the_first_pictures(label_maps):
     split = make_split(label_maps)
     assert score(OracleModel(shift=1), split, max_samples=2) == score(OracleModel(shift=1), split.select(range(2)))
@@ -184,13 +219,18 @@ def with_wrong_size(split):
     return split.map(lambda record: {"mask": Image.new("L", (3, 3))})
 
 
+def with_colours(split):
+    return split.map(lambda record: {"mask": record["image"]})
+
+
 @pytest.mark.parametrize(
     ("change", "options", "sentence"),
     [
         (without_mask, {}, r"lacks the columns \['mask'\]"),
         (lambda split: split.select([]), {}, "is empty"),
-        (with_wrong_id, {}, r"Picture picture_0 cannot be scored. The references hold the ids \[7\]"),
+        (with_wrong_id, {}, r"mask of picture picture_0 holds the ids 7; 0 to 2 and 255 \(ignore\)"),
         (with_wrong_size, {}, "mask of picture picture_0 is 3 x 3"),
+        (with_colours, {}, "mask of picture picture_0 has mode RGB"),
         (None, {"metric_classes": ["wolf"]}, r"hold \['wolf'\]"),
         (None, {"metric_classes": []}, "are an empty list"),
         (None, {"max_samples": 0}, "positive number of pictures"),
@@ -265,6 +305,8 @@ def test_evaluate_script_takes_its_data_from_the_run(root, shapes_run, tmp_path,
         (["--dataset", "voc2012"], "needs data_dir"),
         (["--classes", "wolf"], "wolf"),
         (["--dataset", "nowhere"], "nowhere"),
+        (["--max_samples", "0"], "--max_samples is 0"),
+        (["--output", "."], "is a folder"),
     ],
 )
 def test_evaluate_script_refuses_in_a_sentence(root, shapes_run, capsys, words, sentence):
@@ -276,6 +318,81 @@ def test_evaluate_script_refuses_in_a_sentence(root, shapes_run, capsys, words, 
 def test_evaluate_script_names_a_folder_without_model(root, tmp_path, capsys):
     assert load_script(root, "evaluate").main([str(tmp_path / "none")]) == 2
     assert "holds no trained model" in capsys.readouterr().err
+
+
+def break_run(run, broken):
+    weights = run / "model.safetensors"
+    if broken == "no weights":
+        weights.unlink()
+    elif broken == "truncated weights":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    elif broken == "foreign weights":
+        save_file({"something": torch.zeros(1)}, weights, metadata={"format": "pt"})
+    elif broken == "other shapes":
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(config | {"decoder_hidden_size": 12}))
+    elif broken == "wrong config":
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(config | {"decoder_hidden_size": "many"}))
+    else:
+        (run / "preprocessor_config.json").unlink()
+
+
+@pytest.mark.parametrize("script", ["evaluate", "predict"])
+@pytest.mark.parametrize(
+    "broken",
+    ["no weights", "truncated weights", "foreign weights", "other shapes", "wrong config", "no processor"],
+)
+def test_a_broken_run_is_told_in_a_sentence(root, shapes_run, tiny_run_folder, tmp_path, capsys, script, broken):
+    break_run(shapes_run, broken)
+    words = [str(shapes_run)]
+    if script == "predict":
+        words += [str(tiny_run_folder / "picture.png"), "--output_dir", str(tmp_path / "out")]
+    assert load_script(root, script).main(words) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(error) == 1 and str(shapes_run) in error[0] and "give the folder of a finished run" in error[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"data_args": 3}'])
+def test_evaluate_script_names_a_broken_record_of_the_run(root, shapes_run, capsys, content):
+    (shapes_run / "training_args.json").write_text(content)
+    assert load_script(root, "evaluate").main([str(shapes_run)]) == 2
+    assert "training_args.json is no record of a run's data" in capsys.readouterr().err
+
+
+def test_evaluate_script_checks_the_split_before_it_scores(root, shapes_run, tmp_path, capsys, monkeypatch):
+    devkit = write_voc_devkit(tmp_path)
+    picture = devkit.voc / "JPEGImages" / f"{devkit.validation_ids[1]}.jpg"
+    picture.write_bytes(b"no picture")
+    script = load_script(root, "evaluate")
+    monkeypatch.setattr(script, "load_run", lambda run: pytest.fail("the model was loaded before the check"))
+    words = [str(shapes_run), "--dataset", "voc2012", "--data_dir", str(devkit.root)]
+    assert script.main(words) == 2
+    sentence = f"the picture {devkit.validation_ids[1]} does not decode"
+    assert sentence in capsys.readouterr().err
+    with pytest.raises(pytest.fail.Exception, match="before the check"):
+        script.main([*words, "--max_samples", "1"])  # the broken one is not asked for
+
+
+def test_predict_script_says_what_cannot_be_written(root, tiny_run_folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("no folder")
+    words = [
+        str(tiny_run_folder),
+        str(tiny_run_folder / "picture.png"),
+        "--output_dir",
+        str(tmp_path / "file" / "out"),
+    ]
+    assert load_script(root, "predict").main(words) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: The results cannot be written") and str(tmp_path / "file") in error
+
+
+@pytest.mark.parametrize("scale", ["0", "-1", "nan", "inf"])
+def test_predict_script_refuses_scales_that_are_no_factors(root, tiny_run_folder, capsys, scale):
+    words = [str(tiny_run_folder), str(tiny_run_folder / "picture.png"), "--scales", "1.0", scale]
+    assert load_script(root, "predict").main(words) == 2
+    assert "not all positive numbers" in capsys.readouterr().err
 
 
 def test_predict_script_writes_masks_and_overlays(root, tiny_run_folder, tmp_path, capsys):

@@ -5,14 +5,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from synernet_hf.data.label_files import name_some
 from synernet_hf.data.schema import class_names
-from synernet_hf.data.transforms import open_picture
+from synernet_hf.data.transforms import ORIENTATION_TAG, TRANSPOSED_ORIENTATIONS, open_picture
 
 
 logger = logging.getLogger(__name__)
+
+IGNORE_INDEX = 255
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def check_dataset(
@@ -28,7 +31,7 @@ def check_dataset(
             What a loader of this package returned.
         decode_pictures (`bool`, *optional*, defaults to `True`):
             Decodes every picture, JPEGs at an eighth of their size, so that a truncated file is found now and not in
-            the middle of a run; `False` leaves pictures unopened.
+            the middle of a run, and every mask; `False` leaves pictures and masks unopened.
         num_threads (`int`, *optional*, defaults to 2):
             Threads that decode.
 
@@ -37,8 +40,9 @@ def check_dataset(
 
     Raises:
         ValueError: No split, an empty split, a label vector of the wrong length or with values other than 0 and 1, no
-            positive label in the training split, a picture that does not decode, or a mask of another size than its
-            picture.
+            positive label in the training split, a picture that does not decode, or, outside the training split, a
+            mask that is missing, does not decode, is no palette or greyscale picture, has another size than its
+            picture (both turned as their EXIF orientation says), or holds an id that is neither a class nor 255.
     """
     if not dataset_dict:
         raise ValueError("The data set has no split: a 'train' split is needed for training, 'validation' for scores.")
@@ -61,8 +65,49 @@ def check_dataset(
                 logger.warning("No training picture shows %s: these classes can not be learned.", ", ".join(absent))
     if decode_pictures:
         for split_name, split in dataset_dict.items():
-            _check_pictures(split, split_name, num_threads)
+            _check_pictures(split, split_name, len(names) + 1, num_threads)
     return counts
+
+
+def mask_ids(
+    mask: Image.Image, size: tuple[int, int], num_labels: int, ignore_index: int = IGNORE_INDEX
+) -> np.ndarray:
+    """
+    Reads the class ids of a mask and says in one sentence what is wrong with it.
+
+    Args:
+        mask (`PIL.Image.Image`):
+            Palette or greyscale picture of ids, upright.
+        size (`tuple[int, int]`):
+            Width and height of its picture, upright.
+        num_labels (`int`):
+            Number of classes, background included.
+        ignore_index (`int`, *optional*, defaults to 255):
+            The id of pixels that are not scored.
+
+    Returns:
+        `np.ndarray`: `(height, width)` int64, each 0 to `num_labels - 1` or `ignore_index`.
+
+    Raises:
+        ValueError: The size, the mode or an id is another one. The message is a predicate, such as `"has mode RGB"`:
+            the caller puts the name of the mask before it.
+    """
+    if mask.size != size:
+        raise ValueError(
+            f"is {mask.size[0]} x {mask.size[1]} (width x height), its picture {size[0]} x {size[1]} pixels; equal "
+            "sizes are expected, after both are turned as their EXIF orientation says"
+        )
+    ids = np.asarray(mask)
+    if ids.ndim != 2 or ids.dtype.kind not in "bui":
+        raise ValueError(f"has mode {mask.mode}; a palette or greyscale picture of class ids is expected")
+    scored = ids[ids != ignore_index]
+    if scored.size and not 0 <= int(scored.min()) <= int(scored.max()) < num_labels:
+        outside = [int(i) for i in np.unique(scored) if not 0 <= i < num_labels]
+        raise ValueError(
+            f"holds the ids {name_some([str(i) for i in outside])}; 0 to {num_labels - 1} and {ignore_index} (ignore) "
+            "are expected"
+        )
+    return ids.astype(np.int64)
 
 
 def _check_labels(split: datasets.Dataset, split_name: str, num_classes: int) -> np.ndarray:
@@ -84,14 +129,14 @@ def _check_labels(split: datasets.Dataset, split_name: str, num_classes: int) ->
     return labels.sum(axis=0)
 
 
-def _check_pictures(split: datasets.Dataset, split_name: str, num_threads: int) -> None:
+def _check_pictures(split: datasets.Dataset, split_name: str, num_labels: int, num_threads: int) -> None:
     scored = "mask" in split.column_names and split_name != "train"
     columns = ["image", "image_id", "mask"] if scored else ["image", "image_id"]
     split = split.select_columns(columns).cast_column("image", datasets.Image(decode=False))
     if scored:
         split = split.cast_column("mask", datasets.Image(decode=False))
     with ThreadPoolExecutor(num_threads) as pool:
-        outcomes = pool.map(lambda index: _complaint(split[index]), range(len(split)))
+        outcomes = pool.map(lambda index: _complaint(split[index], num_labels), range(len(split)))
         complaints = [complaint for complaint in outcomes if complaint]
     if complaints:
         raise ValueError(
@@ -100,24 +145,34 @@ def _check_pictures(split: datasets.Dataset, split_name: str, num_threads: int) 
         )
 
 
-def _complaint(record: dict) -> str | None:
+def _complaint(record: dict, num_labels: int) -> str | None:
     try:
         picture = open_picture(record["image"])
         size = picture.size
         picture.draft("RGB", (max(1, size[0] // 8), max(1, size[1] // 8)))
         picture.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # asked after loading: a TIFF is turned by loading, and a PNG may have its EXIF after the pixels
+        if picture.getexif().get(ORIENTATION_TAG) in TRANSPOSED_ORIENTATIONS:
+            size = size[::-1]
+    except DECODING_ERRORS as error:
         return f"the picture {record['image_id']} does not decode ({error})"
-    if record.get("mask") is None:
+    if "mask" not in record:
         return None
+    if record["mask"] is None:
+        return f"the mask of {record['image_id']} is missing"
+    path = record["mask"]["path"]
+    name = f"the mask of {record['image_id']}" + (f" ({path})" if path else "")
     try:
         mask = open_picture(record["mask"])
         mask.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"the mask of {record['image_id']} does not decode ({error})"
-    if mask.size != size:
-        return f"the mask of {record['image_id']} is {mask.size} and its picture {size} pixels wide and high"
+        mask = ImageOps.exif_transpose(mask)
+    except DECODING_ERRORS as error:
+        return f"{name} does not decode ({error})"
+    try:
+        mask_ids(mask, size, num_labels)
+    except ValueError as error:
+        return f"{name} {error}"
     return None
 
 
-__all__ = ["check_dataset"]
+__all__ = ["check_dataset", "mask_ids"]

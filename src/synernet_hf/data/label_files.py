@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -95,7 +97,8 @@ def read_label_file(path: str | Path, class_names: Sequence[str]) -> dict[str, n
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: Unknown format, vector of the wrong length, values other than 0 and 1, or unknown class name.
+        ValueError: Unknown format, a truncated or otherwise unreadable file, vector of the wrong length, values other
+            than 0 and 1, or unknown class name.
     """
     path = Path(path)
     if not path.is_file():
@@ -162,15 +165,25 @@ def _checked_names(names: Sequence[str], image_id: str, path: Path, class_names:
         raise ValueError(f"The label file {path} is wrong at {image_id}. {error}") from error
 
 
-def _read_npz(path: Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
+def _npz_arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    # numpy takes anything but a zip archive for a pickle, and its complaint then recommends to trust the file.
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is no zip archive, or a truncated one")
     with np.load(path, allow_pickle=False) as archive:
         if not {"ids", "labels"} <= set(archive.files):
-            raise ValueError(
-                f"The label file {path} holds the arrays {', '.join(archive.files) or 'none'}, but 'ids' and 'labels' "
-                "are expected."
-            )
-        ids, labels = archive["ids"], archive["labels"]
-    if labels.ndim != 2 or len(ids) != len(labels):
+            raise ValueError(f"it holds the arrays {', '.join(archive.files) or 'none'}")
+        return np.asarray(archive["ids"]), np.asarray(archive["labels"])
+
+
+def _read_npz(path: Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
+    try:
+        ids, labels = _npz_arrays(path)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"The label file {path} can not be read as an .npz archive of 'ids' and 'labels' ({error}): write it anew "
+            "with numpy.savez."
+        ) from error
+    if ids.ndim != 1 or labels.ndim != 2 or len(ids) != len(labels):
         raise ValueError(
             f"The label file {path} holds ids of shape {ids.shape} and labels of shape {labels.shape}, but (N,) and "
             f"(N, {len(class_names) - 1}) are expected."
@@ -184,7 +197,7 @@ def _read_npz(path: Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
 def _read_json(path: Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"The label file {path} is not valid JSON ({error}).") from error
     if not isinstance(entries, dict) or not all(isinstance(value, list) for value in entries.values()):
         raise ValueError(f"The label file {path} must hold one object from identifier to a list of names or numbers.")
@@ -196,8 +209,11 @@ def _read_json(path: Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def _read_csv(path: Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
-    with path.open(newline="", encoding="utf-8-sig") as stream:
-        rows = [[cell.strip() for cell in row] for row in csv.reader(stream) if any(cell.strip() for cell in row)]
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(stream) if any(cell.strip() for cell in row)]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"The label file {path} is not a table of comma-separated text ({error}).") from error
     if not rows:
         raise ValueError(f"The label file {path} is empty.")
     id_headers = {"id", "ids", "image_id", "image", "file", "filename", "file_name", "name"}

@@ -116,7 +116,11 @@ class SynerNetBranch(nn.Module):
         `(B, D)`, hidden states and attentions.
         """
         encoded = self.backbone(
-            pixel_values, output_hidden_states=True, output_attentions=output_attentions, **self.backbone_arguments
+            pixel_values,
+            output_hidden_states=True,
+            output_attentions=output_attentions,
+            return_dict=True,
+            **self.backbone_arguments,
         )
         grid = (pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size)
 

@@ -49,11 +49,10 @@ def crop_to_input(maps: torch.Tensor, size: tuple[int, int], patch_size: int) ->
     return maps[..., : size[0], : size[1]]
 
 
-def _scaled_views(pixel_values: torch.Tensor, scale: float, flip: bool, patch_size: int) -> torch.Tensor:
+def _scaled_views(pixel_values: torch.Tensor, scale: float, flip: bool, patch_size: int, floor: bool) -> torch.Tensor:
     """
-    `pixel_values` resized by `scale`, followed by their mirror images if `flip`. Views of a picture whose sides are
-    multiples of the patch lose, as in the authors' code, the rows and columns that fill no patch; views of any other
-    picture keep all and are padded by the model.
+    `pixel_values` resized by `scale`, followed by their mirror images if `flip`. With `floor`, rows and columns that
+    fill no patch are cut off; otherwise the model pads them.
     """
     size = list(pixel_values.shape[-2:])
     scaled = [max(int(scale * side), 1) for side in size]
@@ -62,7 +61,7 @@ def _scaled_views(pixel_values: torch.Tensor, scale: float, flip: bool, patch_si
         views = F.interpolate(views, size=scaled, mode="bilinear", align_corners=False)
     if flip:
         views = torch.cat([views, views.flip(-1)])
-    if all(side % patch_size == 0 for side in size) and min(scaled) >= patch_size:
+    if floor and min(scaled) >= patch_size:
         views = views[..., : scaled[0] // patch_size * patch_size, : scaled[1] // patch_size * patch_size]
     return views
 
@@ -83,7 +82,7 @@ def multi_scale_cams(
     normalised per picture and class.
 
     Args:
-        model ([`SynerNetForWeaklySupervisedSegmentation`]): gives the CAM logits of both branches (`cam_logits`).
+        model ([`SynerNetForWeaklySupervisedSegmentation`] or [`SynerNetModel`]): gives the `cam_logits` of both branches.
         pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised pictures.
         labels (`torch.Tensor` of shape `(B, C)`, *optional*): multi-hot; classes not in it are zeroed afterwards.
         scales (`tuple[float, ...]`, *optional*, defaults to `(1.0, 0.5, 0.75, 1.5)`): factors of height and width.
@@ -97,7 +96,7 @@ def multi_scale_cams(
     slots = None if labels is None else own_classes(labels)
     totals: dict[str, list[torch.Tensor]] = {}
     for scale in scales:
-        views = _scaled_views(pixel_values, scale, flip, model.config.patch_size)
+        views = _scaled_views(pixel_values, scale, flip, model.config.patch_size, model.config.floor_scaled_views)
         for branch, maps in model.cam_logits(views).items():
             for index, logits in enumerate(maps):
                 if slots is not None:

@@ -7,6 +7,33 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 
+_SHARES = (
+    "broad_inference_weight",
+    "broad_label_share",
+    "precise_label_share",
+    "fusion_range",
+    "confidence_threshold",
+    "broad_coverage",
+    "broad_coverage_late",
+    "precise_coverage",
+    "coverage_switch",
+    "spatial_bce_weight",
+    "segmentation_start",
+    "spatial_bce_start",
+    "prototype_contrast_start",
+    "prototype_momentum",
+)
+_POSITIVE = (
+    "pooling_top_k",
+    "decoder_hidden_size",
+    "decoder_dilation",
+    "projection_hidden_size",
+    "projection_bottleneck_size",
+    "prototype_size",
+    "prototype_temperature",
+)
+
+
 @strict
 class SynerNetConfig(PreTrainedConfig):
     r"""
@@ -56,6 +83,9 @@ class SynerNetConfig(PreTrainedConfig):
             Scales of the CAMs that make labels. [authors; COCO adds 1.25]
         cam_flip (`bool`, *optional*, defaults to `True`):
             Whether each scale is also seen mirrored. [authors]
+        floor_scaled_views (`bool`, *optional*, defaults to `False`):
+            What to do where a scaled view is no multiple of the patch: cut the rest off and stretch the CAM over it
+            [authors] or pad and crop [ours, the default]. The same where every view is a multiple.
         inference_scales (`list[float]`, *optional*, defaults to `(1.0, 1.25, 1.5)`):
             Scales of multi-scale segmentation. [authors]
         broad_inference_weight (`float`, *optional*, defaults to 0.7):
@@ -114,8 +144,9 @@ class SynerNetConfig(PreTrainedConfig):
             Standard deviation of freshly drawn weights. [ours]
 
     Raises:
-        ValueError: if thresholds are not ordered, a scale is not positive, a share is outside [0, 1] or fewer than two
-            labels are given.
+        StrictDataclassClassValidationError: if thresholds do not rise, a share is outside [0, 1], a size, scale or
+            dilation is not positive, a weight is negative or the ignore index is one of the labels.
+        StrictDataclassFieldValidationError: if a field has another type than it should.
 
     Example:
 
@@ -150,6 +181,7 @@ class SynerNetConfig(PreTrainedConfig):
     high_threshold: float | int = 0.7
     cam_scales: list[float | int] | tuple[float | int, ...] = (1.0, 0.5, 0.75, 1.5)
     cam_flip: bool = True
+    floor_scaled_views: bool = False
     inference_scales: list[float | int] | tuple[float | int, ...] = (1.0, 1.25, 1.5)
     broad_inference_weight: float | int = 0.7
     fusion: Literal["confidence", "fixed"] = "confidence"
@@ -205,29 +237,48 @@ class SynerNetConfig(PreTrainedConfig):
         }
 
     def validate_thresholds(self):
-        """Part of the strict checks: the thresholds and shares make sense together."""
+        """Part of the strict checks: thresholds rise, shares are shares."""
         if not 0 <= self.low_threshold <= self.background_threshold <= self.high_threshold <= 1:
             raise ValueError(
                 f"low, background and high threshold must rise within [0, 1], got {self.low_threshold}, "
                 f"{self.background_threshold} and {self.high_threshold}."
             )
-        for name in ("broad_inference_weight", "broad_label_share", "precise_label_share", "spatial_bce_weight"):
+        for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` is a share and must lie in [0, 1], got {getattr(self, name)}.")
+                raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
 
-    def validate_scales(self):
-        """Part of the strict checks: every scale is a positive number."""
-        for name in ("cam_scales", "inference_scales"):
-            scales = getattr(self, name)
-            if not scales or min(scales) <= 0:
-                raise ValueError(f"`{name}` must be a non-empty list of positive numbers, got {scales}.")
+    def validate_sizes(self):
+        """Part of the strict checks: counts and sizes are positive, weights not negative."""
+        for name in _POSITIVE:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        for name, weight in self.loss_weights.items():
+            if weight < 0:
+                raise ValueError(f"`{name}_weight` must not be negative, got {weight}.")
+        if self.refinement_iterations < 0:
+            raise ValueError(f"`refinement_iterations` must not be negative, got {self.refinement_iterations}.")
 
-    def validate_branches(self):
-        """Part of the strict checks: branch names are `broad` or `precise`."""
+    def validate_lists(self):
+        """Part of the strict checks: lists are of the right length and kind."""
+        for name in ("cam_scales", "inference_scales", "refinement_dilations"):
+            values = getattr(self, name)
+            if not values or min(values) <= 0:
+                raise ValueError(f"`{name}` must be a non-empty list of positive numbers, got {list(values)}.")
+        for name in ("image_mean", "image_std"):
+            if len(getattr(self, name)) != 3:
+                raise ValueError(f"`{name}` needs one number per colour channel, got {list(getattr(self, name))}.")
         for name in ("spatial_bce_branches", "prototype_branches"):
             unknown = set(getattr(self, name)) - {"broad", "precise"}
             if unknown:
                 raise ValueError(f"`{name}` names branches out of broad and precise, got {sorted(unknown)}.")
+
+    def validate_ignore_index(self):
+        """Part of the strict checks: no label has the number of ignored pixels."""
+        if 0 <= self.semantic_loss_ignore_index < self.num_labels:
+            raise ValueError(
+                f"`semantic_loss_ignore_index` {self.semantic_loss_ignore_index} is one of the {self.num_labels} labels; "
+                "choose a number that is none."
+            )
 
 
 __all__ = ["SynerNetConfig"]

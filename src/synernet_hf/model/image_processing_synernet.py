@@ -36,6 +36,12 @@ class SynerNetImageProcessor(PilBackend):
     neither resizing nor padding is needed for a single picture; a batch of pictures of several sizes needs one of the
     two.
 
+    Masks come back as `mask`, never as `labels`: `labels` are the model's image-level classes. `mask` is for scoring,
+    and the model does not know it: take it out before `model(**inputs)` with `mask = inputs.pop("mask")`. Of
+    `pixel_mask`, which `do_pad` adds, the model makes use with `labels` only: there it leaves the padding out of the
+    losses. `logits` and CAMs cover the padding as if it were picture, so cut it off the results: a label map of the
+    padded size is that of the picture in its first `height` rows and `width` columns.
+
     Args:
         do_resize (`bool`, *optional*, defaults to `False`):
             Resize the picture to `size`.
@@ -57,7 +63,7 @@ class SynerNetImageProcessor(PilBackend):
         do_pad (`bool`, *optional*, defaults to `False`):
             Pad pictures at the right and the bottom with 0 (after normalisation), masks with 255, up to the largest
             height and width of the batch rounded up to a multiple of `size_divisor`, or up to `pad_size`. Adds
-            `pixel_mask` to the result.
+            `pixel_mask` to the result, for the model: see above.
         size_divisor (`int`, *optional*, defaults to 16):
             The multiple; the patch size of the model.
         do_convert_rgb (`bool`, *optional*, defaults to `True`):
@@ -112,9 +118,10 @@ class SynerNetImageProcessor(PilBackend):
                 Any argument of the constructor for this call only, and `return_tensors` (`"pt"` or `"np"`).
 
         Returns:
-            `BatchFeature`: `pixel_values`, float32 of shape `(batch_size, 3, height, width)`; with masks `labels`,
-            int64 of shape `(batch_size, height, width)`; with `do_pad` `pixel_mask`, int64 of shape
-            `(batch_size, height, width)`, 1 on the picture and 0 on the padding.
+            `BatchFeature`: `pixel_values`, float32 of shape `(batch_size, 3, height, width)`; with segmentation maps
+            `mask`, int64 of shape `(batch_size, height, width)` (transformers' own processors say `labels`, which here
+            are the image-level labels of the model; our choice), to be taken out before `model(**inputs)`; with
+            `do_pad` `pixel_mask`, int64 of shape `(batch_size, height, width)`, 1 on the picture and 0 on the padding.
 
         Raises:
             ValueError: If the number of masks is not the number of pictures, or `return_tensors` is set and the sizes
@@ -148,7 +155,7 @@ class SynerNetImageProcessor(PilBackend):
                 )
             mask_kwargs = kwargs | {"do_rescale": False, "do_normalize": False, "resample": PILImageResampling.NEAREST}
             masks = self._preprocess(masks, fill_value=255, **mask_kwargs)["pixel_values"]
-            data["labels"] = [mask.squeeze(0).astype(np.int64) for mask in masks]
+            data["mask"] = [mask.squeeze(0).astype(np.int64) for mask in masks]
         sizes = sorted({image.shape[-2:] for image in data["pixel_values"]})
         if return_tensors is not None and len(sizes) > 1:
             raise ValueError(

@@ -1,4 +1,6 @@
-"""SynerNet's losses, each a pure function."""
+"""SynerNet's losses, each a pure function that counts in float32 whatever its inputs are."""
+
+import math
 
 import torch
 from torch.nn import functional as F
@@ -14,7 +16,7 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
     Returns:
         `torch.Tensor`: scalar, mean over pictures and classes.
     """
-    return F.multilabel_soft_margin_loss(logits, labels.to(logits.dtype))
+    return F.multilabel_soft_margin_loss(logits.float(), labels.float())
 
 
 def _area_targets(cam_logits: torch.Tensor, labels: torch.Tensor, area_shares: torch.Tensor) -> torch.Tensor:
@@ -41,9 +43,9 @@ def spatial_bce_loss(cam_logits: torch.Tensor, labels: torch.Tensor, area_shares
     Returns:
         `torch.Tensor`: scalar, mean over pictures.
     """
-    logits = cam_logits.flatten(2)
+    logits = cam_logits.float().flatten(2)
     targets = _area_targets(logits.detach(), labels, area_shares)
-    losses = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none").mean(dim=1)
+    losses = F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none").mean(dim=1)
     positive = targets.any(dim=1)
     foreground = (losses * positive).sum(dim=1) / positive.sum(dim=1).clamp(min=1)
     background = (losses * ~positive).sum(dim=1) / (~positive).sum(dim=1).clamp(min=1)
@@ -67,8 +69,8 @@ def patch_token_contrast_loss(
     Returns:
         `torch.Tensor`: scalar.
     """
-    tokens = F.normalize(features.flatten(2), dim=1, eps=1e-8)
-    similarity = (tokens.transpose(1, 2) @ tokens).abs().float()
+    tokens = F.normalize(features.float().flatten(2), dim=1, eps=1e-8)
+    similarity = (tokens.transpose(1, 2) @ tokens).abs()
     labels = token_labels.flatten(1)
     counted = labels != ignore_index
     pairs = counted[:, :, None] & counted[:, None, :]
@@ -97,7 +99,7 @@ def cross_supervised_segmentation_loss(
     Returns:
         `torch.Tensor`: scalar.
     """
-    logits = F.interpolate(logits, size=pseudo_labels.shape[-2:], mode="bilinear", align_corners=False)
+    logits = F.interpolate(logits.float(), size=pseudo_labels.shape[-2:], mode="bilinear", align_corners=False)
     losses = F.cross_entropy(logits, pseudo_labels, ignore_index=ignore_index, reduction="none")
     background = pseudo_labels == 0
     foreground = ~background & (pseudo_labels != ignore_index)
@@ -115,22 +117,21 @@ def prototype_contrast_terms(
     The terms of [`prototype_contrast_loss`], one per picture `(B,)` (0 where the class id is negative), and the
     prototypes after the last picture.
     """
-    prototypes = prototypes.clone()
+    prototypes, embeddings = prototypes.float(), embeddings.float()
     terms = []
-    for embedding, class_id in zip(embeddings, class_ids.tolist(), strict=True):
-        if class_id < 0:
-            terms.append(embedding.sum() * 0.0)
-            continue
-        direction = F.normalize(embedding.detach().to(prototypes.dtype), dim=0)
-        current = prototypes[class_id]
-        if not current.any():
-            prototypes[class_id] = direction
-        else:
-            step = momentum * (current @ direction).abs()
-            mixed = (1 - step) * current + step * embedding.detach().to(prototypes.dtype)
-            prototypes[class_id] = F.normalize(mixed, dim=0)
-        scores = prototypes.clone() @ embedding.to(prototypes.dtype) / temperature
-        terms.append(torch.logaddexp(scores.logsumexp(dim=0), scores.new_tensor(1e-4).log()) - scores[class_id])
+    for embedding, class_id in zip(embeddings, class_ids, strict=True):
+        counts = class_id >= 0
+        row = class_id.clamp(min=0)[None]
+        current, target = prototypes[row][0], embedding.detach()
+        direction = F.normalize(target, dim=0)
+        step = momentum * (current @ direction).abs()
+        moved = F.normalize((1 - step) * current + step * target, dim=0)
+        updated = torch.where(counts, torch.where(current.any(), moved, direction), current)
+        prototypes = prototypes.index_copy(0, row, updated[None])
+        scores = prototypes @ embedding / temperature
+        # log(sum of exponentials + 1e-4)
+        total = F.pad(scores, (0, 1), value=math.log(1e-4)).logsumexp(dim=0)
+        terms.append(torch.where(counts, total - scores[row][0], 0.0))
     return torch.stack(terms), prototypes
 
 

@@ -14,6 +14,7 @@ from transformers.utils.generic import can_return_tuple
 from .branch_synernet import SynerNetBranch, SynerNetBranchOutput, SynerNetProjectionHead, pooling_arguments
 from .cam_synernet import crop_to_input, multi_scale_cams, normalize_cams
 from .configuration_synernet import SynerNetConfig
+from .instance_synernet import cut_instances, gather_in_rank_order, pick_instance_classes
 from .loss_synernet import (
     classification_loss,
     cross_supervised_segmentation_loss,
@@ -21,13 +22,12 @@ from .loss_synernet import (
     prototype_contrast_terms,
     spatial_bce_loss,
 )
-from .refinement_synernet import box_mask
+from .refinement_synernet import boxes_of, unit_images
 from .supervision_synernet import (
     BRANCHES,
     SynerNetSupervision,
     fuse_branches,
     make_supervision,
-    pick_instance_classes,
 )
 
 
@@ -149,13 +149,34 @@ class SynerNetModel(SynerNetPreTrainedModel):
 
     def branch(self, name: str) -> SynerNetBranch:
         """The branch called `name`, `"broad"` or `"precise"`."""
-        return self.broad_branch if name == "broad" else self.precise_branch
+        return {"broad": self.broad_branch, "precise": self.precise_branch}[name]
 
     def pad(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pads `(B, 3, H, W)` right and bottom with 0, the mean colour, to multiples of the patch."""
         patch_size = self.config.patch_size
         missing = [-side % patch_size for side in pixel_values.shape[-2:]]
         return F.pad(pixel_values, (0, missing[1], 0, missing[0])) if any(missing) else pixel_values
+
+    def cam_logits(self, pixel_values: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """
+        CAM logits of both branches, decoder left out.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised pictures of any size.
+
+        Returns:
+            `dict[str, tuple[torch.Tensor, torch.Tensor]]`: for `"broad"` and `"precise"` the last and the auxiliary
+            layer's CAM logits, `(B, C, h, w)`, or `(B, C, H, W)` where the picture had to be padded.
+        """
+        size, patch_size = pixel_values.shape[-2:], self.config.patch_size
+        padded = self.pad(pixel_values)
+        logits = {}
+        for name in BRANCHES:
+            branch = self.branch(name)
+            features, auxiliary, *_ = branch.encode(padded, patch_size)
+            maps = branch.cam_head(features)[1], branch.auxiliary_cam_head(auxiliary)[1]
+            logits[name] = tuple(crop_to_input(cam, size, patch_size) for cam in maps)
+        return logits
 
     @can_return_tuple
     def forward(
@@ -231,8 +252,12 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             ValueError: if neither `num_labels` nor `id2label` is given, or a field is not one of the config's.
             OSError: if the encoder cannot be found.
         """
-        if num_labels is None and id2label is None:
+        if id2label is None and num_labels is None:
             raise ValueError("Got neither num_labels nor id2label; pass one, counting background as label 0.")
+        if id2label is not None and num_labels not in (None, len(id2label)):
+            raise ValueError(
+                f"Got num_labels={num_labels} and an id2label with {len(id2label)} labels; pass one of them."
+            )
         unknown = sorted(set(config_fields) - set(inspect.signature(SynerNetConfig).parameters))
         if unknown:
             raise ValueError(f"SynerNetConfig has no field {', '.join(unknown)}; see its documentation for the names.")
@@ -252,25 +277,8 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         return model
 
     def cam_logits(self, pixel_values: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """
-        CAM logits of both branches, decoder left out.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised pictures of any size.
-
-        Returns:
-            `dict[str, tuple[torch.Tensor, torch.Tensor]]`: for `"broad"` and `"precise"` the last and the auxiliary
-            layer's CAM logits, `(B, C, h, w)`, or `(B, C, H, W)` where the picture had to be padded.
-        """
-        size, patch_size = pixel_values.shape[-2:], self.config.patch_size
-        padded = self.synernet.pad(pixel_values)
-        logits = {}
-        for name in BRANCHES:
-            branch = self.synernet.branch(name)
-            features, auxiliary, *_ = branch.encode(padded, patch_size)
-            maps = branch.cam_head(features)[1], branch.auxiliary_cam_head(auxiliary)[1]
-            logits[name] = tuple(crop_to_input(cam, size, patch_size) for cam in maps)
-        return logits
+        """See [`SynerNetModel.cam_logits`]."""
+        return self.synernet.cam_logits(pixel_values)
 
     @torch.no_grad()
     def generate_cams(
@@ -292,6 +300,8 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         Returns:
             [`SynerNetCamOutput`]
         """
+        if labels is not None:
+            self._check_labels(labels, pixel_values)
         scales = self.config.cam_scales if scales is None else scales
         flip = self.config.cam_flip if flip is None else flip
         cams = multi_scale_cams(self, pixel_values, labels, scales, flip)
@@ -352,6 +362,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         inference_branches: str | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        pixel_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> SynerNetSegmenterOutput:
         r"""
@@ -369,21 +380,34 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             inference_branches (`str`, *optional*, defaults to `"both"`):
                 `"broad"`, `"precise"` or `"both"`: which branches to run; training needs both.
             output_hidden_states (`bool`, *optional*): whether to return hidden states.
-            output_attentions (`bool`, *optional*): whether to return attention maps.
+            output_attentions (`bool`, *optional*): whether to return attention maps; they need eager attention.
+            pixel_mask (`torch.Tensor` of shape `(B, H, W)`, *optional*):
+                1 on real pixels, 0 on padding, as the image processor gives it; stands for `valid_boxes`.
 
         Returns:
             [`SynerNetSegmenterOutput`]
 
         Raises:
-            ValueError: if `labels` has another width than `config.num_foreground_labels`, a name in `loss_weights` or
-                `inference_branches` is not known, or `labels` come with a single branch.
+            ValueError: if `labels` do not have one row per picture and `config.num_foreground_labels` columns, a name
+                in `loss_weights` or `inference_branches` is not known, or `labels` come with a single branch.
+            TypeError: if an argument is not known.
         """
         branches = _branches(inference_branches)
+        if kwargs:
+            raise TypeError(f"forward does not know {', '.join(kwargs)}; see its documentation for the names.")
         if labels is not None:
-            self._check_training_inputs(labels, branches, loss_weights)
+            if len(branches) == 1:
+                raise ValueError(f"Training needs both branches, got inference_branches={branches[0]!r} with labels.")
+            self._check_labels(labels, pixel_values)
+            if valid_boxes is None and pixel_mask is not None:
+                valid_boxes = boxes_of(pixel_mask)
         size, patch_size = tuple(pixel_values.shape[-2:]), self.config.patch_size
         outputs = self.synernet(
-            pixel_values, branches, output_hidden_states=output_hidden_states, output_attentions=output_attentions
+            pixel_values,
+            branches,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
         )
         logits = {name: crop_to_input(outputs[name].logits, size, patch_size) for name in branches}
         share = self.config.broad_inference_weight
@@ -398,12 +422,14 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             attentions=outputs.attentions,
         )
         if labels is not None:
-            given = self.config.loss_weights if loss_weights is None else loss_weights
-            weights = dict.fromkeys(self.config.loss_weights, 0.0) | given
+            weights = self._weights(loss_weights)
             cams, supervision = self._supervise(pixel_values, labels, valid_boxes, weights, training_progress or 0.0)
-            result.loss, result.loss_dict = self._losses(
-                outputs, logits, pixel_values, labels, valid_boxes, weights, supervision
-            )
+            embeddings = {}
+            if weights["prototype_contrast"] and self.config.with_projection_head:
+                embeddings = self._embed_instances(pixel_values, labels, valid_boxes, supervision.pseudo_labels)
+            # half precision ends here: ranks and sums of the losses need float32
+            with torch.autocast(device_type=pixel_values.device.type, enabled=False):
+                result.loss, result.loss_dict = self._losses(outputs, logits, labels, weights, supervision, embeddings)
             result.confidence = supervision.confidence
             result.pseudo_labels = supervision.pseudo_labels.get("precise")
         if labels is None or not cams:
@@ -419,32 +445,28 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         if not any(weights[term] for term in ("spatial_bce", "patch_contrast", "prototype_contrast", "segmentation")):
             return {}, SynerNetSupervision()
         cams = multi_scale_cams(self, pixel_values, labels, self.config.cam_scales, self.config.cam_flip)
-        images = self._unit_images(pixel_values)
+        images = unit_images(pixel_values, self.config.image_mean, self.config.image_std)
         return cams, make_supervision(self.config, cams, images, labels, valid_boxes, weights, float(progress))
 
-    def _check_training_inputs(self, labels, branches, loss_weights):
-        if len(branches) == 1:
-            raise ValueError(f"Training needs both branches, got inference_branches={branches[0]!r} with labels.")
-        if labels.ndim != 2 or labels.shape[1] != self.config.num_foreground_labels:
+    def _check_labels(self, labels: torch.Tensor, pixel_values: torch.Tensor):
+        expected = (pixel_values.shape[0], self.config.num_foreground_labels)
+        if tuple(labels.shape) != expected:
             raise ValueError(
-                f"labels must be multi-hot of shape (batch, {self.config.num_foreground_labels}), background left out, "
+                f"labels must be multi-hot, one row per picture and one column per class without background: {expected}, "
                 f"got {tuple(labels.shape)}."
             )
-        unknown = sorted(set(loss_weights or ()) - set(self.config.loss_weights))
+
+    def _weights(self, loss_weights: dict[str, float] | None) -> dict[str, float]:
+        given = self.config.loss_weights if loss_weights is None else loss_weights
+        unknown = sorted(set(given) - set(self.config.loss_weights))
         if unknown:
             raise ValueError(f"loss_weights knows {', '.join(self.config.loss_weights)}, got {', '.join(unknown)}.")
+        return dict.fromkeys(self.config.loss_weights, 0.0) | given
 
-    def _unit_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(B, 3, H, W)` normalised pictures back to [0, 1], in steps of 1/255 as the authors' uint8 pictures."""
-        mean, std = (
-            torch.tensor(values, device=pixel_values.device)[None, :, None, None]
-            for values in (self.config.image_mean, self.config.image_std)
-        )
-        return ((pixel_values.float() * std + mean) * 255).clamp(0, 255).trunc() / 255
-
-    def _losses(self, outputs, logits, pixel_values, labels, valid_boxes, weights, supervision: SynerNetSupervision):
+    def _losses(self, outputs, logits, labels, weights, supervision: SynerNetSupervision, embeddings):
+        """The weighted sum of the active terms and, without gradient, each term's mean over the branches."""
         terms: dict[str, list[torch.Tensor]] = {}
-        total = torch.zeros((), device=pixel_values.device)
+        total = labels.new_zeros((), dtype=torch.float32)
 
         def add(name: str, weight: float, value: torch.Tensor):
             nonlocal total
@@ -471,42 +493,40 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
                 target = supervision.pseudo_labels[name]
                 segmentation = cross_supervised_segmentation_loss(logits[name], target, ignore_index)
                 add("segmentation", weights["segmentation"], segmentation)
-        if weights["prototype_contrast"] and self.config.with_projection_head:
-            for value in self._instance_losses(pixel_values, labels, valid_boxes, supervision.pseudo_labels):
-                add("prototype_contrast", weights["prototype_contrast"], value)
+            if name in embeddings:
+                add("prototype_contrast", weights["prototype_contrast"], self._contrast(name, *embeddings[name]))
         return total, {name: torch.stack(values).mean() for name, values in terms.items()}
 
-    def _instance_losses(self, pixel_values, labels, valid_boxes, pseudo_labels: dict[str, torch.Tensor]):
-        """Yields the prototype contrast of each branch that has one, and moves its prototypes while training."""
-        instances: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    def _embed_instances(self, pixel_values, labels, valid_boxes, pseudo_labels: dict[str, torch.Tensor]):
+        """Per branch with instance learning: embeddings `(B, P)` of the cut pictures, and their class ids `(B,)`."""
+        cut: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        embeddings = {}
         for name in self.config.prototype_branches:
             # the precise branch's label is the even mix of both CAMs; without cross-supervision each has only its own
             source = "precise" if self.config.cross_supervision else name
-            if source not in instances:
-                instances[source] = self._cut_instances(pixel_values, labels, valid_boxes, pseudo_labels[source])
-            pictures, class_ids = instances[source]
+            if source not in cut:
+                class_ids = pick_instance_classes(pseudo_labels[source], labels)
+                ignore_index = self.config.semantic_loss_ignore_index
+                pictures = cut_instances(pixel_values, pseudo_labels[source], class_ids, valid_boxes, ignore_index)
+                cut[source] = self.synernet.pad(pictures), class_ids
+            pictures, class_ids = cut[source]
             branch = self.synernet.branch(name)
-            embeddings = branch.projection_head(branch.encode(pictures, self.config.patch_size)[2]).float()
-            gathered, gathered_ids, own = _gather_in_rank_order(embeddings, class_ids)
-            terms, prototypes = prototype_contrast_terms(
-                gathered,
-                gathered_ids,
-                branch.projection_head.prototypes,
-                self.config.prototype_momentum,
-                self.config.prototype_temperature,
-            )
-            if self.training:
-                branch.projection_head.prototypes.copy_(prototypes)
-            yield terms[own].sum() / (class_ids >= 0).sum().clamp(min=1)
+            class_token = branch.encode(pictures, self.config.patch_size)[2]
+            embeddings[name] = branch.projection_head(class_token), class_ids
+        return embeddings
 
-    def _cut_instances(self, pixel_values, labels, valid_boxes, label_map):
-        """Pictures in which only one drawn class and the undecided pixels are left, and that class, −1 for none."""
-        ignore_index = self.config.semantic_loss_ignore_index
-        class_ids = pick_instance_classes(label_map, labels)
-        keep = (label_map == (class_ids + 1)[:, None, None]) | (label_map == ignore_index)
-        if valid_boxes is not None:
-            keep &= box_mask(valid_boxes, label_map.shape[-2:])
-        return self.synernet.pad(pixel_values * keep[:, None]), class_ids
+    def _contrast(self, name: str, embeddings: torch.Tensor, class_ids: torch.Tensor) -> torch.Tensor:
+        """The prototype contrast of one branch; moves its prototypes while training, with all processes' pictures."""
+        head = self.synernet.branch(name).projection_head
+        gathered, gathered_ids, own = embeddings, class_ids, slice(None)
+        if self.training:
+            gathered, gathered_ids, own = gather_in_rank_order(embeddings, class_ids)
+        terms, prototypes = prototype_contrast_terms(
+            gathered, gathered_ids, head.prototypes, self.config.prototype_momentum, self.config.prototype_temperature
+        )
+        if self.training:
+            head.prototypes.copy_(prototypes)
+        return terms[own].sum() / (class_ids >= 0).sum().clamp(min=1)
 
 
 def _branches(inference_branches: str | None) -> tuple[str, ...]:
@@ -515,24 +535,6 @@ def _branches(inference_branches: str | None) -> tuple[str, ...]:
     if inference_branches not in BRANCHES:
         raise ValueError(f"inference_branches must be 'broad', 'precise' or 'both', got {inference_branches!r}.")
     return (inference_branches,)
-
-
-def _gather_in_rank_order(embeddings: torch.Tensor, class_ids: torch.Tensor):
-    """
-    The embeddings `(N, P)` and class ids `(N,)` of every process's pictures, in rank order, gradient kept for the own
-    ones, and the slice that holds them. Prototypes must see all pictures, in one order, to stay equal everywhere.
-    """
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return embeddings, class_ids, slice(None)
-    ranks = distributed.get_world_size()
-    all_embeddings = [torch.empty_like(embeddings) for _ in range(ranks)]
-    all_ids = [torch.empty_like(class_ids) for _ in range(ranks)]
-    distributed.all_gather(all_embeddings, embeddings.detach().contiguous())
-    distributed.all_gather(all_ids, class_ids)
-    rank, count = distributed.get_rank(), class_ids.shape[0]
-    all_embeddings[rank] = embeddings
-    return torch.cat(all_embeddings), torch.cat(all_ids), slice(rank * count, (rank + 1) * count)
 
 
 __all__ = [

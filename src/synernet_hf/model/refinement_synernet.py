@@ -126,38 +126,44 @@ def refine_pseudo_labels(
 
     Args:
         images (`torch.Tensor` of shape `(B, 3, H, W)`): float, in [0, 1], full resolution.
-        cams (`torch.Tensor` of shape `(B, C, H, W)`): float, in [0, 1].
+        cams (`torch.Tensor` of shape `(B, C, H, W)` or `(M, B, C, H, W)`):
+            Float, in [0, 1]; M sets of CAMs of the same pictures share one affinity.
         labels (`torch.Tensor` of shape `(B, C)`): multi-hot image-level labels.
-        low (`float`): lower background plane. high (`float`): upper background plane.
+        low (`float`): lower background plane.
+        high (`float`): upper background plane.
         valid_boxes (`torch.Tensor` of shape `(B, 4)`, *optional*):
             [top, bottom, left, right) of the real pixels; outside is ignored. `None` means everywhere.
         ignore_index (`int`, *optional*, defaults to 255): label of undecided pixels.
         refinement (`SynerNetPixelAdaptiveRefinement`, *optional*): the refinement; the authors' by default.
 
     Returns:
-        `torch.Tensor` of shape `(B, H, W)`, int64: 0 background, `c + 1` class `c`, or `ignore_index`.
+        `torch.Tensor` of shape `(B, H, W)` or `(M, B, H, W)`, int64: 0 background, `c + 1` class `c`, or
+        `ignore_index`.
     """
     refinement = refinement or SynerNetPixelAdaptiveRefinement()
-    height, width = cams.shape[-2:]
-    half = (max(height // 2, 1), max(width // 2, 1))
+    size = cams.shape[-2:]
+    half = [max(side // 2, 1) for side in size]
     small_images = F.interpolate(images.float(), size=half, mode="bilinear", align_corners=False)
     order, present = own_classes(labels)
 
-    own = cams.float().gather(1, order[:, :, None, None].expand(-1, -1, height, width))
-    own = F.interpolate(own, size=half, mode="bilinear", align_corners=False)
     scores = []
-    for background in (high, low):
-        stack = torch.cat([torch.full_like(own[:, :1], background), own], dim=1)
-        stack[:, 1:].masked_fill_(~present[:, :, None, None], float("-inf"))
-        scores.append(stack.softmax(dim=1))
+    for maps in cams if cams.ndim == 5 else (cams,):
+        own = maps.float().gather(1, order[:, :, None, None].expand(-1, -1, *size))
+        own = F.interpolate(own, size=half, mode="bilinear", align_corners=False)
+        own = own.masked_fill(~present[:, :, None, None], float("-inf"))
+        for background in (high, low):
+            scores.append(torch.cat([torch.full_like(own[:, :1], background), own], dim=1).softmax(dim=1))
     refined = refinement(small_images, torch.cat(scores, dim=1))
-    refined = F.interpolate(refined, size=(height, width), mode="bilinear", align_corners=False)
-    high_label, low_label = (part.argmax(dim=1) for part in refined.chunk(2, dim=1))
+    refined = F.interpolate(refined, size=size, mode="bilinear", align_corners=False)
+    winners = [part.argmax(dim=1) for part in refined.chunk(len(scores), dim=1)]
 
     class_ids = torch.cat([torch.zeros_like(order[:, :1]), order + 1], dim=1)
-    decided = class_ids.gather(1, high_label.flatten(1)).view_as(high_label)
-    decided = decided.masked_fill((high_label == 0) & (low_label != 0), ignore_index)
-    return ignore_outside(decided, valid_boxes, ignore_index)
+    label_maps = []
+    for high_winner, low_winner in zip(winners[::2], winners[1::2], strict=True):
+        decided = class_ids.gather(1, high_winner.flatten(1)).view_as(high_winner)
+        decided = decided.masked_fill((high_winner == 0) & (low_winner != 0), ignore_index)
+        label_maps.append(ignore_outside(decided, valid_boxes, ignore_index))
+    return torch.stack(label_maps) if cams.ndim == 5 else label_maps[0]
 
 
 def ignore_outside(label_map: torch.Tensor, valid_boxes: torch.Tensor | None, ignore_index: int = 255) -> torch.Tensor:
@@ -185,4 +191,29 @@ def box_mask(valid_boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
 
 
-__all__ = ["SynerNetPixelAdaptiveRefinement", "box_mask", "ignore_outside", "own_classes", "refine_pseudo_labels"]
+def unit_images(pixel_values: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
+    """
+    Normalised pictures `(B, 3, H, W)` back to [0, 1], float32, in steps of 1/255 rounded down (authors' uint8 pictures).
+    """
+    mean, std = (torch.tensor(values, device=pixel_values.device)[:, None, None] for values in (mean, std))
+    return ((pixel_values.float() * std + mean) * 255).clamp(0, 255).trunc() / 255
+
+
+def boxes_of(pixel_mask: torch.Tensor) -> torch.Tensor:
+    """[top, bottom, left, right) `(B, 4)` int64 around the ones of each `(H, W)` mask in `pixel_mask` `(B, H, W)`."""
+    boxes = []
+    for axis in (2, 1):
+        filled = (pixel_mask > 0).any(dim=axis).long()
+        first = filled.argmax(dim=1)
+        boxes += [first, first + filled.sum(dim=1)]
+    return torch.stack(boxes, dim=1)
+
+
+__all__ = [
+    "SynerNetPixelAdaptiveRefinement",
+    "box_mask",
+    "boxes_of",
+    "ignore_outside",
+    "own_classes",
+    "refine_pseudo_labels",
+]

@@ -12,6 +12,8 @@ from .refinement_synernet import SynerNetPixelAdaptiveRefinement, refine_pseudo_
 
 
 BRANCHES = ("broad", "precise")
+# a vote that is neither a class nor background; never a label, whatever the ignore index
+_UNDECIDED = -1
 
 
 @dataclass
@@ -61,24 +63,25 @@ def fuse_branches(
         layer and branch votes equal to the majority, `(B, 1, H, W)` in [0, 1].
     """
     broad, precise = cams["broad"][0], cams["precise"][0]
+    low, high = config.low_threshold, config.high_threshold
     votes = {
         branch: torch.stack(
-            [cams_to_pseudo_labels(maps, labels, config.low_threshold, config.high_threshold) for maps in cams[branch]]
+            [cams_to_pseudo_labels(maps, labels, low, high, ignore_index=_UNDECIDED) for maps in cams[branch]]
         )
         for branch in BRANCHES
     }
-    confidence, agreed = layer_confidence(torch.cat([votes["broad"], votes["precise"]]))
+    confidence, agreed = layer_confidence(torch.cat([votes["broad"], votes["precise"]]), _UNDECIDED)
     shares = {"broad": config.broad_label_share, "precise": config.precise_label_share}
     if not config.cross_supervision:
         return {"broad": broad, "precise": precise}, confidence
     if config.fusion == "fixed":
         return {branch: fuse_cams(broad, precise, share) for branch, share in shares.items()}, confidence
-    agreement = {branch: layer_confidence(votes[branch])[0] for branch in BRANCHES}
-    agreed = agreed.masked_fill(confidence[:, 0] < config.confidence_threshold, 255)
+    agreement = {branch: layer_confidence(votes[branch], _UNDECIDED)[0] for branch in BRANCHES}
+    agreed = agreed.masked_fill(confidence[:, 0] < config.confidence_threshold, _UNDECIDED)
     fused = {}
     for branch, share in shares.items():
         adaptive = fusion_shares(agreement["broad"], agreement["precise"], share, config.fusion_range)
-        fused[branch] = fuse_cams(broad, precise, adaptive, agreed, config.low_threshold, config.high_threshold)
+        fused[branch] = fuse_cams(broad, precise, adaptive, agreed, low, high, _UNDECIDED)
     return fused, confidence
 
 
@@ -141,33 +144,18 @@ def make_supervision(
     if loss_weights["segmentation"] or loss_weights["prototype_contrast"]:
         fused, supervision.confidence = fuse_branches(config, cams, labels)
         refinement = SynerNetPixelAdaptiveRefinement(config.refinement_dilations, config.refinement_iterations)
-        for branch, maps in fused.items():
-            supervision.pseudo_labels[branch] = refine_pseudo_labels(
-                images, maps, labels, low, high, valid_boxes, config.semantic_loss_ignore_index, refinement
-            )
+        label_maps = refine_pseudo_labels(
+            images,
+            torch.stack([fused[branch] for branch in BRANCHES]),
+            labels,
+            low,
+            high,
+            valid_boxes,
+            config.semantic_loss_ignore_index,
+            refinement,
+        )
+        supervision.pseudo_labels = dict(zip(BRANCHES, label_maps, strict=True))
     return supervision
-
-
-def pick_instance_classes(pseudo_labels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """
-    One class per picture for instance learning, drawn at random from those in its label map, or from its image-level
-    labels if the map holds none (authors' code, which mixes up class ids here).
-
-    Args:
-        pseudo_labels (`torch.Tensor` of shape `(B, H, W)`): int64 label maps.
-        labels (`torch.Tensor` of shape `(B, C)`): multi-hot.
-
-    Returns:
-        `torch.Tensor` of shape `(B,)`: int64, 0-based foreground class, −1 for a picture without any.
-    """
-    num_classes = labels.shape[1]
-    flat = pseudo_labels.flatten(1)
-    flat = flat.masked_fill(flat > num_classes, 0)
-    seen = torch.zeros(labels.shape[0], num_classes + 1, device=labels.device).scatter_(1, flat, 1.0)[:, 1:]
-    candidates = torch.where(seen.any(dim=1, keepdim=True), seen, labels.to(seen.dtype))
-    without = ~candidates.any(dim=1)
-    drawn = torch.multinomial(candidates + without[:, None], 1)[:, 0]
-    return drawn.masked_fill(without, -1)
 
 
 __all__ = [
@@ -177,5 +165,4 @@ __all__ = [
     "fuse_branches",
     "label_tokens",
     "make_supervision",
-    "pick_instance_classes",
 ]

@@ -18,7 +18,12 @@ from synernet_hf.training.arguments import InvalidArguments
 
 ARGUMENTS_FILE = "training_args.json"
 STATE_FILE = "trainer_state.json"
+RESULTS_FILE = "eval_results.json"
+CARD_FILE = "README.md"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+# names under which this module writes what is not complete yet
+TEMPORARY_FOLDER = re.compile(r"(checkpoint-\d+|model)\.tmp")
+TEMPORARY_FILES = {f"{name}.tmp" for name in (ARGUMENTS_FILE, STATE_FILE, RESULTS_FILE, CARD_FILE)}
 
 # settings that may change between a run and its continuation: no weight depends on them, or only through what is
 # compared as `run` (name of the backbone, fingerprint of the training split)
@@ -60,6 +65,11 @@ class TrainerState:
     best_metric: float | None = None
     best_step: int | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def is_evaluated(self) -> bool:
+        """`bool`: an evaluation of the present step is in the history."""
+        return any(entry["step"] == self.step and "loss" not in entry for entry in self.history)
 
 
 def _finite(value: Any) -> Any:
@@ -137,9 +147,40 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(complete)]
 
 
+def _is_temporary(path: Path) -> bool:
+    if path.is_dir():
+        return TEMPORARY_FOLDER.fullmatch(path.name) is not None
+    return path.name in TEMPORARY_FILES
+
+
+def _is_own_record(path: Path) -> bool:
+    """Whether a file is the `training_args.json` of a run, not another program's file of that name."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and {"model_args", "data_args", "training_args"} <= set(record)
+
+
+def is_without_checkpoint(output_dir: Path) -> bool:
+    """
+    Says whether a run was interrupted before its first checkpoint.
+
+    Args:
+        output_dir (`Path`):
+            Folder of the run; it need not exist.
+
+    Returns:
+        `bool`: `True` if the folder holds the settings of a run but neither a checkpoint nor a final model.
+    """
+    finished = (output_dir / "config.json").exists() or (output_dir / "model.safetensors").exists()
+    return not finished and not list_checkpoints(output_dir) and _is_own_record(output_dir / ARGUMENTS_FILE)
+
+
 def find_resume_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
     """
-    Decides what a run starts from.
+    Decides what a run starts from. With `"latest"`, a run that was interrupted before its first checkpoint starts
+    over in its folder.
 
     Args:
         output_dir (`Path`):
@@ -148,23 +189,35 @@ def find_resume_checkpoint(output_dir: Path, resume_from_checkpoint: str | None)
             `None`, `"latest"` or a checkpoint folder.
 
     Returns:
-        `Path` or `None`: the checkpoint to continue from, `None` for a fresh run.
+        `Path` or `None`: the checkpoint to continue from, `None` for a run from the first step on.
 
     Raises:
-        InvalidArguments: if a fresh run would write into a folder that holds another run or is no folder, or the
-            named checkpoint is not there.
+        InvalidArguments: if the run would write into a folder that holds another run or other files or is no folder,
+            or the named checkpoint is not there.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise InvalidArguments(f"The output folder {output_dir} is a file: choose another `output_dir`.")
     checkpoints = list_checkpoints(output_dir)
+    holds_run = bool(checkpoints) or _is_own_record(output_dir / ARGUMENTS_FILE)
+    if not holds_run and output_dir.is_dir() and not all(_is_temporary(path) for path in output_dir.iterdir()):
+        raise InvalidArguments(
+            f"The output folder {output_dir} holds files that are not of a run: choose a new or empty folder as "
+            "`output_dir`."
+        )
     if resume_from_checkpoint is None:
-        if checkpoints or (output_dir / ARGUMENTS_FILE).exists() or (output_dir / "config.json").exists():
+        if holds_run:
+            way_on = (
+                " or continue it with `--resume_from_checkpoint latest`"
+                if checkpoints or is_without_checkpoint(output_dir)
+                else " or remove it"
+            )
             raise InvalidArguments(
-                f"The output folder {output_dir} already holds a run: choose another `output_dir`, or continue it with "
-                "`--resume_from_checkpoint latest`."
+                f"The output folder {output_dir} already holds a run: choose another `output_dir`,{way_on}."
             )
         return None
     if resume_from_checkpoint == "latest":
+        if is_without_checkpoint(output_dir):
+            return None
         if not checkpoints:
             raise InvalidArguments(
                 f"The output folder {output_dir} holds no checkpoint to resume from: start without "
@@ -178,8 +231,7 @@ def find_resume_checkpoint(output_dir: Path, resume_from_checkpoint: str | None)
             "or `latest`."
         )
     own = [path.resolve() for path in checkpoints]
-    others = checkpoint.resolve() not in own and (own or (output_dir / ARGUMENTS_FILE).exists())
-    if others:
+    if holds_run and checkpoint.resolve() not in own and not is_without_checkpoint(output_dir):
         raise InvalidArguments(
             f"The output folder {output_dir} already holds a run that {checkpoint} is not part of: choose another "
             "`output_dir`."
@@ -268,7 +320,7 @@ def save_checkpoint(
     accelerator.save_state(str(temporary))
     if accelerator.is_main_process:
         write_json(temporary / ARGUMENTS_FILE, arguments)
-        write_json(temporary / STATE_FILE, asdict(state))
+        write_state(temporary, state)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if folder.exists():
@@ -283,13 +335,29 @@ def save_checkpoint(
     return folder
 
 
-def read_state(checkpoint: Path) -> TrainerState:
+def write_state(checkpoint: Path, state: TrainerState) -> None:
     """
-    Reads the counters of a checkpoint; the rest is `accelerator.load_state`'s.
+    Writes the counters of a checkpoint, anew after an evaluation that followed it.
 
     Args:
         checkpoint (`Path`):
             The checkpoint folder.
+        state ([`TrainerState`]):
+            The counters.
+    """
+    write_json(checkpoint / STATE_FILE, asdict(state))
+
+
+def read_state(checkpoint: Path, output_dir: Path) -> TrainerState:
+    """
+    Reads the counters of a checkpoint; the rest is `accelerator.load_state`'s. What the best model so far is, the
+    `best/` folder of the continued run says: a run that goes on in another folder has none yet.
+
+    Args:
+        checkpoint (`Path`):
+            The checkpoint folder.
+        output_dir (`Path`):
+            Folder of the run that goes on.
 
     Returns:
         [`TrainerState`]
@@ -297,19 +365,25 @@ def read_state(checkpoint: Path) -> TrainerState:
     Raises:
         InvalidArguments: if the counters cannot be read.
     """
-    return TrainerState(**read_json(checkpoint / STATE_FILE))
+    state = TrainerState(**read_json(checkpoint / STATE_FILE))
+    state.best_metric = state.best_step = None
+    results = output_dir / "best" / RESULTS_FILE
+    if results.is_file():
+        best = read_json(results)
+        state.best_metric, state.best_step = best["segmentation"]["mean_iou"], best["step"]
+    return state
 
 
 def remove_unfinished(output_dir: Path) -> None:
     """
-    Removes what an interrupted write left behind.
+    Removes what an interrupted write of this module left behind, and nothing else.
 
     Args:
         output_dir (`Path`):
             Folder of the run; it need not exist.
     """
     for folder in (output_dir, output_dir / "best"):
-        for path in list(folder.glob("*.tmp")):
+        for path in [path for path in folder.glob("*.tmp") if _is_temporary(path)]:
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -352,10 +426,13 @@ def save_model_folder(
 
 __all__ = [
     "ARGUMENTS_FILE",
+    "CARD_FILE",
+    "RESULTS_FILE",
     "STATE_FILE",
     "TrainerState",
     "differing_settings",
     "find_resume_checkpoint",
+    "is_without_checkpoint",
     "list_checkpoints",
     "read_json",
     "read_state",
@@ -364,5 +441,6 @@ __all__ = [
     "save_checkpoint",
     "save_model_folder",
     "write_json",
+    "write_state",
     "write_text",
 ]

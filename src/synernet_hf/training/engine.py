@@ -1,7 +1,6 @@
 """The only training loop: validate_arguments → setup → build_run → fit → finish."""
 
 import math
-import platform
 import signal
 import threading
 import time
@@ -26,7 +25,6 @@ from synernet_hf.data import (
     TrainDataset,
     TrainTransform,
     class_names,
-    id2label_from,
 )
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.model_card import SynerNetModelCardData, generate_model_card
@@ -37,8 +35,11 @@ from synernet_hf.training.arguments import (
 )
 from synernet_hf.training.checkpoints import (
     ARGUMENTS_FILE,
+    CARD_FILE,
+    RESULTS_FILE,
     TrainerState,
     find_resume_checkpoint,
+    is_without_checkpoint,
     list_checkpoints,
     read_state,
     refuse_other_settings,
@@ -46,12 +47,13 @@ from synernet_hf.training.checkpoints import (
     save_checkpoint,
     save_model_folder,
     write_json,
+    write_state,
     write_text,
 )
 from synernet_hf.training.evaluation import evaluate_model
-from synernet_hf.training.monitoring import LossMeter
+from synernet_hf.training.monitoring import LossMeter, hardware, refuse_broken_weights
 from synernet_hf.training.optimization import LossWeightSchedule, learning_rate_multiplier, parameter_groups
-from synernet_hf.training.validation import model_config_from, run_record, validate_arguments
+from synernet_hf.training.validation import build_model, run_record, validate_arguments
 
 
 @dataclass
@@ -224,7 +226,7 @@ def build_run(
         blur=training_args.blur,
     ).to(accelerator.device)
     config = model.config
-    state = TrainerState() if checkpoint is None else read_state(checkpoint)
+    state = TrainerState() if checkpoint is None else read_state(checkpoint, output_dir)
     loader = _train_loader(data_args, training_args, accelerator, splits["train"], state.step)
     model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
     run = TrainingRun(
@@ -247,6 +249,8 @@ def build_run(
     # no process may make the output folder while another still looks whether it is free
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        if checkpoint is None and is_without_checkpoint(output_dir):
+            tqdm.write(f"{output_dir}: the run was interrupted before its first checkpoint and starts over.")
         remove_unfinished(output_dir)
         write_json(output_dir / ARGUMENTS_FILE, record)
     if training_args.report_to != "none":
@@ -255,31 +259,6 @@ def build_run(
         # last, because it restores the random states too
         accelerator.load_state(str(checkpoint))
     return run
-
-
-def build_model(model_args: ModelArguments, names: list[str]) -> SynerNetForWeaklySupervisedSegmentation:
-    """
-    Makes the model, from a pretrained encoder or from random weights.
-
-    Args:
-        model_args ([`ModelArguments`]):
-            Encoder and fields.
-        names (`list[str]`):
-            Class names, background first.
-
-    Returns:
-        [`SynerNetForWeaklySupervisedSegmentation`]: in training mode, on the CPU.
-    """
-    if model_args.backbone is None:
-        model = SynerNetForWeaklySupervisedSegmentation(model_config_from(model_args, names))
-    else:
-        model = SynerNetForWeaklySupervisedSegmentation.from_backbone_pretrained(
-            model_args.backbone,
-            id2label=id2label_from(names),
-            backbone_overrides=model_args.backbone_overrides,
-            **model_args.model_config,
-        )
-    return model.train()
 
 
 def _train_loader(
@@ -311,7 +290,8 @@ def _train_loader(
 def fit(run: TrainingRun) -> None:
     """
     The loop: one optimizer step after another until `max_steps`, with logs, evaluations and checkpoints in between.
-    The last step is always logged, evaluated and saved.
+    The last step is always logged, saved and evaluated. A checkpoint comes before the evaluation of the same step, so
+    that an evaluation that fails costs no step; the continuation begins with the evaluation that is missing.
 
     Args:
         run ([`TrainingRun`]):
@@ -332,6 +312,8 @@ def fit(run: TrainingRun) -> None:
         disable=not accelerator.is_main_process,
     )
     run.model.train()
+    if state.step and _evaluates(run) and not state.is_evaluated:
+        evaluate(run)
     # closes before the final folder is written, so that the bar's last line stands above the messages
     with bar:
         for batch in run.loader:
@@ -341,18 +323,22 @@ def fit(run: TrainingRun) -> None:
                 continue
             state.step += 1
             bar.update()
-            is_last = state.step == args.max_steps
-            evaluates = run.can_evaluate and (is_last or state.step % args.eval_steps == 0)
-            saves = is_last or state.step % args.save_steps == 0
+            evaluates = _evaluates(run)
+            saves = state.step == args.max_steps or state.step % args.save_steps == 0
             state.elapsed_seconds = time.perf_counter() - started
             if evaluates or saves or state.step % args.logging_steps == 0:
                 log(run, meter.read(accelerator), bar)
+            if saves:
+                refuse_broken_weights(run.model, state.step)
+                save_checkpoint(accelerator, run.output_dir, state, run.record, args.save_total_limit)
             if evaluates:
                 evaluate(run)
-            if saves:
-                _refuse_broken_weights(run)
-                state.elapsed_seconds = time.perf_counter() - started
-                save_checkpoint(accelerator, run.output_dir, state, run.record, args.save_total_limit)
+
+
+def _evaluates(run: TrainingRun) -> bool:
+    """Whether the present step is one to evaluate."""
+    step, args = run.state.step, run.training_args
+    return run.can_evaluate and (step == args.max_steps or step % args.eval_steps == 0)
 
 
 def train_step(run: TrainingRun, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -415,7 +401,8 @@ def log(run: TrainingRun, means: dict[str, float], bar: tqdm) -> None:
 
 def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
     """
-    Scores the present weights on the validation split, keeps them as `best/` if no earlier ones were better.
+    Scores the present weights on the validation split in float32, whatever the precision of the training, and keeps
+    them as `best/` if no earlier ones were as good.
 
     Args:
         run ([`TrainingRun`]):
@@ -425,18 +412,21 @@ def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
         `dict[str, dict]`: see [`evaluate_model`].
     """
     accelerator, state = run.accelerator, run.state
-    results = evaluate_model(
-        run.bare_model,
-        run.processor,
-        run.splits["validation"],
-        class_names=run.record["class_names"],
-        metric_classes=run.data_args.metric_classes,
-        max_samples=run.data_args.max_eval_samples,
-        accelerator=accelerator,
-    )
+    started = time.perf_counter()
+    with _full_precision(run.bare_model):
+        results = evaluate_model(
+            run.bare_model,
+            run.processor,
+            run.splits["validation"],
+            class_names=run.record["class_names"],
+            metric_classes=run.data_args.metric_classes,
+            max_samples=run.data_args.max_eval_samples,
+            accelerator=accelerator,
+        )
     run.model.train()
     scores = {f"{kind}/mean_iou": values["mean_iou"] for kind, values in results.items()}
-    state.history.append({"step": state.step, **scores})
+    if not state.is_evaluated:
+        state.history.append({"step": state.step, **scores})
     accelerator.log({f"eval/{name}": value for name, value in scores.items()}, step=state.step)
     if accelerator.is_main_process:
         listing = ", ".join(f"{kind} {100 * values['mean_iou']:.1f}" for kind, values in results.items())
@@ -445,9 +435,13 @@ def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
     if not math.isnan(metric) and (state.best_metric is None or metric > state.best_metric):
         state.best_metric, state.best_step = metric, state.step
         if accelerator.is_main_process:
-            extra = [("eval_results.json", {"step": state.step, **results}), (ARGUMENTS_FILE, run.record)]
+            extra = [(RESULTS_FILE, {"step": state.step, **results}), (ARGUMENTS_FILE, run.record)]
             save_model_folder(run.output_dir / "best", run.bare_model, run.processor, extra)
-        accelerator.wait_for_everyone()
+    state.elapsed_seconds += time.perf_counter() - started
+    checkpoint = run.output_dir / f"checkpoint-{state.step}"
+    if accelerator.is_main_process and checkpoint.is_dir():
+        write_state(checkpoint, state)
+    accelerator.wait_for_everyone()
     run.results = results
     return results
 
@@ -467,7 +461,7 @@ def finish(run: TrainingRun) -> dict[str, dict[str, Any]]:
     # a run that is resumed after its last step has nothing from `fit`
     results = run.results or (evaluate(run) if run.can_evaluate else {})
     if run.accelerator.is_main_process:
-        files = [("eval_results.json", {"step": state.step, **results})] if results else []
+        files = [(RESULTS_FILE, {"step": state.step, **results})] if results else []
         save_model_folder(run.output_dir, run.bare_model, run.processor, [*files, (ARGUMENTS_FILE, record)])
         card = generate_model_card(
             SynerNetModelCardData(
@@ -479,12 +473,12 @@ def finish(run: TrainingRun) -> dict[str, dict[str, Any]]:
                 minutes=state.elapsed_seconds / 60,
                 num_processes=run.accelerator.num_processes,
                 precision=run.accelerator.mixed_precision,
-                hardware=_hardware(run.accelerator),
+                hardware=hardware(run.accelerator),
                 versions=record["versions"],
                 results=results,
             )
         )
-        write_text(run.output_dir / "README.md", str(card))
+        write_text(run.output_dir / CARD_FILE, str(card))
     run.accelerator.wait_for_everyone()
     losses = next((entry for entry in reversed(state.history) if "loss" in entry), {})
     training = {
@@ -496,21 +490,18 @@ def finish(run: TrainingRun) -> dict[str, dict[str, Any]]:
     return {**results, "training": training}
 
 
-def _hardware(accelerator: Accelerator) -> str:
-    count = f"{accelerator.num_processes} × " if accelerator.num_processes > 1 else ""
-    if accelerator.device.type == "cuda":
-        return count + torch.cuda.get_device_name(accelerator.device)
-    return f"{count}{accelerator.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def _refuse_broken_weights(run: TrainingRun) -> None:
-    """A finite loss does not vouch for its gradient, and a checkpoint must be one that training can go on from."""
-    tensors = [parameter.detach() for parameter in run.model.parameters()]
-    if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
-        raise FloatingPointError(
-            f"The weights are not finite after step {run.state.step}: try a smaller learning_rate, bf16 or full "
-            "precision."
-        )
+@contextmanager
+def _full_precision(model: torch.nn.Module) -> Iterator[None]:
+    """
+    Lifts the autocast that accelerate lays around `forward` under mixed precision, and lays it back. What the model
+    computes outside of `forward` is float32 either way, and so is a model that is loaded from the run's folder.
+    """
+    wrapped = model.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
 
 
 @contextmanager
@@ -536,7 +527,7 @@ def _stop_cleanly(run: TrainingRun) -> Iterator[None]:
         last = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
         if isinstance(error, FloatingPointError):
             raise FloatingPointError(f"{error} Training stopped; {last}.") from error
-        way_on = " (go on with --resume_from_checkpoint latest)" if checkpoints else ""
+        way_on = f" ({'go on' if checkpoints else 'start over'} with --resume_from_checkpoint latest)"
         raise KeyboardInterrupt(f"Interrupted after step {run.state.step}; {last}{way_on}.") from error
     finally:
         if in_main_thread:

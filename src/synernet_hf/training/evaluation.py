@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from synernet_hf.data.checks import mask_ids
 from synernet_hf.metrics import MeanIoU
 
 
@@ -90,22 +91,15 @@ def _check_inputs(dataset: "Dataset", num_labels: int, class_names: Sequence[str
         )
 
 
-def _read_mask(record: dict) -> np.ndarray:
+def _read_mask(record: dict, num_labels: int, ignore_index: int) -> np.ndarray:
     image, mask = record["image"], record["mask"]
     name = record.get("image_id", "without id")
     if mask is None:
         raise ValueError(f"Picture {name} has no mask; every picture to evaluate on needs one: leave it out.")
-    if mask.size != image.size:
-        raise ValueError(
-            f"The mask of picture {name} is {mask.size[0]} x {mask.size[1]} (width x height), the picture "
-            f"{image.size[0]} x {image.size[1]}; equal sizes are expected."
-        )
-    ids = np.asarray(mask)
-    if ids.ndim != 2:
-        raise ValueError(
-            f"The mask of picture {name} has mode {mask.mode}; a palette or greyscale picture of ids is expected."
-        )
-    return ids.astype(np.int64)
+    try:
+        return mask_ids(mask, image.size, num_labels, ignore_index)
+    except ValueError as error:
+        raise ValueError(f"The mask of picture {name} {error}.") from error
 
 
 def segmentation_logits(
@@ -244,7 +238,8 @@ def evaluate_model(
         processor ([`SynerNetImageProcessor`]):
             Turns a picture into normalised pixel values; never resizes here.
         dataset (`datasets.Dataset`):
-            Records with `image`, `mask` (ids 0 to `K - 1`, 255 = ignore) and, for CAMs, `image_labels` (multi-hot over
+            Records with `image` and `mask` (ids 0 to `K - 1`, `config.semantic_loss_ignore_index` = ignore), both
+            decoded and thereby turned as their EXIF orientation says, and, for CAMs, `image_labels` (multi-hot over
             the `K - 1` foreground classes).
         class_names (`Sequence[str]`):
             The `K` class names in the order of the ids, background first.
@@ -283,13 +278,10 @@ def evaluate_model(
         positions = range(first, num_images, step)
         for position in tqdm(positions, desc="evaluate", disable=not kinds.get("progress", False) or first > 0):
             record = dataset[position]
-            mask = _read_mask(record)
+            mask = _read_mask(record, model.config.num_labels, ignore_index)
             predictions = scorer(record)
-            try:
-                for name, metric in metrics.items():
-                    metric.update(predictions[name], mask)
-            except ValueError as error:
-                raise ValueError(f"Picture {record.get('image_id', position)} cannot be scored. {error}") from error
+            for name, metric in metrics.items():
+                metric.update(predictions[name], mask)
     if accelerator is not None:
         for metric in metrics.values():
             metric.reduce(accelerator)

@@ -1,6 +1,7 @@
-"""Losses of a running training, read without making every step wait for the device."""
+"""Losses and weights of a running training, looked at without making every step wait for the device."""
 
 import math
+import platform
 
 import torch
 from accelerate import Accelerator
@@ -49,4 +50,42 @@ class LossMeter:
         return means
 
 
-__all__ = ["LossMeter"]
+def refuse_broken_weights(model: torch.nn.Module, step: int) -> None:
+    """
+    Looks at every weight: a finite loss does not vouch for its gradient, and a checkpoint must be one that training
+    can go on from.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model in training.
+        step (`int`):
+            Optimizer steps done.
+
+    Raises:
+        FloatingPointError: if a weight is NaN or infinite.
+    """
+    tensors = [parameter.detach() for parameter in model.parameters()]
+    if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+        raise FloatingPointError(
+            f"The weights are not finite after step {step}: try a smaller learning_rate, bf16 or full precision."
+        )
+
+
+def hardware(accelerator: Accelerator) -> str:
+    """
+    Names what a run was computed on, for its model card.
+
+    Args:
+        accelerator (`Accelerator`):
+            Of the run.
+
+    Returns:
+        `str`: such as `"2 × NVIDIA A100"` or `"cpu (x86_64, 2 threads)"`.
+    """
+    count = f"{accelerator.num_processes} × " if accelerator.num_processes > 1 else ""
+    if accelerator.device.type == "cuda":
+        return count + torch.cuda.get_device_name(accelerator.device)
+    return f"{count}{accelerator.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+__all__ = ["LossMeter", "hardware", "refuse_broken_weights"]

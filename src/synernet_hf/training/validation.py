@@ -1,4 +1,4 @@
-"""Everything that would make a run fail later, looked for before it starts."""
+"""Everything that would make a run fail later, looked for before it starts; data, model and record of the arguments."""
 
 import dataclasses
 import hashlib
@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from synernet_hf.data import check_dataset, class_names, id2label_from, load_wsss_dataset
-from synernet_hf.model import SynerNetConfig
+from synernet_hf.model import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation
 from synernet_hf.training.arguments import (
     DataArguments,
     InvalidArguments,
@@ -163,6 +163,31 @@ def model_config_from(model_args: ModelArguments, names: list[str]) -> SynerNetC
     return SynerNetConfig(backbone_config=backbone_config, id2label=id2label_from(names), **fields)
 
 
+def build_model(model_args: ModelArguments, names: list[str]) -> SynerNetForWeaklySupervisedSegmentation:
+    """
+    Makes the model, from a pretrained encoder or from random weights.
+
+    Args:
+        model_args ([`ModelArguments`]):
+            Encoder and fields.
+        names (`list[str]`):
+            Class names, background first.
+
+    Returns:
+        [`SynerNetForWeaklySupervisedSegmentation`]: in training mode, on the CPU.
+    """
+    if model_args.backbone is None:
+        model = SynerNetForWeaklySupervisedSegmentation(model_config_from(model_args, names))
+    else:
+        model = SynerNetForWeaklySupervisedSegmentation.from_backbone_pretrained(
+            model_args.backbone,
+            id2label=id2label_from(names),
+            backbone_overrides=model_args.backbone_overrides,
+            **model_args.model_config,
+        )
+    return model.train()
+
+
 def run_record(
     model_args: ModelArguments,
     data_args: DataArguments,
@@ -215,4 +240,4 @@ def run_record(
     }
 
 
-__all__ = ["load_data", "model_config_from", "run_record", "validate_arguments"]
+__all__ = ["build_model", "load_data", "model_config_from", "run_record", "validate_arguments"]
