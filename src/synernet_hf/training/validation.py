@@ -109,7 +109,7 @@ def load_data(data_args: DataArguments) -> datasets.DatasetDict:
 
 
 def _model_problems(model_args: ModelArguments, crop_size: int, names: list[str] | None) -> list[str]:
-    """Says what is wrong with the model arguments, without making a model."""
+    """Says what is wrong with the model arguments, without reading or drawing a weight."""
     if (model_args.backbone is None) == (model_args.backbone_config is None):
         got = "neither" if model_args.backbone is None else "both"
         return [f"Give either `backbone` (pretrained) or `backbone_config` (random weights), got {got}."]
@@ -127,8 +127,12 @@ def _model_problems(model_args: ModelArguments, crop_size: int, names: list[str]
             f"`model_config` sets {', '.join(sorted(named_labels))}, but the labels come from the data set: leave it out."
         )
     try:
-        patch_size = model_config_from(model_args, names or ["background", "object"]).patch_size
-    except (*INPUT_ERRORS, StrictDataclassError, KeyError, AttributeError) as error:
+        config = model_config_from(model_args, names or ["background", "object"])
+        patch_size = config.patch_size
+        # shapes only: the model itself checks what spans encoder and heads
+        with torch.device("meta"):
+            SynerNetForWeaklySupervisedSegmentation(config)
+    except (*INPUT_ERRORS, StrictDataclassError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
         source = model_args.backbone or "`backbone_config`"
         # the strict checks wrap the sentence that says what is wrong
         reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
