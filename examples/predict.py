@@ -103,8 +103,10 @@ def predict(args: argparse.Namespace) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for path in args.pictures:
         image = read_picture(path)
-        pixel_values = processor(images=image, do_resize=False, return_tensors="pt")["pixel_values"].to(device)
-        logits = model.multi_scale_logits(pixel_values, scales=args.scales, flip=args.flip)[0].float()
+        pixel_values = processor(images=image, return_tensors="pt")["pixel_values"].to(device)
+        logits = model.multi_scale_logits(pixel_values, scales=args.scales, flip=args.flip).float()
+        size = (image.height, image.width)
+        logits = torch.nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)[0]
         scores = logits.softmax(dim=0).cpu().numpy()  # (num_labels, height, width)
         if crf is not None:
             scores = crf(np.asarray(image), scores)

@@ -180,6 +180,9 @@ class SynerNetTrainingArguments:
             Probability of a grey picture.
         blur (`float`, *optional*, defaults to 1.0):
             Probability of Gaussian blur.
+        inference_size (`int`, *optional*):
+            Shortest edge, in pixels, to which the saved image processor resizes pictures at evaluation and inference;
+            `None` keeps their size. [authors: native size]
     """
 
     output_dir: str | None = field(default=None, metadata={"help": "Folder of the run; must not hold another one."})
@@ -214,6 +217,9 @@ class SynerNetTrainingArguments:
     color_jitter: float = field(default=0.8, metadata={"help": "Probability of colour jitter."})
     grayscale: float = field(default=0.2, metadata={"help": "Probability of a grey picture."})
     blur: float = field(default=1.0, metadata={"help": "Probability of Gaussian blur."})
+    inference_size: int | None = field(
+        default=None, metadata={"help": "Shortest edge at evaluation and inference (default: the picture's own size)."}
+    )
 
     def __post_init__(self):
         self.scale_range = [float(value) for value in self.scale_range]
@@ -236,7 +242,7 @@ class SynerNetTrainingArguments:
         for name in ("max_steps", "crop_size", "per_device_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 found.append(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name in ("eval_steps", "save_steps", "logging_steps", "save_total_limit"):
+        for name in ("eval_steps", "save_steps", "logging_steps", "save_total_limit", "inference_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 found.append(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for name in ("learning_rate", "encoder_lr_multiplier", "head_lr_multiplier", "max_grad_norm"):

@@ -237,9 +237,7 @@ def build_run(
         loader=loader,
         augmentation=augmentation,
         loss_weights=LossWeightSchedule(config),
-        processor=SynerNetImageProcessor(
-            image_mean=list(config.image_mean), image_std=list(config.image_std), size_divisor=config.patch_size
-        ),
+        processor=_make_processor(config, training_args.inference_size),
         splits=splits,
         data_args=data_args,
         training_args=training_args,
@@ -259,6 +257,17 @@ def build_run(
         # last, because it restores the random states too
         accelerator.load_state(str(checkpoint))
     return run
+
+
+def _make_processor(config, inference_size: int | None) -> SynerNetImageProcessor:
+    """The processor saved with the model; pictures keep their size unless one is named."""
+    resizing = {} if inference_size is None else {"do_resize": True, "size": {"shortest_edge": inference_size}}
+    return SynerNetImageProcessor(
+        image_mean=list(config.image_mean),
+        image_std=list(config.image_std),
+        size_divisor=config.patch_size,
+        **resizing,
+    )
 
 
 def _train_loader(

@@ -157,6 +157,13 @@ def single_scale_cams(
     return mean / (mean.amax(dim=(2, 3), keepdim=True) + 1e-5)
 
 
+def _resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Maps `(batch_size, channels, h, w)` at the picture's size: a processor may show the model another one."""
+    if tuple(maps.shape[-2:]) == size:
+        return maps
+    return torch.nn.functional.interpolate(maps.float(), size=size, mode="bilinear", align_corners=False)
+
+
 class _KindScorer:
     """Label maps of one picture for every kind asked for."""
 
@@ -181,9 +188,13 @@ class _KindScorer:
 
     def __call__(self, record: dict) -> dict[str, torch.Tensor | np.ndarray]:
         image = record["image"].convert("RGB")
-        inputs = self.processor(images=image, do_resize=False, do_center_crop=False, do_pad=False, return_tensors="pt")
+        inputs = self.processor(images=image, do_center_crop=False, do_pad=False, return_tensors="pt")
         pixel_values = inputs["pixel_values"].to(device=self.model.device)
-        logits = segmentation_logits(self.model, pixel_values, self.multi_scale, self.flip)
+        size = (image.height, image.width)
+        logits = {
+            name: _resized(values, size)
+            for name, values in segmentation_logits(self.model, pixel_values, self.multi_scale, self.flip).items()
+        }
         predictions = {name: values[0].argmax(dim=0) for name, values in logits.items()}
         if self.crf is not None:
             last = list(logits)[-1]
@@ -191,10 +202,12 @@ class _KindScorer:
             predictions[f"{last}_crf"] = self.crf(np.asarray(image), probabilities).argmax(axis=0)
         if self.cams or self.baselines:
             labels = torch.tensor([record["image_labels"]], dtype=torch.float32, device=self.model.device)
-            predictions |= self._cam_predictions(pixel_values, labels)
+            predictions |= self._cam_predictions(pixel_values, labels, size)
         return predictions
 
-    def _cam_predictions(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _cam_predictions(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor, size: tuple[int, int]
+    ) -> dict[str, torch.Tensor]:
         cams = {}
         if self.cams:
             output = self.model.generate_cams(pixel_values, labels=labels)
@@ -203,12 +216,11 @@ class _KindScorer:
             cams["single_scale_cam"] = single_scale_cams(self.model, pixel_values, labels)
         threshold = self.model.config.background_threshold
         predictions = {
-            kind: self.processor.post_process_class_activation_maps(maps, threshold=threshold)[0]
+            kind: self.processor.post_process_class_activation_maps(_resized(maps, size), threshold=threshold)[0]
             for kind, maps in cams.items()
         }
         if self.baselines:
-            height, width = pixel_values.shape[-2:]
-            predictions["background_only"] = torch.zeros(height, width, dtype=torch.int64)
+            predictions["background_only"] = torch.zeros(size, dtype=torch.int64)
         return predictions
 
 
