@@ -1,0 +1,277 @@
+"""
+What a trained SynerNet sees in single pictures, step by step from the layers' CAMs to the segmentation.
+
+    python benchmarks/figures.py runs/voc_animals --pictures 2007_000123 2008_000345 --data_dir path/to/VOCdevkit
+
+    python benchmarks/figures.py runs/voc_animals --pictures horse.jpg --labels horse person
+
+One PNG per picture goes to RUN/figures (or --output): CAMs of both layers of both branches, the labels they vote for
+and how far they agree; then each branch's own refined label, the two fused ones that teach the branches, and the
+segmentation, beside picture and ground truth. A number after a title is the mean IoU with the ground truth over the
+classes of this picture, in percent; uncertain pixels count as background there.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+from synernet_hf.metrics import MeanIoU
+from synernet_hf.model.cam_synernet import cams_to_pseudo_labels, layer_confidence, multi_scale_cams
+from synernet_hf.model.refinement_synernet import SynerNetPixelAdaptiveRefinement, refine_pseudo_labels
+from synernet_hf.model.supervision_synernet import BRANCHES, fuse_branches
+from synernet_hf.training import DataArguments, InvalidArguments
+from synernet_hf.training.validation import load_data
+from synernet_hf.visualization import colorize, figure_panels, heat_map, voc_palette
+
+
+LETTERS = {"broad": "B", "precise": "P"}
+UNCERTAIN = 255
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a trained model")
+    parser.add_argument("--pictures", nargs="+", required=True, help="ids of the validation split, or picture files")
+    parser.add_argument("--labels", nargs="+", help="classes of picture files (default: those the model finds)")
+    parser.add_argument("--output", type=Path, help="folder of the figures (default: RUN/figures)")
+    parser.add_argument("--panel_size", type=int, default=176, help="width and height of a panel in pixels")
+    data = parser.add_argument_group("data (default: as in training, from RUN/training_args.json)")
+    data.add_argument("--data_dir", help="folder of the data set")
+    data.add_argument("--image_labels", help="source of the image labels")
+    data.add_argument("--validation_split", help="list of pictures that the ids are looked up in")
+    return parser.parse_args(argv)
+
+
+def read_file(path: Path, labels: list[str] | None, names: list[str]) -> dict[str, Any]:
+    """A record of a picture file; without `labels` its `image_labels` are None."""
+    unknown = [name for name in labels or () if name not in names[1:]]
+    if unknown:
+        raise InvalidArguments(f"--labels has unknown classes {', '.join(unknown)}; known are {', '.join(names[1:])}.")
+    try:
+        with Image.open(path) as image:
+            picture = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InvalidArguments(
+            f"The picture {path} cannot be decoded ({error}); give a JPEG, PNG or the like."
+        ) from error
+    image_labels = None if labels is None else [float(name in labels) for name in names[1:]]
+    return {"image": picture, "image_id": path.stem, "image_labels": image_labels, "mask": None}
+
+
+def read_records(args: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]:
+    """
+    The chosen pictures: files as they are, everything else looked up in the validation split.
+
+    Raises:
+        InvalidArguments: if a picture is neither, or two would write the same figure.
+    """
+    wanted = [name for name in args.pictures if not Path(name).is_file()]
+    found = {}
+    if wanted:
+        path = args.run / "training_args.json"
+        settings = json.loads(path.read_text(encoding="utf-8"))["data_args"] if path.is_file() else {}
+        overrides = {name: getattr(args, name) for name in ("data_dir", "image_labels", "validation_split")}
+        settings |= {name: value for name, value in overrides.items() if value is not None}
+        if settings.get("dataset") is None:
+            raise InvalidArguments(f"{', '.join(wanted)}: no such files, and {path} names no data set with such ids.")
+        try:
+            split = load_data(DataArguments(**settings))["validation"]
+        except (OSError, ValueError) as error:
+            raise InvalidArguments(" ".join(str(error).split())) from error
+        positions = {image_id: position for position, image_id in enumerate(split["image_id"])}
+        missing = [name for name in wanted if name not in positions]
+        if missing:
+            raise InvalidArguments(
+                f"{', '.join(missing)}: neither files nor ids of the validation split, whose first is "
+                f"{next(iter(positions))}."
+            )
+        found = {name: split[positions[name]] for name in wanted}
+    records = [found[name] if name in found else read_file(Path(name), args.labels, names) for name in args.pictures]
+    ids = [record["image_id"] for record in records]
+    twice = sorted({image_id for image_id in ids if ids.count(image_id) > 1})
+    if twice:
+        raise InvalidArguments(f"{', '.join(twice)} would write the same figure twice; give each picture once.")
+    return records
+
+
+@torch.no_grad()
+def inspect_picture(model, processor, image: Image.Image, image_labels: list[float] | None) -> dict[str, Any]:
+    """
+    Everything the model makes of one picture at its own size.
+
+    Args:
+        model ([`SynerNetForWeaklySupervisedSegmentation`]):
+            The model, in evaluation mode.
+        processor ([`SynerNetImageProcessor`]):
+            Normalises; does not resize here.
+        image (`PIL.Image.Image`):
+            RGB picture, H × W.
+        image_labels (`list[float]`, *optional*):
+            Multi-hot; None takes the classes whose score is above 0, or else the best one.
+
+    Returns:
+        `dict[str, Any]`: `labels` `(C,)`; by (branch, layer) `cams` `(H, W)` (largest class, in [0, 1]) and `votes`
+        `(H, W)` (255 = uncertain); `confidence` `(H, W)`; `agreed` `(H, W)` (255 = not confident); by name
+        `label_maps` `(H, W)`: refined labels, fused labels and segmentations. Arrays of numpy.
+    """
+    config = model.config
+    pixel_values = processor(images=image, do_resize=False, return_tensors="pt")["pixel_values"].to(model.device)
+    outputs = model(pixel_values)
+    if image_labels is None:
+        scores = outputs.classification_logits
+        labels = ((scores > 0) | (scores == scores.amax(dim=1, keepdim=True))).float()
+    else:
+        labels = torch.tensor([image_labels], dtype=torch.float32, device=model.device)
+    low, high = config.low_threshold, config.high_threshold
+    cams = multi_scale_cams(model, pixel_values, labels, tuple(config.cam_scales), config.cam_flip)
+    layers = {
+        (branch, layer): maps for branch in BRANCHES for layer, maps in zip(("last", "aux"), cams[branch], strict=True)
+    }
+    votes = {
+        key: cams_to_pseudo_labels(maps, labels, low, high, ignore_index=UNCERTAIN) for key, maps in layers.items()
+    }
+    confidence, agreed = layer_confidence(torch.stack(list(votes.values())), UNCERTAIN)
+    agreed = agreed.masked_fill(confidence[:, 0] < config.confidence_threshold, UNCERTAIN)
+
+    pixels = torch.from_numpy(np.asarray(image).copy()).to(model.device)
+    unit_pixels = pixels.permute(2, 0, 1)[None].float() / 255
+    refinement = SynerNetPixelAdaptiveRefinement(config.refinement_dilations, config.refinement_iterations)
+    fused, _ = fuse_branches(config, cams, labels)
+    sources = {f"refined {LETTERS[branch]}-CAM": cams[branch][0] for branch in BRANCHES}
+    sources |= {f"label that teaches {LETTERS[branch]}": fused[branch] for branch in BRANCHES}
+    label_maps = {
+        name: refine_pseudo_labels(unit_pixels, maps, labels, low, high, None, UNCERTAIN, refinement)
+        for name, maps in sources.items()
+    }
+    for branches, title in (
+        ("both", "segmentation"),
+        ("broad", "segmentation of B"),
+        ("precise", "segmentation of P"),
+    ):
+        logits = model.multi_scale_logits(pixel_values, scales=(1.0,), inference_branches=branches)
+        label_maps[title] = logits.argmax(dim=1)
+    return {
+        "labels": labels[0].cpu().numpy(),
+        "cams": {key: maps[0].amax(dim=0).cpu().numpy() for key, maps in layers.items()},
+        "votes": {key: maps[0].cpu().numpy() for key, maps in votes.items()},
+        "confidence": confidence[0, 0].cpu().numpy(),
+        "agreed": agreed[0].cpu().numpy(),
+        "label_maps": {name: maps[0].cpu().numpy() for name, maps in label_maps.items()},
+    }
+
+
+def picture_iou(label_map: np.ndarray, truth: np.ndarray, num_labels: int) -> float:
+    """Mean IoU over the classes in `truth` `(H, W)`, in [0, 1]; 255 is left out of it and is background elsewhere."""
+    metric = MeanIoU(num_labels, UNCERTAIN)
+    metric.update(np.where(label_map == UNCERTAIN, 0, label_map), truth)
+    return metric.compute()["mean_iou_present"]
+
+
+def draw(record: dict[str, Any], seen: dict[str, Any], names: list[str], panel_size: int) -> Image.Image:
+    """
+    The figure of one picture.
+
+    Args:
+        record (`dict`):
+            `image`, `image_id` and `mask` (or None).
+        seen (`dict`):
+            Of [`inspect_picture`].
+        names (`list[str]`):
+            Class names, background first.
+        panel_size (`int`):
+            Width and height of a panel in pixels.
+
+    Returns:
+        `PIL.Image.Image`: rows of CAMs, of votes and of labels, and a legend of the classes.
+    """
+    image = record["image"].convert("RGB")
+    truth = None if record["mask"] is None else np.asarray(record["mask"]).astype(np.int64)
+    blank = Image.new("RGB", image.size, "white")
+
+    def labelled(title: str, label_map: np.ndarray) -> tuple[str, Image.Image]:
+        score = "" if truth is None else f" {100 * picture_iou(label_map, truth, len(names)):.0f}"
+        return title + score, colorize(label_map)
+
+    maps = seen["label_maps"]
+    wrong = blank
+    if truth is not None:
+        # wrong pixels light, all others dark
+        missed = (maps["segmentation"] != truth) & (truth != UNCERTAIN)
+        wrong = heat_map(missed.astype(np.float32), image, alpha=0.6)
+    present = [name for name, label in zip(names[1:], seen["labels"], strict=True) if label > 0]
+    rows = [
+        [
+            (", ".join(present), image),
+            *(
+                (f"{LETTERS[branch]}-CAM, {layer} layer", heat_map(cam, image))
+                for (branch, layer), cam in seen["cams"].items()
+            ),
+            ("share of equal votes", heat_map(seen["confidence"])),
+            ("errors of the segmentation" if truth is not None else "", wrong),
+        ],
+        [
+            ("ground truth", colorize(truth)) if truth is not None else ("no ground truth", blank),
+            *(
+                labelled(f"vote of {LETTERS[branch]}, {layer}", vote)
+                for (branch, layer), vote in seen["votes"].items()
+            ),
+            labelled("confident label", seen["agreed"]),
+        ],
+        [labelled(name, maps[name]) for name in ("segmentation", *(name for name in maps if name != "segmentation"))],
+    ]
+    shown = np.unique(
+        np.concatenate([np.unique(label_map) for label_map in (*maps.values(), *seen["votes"].values())])
+    )
+    palette = voc_palette()
+    legend = [
+        ("uncertain" if class_id == UNCERTAIN else names[class_id], np.full((12, panel_size, 3), palette[class_id]))
+        for class_id in shown
+    ]
+    columns = len(rows[0])
+    rows += [legend[start : start + columns] for start in range(0, len(legend), columns)]
+    return figure_panels(rows, panel_size=(panel_size, panel_size))
+
+
+def make_figures(args: argparse.Namespace) -> None:
+    """Loads run and pictures, and writes one figure per picture."""
+    if not (args.run / "config.json").is_file():
+        raise InvalidArguments(
+            f"{args.run} holds no trained model (no config.json); give the folder of a finished run."
+        )
+    if args.panel_size < 32:
+        raise InvalidArguments(f"--panel_size is {args.panel_size}; give at least 32 pixels.")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(args.run).to(device).eval()
+    processor = SynerNetImageProcessor.from_pretrained(args.run)
+    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    records = read_records(args, names)
+    output = args.output or args.run / "figures"
+    output.mkdir(parents=True, exist_ok=True)
+    for record in records:
+        seen = inspect_picture(model, processor, record["image"].convert("RGB"), record["image_labels"])
+        path = output / f"{record['image_id']}.png"
+        draw(record, seen, names, args.panel_size).save(path)
+        print(path, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the script; returns its exit code."""
+    args = parse_arguments(argv)
+    try:
+        make_figures(args)
+    except InvalidArguments as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""The scripts under benchmarks/: the ablation's rows are what they say, its runs are kept, figures are drawn."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from testing_utils import SynerNetModelTester
+
+from synernet_hf import SynerNetConfig
+from synernet_hf.training import InvalidArguments
+from synernet_hf.training.validation import MODEL_FIELDS, validate_arguments
+
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+LADDER = ["single", "two_branches", "cross_supervision", "complementary", "confidence"]
+TINY = {
+    "--dataset_options": {"num_train": 8, "num_validation": 3, "image_size": 32},
+    "--backbone_config": {
+        "model_type": "vit",
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    },
+    "--model_config": {
+        "decoder_hidden_size": 8,
+        "decoder_dilation": 2,
+        "projection_hidden_size": 16,
+        "projection_bottleneck_size": 8,
+        "prototype_size": 16,
+        "cam_scales": [1.0, 0.5],
+        "refinement_dilations": [1, 2],
+        "refinement_iterations": 1,
+    },
+}
+WORDS = "--data shapes --max_steps 2 --crop_size 32 --per_device_batch_size 2 --num_workers 0".split()
+WORDS += [word for name, value in TINY.items() for word in (name, json.dumps(value))]
+
+
+def load_benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def ablation() -> ModuleType:
+    return load_benchmark("ablation")
+
+
+@pytest.fixture(scope="module")
+def figures() -> ModuleType:
+    return load_benchmark("figures")
+
+
+@pytest.fixture(scope="module")
+def finished(ablation, tmp_path_factory) -> Path:
+    """Output of an ablation of two rows, one of them a single branch, each with one seed."""
+    output = tmp_path_factory.mktemp("ablation")
+    assert ablation.main([*WORDS, "--output", str(output), "--rows", "single", "confidence", "--seeds", "0"]) == 0
+    return output
+
+
+def report(output: Path) -> dict:
+    return json.loads((output / "ablation.json").read_text())["rows"]
+
+
+def test_the_rows_are_complete_and_in_the_papers_order(ablation):
+    assert list(ablation.ROWS)[: len(LADDER)] == LADDER
+    assert {"authors", "toco"} <= set(ablation.ROWS)
+    for row in ablation.ROWS.values():
+        assert set(row.model_config) <= MODEL_FIELDS
+        assert row.trained_as is None or ablation.ROWS[row.trained_as].model_config == row.model_config
+    # the last step of the ladder is the package as it is
+    assert ablation.ROWS["confidence"].model_config == {} == ablation.ROWS["confidence"].backbone_overrides
+
+
+def test_each_step_of_the_ladder_adds_one_part(ablation):
+    fields = [SynerNetConfig(**ablation.ROWS[name].model_config) for name in LADDER[1:]]
+    changed = [
+        {name for name in MODEL_FIELDS if getattr(before, name) != getattr(after, name)}
+        for before, after in zip(fields, fields[1:], strict=False)
+    ]
+    assert changed == [{"cross_supervision"}, {"spatial_bce_weight", "prototype_contrast_weight"}, {"fusion"}]
+
+
+def test_every_row_is_a_valid_run(ablation, tmp_path):
+    options, extra = ablation.parse_options([*WORDS, "--output", str(tmp_path)])
+    base = ablation.base_arguments(options, extra)
+    for name, row in ablation.ROWS.items():
+        model_args, data_args, training_args = ablation.row_arguments(base, row, 3, tmp_path / name)
+        validate_arguments(model_args, data_args, training_args)
+        assert training_args.seed == 3
+        assert model_args.model_config == base[0].model_config | row.model_config
+        assert row.backbone_overrides.items() <= model_args.backbone_config.items()
+    # rows leave the base as it was for the next one
+    assert base[0].model_config == TINY["--model_config"]
+    assert base[0].backbone_config == TINY["--backbone_config"]
+
+
+def test_rows_keep_what_the_recipe_says(ablation, tmp_path):
+    words = ["--data", "voc_animals", "--output", str(tmp_path), "--backbone", "some/encoder", "--crop_size", "160"]
+    base = ablation.base_arguments(*ablation.parse_options(words))
+    model_args, data_args, training_args = ablation.row_arguments(base, ablation.ROWS["authors"], 0, tmp_path)
+    assert (model_args.backbone, training_args.crop_size) == ("some/encoder", 160)
+    assert model_args.model_config["cam_scales"] == [1.0, 0.5, 1.5]
+    assert model_args.model_config["fusion"] == "fixed"
+    assert model_args.backbone_overrides["qkv_bias"] is False
+    assert data_args.metric_classes[0] == "background"
+
+
+def precise_gradients(row, disturbed: bool) -> list[torch.Tensor]:
+    """What the precise branch learns from a batch, beside one broad branch or, `disturbed`, another one."""
+    tester = SynerNetModelTester(**row.model_config)
+    model = tester.model()
+    if disturbed:
+        with torch.no_grad():
+            for parameter in model.synernet.broad_branch.parameters():
+                parameter.mul_(-1.5)
+    model(**tester.inputs(), training_progress=0.9).loss.backward()
+    gradients = [parameter.grad for parameter in model.synernet.precise_branch.parameters()]
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+@pytest.mark.parametrize(
+    ("name", "alone"), [("two_branches", True), ("toco", True), ("cross_supervision", False), ("confidence", False)]
+)
+def test_branches_of_single_rows_do_not_know_of_each_other(ablation, name, alone):
+    first, second = (precise_gradients(ablation.ROWS[name], disturbed) for disturbed in (False, True))
+    assert len(first) == len(second) > 20
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True)) == alone
+
+
+def test_the_ablation_writes_a_table(ablation, finished):
+    text = (finished / "ablation.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in rows] == ["| row", "| ---", "| single", "| confidence"]
+    assert len({line.count(" | ") for line in rows}) == 1
+    single, default = report(finished)["single"], report(finished)["confidence"]
+    assert set(default["summary"]) == set(ablation.COLUMNS)
+    assert not any(column.startswith("B-CAM") for column in single["summary"])
+    assert single["seeds"]["0"]["fused_cam"] == single["seeds"]["0"]["precise_cam"]
+    assert default["seeds"]["0"]["segmentation"]["num_images"] == 3
+    # models stay for figures, what only training needs goes
+    for name in ("two_branches", "confidence"):
+        run = finished / "runs" / f"{name}-seed0"
+        assert (run / "model.safetensors").is_file()
+        assert not (run / "best").exists() and not list(run.glob("checkpoint-*"))
+
+
+def test_finished_rows_are_kept(ablation, finished, monkeypatch, capsys):
+    def refuse(*arguments):
+        raise AssertionError("trained again")
+
+    before = report(finished)
+    monkeypatch.setattr(ablation, "train", refuse)
+    words = [*WORDS, "--output", str(finished), "--seeds", "0", "--rows"]
+    # two_branches is the other reading of the run that `single` has left
+    assert ablation.main([*words, "single", "confidence", "two_branches"]) == 0
+    assert capsys.readouterr().out.count("finished before") == 2
+    after = report(finished)
+    assert list(after) == ["single", "two_branches", "confidence"]
+    assert {name: after[name] for name in before} == before
+    assert after["two_branches"]["seeds"]["0"]["precise_cam"] == before["single"]["seeds"]["0"]["precise_cam"]
+
+
+def test_other_settings_and_taken_options_are_refused(ablation, finished, tmp_path, capsys):
+    words = [*WORDS, "--output", str(finished), "--rows", "single"]
+    assert ablation.main([*words, "--learning_rate", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "learning_rate" in error and "single-seed0.json" in error
+    assert ablation.main([*WORDS, "--output", str(tmp_path / "new"), "--seed", "4"]) == 2
+    assert "--seeds" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_killed_run_starts_over(ablation, tmp_path, monkeypatch):
+    folder = tmp_path / "runs" / "confidence-seed0"
+    folder.mkdir(parents=True)
+    (folder / "training_args.json").write_text("{}")
+    options, extra = ablation.parse_options([*WORDS, "--output", str(tmp_path)])
+    base = ablation.base_arguments(options, extra)
+    calls = []
+
+    def fake_train(model_args, data_args, training_args):
+        calls.append(training_args.output_dir)
+        assert not folder.exists()
+        return {"training": {"minutes": 1.0}}
+
+    monkeypatch.setattr(ablation, "train", fake_train)
+    for _ in range(2):
+        assert ablation.trained_run(base, "confidence", 0, tmp_path) == (folder, {"minutes": 1.0})
+    assert calls == [str(folder)]
+
+
+def test_means_and_deviations(ablation):
+    def content(value: float) -> dict:
+        return {"results": {"segmentation": {"mean_iou": value}, "training": {"minutes": 2.0}}}
+
+    summary = ablation.summarise({"authors": {0: content(0.2), 1: content(0.4)}, "toco": {0: content(0.1)}})
+    assert summary["authors"]["segmentation mIoU"] == {
+        "mean": pytest.approx(0.3),
+        "std": pytest.approx(2**0.5 / 10),
+        "values": [0.2, 0.4],
+    }
+    text = ablation.table(summary, {"authors": [0, 1], "toco": [0]})
+    assert "| 30.0 ± 14.1 | - |" in text
+    assert "| 10.0 | - |" in text
+
+
+def test_figures_of_the_split_and_of_a_file(figures, finished, tmp_path, capsys):
+    run = finished / "runs" / "confidence-seed0"
+    picture = tmp_path / "mine.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 46, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(picture)
+    words = [str(run), "--pictures", "validation_000001", str(picture), "--output", str(tmp_path / "out")]
+    assert figures.main([*words, "--panel_size", "64"]) == 0
+    drawn = [Image.open(line).convert("RGB") for line in capsys.readouterr().out.split()]
+    assert [Path(path).name for path in sorted((tmp_path / "out").iterdir())] == ["mine.png", "validation_000001.png"]
+    # seven panels side by side, four rows or more, and not all of one colour
+    for figure in drawn:
+        assert figure.width == 8 + 7 * (64 + 8) and figure.height > 3 * 40
+        assert np.asarray(figure).std() > 10
+    assert figures.main([*words[:2], "validation_999999"]) == 2
+    assert "validation_000000" in capsys.readouterr().err
+
+
+def test_what_a_figure_shows(figures, finished):
+    from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+
+    run = finished / "runs" / "confidence-seed0"
+    model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(run).eval()
+    processor = SynerNetImageProcessor.from_pretrained(run)
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 48, 3), dtype=np.uint8))
+    image_labels = [1.0, 0.0, 1.0, 0.0, 0.0]
+    seen = figures.inspect_picture(model, processor, image, image_labels)
+    # the labels of the figure are those of training
+    pixel_values = processor(images=image, do_resize=False, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        taught = model(pixel_values, labels=torch.tensor([image_labels]), loss_weights={"segmentation": 1.0})
+    label_map = seen["label_maps"]["label that teaches P"]
+    assert (label_map == taught.pseudo_labels[0].numpy()).mean() > 0.99
+    np.testing.assert_allclose(seen["confidence"], taught.confidence[0, 0].numpy())
+    assert set(np.unique(seen["votes"]["broad", "aux"])) <= {0, 1, 3, 255}
+    truth = np.zeros((32, 48), dtype=np.int64)
+    truth[:16] = 2
+    assert figures.picture_iou(truth, truth, 6) == 1.0
+    assert figures.picture_iou(np.full_like(truth, 255), truth, 6) == pytest.approx(0.25)
+
+
+def test_unknown_classes_are_refused(figures, tmp_path):
+    with pytest.raises(InvalidArguments, match="zebra"):
+        figures.read_file(tmp_path / "any.png", ["zebra"], ["background", "cat"])
