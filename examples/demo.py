@@ -35,7 +35,8 @@ KINDS = {
     "broad_cam": "B-CAM (broad branch)",
     "precise_cam": "P-CAM (precise branch)",
     "fused_cam": "fused CAM",
-    "single_scale_cam": "baseline: single-scale CAM",
+    "single_scale_cam": "baseline: single-scale CAM, true image labels",
+    "single_scale_cam_predicted": "baseline: single-scale CAM, predicted labels",
     "background_only": "baseline: background only",
 }
 
@@ -79,11 +80,11 @@ def train(config: str, output_dir: Path, extra: list[str]) -> None:
 
 def print_scores(results: dict[str, dict]) -> None:
     """One line per kind of prediction: mIoU, recall and precision over all classes, in percent."""
-    print(f"{'':<30}  mIoU  recall  precision")
+    print(f"{'':<44}  mIoU  recall  precision")
     for kind, title in KINDS.items():
         scores = results[kind]
         print(
-            f"{title:<30}  {100 * scores['mean_iou']:4.1f}  {100 * scores['recall']:6.1f}"
+            f"{title:<44}  {100 * scores['mean_iou']:4.1f}  {100 * scores['recall']:6.1f}"
             f"  {100 * scores['precision']:9.1f}"
         )
 
@@ -143,7 +144,7 @@ def run_demo(options: argparse.Namespace, extra: list[str]) -> None:
     say("1/4 Training on generated pictures with image labels only")
     train(options.config, folder, extra)
 
-    say("2/4 Evaluating the segmentation, each branch's CAM and two baselines on pictures with known masks")
+    say("2/4 Evaluating the segmentation, each branch's CAM and baselines on pictures with known masks")
     splits = load_wsss_dataset(
         data_args.dataset,
         data_args.data_dir,

@@ -22,6 +22,7 @@ RESULT_NAMES = {
     "broad_aux_cam": "B-CAM, auxiliary layer",
     "precise_aux_cam": "P-CAM, auxiliary layer",
     "single_scale_cam": "single-scale CAM (baseline)",
+    "single_scale_cam_predicted": "single-scale CAM of predicted classes (baseline)",
     "background_only": "background only (baseline)",
 }
 

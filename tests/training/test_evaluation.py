@@ -59,6 +59,9 @@ class OracleModel(torch.nn.Module):
         class_ids = torch.round((pixel_values[:, 0] * 0.229 + 0.485) * 255 / 100).long()
         return torch.nn.functional.one_hot(class_ids, 3).permute(0, 3, 1, 2).float().roll(self.shift, dims=-1)
 
+    def forward(self, pixel_values):
+        return SimpleNamespace(classification_logits=self.one_hot(pixel_values)[:, 1:].amax(dim=(2, 3)) - 0.5)
+
     def multi_scale_logits(self, pixel_values, scales, flip):
         self.seen.append((tuple(scales), flip))
         return self.one_hot(pixel_values)
@@ -82,6 +85,7 @@ def test_an_oracle_scores_one_everywhere_and_background_only_does_not(label_maps
         "segmentation_multi_scale_flip",
         *CAM_KINDS,
         "single_scale_cam",
+        "single_scale_cam_predicted",
         "background_only",
     ]
     background_only = results.pop("background_only")
@@ -277,6 +281,21 @@ def shapes_run(tiny_config, tmp_path):
     return tmp_path / "run"
 
 
+def test_predictions_of_resized_pictures_are_scored_at_the_pictures_size():
+    plain = [np.full((12, 20), 1), np.full((18, 10), 2)]
+    model = OracleModel()
+    processor = SynerNetImageProcessor(do_resize=True, size={"shortest_edge": 31})
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[-2:])))
+    results = evaluate_model(
+        model, processor, make_split(plain, ignored=0), class_names=NAMES, multi_scale=True, baselines=True
+    )
+    assert [min(size) for size in seen] == [31, 31]
+    assert results["segmentation"]["per_class_iou"]["background"] is None
+    for kind in ("segmentation", "segmentation_multi_scale", "fused_cam", "single_scale_cam_predicted"):
+        assert results[kind]["mean_iou_present"] == 1.0
+
+
 def test_evaluate_script_takes_its_data_from_the_run(root, shapes_run, tmp_path, capsys):
     script = load_script(root, "evaluate")
     output = tmp_path / "scores" / "scores.json"
@@ -288,6 +307,7 @@ def test_evaluate_script_takes_its_data_from_the_run(root, shapes_run, tmp_path,
         "segmentation_multi_scale",
         *CAM_KINDS,
         "single_scale_cam",
+        "single_scale_cam_predicted",
         "background_only",
     ]
     assert scores["results"]["background_only"]["num_images"] == 3

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 CAM_KINDS = ("broad_cam", "precise_cam", "fused_cam", "broad_aux_cam", "precise_aux_cam")
-BASELINE_KINDS = ("single_scale_cam", "background_only")
+BASELINE_KINDS = ("single_scale_cam", "single_scale_cam_predicted", "background_only")
 
 
 class PredictionKinds(TypedDict, total=False):
@@ -36,7 +36,8 @@ class PredictionKinds(TypedDict, total=False):
         cams (`bool`, *optional*, defaults to `True`):
             Also score the class activation maps, given the true image labels.
         baselines (`bool`, *optional*, defaults to `False`):
-            Also score a plain single-scale CAM and a prediction of nothing but background.
+            Also score a plain single-scale CAM, once with the true image labels and once with those that the
+            classifier predicts, and a prediction of nothing but background.
         crf (`Callable[[np.ndarray, np.ndarray], np.ndarray]`, *optional*):
             Post-processing of the last segmentation listed, such as [`~synernet_hf.crf.DenseCRF`]: called with the
             picture (uint8, `(height, width, 3)`) and class probabilities (float32, `(num_labels, height, width)`),
@@ -214,6 +215,9 @@ class _KindScorer:
             cams = {kind: output[f"{kind}s"] for kind in CAM_KINDS}
         if self.baselines:
             cams["single_scale_cam"] = single_scale_cams(self.model, pixel_values, labels)
+            # as the segmentation has to do: without being told what is in the picture
+            predicted = (self.model(pixel_values).classification_logits > 0).float()
+            cams["single_scale_cam_predicted"] = single_scale_cams(self.model, pixel_values, predicted)
         threshold = self.model.config.background_threshold
         predictions = {
             kind: self.processor.post_process_class_activation_maps(_resized(maps, size), threshold=threshold)[0]
@@ -248,7 +252,7 @@ def evaluate_model(
         model ([`SynerNetForWeaklySupervisedSegmentation`]):
             The model, unwrapped, on its device. Its training mode is restored afterwards.
         processor ([`SynerNetImageProcessor`]):
-            Turns a picture into normalised pixel values; never resizes here.
+            Turns a picture into normalised pixel values, resized if it is set to; predictions are resized back.
         dataset (`datasets.Dataset`):
             Records with `image` and `mask` (ids 0 to `K - 1`, `config.semantic_loss_ignore_index` = ignore), both
             decoded and thereby turned as their EXIF orientation says, and, for CAMs, `image_labels` (multi-hot over
@@ -267,8 +271,8 @@ def evaluate_model(
     Returns:
         `dict[str, dict]`: By kind (`"segmentation"`, `"segmentation_multi_scale"`, `"segmentation_multi_scale_flip"`,
         the last of these + `"_crf"`, `"broad_cam"`, `"precise_cam"`, `"fused_cam"`, `"broad_aux_cam"`,
-        `"precise_aux_cam"`, `"single_scale_cam"`, `"background_only"`, as asked for) a dictionary of scores in [0, 1]:
-        `"mean_iou"`, `"recall"` and `"precision"` (means over the metric classes), `"foreground_recall"` and
+        `"precise_aux_cam"`, `"single_scale_cam"`, `"single_scale_cam_predicted"`, `"background_only"`, as asked for)
+        a dictionary of scores in [0, 1]: `"mean_iou"`, `"recall"` and `"precision"` (means over the metric classes), `"foreground_recall"` and
         `"foreground_precision"` (the same without background), `"mean_iou_present"` (over all classes that occur in
         the masks), `"pixel_accuracy"`, `"per_class_iou"` (by name, `None` for a class that does not occur) and
         `"num_images"`.
