@@ -111,15 +111,21 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 def finished(tmp_path_factory):
     """A run of four steps that was not interrupted: its folder and what `train` returned."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    return folder, run(folder, report_to="tensorboard", inference_size=40)
+    return folder, run(folder, report_to="tensorboard")
+
+
+def test_the_inference_size_is_saved_with_the_model(tmp_path):
+    run(tmp_path / "run", max_steps=1, inference_size=40)
+    processor = json.loads((tmp_path / "run" / "preprocessor_config.json").read_text())
+    assert processor["do_resize"]
+    assert processor["size"] == {"shortest_edge": 40}
 
 
 def test_a_run_leaves_a_complete_folder(finished):
     folder, results = finished
     for name in ("model.safetensors", "config.json", "preprocessor_config.json", "README.md", "eval_results.json"):
         assert (folder / name).stat().st_size > 0
-    processor = json.loads((folder / "preprocessor_config.json").read_text())
-    assert processor["do_resize"] and processor["size"] == {"shortest_edge": 40}
+    assert not json.loads((folder / "preprocessor_config.json").read_text())["do_resize"]
     assert list(folder.rglob("events.out.tfevents*"))
     assert not list(folder.rglob("*.tmp"))
     record = json.loads((folder / "training_args.json").read_text())
