@@ -80,11 +80,11 @@ def train(config: str, output_dir: Path, extra: list[str]) -> None:
 
 def print_scores(results: dict[str, dict]) -> None:
     """One line per kind of prediction: mIoU, recall and precision over all classes, in percent."""
-    print(f"{'':<44}  mIoU  recall  precision")
+    print(f"{'':<46}  mIoU  recall  precision")
     for kind, title in KINDS.items():
         scores = results[kind]
         print(
-            f"{title:<44}  {100 * scores['mean_iou']:4.1f}  {100 * scores['recall']:6.1f}"
+            f"{title:<46}  {100 * scores['mean_iou']:4.1f}  {100 * scores['recall']:6.1f}"
             f"  {100 * scores['precision']:9.1f}"
         )
 
