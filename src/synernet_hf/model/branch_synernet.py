@@ -1,46 +1,16 @@
 """One branch of SynerNet: a ViT encoder with its CAM heads, decoder and projection head."""
 
+import copy
 import inspect
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedConfig
-from transformers.utils import ModelOutput
 
 from .cam_synernet import class_activation_maps
 from .configuration_synernet import SynerNetConfig
-
-
-@dataclass
-class SynerNetBranchOutput(ModelOutput):
-    """
-    What one branch makes of a batch; `h` and `w` count tokens.
-
-    Args:
-        classification_logits (`torch.FloatTensor` of shape `(B, C)`): pooled class scores of the last layer.
-        auxiliary_classification_logits (`torch.FloatTensor` of shape `(B, C)`): those of the auxiliary layer.
-        cam_logits (`torch.FloatTensor` of shape `(B, C, h, w)`): the last layer's CAM, unnormalised.
-        auxiliary_cam_logits (`torch.FloatTensor` of shape `(B, C, h, w)`): the auxiliary layer's CAM, unnormalised.
-        logits (`torch.FloatTensor` of shape `(B, K, h, w)`): segmentation logits.
-        features (`torch.FloatTensor` of shape `(B, D, h, w)`): patch features after the final normalisation.
-        auxiliary_features (`torch.FloatTensor` of shape `(B, D, h, w)`): patch features of the auxiliary layer.
-        class_token (`torch.FloatTensor` of shape `(B, D)`): class token after the final normalisation.
-        hidden_states (`tuple(torch.FloatTensor)`, *optional*): embeddings and every block's output, if asked for.
-        attentions (`tuple(torch.FloatTensor)`, *optional*): attention maps, if asked for.
-    """
-
-    classification_logits: torch.FloatTensor | None = None
-    auxiliary_classification_logits: torch.FloatTensor | None = None
-    cam_logits: torch.FloatTensor | None = None
-    auxiliary_cam_logits: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    features: torch.FloatTensor | None = None
-    auxiliary_features: torch.FloatTensor | None = None
-    class_token: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+from .outputs_synernet import SynerNetBranchOutput
 
 
 class SynerNetClassActivationHead(nn.Module):
@@ -55,7 +25,11 @@ class SynerNetClassActivationHead(nn.Module):
         """`(B, D, h, w)` features → class scores `(B, C)` and CAM logits `(B, C, h, w)`."""
         tokens = features.flatten(2)
         pooled = tokens.topk(min(self.pooling_top_k, tokens.shape[-1]), dim=-1).values.mean(dim=-1)
-        return self.classifier(pooled), class_activation_maps(features, self.classifier.weight)
+        return self.classifier(pooled), self.cam_logits(features)
+
+    def cam_logits(self, features: torch.Tensor) -> torch.Tensor:
+        """`(B, D, h, w)` features → CAM logits `(B, C, h, w)`."""
+        return class_activation_maps(features, self.classifier.weight)
 
 
 class SynerNetDecodeHead(nn.Module):
@@ -96,25 +70,60 @@ class SynerNetProjectionHead(nn.Module):
         return F.linear(bottleneck, F.normalize(self.directions.weight, dim=-1))
 
 
+class SynerNetSharedEncoder(nn.Module):
+    """The first `config.shared_encoder_layers` blocks of the encoder, run once for both branches."""
+
+    def __init__(self, config: SynerNetConfig):
+        super().__init__()
+        self.backbone = _part_of_encoder(config, config.shared_encoder_layers)
+        # the final normalisation belongs to the branches
+        setattr(self.backbone, _norm_name(self.backbone), nn.Identity())
+        self.backbone_arguments = _forward_arguments(self.backbone)
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`(B, 3, H, W)`, sides multiples of the patch → embeddings and every shared block's output, `(B, N, D)` each."""
+        return self.backbone(
+            pixel_values, output_hidden_states=True, return_dict=True, **self.backbone_arguments
+        ).hidden_states
+
+
 class SynerNetBranch(nn.Module):
-    """One encoder with its CAM heads, decoder and projection head."""
+    """One encoder, or what follows the shared blocks, with its CAM heads, decoder and projection head."""
 
     def __init__(self, config: SynerNetConfig):
         super().__init__()
         self.auxiliary_layer_index = config.auxiliary_layer_index
-        self.backbone = AutoModel.from_config(config.backbone_config, **pooling_arguments(config.backbone_config))
-        accepted = inspect.signature(type(self.backbone).forward).parameters
-        self.backbone_arguments = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
+        self.additional_cam_layers = config.additional_cam_layers
+        shared = config.shared_encoder_layers
+        self.backbone = _part_of_encoder(config, config.backbone_config.num_hidden_layers - shared)
+        if shared:
+            self.backbone.embeddings = nn.Identity()
+        self.backbone_arguments = _forward_arguments(self.backbone)
         self.cam_head = SynerNetClassActivationHead(config)
         self.auxiliary_cam_head = SynerNetClassActivationHead(config)
         self.decode_head = SynerNetDecodeHead(config)
         self.projection_head = SynerNetProjectionHead(config) if config.with_projection_head else None
 
-    def encode(self, pixel_values: torch.Tensor, patch_size: int, output_attentions: bool = False):
+    def encode(
+        self,
+        pixel_values: torch.Tensor,
+        shared_states: tuple[torch.Tensor, ...] | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...] | None]:
         """
-        `(B, 3, H, W)`, sides multiples of the patch → features and auxiliary features `(B, D, h, w)`, class token
-        `(B, D)`, hidden states and attentions.
+        Runs the encoder.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): sides multiples of the patch.
+            shared_states (`tuple[torch.Tensor]`, *optional*): of [`SynerNetSharedEncoder`], where blocks are shared.
+            output_attentions (`bool`, *optional*, defaults to `False`): whether to return attention maps.
+
+        Returns:
+            `tuple`: all tokens after the final normalisation, `(B, N, D)`; the hidden states, embeddings first;
+            the attention maps or `None`.
         """
+        if shared_states is not None:
+            return *self._continue(pixel_values, shared_states), None
         encoded = self.backbone(
             pixel_values,
             output_hidden_states=True,
@@ -122,23 +131,40 @@ class SynerNetBranch(nn.Module):
             return_dict=True,
             **self.backbone_arguments,
         )
-        grid = (pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size)
+        return encoded.last_hidden_state, encoded.hidden_states, encoded.attentions
 
-        def patch_map(tokens: torch.Tensor) -> torch.Tensor:
-            # prefix tokens (class, distillation, registers) come first in every family
-            return tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
+    def _continue(self, pixel_values: torch.Tensor, shared_states: tuple[torch.Tensor, ...]):
+        tokens, states = shared_states[-1], list(shared_states)
+        arguments = {}
+        if hasattr(self.backbone, "rope_embeddings"):
+            arguments["position_embeddings"] = self.backbone.rope_embeddings(pixel_values.to(tokens.dtype))
+        for block in encoder_blocks(self.backbone):
+            tokens = block(tokens, **arguments)
+            states.append(tokens)
+        return getattr(self.backbone, _norm_name(self.backbone))(tokens), tuple(states)
 
-        tokens = encoded.last_hidden_state
-        auxiliary = patch_map(encoded.hidden_states[self.auxiliary_layer_index])
-        return patch_map(tokens), auxiliary, tokens[:, 0], encoded.hidden_states, encoded.attentions
+    def cam_logits(
+        self, pixel_values: torch.Tensor, patch_size: int, shared_states: tuple[torch.Tensor, ...] | None = None
+    ) -> list[torch.Tensor]:
+        """CAM logits `(B, C, h, w)` of the last, the auxiliary and the additional layers, without the decoder."""
+        tokens, hidden_states, _ = self.encode(pixel_values, shared_states)
+        grid = _grid(pixel_values, patch_size)
+        layers = (self.auxiliary_layer_index, *self.additional_cam_layers)
+        maps = [self.cam_head.cam_logits(_patch_map(tokens, grid))]
+        return maps + [self.auxiliary_cam_head.cam_logits(_patch_map(hidden_states[layer], grid)) for layer in layers]
 
     def forward(
-        self, pixel_values: torch.Tensor, patch_size: int, output_attentions: bool = False
+        self,
+        pixel_values: torch.Tensor,
+        patch_size: int,
+        shared_states: tuple[torch.Tensor, ...] | None = None,
+        output_attentions: bool = False,
     ) -> SynerNetBranchOutput:
         """`(B, 3, H, W)` pictures, sides multiples of the patch → everything the branch computes."""
-        features, auxiliary, class_token, hidden_states, attentions = self.encode(
-            pixel_values, patch_size, output_attentions
-        )
+        tokens, hidden_states, attentions = self.encode(pixel_values, shared_states, output_attentions)
+        grid = _grid(pixel_values, patch_size)
+        features = _patch_map(tokens, grid)
+        auxiliary = _patch_map(hidden_states[self.auxiliary_layer_index], grid)
         scores, cam_logits = self.cam_head(features)
         auxiliary_scores, auxiliary_cam_logits = self.auxiliary_cam_head(auxiliary)
         return SynerNetBranchOutput(
@@ -149,10 +175,59 @@ class SynerNetBranch(nn.Module):
             logits=self.decode_head(features),
             features=features,
             auxiliary_features=auxiliary,
-            class_token=class_token,
+            class_token=tokens[:, 0],
             hidden_states=hidden_states,
             attentions=attentions,
         )
+
+
+def encoder_blocks(backbone: nn.Module) -> nn.ModuleList:
+    """The blocks of a ViT-family encoder, which each family keeps under another name."""
+    for owner in (backbone, getattr(backbone, "encoder", None), getattr(backbone, "model", None)):
+        for name in ("layers", "layer"):
+            if isinstance(getattr(owner, name, None), nn.ModuleList):
+                return getattr(owner, name)
+    raise ValueError(
+        f"Sharing blocks needs a ViT-family encoder whose blocks are a module list, got {type(backbone).__name__}; "
+        "set `shared_encoder_layers` to 0."
+    )
+
+
+def copy_encoder(source: nn.Module, target: nn.Module, first_block: int = 0):
+    """Gives `target`, all or a run of the blocks of the encoder `source` from `first_block` on, its weights."""
+    for block, original in zip(encoder_blocks(target), encoder_blocks(source)[first_block:], strict=False):
+        block.load_state_dict(original.state_dict())
+    for name in ("embeddings", "layernorm", "norm"):
+        part = getattr(target, name, None)
+        if part is not None and not isinstance(part, nn.Identity):
+            part.load_state_dict(getattr(source, name).state_dict())
+
+
+def _part_of_encoder(config: SynerNetConfig, num_blocks: int) -> nn.Module:
+    """An encoder of `config.backbone_config` with `num_blocks` blocks."""
+    backbone_config = config.backbone_config
+    if num_blocks != backbone_config.num_hidden_layers:
+        backbone_config = copy.deepcopy(backbone_config)
+        backbone_config.num_hidden_layers = num_blocks
+    return AutoModel.from_config(backbone_config, **pooling_arguments(backbone_config))
+
+
+def _norm_name(backbone: nn.Module) -> str:
+    return "layernorm" if hasattr(backbone, "layernorm") else "norm"
+
+
+def _forward_arguments(backbone: nn.Module) -> dict[str, bool]:
+    accepted = inspect.signature(type(backbone).forward).parameters
+    return {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
+
+
+def _grid(pixel_values: torch.Tensor, patch_size: int) -> tuple[int, int]:
+    return pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
+
+
+def _patch_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """`(B, prefix + h·w, D)` → `(B, D, h, w)`: prefix tokens (class, distillation, registers) come first everywhere."""
+    return tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
 
 
 def pooling_arguments(backbone_config: PreTrainedConfig) -> dict[str, bool]:
@@ -162,9 +237,11 @@ def pooling_arguments(backbone_config: PreTrainedConfig) -> dict[str, bool]:
 
 __all__ = [
     "SynerNetBranch",
-    "SynerNetBranchOutput",
     "SynerNetClassActivationHead",
     "SynerNetDecodeHead",
     "SynerNetProjectionHead",
+    "SynerNetSharedEncoder",
+    "copy_encoder",
+    "encoder_blocks",
     "pooling_arguments",
 ]

@@ -73,7 +73,7 @@ def multi_scale_cams(
     labels: torch.Tensor | None = None,
     scales: tuple[float, ...] = (1.0, 0.5, 0.75, 1.5),
     flip: bool = True,
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+) -> dict[str, tuple[torch.Tensor, ...]]:
     """
     CAMs of both branches summed over scales, without gradient (authors' code).
 
@@ -89,8 +89,8 @@ def multi_scale_cams(
         flip (`bool`, *optional*, defaults to `True`): whether to use the mirrored picture too.
 
     Returns:
-        `dict[str, tuple[torch.Tensor, torch.Tensor]]`: for `"broad"` and `"precise"` the last layer's and the
-        auxiliary layer's CAMs, each `(B, C, H, W)` in [0, 1].
+        `dict[str, tuple[torch.Tensor, ...]]`: for `"broad"` and `"precise"` the CAMs of the last layer, the auxiliary
+        layer and `config.additional_cam_layers`, each `(B, C, H, W)` in [0, 1].
     """
     size = tuple(pixel_values.shape[-2:])
     slots = None if labels is None else own_classes(labels)
@@ -105,7 +105,7 @@ def multi_scale_cams(
                 if flip:
                     straight, mirrored = logits.chunk(2)
                     logits = torch.maximum(straight, mirrored.flip(-1))
-                totals.setdefault(branch, [0, 0])[index] += logits.relu_()
+                totals.setdefault(branch, [0] * len(maps))[index] += logits.relu_()
     normalized = {branch: [normalize_cams(total) for total in pair] for branch, pair in totals.items()}
     if slots is not None:
         normalized = {

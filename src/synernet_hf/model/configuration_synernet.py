@@ -51,6 +51,9 @@ class SynerNetConfig(PreTrainedConfig):
         auxiliary_layer_index (`int`, *optional*, defaults to -3):
             Which of the encoder's hidden states (embeddings first, so -3 of 12 blocks is the output of the 10th)
             feeds the auxiliary classifier. [authors]
+        shared_encoder_layers (`int`, *optional*, defaults to 0):
+            Blocks, counted from the picture, that both branches share: less memory and time, less difference between
+            the branches. [ours; authors: none]
         decoder_hidden_size (`int`, *optional*, defaults to 512):
             Channels of the LargeFOV decoder. [authors]
         decoder_dilation (`int`, *optional*, defaults to 5):
@@ -99,6 +102,9 @@ class SynerNetConfig(PreTrainedConfig):
             Share of the broad CAM in the label that teaches the precise branch. [authors]
         fusion_range (`float`, *optional*, defaults to 0.2):
             How far the per-pixel share may leave the constant one. [ours]
+        confidence_layers (`list[int]`, *optional*):
+            Hidden states whose CAMs vote on the confidence of a pixel; others than the last read the auxiliary
+            classifier. `None` means the auxiliary and the last one. [paper: several layers; which are ours]
         confidence_threshold (`float`, *optional*, defaults to 1.0):
             Share of equal votes from which a pixel is confident; 1 means unanimous. [ours]
         cross_supervision (`bool`, *optional*, defaults to `True`):
@@ -165,6 +171,7 @@ class SynerNetConfig(PreTrainedConfig):
     backbone_config: dict | PreTrainedConfig | None = None
     pooling_top_k: int = 5
     auxiliary_layer_index: int = -3
+    shared_encoder_layers: int = 0
     decoder_hidden_size: int = 512
     decoder_dilation: int = 5
     with_projection_head: bool = True
@@ -188,6 +195,7 @@ class SynerNetConfig(PreTrainedConfig):
     broad_label_share: float | int = 0.3
     precise_label_share: float | int = 0.5
     fusion_range: float | int = 0.2
+    confidence_layers: list[int] | tuple[int, ...] | None = None
     confidence_threshold: float | int = 1.0
     cross_supervision: bool = True
     refinement_dilations: list[int] | tuple[int, ...] = (1, 2, 4, 8, 12, 24)
@@ -225,6 +233,25 @@ class SynerNetConfig(PreTrainedConfig):
         return self.backbone_config.patch_size
 
     @property
+    def voting_layers(self) -> tuple[int, ...]:
+        """`tuple[int]`: the hidden states whose CAMs vote, counted from the embeddings."""
+        count = self.backbone_config.num_hidden_layers + 1
+        layers = (self.auxiliary_layer_index, -1) if self.confidence_layers is None else self.confidence_layers
+        return tuple(layer % count for layer in layers)
+
+    @property
+    def cam_layers(self) -> tuple[int, ...]:
+        """`tuple[int]`: the hidden states of which CAMs are made: the last, the auxiliary one, further voting ones."""
+        count = self.backbone_config.num_hidden_layers + 1
+        first = (count - 1, self.auxiliary_layer_index % count)
+        return (*first, *(layer for layer in dict.fromkeys(self.voting_layers) if layer not in first))
+
+    @property
+    def additional_cam_layers(self) -> tuple[int, ...]:
+        """`tuple[int]`: the voting hidden states beside the last and the auxiliary one."""
+        return self.cam_layers[2:]
+
+    @property
     def loss_weights(self) -> dict[str, float]:
         """`dict[str, float]`: the weight of each loss term, every term counted."""
         return {
@@ -255,11 +282,16 @@ class SynerNetConfig(PreTrainedConfig):
         for name, weight in self.loss_weights.items():
             if weight < 0:
                 raise ValueError(f"`{name}_weight` must not be negative, got {weight}.")
-        if self.refinement_iterations < 0:
-            raise ValueError(f"`refinement_iterations` must not be negative, got {self.refinement_iterations}.")
+        for name in ("refinement_iterations", "shared_encoder_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
 
     def validate_lists(self):
         """Part of the strict checks: lists are of the right length and kind."""
+        if self.confidence_layers is not None and not self.confidence_layers:
+            raise ValueError(
+                "`confidence_layers` must name at least one layer, got none; leave it out for the default."
+            )
         for name in ("cam_scales", "inference_scales", "refinement_dilations"):
             values = getattr(self, name)
             if not values or min(values) <= 0:

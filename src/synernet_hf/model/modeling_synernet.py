@@ -1,17 +1,21 @@
 """SynerNet: two ViT branches, a broad and a precise one, that teach each other segmentation from image labels."""
 
 import inspect
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .branch_synernet import SynerNetBranch, SynerNetBranchOutput, SynerNetProjectionHead, pooling_arguments
+from .branch_synernet import (
+    SynerNetBranch,
+    SynerNetProjectionHead,
+    SynerNetSharedEncoder,
+    copy_encoder,
+    pooling_arguments,
+)
 from .cam_synernet import crop_to_input, multi_scale_cams, normalize_cams
 from .configuration_synernet import SynerNetConfig
 from .instance_synernet import cut_instances, gather_in_rank_order, pick_instance_classes
@@ -22,6 +26,7 @@ from .loss_synernet import (
     prototype_contrast_terms,
     spatial_bce_loss,
 )
+from .outputs_synernet import SynerNetBranchOutput, SynerNetCamOutput, SynerNetModelOutput, SynerNetSegmenterOutput
 from .refinement_synernet import boxes_of, unit_images
 from .supervision_synernet import (
     BRANCHES,
@@ -29,86 +34,6 @@ from .supervision_synernet import (
     fuse_branches,
     make_supervision,
 )
-
-
-@dataclass
-class SynerNetModelOutput(ModelOutput):
-    """
-    Args:
-        hidden_states (`tuple(torch.FloatTensor)`, *optional*): of the branches that ran, broad first.
-        attentions (`tuple(torch.FloatTensor)`, *optional*): of the branches that ran, broad first.
-        broad ([`SynerNetBranchOutput`], *optional*): the broad branch's output, if it was asked for.
-        precise ([`SynerNetBranchOutput`], *optional*): the precise branch's output, if it was asked for.
-    """
-
-    # a branch must not come first: `ModelOutput` unpacks a first field that is a mapping and stands alone
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    broad: SynerNetBranchOutput | None = None
-    precise: SynerNetBranchOutput | None = None
-
-
-@dataclass
-class SynerNetSegmenterOutput(ModelOutput):
-    """
-    Args:
-        loss (`torch.FloatTensor`, *optional*): scalar, returned with `labels`.
-        loss_dict (`dict[str, torch.FloatTensor]`, *optional*):
-            Active terms before weighting, each the mean over the branches that have it, without gradient: `loss_cls`,
-            `loss_cls_aux`, `loss_spatial_bce`, `loss_patch_contrast`, `loss_prototype_contrast`, `loss_segmentation`.
-        logits (`torch.FloatTensor` of shape `(B, K, h, w)`):
-            Segmentation scores of both branches mixed by `config.broad_inference_weight`, one per token; `(B, K, H, W)`
-            where the picture had to be padded because its height or width is no multiple of the patch.
-        broad_logits (`torch.FloatTensor`, *optional*): the broad branch's share of `logits`, same shape.
-        precise_logits (`torch.FloatTensor`, *optional*): the precise branch's share of `logits`, same shape.
-        classification_logits (`torch.FloatTensor` of shape `(B, C)`): class scores, mean of the branches.
-        broad_cams (`torch.FloatTensor` of shape `(B, C, h, w)`):
-            The broad branch's CAMs in [0, 1], not masked: single-scale on the grid of `logits`; where targets were
-            made from `labels`, the multi-scale ones they come from, `(B, C, H, W)`, absent classes zeroed.
-        precise_cams (`torch.FloatTensor` of shape `(B, C, h, w)`): the same of the precise branch.
-        confidence (`torch.FloatTensor` of shape `(B, 1, H, W)`, *optional*):
-            Share of layers and branches that agree on a pixel, returned when pseudo-labels are made.
-        pseudo_labels (`torch.LongTensor` of shape `(B, H, W)`, *optional*):
-            The refined fused label that teaches the precise branch, 255 where undecided; returned with `labels` when
-            a loss that needs it is active.
-        hidden_states (`tuple(torch.FloatTensor)`, *optional*): of both branches, broad first, if asked for.
-        attentions (`tuple(torch.FloatTensor)`, *optional*): of both branches, broad first, if asked for.
-    """
-
-    loss: torch.FloatTensor | None = None
-    loss_dict: dict[str, torch.FloatTensor] | None = None
-    logits: torch.FloatTensor | None = None
-    broad_logits: torch.FloatTensor | None = None
-    precise_logits: torch.FloatTensor | None = None
-    classification_logits: torch.FloatTensor | None = None
-    broad_cams: torch.FloatTensor | None = None
-    precise_cams: torch.FloatTensor | None = None
-    confidence: torch.FloatTensor | None = None
-    pseudo_labels: torch.LongTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-@dataclass
-class SynerNetCamOutput(ModelOutput):
-    """
-    Multi-scale CAMs at the picture's size, `(B, C, H, W)` float in [0, 1].
-
-    Args:
-        broad_cams (`torch.FloatTensor`): last layer of the broad branch.
-        precise_cams (`torch.FloatTensor`): last layer of the precise branch.
-        broad_aux_cams (`torch.FloatTensor`): auxiliary layer of the broad branch.
-        precise_aux_cams (`torch.FloatTensor`): auxiliary layer of the precise branch.
-        fused_cams (`torch.FloatTensor`): mean of the two fused CAMs that teach the branches.
-        confidence (`torch.FloatTensor` of shape `(B, 1, H, W)`): share of layers and branches that agree, in [0, 1].
-    """
-
-    broad_cams: torch.FloatTensor | None = None
-    precise_cams: torch.FloatTensor | None = None
-    broad_aux_cams: torch.FloatTensor | None = None
-    precise_aux_cams: torch.FloatTensor | None = None
-    fused_cams: torch.FloatTensor | None = None
-    confidence: torch.FloatTensor | None = None
 
 
 class SynerNetPreTrainedModel(PreTrainedModel):
@@ -123,7 +48,7 @@ class SynerNetPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["SynerNetBranch"]
+    _no_split_modules = ["SynerNetBranch", "SynerNetSharedEncoder"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -138,11 +63,19 @@ class SynerNetModel(SynerNetPreTrainedModel):
     def __init__(self, config: SynerNetConfig):
         super().__init__(config)
         depth = config.backbone_config.num_hidden_layers
-        if not -depth - 1 <= config.auxiliary_layer_index <= depth:
+        for name in ("auxiliary_layer_index", "confidence_layers"):
+            given = getattr(config, name)
+            for index in given if isinstance(given, (list, tuple)) else (given,):
+                if index is not None and not -depth - 1 <= index <= depth:
+                    raise ValueError(
+                        f"`{name}` must pick out of the encoder's {depth + 1} hidden states, got {index}."
+                    )
+        if config.shared_encoder_layers >= depth:
             raise ValueError(
-                f"`auxiliary_layer_index` must pick one of the encoder's {depth + 1} hidden states, got "
-                f"{config.auxiliary_layer_index}."
+                f"`shared_encoder_layers` must leave each branch one of the encoder's {depth} blocks, got "
+                f"{config.shared_encoder_layers}."
             )
+        self.shared_encoder = SynerNetSharedEncoder(config) if config.shared_encoder_layers else None
         self.broad_branch = SynerNetBranch(config)
         self.precise_branch = SynerNetBranch(config)
         self.post_init()
@@ -157,7 +90,18 @@ class SynerNetModel(SynerNetPreTrainedModel):
         missing = [-side % patch_size for side in pixel_values.shape[-2:]]
         return F.pad(pixel_values, (0, missing[1], 0, missing[0])) if any(missing) else pixel_values
 
-    def cam_logits(self, pixel_values: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def load_encoder(self, backbone: nn.Module):
+        """Copies the weights of `backbone`, a whole encoder, into the shared blocks and both branches."""
+        if self.shared_encoder is not None:
+            copy_encoder(backbone, self.shared_encoder.backbone)
+        for name in BRANCHES:
+            copy_encoder(backbone, self.branch(name).backbone, self.config.shared_encoder_layers)
+
+    def shared_states(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        """States of the shared blocks for padded pictures `(B, 3, H, W)`, or `None` where none are shared."""
+        return None if self.shared_encoder is None else self.shared_encoder(pixel_values)
+
+    def cam_logits(self, pixel_values: torch.Tensor) -> dict[str, tuple[torch.Tensor, ...]]:
         """
         CAM logits of both branches, decoder left out.
 
@@ -165,16 +109,16 @@ class SynerNetModel(SynerNetPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised pictures of any size.
 
         Returns:
-            `dict[str, tuple[torch.Tensor, torch.Tensor]]`: for `"broad"` and `"precise"` the last and the auxiliary
-            layer's CAM logits, `(B, C, h, w)`, or `(B, C, H, W)` where the picture had to be padded.
+            `dict[str, tuple[torch.Tensor, ...]]`: for `"broad"` and `"precise"` the last, the auxiliary and the
+            `config.additional_cam_layers` layers' CAM logits, `(B, C, h, w)`, or `(B, C, H, W)` where the picture
+            had to be padded.
         """
         size, patch_size = pixel_values.shape[-2:], self.config.patch_size
         padded = self.pad(pixel_values)
+        shared_states = self.shared_states(padded)
         logits = {}
         for name in BRANCHES:
-            branch = self.branch(name)
-            features, auxiliary, *_ = branch.encode(padded, patch_size)
-            maps = branch.cam_head(features)[1], branch.auxiliary_cam_head(auxiliary)[1]
+            maps = self.branch(name).cam_logits(padded, patch_size, shared_states)
             logits[name] = tuple(crop_to_input(cam, size, patch_size) for cam in maps)
         return logits
 
@@ -197,12 +141,19 @@ class SynerNetModel(SynerNetPreTrainedModel):
 
         Returns:
             [`SynerNetModelOutput`]
+
+        Raises:
+            ValueError: if attention maps are asked of a model whose branches share blocks.
         """
         keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keep_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if keep_attentions and self.shared_encoder is not None:
+            raise ValueError("Attention maps need `shared_encoder_layers` = 0; leave out output_attentions.")
         pixel_values = self.pad(pixel_values)
+        shared_states = self.shared_states(pixel_values)
         outputs = {
-            name: self.branch(name)(pixel_values, self.config.patch_size, bool(keep_attentions)) for name in branches
+            name: self.branch(name)(pixel_values, self.config.patch_size, shared_states, bool(keep_attentions))
+            for name in branches
         }
         states = tuple(state for output in outputs.values() for state in output.hidden_states)
         attentions = tuple(item for output in outputs.values() for item in output.attentions or ())
@@ -272,11 +223,10 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         labels = {"id2label": id2label} if id2label is not None else {"num_labels": num_labels}
         config = SynerNetConfig(backbone_config=type(backbone.config)(**fields), **labels, **config_fields)
         model = cls(config)
-        for name in BRANCHES:
-            model.synernet.branch(name).backbone.load_state_dict(backbone.state_dict())
+        model.synernet.load_encoder(backbone)
         return model
 
-    def cam_logits(self, pixel_values: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def cam_logits(self, pixel_values: torch.Tensor) -> dict[str, tuple[torch.Tensor, ...]]:
         """See [`SynerNetModel.cam_logits`]."""
         return self.synernet.cam_logits(pixel_values)
 
@@ -499,7 +449,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
 
     def _embed_instances(self, pixel_values, labels, valid_boxes, pseudo_labels: dict[str, torch.Tensor]):
         """Per branch with instance learning: embeddings `(B, P)` of the cut pictures, and their class ids `(B,)`."""
-        cut: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        cut: dict[str, tuple] = {}
         embeddings = {}
         for name in self.config.prototype_branches:
             # the precise branch's label is the even mix of both CAMs; without cross-supervision each has only its own
@@ -508,11 +458,12 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
                 class_ids = pick_instance_classes(pseudo_labels[source], labels)
                 ignore_index = self.config.semantic_loss_ignore_index
                 pictures = cut_instances(pixel_values, pseudo_labels[source], class_ids, valid_boxes, ignore_index)
-                cut[source] = self.synernet.pad(pictures), class_ids
-            pictures, class_ids = cut[source]
+                pictures = self.synernet.pad(pictures)
+                cut[source] = pictures, self.synernet.shared_states(pictures), class_ids
+            pictures, shared_states, class_ids = cut[source]
             branch = self.synernet.branch(name)
-            class_token = branch.encode(pictures, self.config.patch_size)[2]
-            embeddings[name] = branch.projection_head(class_token), class_ids
+            tokens = branch.encode(pictures, shared_states)[0]
+            embeddings[name] = branch.projection_head(tokens[:, 0]), class_ids
         return embeddings
 
     def _contrast(self, name: str, embeddings: torch.Tensor, class_ids: torch.Tensor) -> torch.Tensor:

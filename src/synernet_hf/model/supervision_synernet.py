@@ -48,14 +48,14 @@ def coverage(config: SynerNetConfig, branch: str, progress: float) -> float:
 
 
 def fuse_branches(
-    config: SynerNetConfig, cams: dict[str, tuple[torch.Tensor, torch.Tensor]], labels: torch.Tensor
+    config: SynerNetConfig, cams: dict[str, tuple[torch.Tensor, ...]], labels: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """
     The fused CAM that teaches each branch, and the confidence of every pixel (paper; the arithmetic is ours).
 
     Args:
         config ([`SynerNetConfig`]): thresholds, shares and the kind of fusion.
-        cams (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): of [`multi_scale_cams`], masked by `labels`.
+        cams (`dict[str, tuple[torch.Tensor, ...]]`): of [`multi_scale_cams`], masked by `labels`.
         labels (`torch.Tensor` of shape `(B, C)`): multi-hot.
 
     Returns:
@@ -66,7 +66,10 @@ def fuse_branches(
     low, high = config.low_threshold, config.high_threshold
     votes = {
         branch: torch.stack(
-            [cams_to_pseudo_labels(maps, labels, low, high, ignore_index=_UNDECIDED) for maps in cams[branch]]
+            [
+                cams_to_pseudo_labels(cams[branch][place], labels, low, high, ignore_index=_UNDECIDED)
+                for place in map(config.cam_layers.index, config.voting_layers)
+            ]
         )
         for branch in BRANCHES
     }
@@ -111,7 +114,7 @@ def label_tokens(
 @torch.no_grad()
 def make_supervision(
     config: SynerNetConfig,
-    cams: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    cams: dict[str, tuple[torch.Tensor, ...]],
     images: torch.Tensor,
     labels: torch.Tensor,
     valid_boxes: torch.Tensor | None,
@@ -123,7 +126,7 @@ def make_supervision(
 
     Args:
         config ([`SynerNetConfig`]): thresholds, shares and schedules.
-        cams (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): of [`multi_scale_cams`], masked by `labels`.
+        cams (`dict[str, tuple[torch.Tensor, ...]]`): of [`multi_scale_cams`], masked by `labels`.
         images (`torch.Tensor` of shape `(B, 3, H, W)`): float, in [0, 1].
         labels (`torch.Tensor` of shape `(B, C)`): multi-hot.
         valid_boxes (`torch.Tensor` of shape `(B, 4)`, *optional*): [top, bottom, left, right) of real pixels.
