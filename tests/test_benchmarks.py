@@ -259,3 +259,29 @@ def test_what_a_figure_shows(figures, finished):
 def test_unknown_classes_are_refused(figures, tmp_path):
     with pytest.raises(InvalidArguments, match="zebra"):
         figures.read_file(tmp_path / "any.png", ["zebra"], ["background", "cat"])
+
+
+def test_quality_of_pseudo_labels(finished, capsys):
+    quality = load_benchmark("pseudo_label_quality")
+    run = finished / "runs" / "confidence-seed0"
+    words = [str(run), "--max_samples", "2", "--high", "0.7", "0.5", "--dilations", "1", "1,2", "--size", "32"]
+    assert quality.main(words) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.split("|")[1:3] for line in lines[2:]] == [
+        [f" 0.25, {high} ", f" {reach} "] for high in (0.7, 0.5) for reach in ("1", "1, 2")
+    ]
+    assert quality.main([str(run), "--low", "0.8"]) == 2
+    assert "must rise" in capsys.readouterr().err
+    assert quality.main([str(run), "--dilations", "one"]) == 2
+    assert "lists such as 1,2,4" in capsys.readouterr().err
+    assert quality.main([str(finished / "nothing")]) == 2
+
+
+def test_figures_of_pseudo_labels_are_counted_right():
+    quality = load_benchmark("pseudo_label_quality")
+    # rows background, cat, dog; columns the same and undecided
+    counts = np.array([[60, 10, 0, 30], [5, 20, 5, 10], [0, 0, 0, 60]])
+    decided, right, precision, background, mean_iou = quality.score(counts)
+    assert (decided, right, background) == pytest.approx((30.0, 20.0, 70.0))
+    assert precision == pytest.approx(100 * 20 / 35)
+    assert mean_iou == pytest.approx(100 * (60 / 75 + 20 / 40) / 2)
