@@ -42,6 +42,30 @@ class SynerNetBranchOutput(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Class token and patch features as one sequence, `(B, 1 + h·w, D)`."""
+        return torch.cat([self.class_token[:, None], self.features.flatten(2).transpose(1, 2)], dim=1)
+
+
+@dataclass
+class SynerNetModelOutput(ModelOutput):
+    """
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(B, 1 + h·w, n·D)`): class token and patch features after the
+            final normalisation, the n branches that ran side by side, broad first.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*): of the branches that ran, broad first.
+        attentions (`tuple(torch.FloatTensor)`, *optional*): of the branches that ran, broad first.
+        broad ([`SynerNetBranchOutput`], *optional*): the broad branch's output, if it was asked for.
+        precise ([`SynerNetBranchOutput`], *optional*): the precise branch's output, if it was asked for.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    broad: SynerNetBranchOutput | None = None
+    precise: SynerNetBranchOutput | None = None
+
 
 class SynerNetClassActivationHead(nn.Module):
     """A bias-free linear classifier, read once on pooled tokens (class scores) and once on every token (CAM)."""
@@ -160,11 +184,23 @@ def pooling_arguments(backbone_config: PreTrainedConfig) -> dict[str, bool]:
     return {"add_pooling_layer": False} if backbone_config.model_type in ("vit", "deit") else {}
 
 
+def select_states(
+    states: tuple[torch.Tensor, ...], wanted: bool | int | list[int] | None
+) -> tuple[torch.Tensor | None, ...] | None:
+    """What `output_hidden_states` asks for: all states, none, or those at some indices with `None` for the others."""
+    if wanted is None or isinstance(wanted, bool):
+        return states if wanted else None
+    indices = {range(len(states))[index] for index in ([wanted] if isinstance(wanted, int) else wanted)}
+    return tuple(state if index in indices else None for index, state in enumerate(states))
+
+
 __all__ = [
     "SynerNetBranch",
     "SynerNetBranchOutput",
     "SynerNetClassActivationHead",
     "SynerNetDecodeHead",
+    "SynerNetModelOutput",
     "SynerNetProjectionHead",
     "pooling_arguments",
+    "select_states",
 ]
