@@ -235,6 +235,16 @@ def pooling_arguments(backbone_config: PreTrainedConfig) -> dict[str, bool]:
     return {"add_pooling_layer": False} if backbone_config.model_type in ("vit", "deit") else {}
 
 
+def select_states(
+    states: tuple[torch.Tensor, ...], wanted: bool | int | list[int] | None
+) -> tuple[torch.Tensor | None, ...] | None:
+    """What `output_hidden_states` asks for: all states, none, or those at some indices with `None` for the others."""
+    if wanted is None or isinstance(wanted, bool):
+        return states if wanted else None
+    indices = {range(len(states))[index] for index in ([wanted] if isinstance(wanted, int) else wanted)}
+    return tuple(state if index in indices else None for index, state in enumerate(states))
+
+
 __all__ = [
     "SynerNetBranch",
     "SynerNetClassActivationHead",
@@ -244,4 +254,5 @@ __all__ = [
     "copy_encoder",
     "encoder_blocks",
     "pooling_arguments",
+    "select_states",
 ]

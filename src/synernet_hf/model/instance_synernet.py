@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from .refinement_synernet import box_mask
 
 
-def pick_instance_classes(pseudo_labels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def pick_instance_classes(pseudo_labels: torch.Tensor, labels: torch.Tensor, draw: bool = True) -> torch.Tensor:
     """
     One class per picture for instance learning, drawn at random from those in its label map, or from its image-level
     labels if the map holds none (authors' code, which mixes up class ids here).
@@ -14,6 +14,8 @@ def pick_instance_classes(pseudo_labels: torch.Tensor, labels: torch.Tensor) -> 
     Args:
         pseudo_labels (`torch.Tensor` of shape `(B, H, W)`): int64 label maps.
         labels (`torch.Tensor` of shape `(B, C)`): multi-hot.
+        draw (`bool`, *optional*, defaults to `True`): whether to draw; otherwise the first of the classes is taken, so
+            that a loss in evaluation mode is the same every time (ours).
 
     Returns:
         `torch.Tensor` of shape `(B,)`: int64, 0-based foreground class, −1 for a picture without any.
@@ -24,7 +26,7 @@ def pick_instance_classes(pseudo_labels: torch.Tensor, labels: torch.Tensor) -> 
     seen = torch.zeros(labels.shape[0], num_classes + 1, device=labels.device).scatter_(1, flat, 1.0)[:, 1:]
     candidates = torch.where(seen.any(dim=1, keepdim=True), seen, labels.to(seen.dtype))
     without = ~candidates.any(dim=1)
-    drawn = torch.multinomial(candidates + without[:, None], 1)[:, 0]
+    drawn = torch.multinomial(candidates + without[:, None], 1)[:, 0] if draw else candidates.argmax(dim=1)
     return drawn.masked_fill(without, -1)
 
 

@@ -15,6 +15,7 @@ from .branch_synernet import (
     SynerNetSharedEncoder,
     copy_encoder,
     pooling_arguments,
+    select_states,
 )
 from .cam_synernet import crop_to_input, multi_scale_cams, normalize_cams
 from .configuration_synernet import SynerNetConfig
@@ -31,6 +32,7 @@ from .refinement_synernet import boxes_of, unit_images
 from .supervision_synernet import (
     BRANCHES,
     SynerNetSupervision,
+    chosen_branches,
     fuse_branches,
     make_supervision,
 )
@@ -84,6 +86,10 @@ class SynerNetModel(SynerNetPreTrainedModel):
         """The branch called `name`, `"broad"` or `"precise"`."""
         return {"broad": self.broad_branch, "precise": self.precise_branch}[name]
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The patch embedding of the shared blocks, or else of the broad branch; the precise one has its own."""
+        return (self.shared_encoder or self.broad_branch).backbone.get_input_embeddings()
+
     def pad(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pads `(B, 3, H, W)` right and bottom with 0, the mean colour, to multiples of the patch."""
         patch_size = self.config.patch_size
@@ -127,7 +133,7 @@ class SynerNetModel(SynerNetPreTrainedModel):
         self,
         pixel_values: torch.FloatTensor,
         branches: tuple[str, ...] = BRANCHES,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         **kwargs,
     ) -> SynerNetModelOutput:
@@ -136,7 +142,8 @@ class SynerNetModel(SynerNetPreTrainedModel):
             pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): normalised pictures of any size; padded right
                 and bottom with 0 to multiples of the patch, so that maps have `ceil(H / p)` × `ceil(W / p)` tokens.
             branches (`tuple[str, ...]`, *optional*, defaults to both): which branches to run.
-            output_hidden_states (`bool`, *optional*): whether to return hidden states.
+            output_hidden_states (`bool` or `list[int]`, *optional*): whether to return hidden states, or which of them;
+                `None` stands in the place of the others.
             output_attentions (`bool`, *optional*): whether to return attention maps.
 
         Returns:
@@ -159,7 +166,8 @@ class SynerNetModel(SynerNetPreTrainedModel):
         attentions = tuple(item for output in outputs.values() for item in output.attentions or ())
         return SynerNetModelOutput(
             **outputs,
-            hidden_states=states if keep_states else None,
+            last_hidden_state=torch.cat([output.tokens for output in outputs.values()], dim=-1),
+            hidden_states=select_states(states, keep_states),
             attentions=attentions if keep_attentions else None,
         )
 
@@ -310,7 +318,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         loss_weights: dict[str, float] | None = None,
         training_progress: float | None = None,
         inference_branches: str | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         pixel_mask: torch.Tensor | None = None,
         **kwargs,
@@ -329,7 +337,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             training_progress (`float`, *optional*, defaults to 0): t/T in [0, 1], for the coverage schedule.
             inference_branches (`str`, *optional*, defaults to `"both"`):
                 `"broad"`, `"precise"` or `"both"`: which branches to run; training needs both.
-            output_hidden_states (`bool`, *optional*): whether to return hidden states.
+            output_hidden_states (`bool` or `list[int]`, *optional*): whether to return hidden states, or which of them.
             output_attentions (`bool`, *optional*): whether to return attention maps; they need eager attention.
             pixel_mask (`torch.Tensor` of shape `(B, H, W)`, *optional*):
                 1 on real pixels, 0 on padding, as the image processor gives it; stands for `valid_boxes`.
@@ -342,7 +350,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
                 in `loss_weights` or `inference_branches` is not known, or `labels` come with a single branch.
             TypeError: if an argument is not known.
         """
-        branches = _branches(inference_branches)
+        branches = chosen_branches(inference_branches)
         if kwargs:
             raise TypeError(f"forward does not know {', '.join(kwargs)}; see its documentation for the names.")
         if labels is not None:
@@ -361,16 +369,15 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         )
         logits = {name: crop_to_input(outputs[name].logits, size, patch_size) for name in branches}
         share = self.config.broad_inference_weight
-        result = SynerNetSegmenterOutput(
-            logits=logits[branches[0]]
-            if len(branches) == 1
-            else share * logits["broad"] + (1 - share) * logits["precise"],
-            broad_logits=logits.get("broad"),
-            precise_logits=logits.get("precise"),
-            classification_logits=sum(outputs[name].classification_logits for name in branches) / len(branches),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        single = logits[branches[0]] if len(branches) == 1 else None
+        result = {
+            "logits": share * logits["broad"] + (1 - share) * logits["precise"] if single is None else single,
+            "broad_logits": logits.get("broad"),
+            "precise_logits": logits.get("precise"),
+            "classification_logits": sum(outputs[name].classification_logits for name in branches) / len(branches),
+            "hidden_states": outputs.hidden_states,
+            "attentions": outputs.attentions,
+        }
         if labels is not None:
             weights = self._weights(loss_weights)
             cams, supervision = self._supervise(pixel_values, labels, valid_boxes, weights, training_progress or 0.0)
@@ -379,16 +386,19 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
                 embeddings = self._embed_instances(pixel_values, labels, valid_boxes, supervision.pseudo_labels)
             # half precision ends here: ranks and sums of the losses need float32
             with torch.autocast(device_type=pixel_values.device.type, enabled=False):
-                result.loss, result.loss_dict = self._losses(outputs, logits, labels, weights, supervision, embeddings)
-            result.confidence = supervision.confidence
-            result.pseudo_labels = supervision.pseudo_labels.get("precise")
+                losses = self._losses(outputs, logits, labels, weights, supervision, embeddings)
+            result["loss"], result["loss_dict"] = losses
+            result["confidence"] = supervision.confidence
+            result["pseudo_labels"] = supervision.pseudo_labels.get("precise")
         if labels is None or not cams:
             cams = {
                 name: [normalize_cams(crop_to_input(outputs[name].cam_logits.detach(), size, patch_size).relu())]
                 for name in branches
             }
-        result.broad_cams, result.precise_cams = (cams[name][0] if name in cams else None for name in BRANCHES)
-        return result
+        for name in cams:
+            result[f"{name}_cams"] = cams[name][0]
+        # built at the end, so that the fields of the tuple form stand in their order, the loss first
+        return SynerNetSegmenterOutput(**result)
 
     def _supervise(self, pixel_values, labels, valid_boxes, weights, progress):
         """Multi-scale CAMs and the targets made of them; nothing where only classification counts."""
@@ -455,7 +465,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             # the precise branch's label is the even mix of both CAMs; without cross-supervision each has only its own
             source = "precise" if self.config.cross_supervision else name
             if source not in cut:
-                class_ids = pick_instance_classes(pseudo_labels[source], labels)
+                class_ids = pick_instance_classes(pseudo_labels[source], labels, draw=self.training)
                 ignore_index = self.config.semantic_loss_ignore_index
                 pictures = cut_instances(pixel_values, pseudo_labels[source], class_ids, valid_boxes, ignore_index)
                 pictures = self.synernet.pad(pictures)
@@ -478,14 +488,6 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         if self.training:
             head.prototypes.copy_(prototypes)
         return terms[own].sum() / (class_ids >= 0).sum().clamp(min=1)
-
-
-def _branches(inference_branches: str | None) -> tuple[str, ...]:
-    if inference_branches in (None, "both"):
-        return BRANCHES
-    if inference_branches not in BRANCHES:
-        raise ValueError(f"inference_branches must be 'broad', 'precise' or 'both', got {inference_branches!r}.")
-    return (inference_branches,)
 
 
 __all__ = [

@@ -35,18 +35,25 @@ class SynerNetBranchOutput(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Class token and patch features as one sequence, `(B, 1 + h·w, D)`."""
+        return torch.cat([self.class_token[:, None], self.features.flatten(2).transpose(1, 2)], dim=1)
+
 
 @dataclass
 class SynerNetModelOutput(ModelOutput):
     """
     Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(B, 1 + h·w, n·D)`): class token and patch features after the
+            final normalisation, the n branches that ran side by side, broad first.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*): of the branches that ran, broad first.
         attentions (`tuple(torch.FloatTensor)`, *optional*): of the branches that ran, broad first.
         broad ([`SynerNetBranchOutput`], *optional*): the broad branch's output, if it was asked for.
         precise ([`SynerNetBranchOutput`], *optional*): the precise branch's output, if it was asked for.
     """
 
-    # a branch must not come first: `ModelOutput` unpacks a first field that is a mapping and stands alone
+    last_hidden_state: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     broad: SynerNetBranchOutput | None = None

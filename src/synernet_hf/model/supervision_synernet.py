@@ -34,6 +34,15 @@ class SynerNetSupervision:
     confidence: torch.Tensor | None = None
 
 
+def chosen_branches(inference_branches: str | None) -> tuple[str, ...]:
+    """The branches that `"broad"`, `"precise"`, `"both"` or `None` (both) stands for."""
+    if inference_branches in (None, "both"):
+        return BRANCHES
+    if inference_branches not in BRANCHES:
+        raise ValueError(f"inference_branches must be 'broad', 'precise' or 'both', got {inference_branches!r}.")
+    return (inference_branches,)
+
+
 def coverage(config: SynerNetConfig, branch: str, progress: float) -> float:
     """
     ρ of one branch's spatial loss at `progress` = t/T in [0, 1]: constant until `config.coverage_switch`, then a
@@ -164,6 +173,7 @@ def make_supervision(
 __all__ = [
     "BRANCHES",
     "SynerNetSupervision",
+    "chosen_branches",
     "coverage",
     "fuse_branches",
     "label_tokens",
