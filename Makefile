@@ -23,7 +23,7 @@ SOURCES := src tests examples $(wildcard scripts benchmarks metrics)
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install demo test test-slow quality style docs clean
+.PHONY: help install demo hub test test-slow quality style docs clean
 
 help: ## show this list
 	@echo "synernet_hf: semantic segmentation from image-level labels. Targets:"
@@ -67,6 +67,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## train on generated pictures, evaluate, predict, draw a figure (minutes on a CPU)
 	@$(PY) examples/demo.py
+
+hub: $(STAMP) ## start a hub on this machine, to try pushing and loading without network (PORT=8808)
+	@$(PY) tests/hub_server.py --port $(or $(PORT),8808)
 
 test: $(STAMP) ## run the tests (offline, CPU)
 	@echo "Running the tests (those marked slow are left out)."

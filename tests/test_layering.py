@@ -29,7 +29,7 @@ ROOMS = {
     "export": ({"model"}, {"torch", "numpy", "onnx", "onnxruntime", "transformers"}),
     "model_card": (set(), {"huggingface_hub", "yaml", "jinja2"}),
     "training": (
-        {"model", "data", "metrics", "model_card"},
+        {"model", "data", "metrics", "model_card", "visualization"},
         DATA_LIBRARIES | {"accelerate", "transformers", "huggingface_hub", "safetensors", "tqdm", "yaml"},
     ),
 }

@@ -4,9 +4,10 @@ import re
 
 import pytest
 import yaml
+from hub_repos import validate_card
 from huggingface_hub import ModelCard
 
-from synernet_hf.model_card import SynerNetModelCardData, generate_model_card
+from synernet_hf.model_card import SynerNetModelCardData, generate_model_card, published_card
 
 
 SCORES = {
@@ -68,7 +69,7 @@ def test_the_header_is_valid_and_holds_the_results():
         r"\| steps \| 1200 \|",
         r"\| pictures per step \| 24 \|",
         r"\| crop \| 224 px \|",
-        r"\| seed \| 5 \|",
+        r"\| seed \| 5, one run \|",
         r"\| precision \| mixed, bf16 \|",
         r"\| time \| 61.2 minutes, evaluations included \|",
         r"\| hardware \| a machine \|",
@@ -77,6 +78,14 @@ def test_the_header_is_valid_and_holds_the_results():
         r"\| B-CAM \| 50.0 \| 70.0 \| 80.0 \| 40.0 \|",
         r"On 17 pictures .* the 2 classes background, cat\.",
         r"0 background, 1 cat, 2 dog",
+        r"\| class \| segmentation \| B-CAM \|",
+        r"\| cat \| 42.0 \| 42.0 \|",
+        r"\| dog \| – \| – \|",
+        r"- It knows 2 classes;",
+        r"- It is one run with one seed \(5\)",
+        r"- Weights: no licence has been chosen for them yet. They start from deit-tiny",
+        r"- Data: PASCAL VOC 2012; its pictures come from Flickr",
+        r"@article\{synernet2026,",
     ],
 )
 def test_the_text_tells_the_runs_values(row):
@@ -120,10 +129,50 @@ def test_random_weights_and_a_run_without_masks():
     assert card.data.eval_results is None
 
 
+def test_weak_classes_and_unknown_terms_are_told():
+    weak = SCORES | {"per_class_iou": {"background": 0.8, "cat": 0.12, "dog": None}}
+    settings = card_data().settings | {"dataset": "mine", "backbone": "google/vit-base-patch16-224"}
+    text = str(generate_model_card(card_data(settings=settings, results={"segmentation": weak})))
+    assert "below 30 % for cat." in text
+    assert "- Data: the terms of the pictures are not known" in text
+    assert "whose terms are told at <https://huggingface.co/google/vit-base-patch16-224>." in text
+    assert "below 30 %" not in str(generate_model_card(card_data()))
+
+
+def test_pictures_stand_in_the_card_where_there_are_some():
+    assert "![" not in str(generate_model_card(card_data()))
+    text = str(generate_model_card(card_data(pictures="pictures.png", num_pictures=4)))
+    assert "](pictures.png)" in text
+    assert "The first 4 pictures of the validation split, not chosen" in text
+
+
+@pytest.mark.parametrize("backbone", [None, "google/vit-base-patch16-224", "/home/somebody/weights/deit-tiny"])
+@pytest.mark.parametrize("results", [{}, {"segmentation": SCORES}])
+def test_the_header_passes_the_checks_of_a_hub(backbone, results):
+    settings = card_data().settings | {"backbone": backbone, "backbone_config": {"model_type": "vit"}}
+    card = generate_model_card(card_data(settings=settings, results=results))
+    assert validate_card(str(card)) == ([], [])
+    assert validate_card(str(published_card(str(card), "owner/animals", "apache-2.0"))) == ([], [])
+    errors, _ = validate_card(str(published_card(str(card), "owner/animals", "Some Licence!")))
+    assert errors == ["\"license\" is 'Some Licence!', which is no licence id"]
+
+
+def test_a_published_card_names_its_repository_and_licence():
+    text = str(published_card(str(generate_model_card(card_data())), "owner/animals", "cc-by-4.0"))
+    assert 'name = "owner/animals"' in text
+    assert "path/to/this/folder" not in text
+    assert "- Weights: cc-by-4.0. They start from deit-tiny" in text
+    assert ModelCard(text).data.license == "cc-by-4.0"
+    without = str(published_card(str(generate_model_card(card_data())), "owner/animals"))
+    assert "no licence has been chosen" in without
+    assert ModelCard(without).data.license is None
+
+
 def test_the_snippet_of_the_card_runs(tiny_run_folder, monkeypatch):
     text = str(generate_model_card(card_data()))
     snippet = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     monkeypatch.chdir(tiny_run_folder)
+    assert len([line for line in snippet.splitlines() if line.strip()]) == 10
     names = {}
     exec(snippet.replace("path/to/this/folder", ".").replace("picture.jpg", "picture.png"), names)
     image, label_map = names["image"], names["label_map"]

@@ -1,3 +1,5 @@
+import logging as std_logging
+
 import numpy as np
 import pytest
 import torch
@@ -79,18 +81,175 @@ def test_known_image_labels_exclude_the_other_classes(segmenter, pictures):
     assert [(segment["label"], segment["score"]) for segment in only_background] == [("background", 1.0)]
 
 
+def test_image_labels_of_records_and_of_the_classifiers(segmenter, pictures):
+    records = [{"image": pictures[0], "image_labels": [0, 1]}, {"image": pictures[1], "image_labels": ["cat"]}]
+    by_name = [segmenter(pictures[0], image_labels=["dog"]), segmenter(pictures[1], image_labels=["cat"])]
+    for batch_size in (1, 2):
+        for expected, segments in zip(
+            by_name, segmenter(records, image_labels="known", batch_size=batch_size), strict=True
+        ):
+            config = segmenter.model.config
+            assert (as_label_map(segments, config) == as_label_map(expected, config)).mean() > 0.999
+    # a record's labels are used on request only
+    config = segmenter.model.config
+    assert np.array_equal(as_label_map(segmenter(records[0]), config), as_label_map(segmenter(pictures[0]), config))
+
+    pixel_values = SynerNetImageProcessor()(pictures[0], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        seen = (segmenter.model(pixel_values).classification_logits[0] > 0).tolist()
+    names = [config.id2label[index + 1] for index, is_seen in enumerate(seen) if is_seen]
+    answer = segmenter(pictures[0], image_labels="predicted", return_cams=True)
+    assert list(answer["cams"]) == names
+    expected = segmenter(pictures[0], image_labels=names)
+    assert np.array_equal(as_label_map(answer["segments"], config), as_label_map(expected, config))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_cams_confidence_and_scores_are_those_of_the_model(segmenter, pictures, batch_size):
+    options = {"return_cams": True, "return_confidence": True, "return_scores": True}
+    answer = segmenter(pictures, image_labels=["dog"], batch_size=batch_size, **options)[1]
+    assert set(answer) == {"segments", "cams", "confidence", "scores"}
+    pixel_values = SynerNetImageProcessor()(pictures[1], return_tensors="pt")["pixel_values"]
+    expected = segmenter.model.generate_cams(pixel_values, labels=torch.tensor([[0.0, 1.0]]))
+    assert list(answer["cams"]) == ["dog"]
+    np.testing.assert_allclose(answer["cams"]["dog"], expected.fused_cams[0, 1].numpy(), atol=1e-5)
+    np.testing.assert_allclose(answer["confidence"], expected.confidence[0, 0].numpy(), atol=1e-5)
+    assert answer["confidence"].shape == pictures[1].size[::-1]
+    total = sum(answer["scores"].values())
+    np.testing.assert_allclose(total, np.ones_like(total), atol=1e-5)
+    assert (answer["scores"]["cat"] == 0).all()
+    for segment in answer["segments"]:
+        where = np.asarray(segment["mask"]) == 255
+        assert segment["score"] == pytest.approx(answer["scores"][segment["label"]][where].mean(), abs=1e-5)
+
+
+def test_one_option_alone_gives_its_entry_alone(segmenter, pictures):
+    assert set(segmenter(pictures[0], return_confidence=True)) == {"segments", "confidence"}
+    assert set(segmenter(pictures[0], return_cams=True)["cams"]) == {"cat", "dog"}
+    assert set(segmenter(pictures[0], return_scores=True)["scores"]) == {"background", "cat", "dog"}
+
+
+def test_a_crf_gets_picture_and_probabilities_and_decides(segmenter, pictures):
+    seen = []
+
+    def everything_is_cat(image, probabilities):
+        seen.append((image.dtype, image.shape, probabilities.dtype, probabilities.shape))
+        assert np.array_equal(image, np.asarray(pictures[1]))
+        np.testing.assert_allclose(probabilities.sum(axis=0), 1.0, atol=1e-5)
+        refined = np.full_like(probabilities, 0.1)
+        refined[1] = 0.8
+        return refined
+
+    segments = segmenter(pictures[1], crf=everything_is_cat)
+    assert seen == [(np.uint8, (29, 51, 3), np.float32, (3, 29, 51))]
+    assert [(segment["label"], round(segment["score"], 3)) for segment in segments] == [("cat", 0.8)]
+    # what is known not to be there stays out
+    assert {segment["label"] for segment in segmenter(pictures[1], crf=everything_is_cat, image_labels=["dog"])} <= {
+        "background",
+        "dog",
+    }
+
+
+def test_the_dense_crf_serves_as_crf(segmenter, pictures):
+    pytest.importorskip("pydensecrf", reason="the crf extra is not installed")
+    from synernet_hf.crf import DenseCRF
+
+    crf = DenseCRF(num_iterations=2)
+    scores = segmenter(pictures[1], return_scores=True)["scores"]
+    expected = crf(np.asarray(pictures[1]), np.stack(list(scores.values()))).argmax(axis=0)
+    assert np.array_equal(as_label_map(segmenter(pictures[1], crf=crf), segmenter.model.config), expected)
+
+
+def test_data_sets_and_generators_are_read_as_they_are_answered(segmenter, pictures):
+    datasets = pytest.importorskip("datasets")
+    from transformers.pipelines.pt_utils import KeyDataset
+
+    config = segmenter.model.config
+    expected = [as_label_map(segmenter(picture), config) for picture in pictures[:3]]
+    table = datasets.Dataset.from_dict(
+        {"image": pictures[:3]}, features=datasets.Features({"image": datasets.Image()})
+    )
+    for inputs in (table, KeyDataset(table, "image"), table.to_iterable_dataset()):
+        answers = [as_label_map(segments, config) for segments in segmenter(inputs, batch_size=2)]
+        assert len(answers) == 3
+        assert all((answer == label_map).mean() > 0.999 for answer, label_map in zip(answers, expected, strict=True))
+
+    drawn = []
+
+    def endless():
+        while True:
+            drawn.append(1)
+            yield pictures[0]
+
+    answers = segmenter(endless())
+    assert as_label_map(next(iter(answers)), config).shape == pictures[0].size[::-1]
+    assert len(drawn) < 5
+
+
+def test_a_processor_that_resizes_or_pads_gives_masks_of_the_picture(segmenter, pictures):
+    for processor in (
+        SynerNetImageProcessor(do_pad=True, size_divisor=32),
+        SynerNetImageProcessor(do_resize=True, size={"shortest_edge": 24}),
+    ):
+        changed = SynerNetSegmentationPipeline(model=segmenter.model, image_processor=processor)
+        answer = changed(pictures[1], return_cams=True, return_confidence=True)
+        assert answer["segments"][0]["mask"].size == pictures[1].size
+        assert answer["cams"]["cat"].shape == answer["confidence"].shape == (29, 51)
+    padded = SynerNetSegmentationPipeline(
+        model=segmenter.model, image_processor=SynerNetImageProcessor(do_pad=True, size_divisor=32)
+    )
+    config = segmenter.model.config
+    assert np.array_equal(as_label_map(padded(pictures[1]), config), as_label_map(segmenter(pictures[1]), config))
+
+
 def test_wrong_options_are_refused_in_a_sentence(segmenter, pictures):
     with pytest.raises(ValueError, match="'wolf'.*not classes of the model"):
         segmenter(pictures[0], image_labels=["wolf"])
+    with pytest.raises(ValueError, match="'wolf'.*not classes of the model"):
+        segmenter(pictures[0], image_labels="wolf")
     with pytest.raises(ValueError, match="positive scale"):
         segmenter(pictures[0], scales=[0.0])
+    with pytest.raises(ValueError, match="A picture has no `image_labels`"):
+        segmenter(pictures[0], image_labels="known")
+    with pytest.raises(ValueError, match=r"Got the image labels \[1, 2\].*each of the 2 classes"):
+        segmenter({"image": pictures[0], "image_labels": [1, 2]}, image_labels="known")
+    with pytest.raises(ValueError, match="`crf` is True; a function"):
+        segmenter(pictures[0], crf=True)
 
 
-def test_a_folder_serves_our_task_and_the_stock_one(tiny_run_folder):
+@pytest.mark.parametrize("with_pipeline_code", [False, True])
+def test_a_folder_serves_our_task_and_the_stock_one(
+    segmenter, tiny_run_folder, tmp_path, monkeypatch, with_pipeline_code
+):
+    from transformers.utils import logging
+
+    def ask(question=""):
+        raise AssertionError(f"the user was asked: {question}")
+
+    monkeypatch.setattr("builtins.input", ask)
+    messages = []
+    handler = std_logging.Handler(level=std_logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.add_handler(handler)
+    folder = tiny_run_folder
+    try:
+        ours = pipeline("weakly-supervised-segmentation", model=str(folder), device="cpu")
+        if with_pipeline_code:
+            folder = tmp_path / "with_code"
+            ours.save_pretrained(folder)
+            ours = pipeline(
+                "weakly-supervised-segmentation",
+                str(folder),
+                pipeline_class=SynerNetSegmentationPipeline,
+                device="cpu",
+            )
+        stock = pipeline("image-segmentation", model=str(folder), device="cpu")
+    finally:
+        logging.remove_handler(handler)
+    assert messages == []
     picture = str(tiny_run_folder / "picture.png")
-    ours = pipeline("weakly-supervised-segmentation", model=str(tiny_run_folder), device="cpu")
-    stock = pipeline("image-segmentation", model=str(tiny_run_folder), trust_remote_code=False, device="cpu")
-    assert isinstance(ours, SynerNetSegmentationPipeline)
+    assert type(ours) is SynerNetSegmentationPipeline
+    assert type(ours.model) is type(stock.model) is SynerNetForWeaklySupervisedSegmentation
     config = ours.model.config
     assert np.array_equal(as_label_map(ours(picture), config), as_label_map(stock(picture), config))
 

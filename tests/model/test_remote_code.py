@@ -37,7 +37,7 @@ LOAD_WITHOUT_PACKAGE = """
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, pipeline
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, pipeline
 
 folder, out = sys.argv[1:]
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
@@ -48,11 +48,13 @@ picture = Image.open(folder + "/picture.png")
 inputs = processor(picture, return_tensors="pt")
 with torch.no_grad():
     logits = model(**inputs).logits
+    base = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    features = base(**inputs).precise.features
 segments = pipeline(model=folder, trust_remote_code=True)(picture)
 cams = model.generate_cams(**inputs).fused_cams
 masks = torch.stack([torch.frombuffer(bytearray(s["mask"].tobytes()), dtype=torch.uint8) for s in segments])
 assert not any(name.split(".")[0] == "synernet_hf" for name in sys.modules)
-save_file({"logits": logits, "cams": cams, "masks": masks}, out)
+save_file({"logits": logits, "features": features.contiguous(), "cams": cams, "masks": masks}, out)
 """
 
 LOAD_WITH_PACKAGE = """
@@ -103,11 +105,7 @@ def picture() -> Image.Image:
     return Image.merge("RGB", (gradient, gradient.rotate(180), gradient))
 
 
-def test_saved_folder_gives_the_same_logits_without_the_package(noisy_model, picture, tmp_path, monkeypatch):
-    # What register_for_auto_class does, undone after the test because it marks the classes for good.
-    monkeypatch.setattr(SynerNetConfig, "_auto_class", "AutoConfig")
-    monkeypatch.setattr(SynerNetForWeaklySupervisedSegmentation, "_auto_class", "AutoModelForSemanticSegmentation")
-    monkeypatch.setattr(SynerNetImageProcessor, "_auto_class", "AutoImageProcessor")
+def test_saved_folder_gives_the_same_logits_without_the_package(noisy_model, picture, tmp_path):
     folder = tmp_path / "model"
     processor = SynerNetImageProcessor()
     segmenter = SynerNetSegmentationPipeline(
@@ -121,15 +119,31 @@ def test_saved_folder_gives_the_same_logits_without_the_package(noisy_model, pic
     picture.save(folder / "picture.png")
 
     config = json.loads((folder / "config.json").read_text())
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModelForSemanticSegmentation"}
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForSemanticSegmentation"}
     assert "weakly-supervised-segmentation" in config["custom_pipelines"]
     assert {path.name for path in folder.glob("*.py")} == {path.name for path in CODE.glob("*_synernet.py")}
 
     run_python(HIDE_PACKAGE + LOAD_WITHOUT_PACKAGE, folder, tmp_path / "out.safetensors", hidden_home=tmp_path)
     loaded = load_file(tmp_path / "out.safetensors")
     torch.testing.assert_close(loaded["logits"], logits)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded["features"], noisy_model.synernet(**inputs).precise.features)
     torch.testing.assert_close(loaded["cams"], noisy_model.generate_cams(**inputs).fused_cams)
     assert [bytes(mask.numpy()) for mask in loaded["masks"]] == [segment["mask"].tobytes() for segment in segments]
+
+
+def test_a_folder_saved_without_the_pipeline_carries_the_code_too(noisy_model, picture, tmp_path):
+    folder = tmp_path / "model"
+    noisy_model.save_pretrained(folder)
+    SynerNetImageProcessor().save_pretrained(folder)
+    needed = {path.name for path in CODE.glob("*_synernet.py")} - {"pipeline_synernet.py"}
+    assert {path.name for path in folder.glob("*.py")} == needed
+    code = LOAD_WITHOUT_PACKAGE.replace("pipeline(model=folder", 'pipeline("image-segmentation", model=folder')
+    picture.save(folder / "picture.png")
+    run_python(HIDE_PACKAGE + code, folder, tmp_path / "out.safetensors", hidden_home=tmp_path)
+    with torch.no_grad():
+        logits = noisy_model(**SynerNetImageProcessor()(picture, return_tensors="pt")).logits
+    torch.testing.assert_close(load_file(tmp_path / "out.safetensors")["logits"], logits)
 
 
 def test_every_tensor_survives_saving_and_loading_in_a_new_process(noisy_model, picture, tmp_path):

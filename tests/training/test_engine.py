@@ -138,7 +138,13 @@ def test_a_run_leaves_a_complete_folder(finished):
     assert written["segmentation"]["mean_iou"] == pytest.approx(results["segmentation"]["mean_iou"])
     assert {"segmentation", "broad_cam", "precise_cam", "fused_cam"} <= set(written)
     assert results["training"]["minutes"] > 0
-    assert "| steps | 4 |" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "| steps | 4 |" in card
+    assert "](pictures.png)" in card
+    # two validation pictures, four panels each
+    width, height = Image.open(folder / "pictures.png").size
+    assert width > 4 * 160
+    assert 2 * 160 < height < 3 * 160
 
 
 def test_saved_model_is_the_trained_one(finished):

@@ -1,6 +1,7 @@
 """The exported room: what travels to the Hub with a model. Importing it registers SynerNet with the auto classes."""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
+from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 
 from .configuration_synernet import SynerNetConfig
 from .image_processing_synernet import SynerNetImageProcessor
@@ -17,6 +18,14 @@ AutoModel.register(SynerNetConfig, SynerNetModel, exist_ok=True)
 AutoModelForSemanticSegmentation.register(SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, exist_ok=True)
 AutoImageProcessor.register(SynerNetConfig, image_processor_classes={"pil": SynerNetImageProcessor}, exist_ok=True)
 register_pipeline(SynerNetForWeaklySupervisedSegmentation)
+
+# Saved folders carry the code of this folder, for processes in which the package is not installed.
+SynerNetConfig.register_for_auto_class("AutoConfig")
+SynerNetModel.register_for_auto_class("AutoModel")
+SynerNetForWeaklySupervisedSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
+SynerNetImageProcessor.register_for_auto_class("AutoImageProcessor")
+# No video processor, but known: stock pipelines look for one, and would ask whether to run a saved folder's code.
+VIDEO_PROCESSOR_MAPPING.register(SynerNetConfig, {}, exist_ok=True)
 
 __all__ = [
     "SynerNetConfig",

@@ -221,6 +221,12 @@ class SynerNetConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.label2id is None and self.id2label is not None:
             self.label2id = {name: index for index, name in self.id2label.items()}
+        # what a saved folder tells the auto classes; saving a model marks only the class that is saved
+        self.auto_map = {
+            "AutoConfig": "configuration_synernet.SynerNetConfig",
+            "AutoModel": "modeling_synernet.SynerNetModel",
+            "AutoModelForSemanticSegmentation": "modeling_synernet.SynerNetForWeaklySupervisedSegmentation",
+        }
 
     @property
     def num_foreground_labels(self) -> int:

@@ -1,11 +1,14 @@
 """The pipeline task `weakly-supervised-segmentation`: pictures in, one mask per class out."""
 
+from collections.abc import Callable, Iterable
+from types import GeneratorType
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.data import Dataset
 from transformers import AutoModelForSemanticSegmentation, Pipeline, PreTrainedModel
 from transformers.image_utils import load_image
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
@@ -13,6 +16,8 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 
 TASK = "weakly-supervised-segmentation"
+# where the image labels of a picture come from, unless they are named: from its record, or from the classifiers
+LABEL_SOURCES = ("known", "predicted")
 
 
 class SynerNetSegmentationPipeline(Pipeline):
@@ -37,108 +42,220 @@ class SynerNetSegmentationPipeline(Pipeline):
     _load_image_processor = True
     _load_feature_extractor = False
     _load_tokenizer = False
+    # looked for by default, which asks whether to run a saved folder's code even where this package is installed
+    _load_video_processor = False
 
     def _sanitize_parameters(
         self,
         scales: tuple[float, ...] | list[float] | None = None,
         flip: bool | None = None,
-        image_labels: list[str] | None = None,
+        image_labels: list[str] | str | None = None,
+        crf: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+        return_cams: bool | None = None,
+        return_confidence: bool | None = None,
+        return_scores: bool | None = None,
         timeout: float | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        preprocess_kwargs = {} if timeout is None else {"timeout": timeout}
-        forward_kwargs = {}
-        if scales is not None:
-            if not scales or min(scales) <= 0:
-                raise ValueError(f"`scales` is {scales}; at least one positive scale is expected, such as (1.0,).")
-            forward_kwargs["scales"] = tuple(scales)
-        if flip is not None:
-            forward_kwargs["flip"] = flip
-        postprocess_kwargs = {}
-        if image_labels is not None:
-            postprocess_kwargs["allowed_ids"] = self._allowed_ids(image_labels)
-        return preprocess_kwargs, forward_kwargs, postprocess_kwargs
-
-    def _allowed_ids(self, image_labels: list[str]) -> list[int]:
-        if isinstance(image_labels, str):
-            image_labels = [image_labels]
-        unknown = [name for name in image_labels if name not in self.model.config.label2id]
-        if unknown:
+        if scales is not None and (not scales or min(scales) <= 0):
+            raise ValueError(f"`scales` is {scales}; at least one positive scale is expected, such as (1.0,).")
+        if crf is not None and not callable(crf):
             raise ValueError(
-                f"The image labels {unknown} are not classes of the model; choose from "
-                f"{', '.join(self.model.config.label2id)}."
+                f"`crf` is {crf!r}; a function of a picture and its class probabilities is expected, such as "
+                "`synernet_hf.crf.DenseCRF()`."
             )
-        return sorted({0} | {int(self.model.config.label2id[name]) for name in image_labels})
+        if isinstance(image_labels, str) and image_labels not in LABEL_SOURCES:
+            image_labels = [image_labels]
+        if isinstance(image_labels, list | tuple):
+            self._multi_hot(image_labels)
+        given = {
+            "preprocess": {"image_labels": image_labels, "timeout": timeout},
+            "forward": {
+                "scales": scales if scales is None else tuple(scales),
+                "flip": flip,
+                "predict_labels": None if image_labels is None else image_labels == "predicted",
+                "return_cams": return_cams,
+                "return_confidence": return_confidence,
+            },
+            "postprocess": {
+                "crf": crf,
+                "return_cams": return_cams,
+                "return_confidence": return_confidence,
+                "return_scores": return_scores,
+            },
+        }
+        return tuple({name: value for name, value in act.items() if value is not None} for act in given.values())
+
+    def _multi_hot(self, image_labels: Any) -> torch.Tensor:
+        """Class names, or 0 and 1 per foreground class, as a multi-hot tensor of shape `(num_labels - 1,)`."""
+        config = self.model.config
+        values = image_labels.tolist() if isinstance(image_labels, np.ndarray | torch.Tensor) else list(image_labels)
+        if all(isinstance(value, str) for value in values):
+            unknown = [name for name in values if name not in config.label2id]
+            if unknown:
+                raise ValueError(
+                    f"The image labels {unknown} are not classes of the model; choose from "
+                    f"{', '.join(config.label2id)}."
+                )
+            present = {int(config.label2id[name]) for name in values}
+            values = [int(class_id in present) for class_id in range(1, config.num_labels)]
+        if len(values) != config.num_labels - 1 or any(value not in (0, 1) for value in values):
+            raise ValueError(
+                f"Got the image labels {values}; class names are expected, or 0 and 1 for each of the "
+                f"{config.num_labels - 1} classes without background."
+            )
+        return torch.tensor(values, dtype=torch.float32)
 
     def __call__(self, inputs: Any, **kwargs: Any) -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
         """
         Segment one picture or several.
 
         Args:
-            inputs (`str`, `PIL.Image.Image`, a list of these, or a data set or generator of them):
-                Pictures, paths or URLs. The EXIF orientation of files is applied.
+            inputs (`str`, `PIL.Image.Image`, `dict`, a list of these, or a data set or generator of them):
+                Pictures, paths or URLs, or records that hold one of these as `image`. The EXIF orientation of files
+                is applied. A data set or generator is read as the answers are, one batch after another.
             scales (`tuple[float, ...]`, *optional*, defaults to `(1.0,)`):
                 Scales at which each picture is seen; the elementwise maximum of the logits decides. The authors'
                 inference uses `model.config.inference_scales`.
             flip (`bool`, *optional*, defaults to `False`):
                 Also see the mirror of every scale.
-            image_labels (`list[str]`, *optional*):
-                Names of the classes known to be in the pictures; no other class but background is predicted then.
+            image_labels (`list[str]` or `str`, *optional*):
+                Classes that are in the pictures; no other class but background is predicted then. A list of names;
+                `"known"`, to take `image_labels` of each record (names, or 0 and 1 per foreground class); or
+                `"predicted"`, for the classes that the model's classifiers see, at the cost of one more pass.
+            crf (`Callable[[np.ndarray, np.ndarray], np.ndarray]`, *optional*):
+                Refines the probabilities, such as `synernet_hf.crf.DenseCRF()`: takes the picture, uint8 of shape
+                `(height, width, 3)`, and class probabilities, float32 of shape `(num_labels, height, width)`, and
+                returns such probabilities.
+            return_cams (`bool`, *optional*, defaults to `False`):
+                Return the fused class activation maps too, of the given image labels or else of every class. They
+                are seen at `model.config.cam_scales`.
+            return_confidence (`bool`, *optional*, defaults to `False`):
+                Return the confidence too: the share of layers and branches whose CAMs agree on a pixel.
+            return_scores (`bool`, *optional*, defaults to `False`):
+                Return the class probabilities too.
             timeout (`float`, *optional*):
                 Seconds to wait for a URL.
 
         Returns:
             `list[dict]`, or a list of these for several pictures: One dictionary per class found, in the order of the
             ids: `label` (`str`), `mask` (`PIL.Image.Image` of mode `"L"` and the size of the picture, 255 on the class
-            and 0 elsewhere) and `score` (`float`, mean probability of the class over its mask).
+            and 0 elsewhere) and `score` (`float`, mean probability of the class over its mask). With one of the
+            `return_…` options a `dict` stands for this list, which is its entry `segments`; the others are those
+            asked for: `cams` (by class name) and `confidence`, float32 of shape `(height, width)` in [0, 1], and
+            `scores` (by class name), float32 of shape `(height, width)`, summing to 1.
 
         Raises:
-            ValueError: If a scale is not positive or an image label is not a class of the model.
+            ValueError: If a scale is not positive, an image label is not a class of the model, a record lacks the
+                image labels to be used, or `crf` is no function.
         """
+        single = (str, dict, list, tuple, Image.Image, GeneratorType, Dataset)
+        if isinstance(inputs, Iterable) and not isinstance(inputs, single):
+            inputs = (item for item in inputs)
         return super().__call__(inputs, **kwargs)
 
-    def preprocess(self, image: "str | Image.Image", timeout: float | None = None) -> dict[str, list]:
-        image = load_image(image, timeout=timeout)
-        pixel_values = self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+    def preprocess(
+        self, image: Any, image_labels: list[str] | str | None = None, timeout: float | None = None
+    ) -> dict[str, list]:
+        record = image if isinstance(image, dict) else {"image": image}
+        picture = load_image(record["image"], timeout=timeout)
+        # the model pads by itself; padding here would be stretched over the picture
+        inputs = self.image_processor(images=picture, do_center_crop=False, do_pad=False, return_tensors="pt")
+        labels = None
+        if image_labels == "known":
+            if record.get("image_labels") is None:
+                raise ValueError(
+                    'A picture has no `image_labels`, but `image_labels="known"`; pass records with `image` and '
+                    "`image_labels`, or name the classes."
+                )
+            labels = self._multi_hot(record["image_labels"])
+        elif image_labels is not None and image_labels != "predicted":
+            labels = self._multi_hot(image_labels)
         # Lists are collated as they are, so that a batch may hold several sizes.
-        return {"pixel_values": [pixel_values.to(self.dtype)], "target_size": [(image.height, image.width)]}
+        return {
+            "pixel_values": [inputs["pixel_values"][0].to(self.dtype)],
+            "labels": [labels],
+            "image": [picture.convert("RGB")],
+        }
 
     def _forward(
-        self, model_inputs: dict[str, list], scales: tuple[float, ...] = (1.0,), flip: bool = False
+        self,
+        model_inputs: dict[str, list],
+        scales: tuple[float, ...] = (1.0,),
+        flip: bool = False,
+        predict_labels: bool = False,
+        return_cams: bool = False,
+        return_confidence: bool = False,
     ) -> dict[str, list]:
-        pictures = _flattened(model_inputs["pixel_values"], torch.Tensor)
-        logits = [None] * len(pictures)
+        pictures = _flattened(model_inputs["pixel_values"])
+        labels = _flattened(model_inputs["labels"])
+        outputs = {"logits": [None] * len(pictures), "image": _flattened(model_inputs["image"])}
+        cams, confidence = [None] * len(pictures), [None] * len(pictures)
         for size in sorted({tuple(picture.shape[-2:]) for picture in pictures}):
             members = [i for i, picture in enumerate(pictures) if tuple(picture.shape[-2:]) == size]
             batch = torch.stack([pictures[i] for i in members])  # (batch_size, 3, height, width)
+            if predict_labels:
+                present = (self.model(batch).classification_logits > 0).float()
+                for i, row in zip(members, present, strict=True):
+                    labels[i] = row
             for i, values in zip(members, self.model.multi_scale_logits(batch, scales=scales, flip=flip), strict=True):
-                logits[i] = values
-        return {"logits": logits, "target_size": _flattened(model_inputs["target_size"], tuple)}
+                outputs["logits"][i] = values
+            if return_cams or return_confidence:
+                given = None if labels[members[0]] is None else torch.stack([labels[i] for i in members])
+                maps = self.model.generate_cams(batch, labels=given)
+                for row, i in enumerate(members):
+                    cams[i], confidence[i] = maps.fused_cams[row], maps.confidence[row]
+        return outputs | {"labels": labels, "cams": cams, "confidence": confidence}
 
-    def postprocess(self, model_outputs: dict[str, Any], allowed_ids: list[int] | None = None) -> list[dict[str, Any]]:
-        logits, target_size = model_outputs["logits"], model_outputs["target_size"]
-        logits = logits[0] if isinstance(logits, list) else logits.reshape(logits.shape[-3:])
-        target_size = target_size[0] if isinstance(target_size, list) else target_size
-        logits = F.interpolate(logits[None].float(), size=tuple(target_size), mode="bilinear", align_corners=False)[0]
-        if allowed_ids is not None:
-            absent = torch.ones(len(logits), dtype=torch.bool)
-            absent[allowed_ids] = False
+    def postprocess(
+        self,
+        model_outputs: dict[str, Any],
+        crf: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+        return_cams: bool = False,
+        return_confidence: bool = False,
+        return_scores: bool = False,
+    ) -> list[dict[str, Any]] | dict[str, Any]:
+        # one picture of a batch comes with a leading dimension, a single one in a list
+        item = {
+            name: value[0] if isinstance(value, list | torch.Tensor) else value
+            for name, value in model_outputs.items()
+        }
+        image, labels, id2label = item["image"], item["labels"], self.model.config.id2label
+        logits = _resized(item["logits"], image)
+        if labels is not None:
+            absent = torch.cat([torch.zeros(1, dtype=torch.bool), labels.cpu() == 0])
             logits = logits.masked_fill(absent[:, None, None], -torch.inf)
         probabilities = logits.softmax(dim=0)
-        label_map = logits.argmax(dim=0)
+        if crf is not None:
+            probabilities = torch.from_numpy(crf(np.asarray(image), probabilities.numpy()))
+            if labels is not None:
+                probabilities = probabilities.masked_fill(absent[:, None, None], 0.0)
+        label_map = (logits if crf is None else probabilities).argmax(dim=0)
         segments = []
         for class_id in label_map.unique().tolist():
             where = label_map == class_id
             mask = Image.fromarray(where.numpy().astype(np.uint8) * 255)
             score = float(probabilities[class_id][where].mean())
-            segments.append({"label": self.model.config.id2label[class_id], "mask": mask, "score": score})
-        return segments
+            segments.append({"label": id2label[class_id], "mask": mask, "score": score})
+        answer = {"segments": segments}
+        if return_cams:
+            maps = _resized(item["cams"], image).numpy()
+            shown = range(len(maps)) if labels is None else labels.nonzero()[:, 0].tolist()
+            answer["cams"] = {id2label[index + 1]: maps[index] for index in shown}
+        if return_confidence:
+            answer["confidence"] = _resized(item["confidence"], image)[0].numpy()
+        if return_scores:
+            answer["scores"] = {id2label[index]: values.numpy() for index, values in enumerate(probabilities)}
+        return answer if len(answer) > 1 else segments
 
 
-def _flattened(items: list, leaf: type) -> list:
-    flat = []
-    for item in items:
-        flat.extend([item] if isinstance(item, leaf) else item)
-    return flat
+def _flattened(items: list) -> list:
+    return [leaf for item in items for leaf in (item if isinstance(item, list) else [item])]
+
+
+def _resized(maps: torch.Tensor, image: Image.Image) -> torch.Tensor:
+    """Maps of one picture, `(channels, h, w)`, at its size in float32."""
+    maps = maps[None].float()
+    return F.interpolate(maps, size=(image.height, image.width), mode="bilinear", align_corners=False)[0]
 
 
 def register_pipeline(model_class: type[PreTrainedModel]) -> None:

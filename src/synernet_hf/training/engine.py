@@ -27,7 +27,6 @@ from synernet_hf.data import (
     class_names,
 )
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
-from synernet_hf.model_card import SynerNetModelCardData, generate_model_card
 from synernet_hf.training.arguments import (
     DataArguments,
     ModelArguments,
@@ -35,7 +34,6 @@ from synernet_hf.training.arguments import (
 )
 from synernet_hf.training.checkpoints import (
     ARGUMENTS_FILE,
-    CARD_FILE,
     RESULTS_FILE,
     TrainerState,
     find_resume_checkpoint,
@@ -48,11 +46,11 @@ from synernet_hf.training.checkpoints import (
     save_model_folder,
     write_json,
     write_state,
-    write_text,
 )
 from synernet_hf.training.evaluation import evaluate_model
-from synernet_hf.training.monitoring import LossMeter, hardware, refuse_broken_weights
+from synernet_hf.training.monitoring import LossMeter, refuse_broken_weights
 from synernet_hf.training.optimization import LossWeightSchedule, learning_rate_multiplier, parameter_groups
+from synernet_hf.training.reporting import write_card
 from synernet_hf.training.validation import build_model, run_record, validate_arguments
 
 
@@ -457,7 +455,7 @@ def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
 
 def finish(run: TrainingRun) -> dict[str, dict[str, Any]]:
     """
-    Writes the final folder: model, processor, results and card.
+    Writes the final folder: model, processor, results, card and the pictures it shows.
 
     Args:
         run ([`TrainingRun`]):
@@ -472,22 +470,8 @@ def finish(run: TrainingRun) -> dict[str, dict[str, Any]]:
     if run.accelerator.is_main_process:
         files = [(RESULTS_FILE, {"step": state.step, **results})] if results else []
         save_model_folder(run.output_dir, run.bare_model, run.processor, [*files, (ARGUMENTS_FILE, record)])
-        card = generate_model_card(
-            SynerNetModelCardData(
-                model_name=run.output_dir.resolve().name,
-                settings=record["model_args"] | record["data_args"] | record["training_args"],
-                class_names=record["class_names"],
-                num_train=record["run"]["num_train"],
-                steps=state.step,
-                minutes=state.elapsed_seconds / 60,
-                num_processes=run.accelerator.num_processes,
-                precision=run.accelerator.mixed_precision,
-                hardware=hardware(run.accelerator),
-                versions=record["versions"],
-                results=results,
-            )
-        )
-        write_text(run.output_dir / CARD_FILE, str(card))
+        with _full_precision(run.bare_model):
+            write_card(run, results)
     run.accelerator.wait_for_everyone()
     losses = next((entry for entry in reversed(state.history) if "loss" in entry), {})
     training = {

@@ -1,0 +1,145 @@
+"""Pushes a trained folder to the Hub in one commit: weights, image processor, code, pipeline and model card.
+
+    python scripts/push_synernet_to_hub.py runs/voc_animals your-name/synernet-voc-animals --license apache-2.0
+
+The token is that of `hf auth login` or of HF_TOKEN. Settings of the run, checkpoints and logs stay where they are.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+
+from synernet_hf import (
+    SynerNetConfig,
+    SynerNetForWeaklySupervisedSegmentation,
+    SynerNetImageProcessor,
+    SynerNetSegmentationPipeline,
+)
+from synernet_hf.model_card import published_card
+
+
+CARD_FILE = "README.md"
+PICTURES_FILE = "pictures.png"
+
+
+def without_projection_head(model: SynerNetForWeaklySupervisedSegmentation) -> SynerNetForWeaklySupervisedSegmentation:
+    """
+    The inference-only form of a model: projection heads and prototypes, which only training uses, are left out.
+
+    Args:
+        model ([`SynerNetForWeaklySupervisedSegmentation`]): A model with or without them; it stays as it is.
+
+    Returns:
+        [`SynerNetForWeaklySupervisedSegmentation`], in evaluation mode.
+
+    Raises:
+        ValueError: If anything else than the projection heads would be lost.
+    """
+    config = SynerNetConfig.from_dict(model.config.to_dict() | {"with_projection_head": False})
+    smaller = SynerNetForWeaklySupervisedSegmentation(config).to(model.dtype)
+    wrong = smaller.load_state_dict(model.state_dict(), strict=False)
+    lost = [name for name in wrong.unexpected_keys if ".projection_head." not in name]
+    if wrong.missing_keys or lost:
+        raise ValueError(f"Only the projection heads may go, but {[*wrong.missing_keys, *lost]} do not fit.")
+    return smaller.eval()
+
+
+def write_folder(run: Path, folder: Path, args: argparse.Namespace) -> None:
+    """
+    Writes everything that is pushed.
+
+    Args:
+        run (`Path`): Folder with a model, its processor and a card.
+        folder (`Path`): Folder to write to.
+        args (`argparse.Namespace`): `repo_id`, `license`, `no_projection_head` and `no_pictures`.
+
+    Raises:
+        OSError: If the run lacks a file.
+        ValueError: If a file cannot be used.
+    """
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json", CARD_FILE):
+        if not (run / name).is_file() and not (name == "model.safetensors" and (run / f"{name}.index.json").is_file()):
+            raise FileNotFoundError(f"{run / name} is missing; give a folder as training leaves it.")
+    model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(run).eval()
+    if args.no_projection_head:
+        model = without_projection_head(model)
+    segmenter = SynerNetSegmentationPipeline(
+        model=model,
+        image_processor=SynerNetImageProcessor.from_pretrained(run),
+        task="weakly-supervised-segmentation",
+    )
+    segmenter.save_pretrained(folder)
+    text = (run / CARD_FILE).read_text(encoding="utf-8")
+    if args.no_pictures:
+        text = "\n".join(line for line in text.split("\n") if f"]({PICTURES_FILE})" not in line)
+    elif (run / PICTURES_FILE).is_file():
+        (folder / PICTURES_FILE).write_bytes((run / PICTURES_FILE).read_bytes())
+    published_card(text, args.repo_id, args.license).save(folder / CARD_FILE)
+
+
+def push(folder: Path, args: argparse.Namespace) -> str:
+    """
+    Makes the repository where it is not there yet, and commits the folder.
+
+    Args:
+        folder (`Path`): What to push; it holds files only.
+        args (`argparse.Namespace`): `repo_id`, `private`, `revision`, `create_pr` and `message`.
+
+    Returns:
+        `str`: Address of the commit, or of the pull request.
+    """
+    api = HfApi()
+    # where somebody else's repository is there already, a pull request needs no right to write
+    api.create_repo(args.repo_id, private=args.private or None, exist_ok=True)
+    if args.revision is not None and not args.create_pr:
+        api.create_branch(args.repo_id, branch=args.revision, exist_ok=True)
+    commit = api.create_commit(
+        args.repo_id,
+        [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())],
+        commit_message=args.message,
+        revision=args.revision,
+        create_pr=args.create_pr,
+    )
+    return commit.pr_url or commit.commit_url
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder that training left")
+    parser.add_argument("repo_id", help="repository on the Hub, as owner/name")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--revision", help="branch to push to, made where it is missing (default: main)")
+    parser.add_argument("--create_pr", action="store_true", help="propose the commit as a pull request")
+    parser.add_argument("--message", default="Upload SynerNet", help="message of the commit")
+    parser.add_argument("--license", help="licence id of the weights for the card, such as apache-2.0")
+    parser.add_argument(
+        "--no_projection_head",
+        action="store_true",
+        help="push the inference-only form (with_projection_head=False); training cannot go on from it as it was",
+    )
+    parser.add_argument("--no_pictures", action="store_true", help="leave the picture grid out of the card")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; return its exit code."""
+    args = parse_arguments(argv)
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            write_folder(args.run, Path(temporary), args)
+            size = sum(path.stat().st_size for path in Path(temporary).iterdir())
+            address = push(Path(temporary), args)
+    except (OSError, ValueError, SafetensorError, HfHubHTTPError, HFValidationError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"{size / 2**20:.1f} MiB are at {address}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

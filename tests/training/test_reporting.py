@@ -1,0 +1,27 @@
+"""The picture grid of a model card."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+from synernet_hf.data import class_names, id2label_from, load_shapes
+from synernet_hf.training.reporting import write_picture_grid
+
+
+def test_the_grid_shows_the_first_pictures_and_leaves_the_model_as_it_was(tiny_config, tmp_path):
+    splits = load_shapes(num_train=1, num_validation=3, image_size=48)
+    config = type(tiny_config).from_dict(tiny_config.to_dict() | {"id2label": id2label_from(class_names(splits))})
+    model = SynerNetForWeaklySupervisedSegmentation(config).train()
+    path = tmp_path / "pictures.png"
+    assert write_picture_grid(path, model, SynerNetImageProcessor(do_pad=True), splits["validation"], 2) == 2
+    assert model.training
+    assert [item.name for item in tmp_path.iterdir()] == ["pictures.png"]
+    two = Image.open(path)
+    assert write_picture_grid(path, model, SynerNetImageProcessor(), splits["validation"], 9) == 3
+    three = Image.open(path)
+    assert three.height > two.height
+    rows = np.asarray(two)
+    # the first rows are the same pictures, masks and segmentations
+    assert np.array_equal(rows, np.asarray(three)[: rows.shape[0]])
+    assert torch.is_grad_enabled()
