@@ -40,6 +40,7 @@ OWN_SETTINGS = ("output_dir", "seed", "resume_from_checkpoint")
 FREE_SETTINGS = (*OWN_SETTINGS, "data_dir", "image_labels", "num_workers", "eval_steps", "save_steps", "logging_steps")
 FREE_SETTINGS += ("save_total_limit", "report_to", "max_eval_samples")
 ALONE = {"cross_supervision": False, "fusion": "fixed", "spatial_bce_weight": 0.0, "prototype_contrast_weight": 0.0}
+COMPLEMENTARY = {"spatial_bce_weight": 0.4, "prototype_contrast_weight": 0.05}
 COLUMNS = {
     "segmentation mIoU": ("segmentation", "mean_iou"),
     "fused CAM mIoU": ("fused_cam", "mean_iou"),
@@ -89,9 +90,15 @@ ROWS = {
     "single": Row("one branch, its own CAM as teacher", ALONE, trained_as="two_branches", single_branch=True),
     "two_branches": Row("two branches, each its own teacher", ALONE),
     "cross_supervision": Row("+ cross-supervision", ALONE | {"cross_supervision": True}),
-    "complementary": Row("+ complementary objectives and instance learning", {"fusion": "fixed"}),
-    "confidence": Row("+ confidence fusion (the default)"),
+    "complementary": Row("+ complementary objectives and instance learning", COMPLEMENTARY | {"fusion": "fixed"}),
+    "confidence": Row("+ confidence fusion (the default)", COMPLEMENTARY | {"fusion": "confidence"}),
+    # a recipe may leave parts out; where it leaves out none this is the row above
+    "recipe": Row("the recipe as it stands"),
     "authors": _authors_row(),
+    # ours: where the spatial loss sharpens whichever branch has it, it belongs to the precise one alone
+    "precise_area": Row(
+        "the default, spatial loss on the precise branch only", COMPLEMENTARY | {"spatial_bce_branches": ["precise"]}
+    ),
     # ToCo's pooling and segmentation weight; its class-token contrast and boundary term are not part of the package
     "toco": Row(
         "one branch with ToCo's pooling and weight",

@@ -80,7 +80,10 @@ def test_the_rows_are_complete_and_in_the_papers_order(ablation):
         assert set(row.model_config) <= MODEL_FIELDS
         assert row.trained_as is None or ablation.ROWS[row.trained_as].model_config == row.model_config
     # the last step of the ladder is the package as it is
-    assert ablation.ROWS["confidence"].model_config == {} == ablation.ROWS["confidence"].backbone_overrides
+    default = SynerNetConfig()
+    last = ablation.ROWS["confidence"]
+    assert {name: getattr(default, name) for name in last.model_config} == last.model_config
+    assert last.backbone_overrides == {} == ablation.ROWS["recipe"].model_config
 
 
 def test_each_step_of_the_ladder_adds_one_part(ablation):
