@@ -82,7 +82,8 @@ def export_program(
         inference_branches (`str`, *optional*, defaults to `"both"`): As in [`SynerNetInferenceGraph`].
 
     Returns:
-        `torch.export.ExportedProgram`: Call `program.module(check_guards=False)`. The checks that PyTorch notes down
+        `torch.export.ExportedProgram`: Call `program.module(check_guards=False)`; before PyTorch 2.9 `module()` does not
+        check and does not know the argument. The checks that PyTorch notes down
         while tracing tell the example's size apart from sizes with a shortcut (no padding, no interpolation of the
         position embeddings); the graph itself takes no shortcut and is right for all.
     """
