@@ -7,7 +7,7 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 VENV ?= .venv
-EXTRAS ?= train,dev
+EXTRAS ?= train,onnx,int8,dev
 PYTEST_ARGS ?=
 TORCH_INDEX ?=
 ifeq ($(origin PYTHON), undefined)
@@ -17,7 +17,7 @@ endif
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-DOCUMENTED := .data .metrics .model .training .visualization .crf
+DOCUMENTED := .data .metrics .model .training .visualization .crf .export .model_folder
 SOURCES := src tests examples $(wildcard scripts benchmarks metrics)
 
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)

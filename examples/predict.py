@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.crf import DenseCRF
+from synernet_hf.model_folder import check_model_folder
 from synernet_hf.visualization import overlay, palette_image
 
 
@@ -69,6 +70,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def load_run(run: Path) -> tuple[SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor]:
     """Load model and processor of a run, all weights of which must be there."""
     try:
+        check_model_folder(run)
         model, report = SynerNetForWeaklySupervisedSegmentation.from_pretrained(run, output_loading_info=True)
         processor = SynerNetImageProcessor.from_pretrained(run)
     except LOADING_ERRORS as error:

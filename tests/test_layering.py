@@ -26,7 +26,8 @@ ROOMS = {
     "metrics": (set(), DATA_LIBRARIES),
     "visualization": (set(), DATA_LIBRARIES),
     "crf": (set(), {"numpy", "PIL", "pydensecrf"}),
-    "export": ({"model"}, {"torch", "numpy", "onnx", "onnxruntime", "transformers"}),
+    "model_folder": ({"model"}, {"torch", "huggingface_hub", "safetensors"}),
+    "export": ({"model", "model_folder"}, {"torch", "numpy", "onnxruntime", "torchao"}),
     "model_card": (set(), {"huggingface_hub", "yaml", "jinja2"}),
     "training": (
         {"model", "data", "metrics", "model_card", "visualization"},

@@ -1,3 +1,7 @@
+import functools
+import http.server
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -33,11 +37,59 @@ def test_all_kinds_of_input_give_the_same_values(tmp_path):
     array = np.asarray(picture)
     processor = SynerNetImageProcessor()
     expected = processor(picture, return_tensors="pt")["pixel_values"]
-    kinds = [array, torch.from_numpy(array.transpose(2, 0, 1).copy()), str(tmp_path / "picture.png"), [picture]]
+    tensor = torch.from_numpy(array.transpose(2, 0, 1).copy())
+    path = tmp_path / "picture.png"
+    kinds = [array, array.transpose(2, 0, 1), tensor, str(path), path, [picture], (path,)]
     for kind in kinds:
         assert torch.equal(processor(kind, return_tensors="pt")["pixel_values"], expected)
+    batches = [np.stack([array, array]), torch.stack([tensor, tensor]), [picture, str(path)], [array, tensor]]
+    for batch in batches:
+        assert torch.equal(processor(batch, return_tensors="pt")["pixel_values"], expected.expand(2, -1, -1, -1))
     numpy_values = processor(picture, return_tensors="np")["pixel_values"]
     assert np.array_equal(numpy_values, expected.numpy())
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A folder and the address at which its files can be had."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    handler.log_message = lambda *args: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield tmp_path, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_pictures_come_from_addresses_too(served):
+    folder, address = served
+    picture = random_picture(20, 30)
+    picture.save(folder / "picture.png")
+    processor = SynerNetImageProcessor()
+    expected = processor(picture, return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor(f"{address}/picture.png", return_tensors="pt")["pixel_values"], expected)
+    with pytest.raises(ValueError, match="cannot be read; expected is the path or URL"):
+        processor([f"{address}/picture.png", f"{address}/none.png"])
+    with pytest.raises(ValueError, match="none.png' cannot be read"):
+        processor(str(folder / "none.png"))
+
+
+def test_files_are_turned_upright(tmp_path):
+    picture = random_picture(20, 30)
+    exif = picture.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    picture.save(tmp_path / "picture.png", exif=exif)
+    assert SynerNetImageProcessor()(tmp_path / "picture.png", return_tensors="pt")["pixel_values"].shape[-2:] == (
+        30,
+        20,
+    )
+
+
+def test_greyscale_arrays_become_rgb():
+    array = np.asarray(random_picture(20, 30))[..., 0]
+    processor = SynerNetImageProcessor()
+    expected = processor(Image.fromarray(array), return_tensors="pt")["pixel_values"]
+    for kind in (array, torch.from_numpy(array.copy()), [array]):
+        assert torch.equal(processor(kind, return_tensors="pt")["pixel_values"], expected)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
@@ -53,6 +105,37 @@ def test_masks_keep_their_ids_and_are_not_called_labels():
     assert set(inputs) == {"pixel_values", "mask"}  # the model's `labels` are those of whole pictures
     assert inputs["mask"].dtype == torch.int64
     assert np.array_equal(inputs["mask"][0].numpy(), np.asarray(mask))
+
+
+def test_masks_of_every_kind_are_equal(tmp_path):
+    mask = random_mask(21, 33)
+    mask.save(tmp_path / "mask.png")
+    ids = np.array(mask)
+    for kind in (mask, ids, ids.astype(np.int64), torch.from_numpy(ids), tmp_path / "mask.png", [mask]):
+        found = SynerNetImageProcessor()(random_picture(21, 33), kind, return_tensors="pt")["mask"]
+        assert np.array_equal(found[0].numpy(), ids)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (random_picture(21, 33), "expected are ids of shape"),
+        (random_mask(21, 32), "its picture \\(21, 33\\); the two must agree"),
+        ("none.png", "segmentation map 'none.png' cannot be read"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(mask, message):
+    with pytest.raises(ValueError, match=message):
+        SynerNetImageProcessor()(random_picture(21, 33), mask, return_tensors="pt")
+
+
+def test_a_crop_larger_than_the_picture_is_filled_with_what_is_ignored():
+    processor = SynerNetImageProcessor(do_center_crop=True, crop_size={"height": 10, "width": 12})
+    inputs = processor(random_picture(6, 8), random_mask(6, 8), return_tensors="pt")
+    assert inputs["mask"].shape == (1, 10, 12) and inputs["pixel_values"].shape == (1, 3, 10, 12)
+    inner = inputs["mask"][0, 2:8, 2:10]
+    assert np.array_equal(inner.numpy(), np.asarray(random_mask(6, 8)))
+    assert int((inputs["mask"] == 255).sum()) == 10 * 12 - 6 * 8 + int((inner == 255).sum())
 
 
 def test_resizing_invents_no_mask_id():
@@ -83,6 +166,11 @@ def test_padding_reaches_the_patch_multiple_and_is_told_apart():
         assert np.array_equal(inputs["mask"][i][: mask.height, : mask.width].numpy(), np.asarray(mask))
         alone = processor(picture, return_tensors="pt")["pixel_values"][0]
         assert torch.equal(inputs["pixel_values"][i][:, : picture.height, : picture.width], alone)
+
+
+def test_padding_to_no_multiple_is_refused():
+    with pytest.raises(ValueError, match="`size_divisor` must be positive"):
+        SynerNetImageProcessor()(random_picture(8, 8), do_pad=True, size_divisor=0, return_tensors="pt")
 
 
 def test_pictures_of_several_sizes_are_a_list_or_a_clear_error():
@@ -129,6 +217,19 @@ def test_segmentation_takes_the_best_class_at_the_target_size():
     assert torch.equal(scored[0].segmentation, scored[0].segmentation_scores.argmax(dim=0))
     with pytest.raises(ValueError, match="1 target sizes for a batch of 2"):
         processor.post_process_semantic_segmentation(outputs, target_sizes=[(8, 10)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_results_of_half_precision_are_post_processed(dtype):
+    logits = torch.randn(1, 3, 4, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    processor = SynerNetImageProcessor()
+    (found,) = processor.post_process_semantic_segmentation(SynerNetSegmenterOutput(logits=logits), [(9, 11)])
+    (expected,) = processor.post_process_semantic_segmentation(
+        SynerNetSegmenterOutput(logits=logits.float()), [(9, 11)]
+    )
+    assert torch.equal(found, expected)
+    (cam_map,) = processor.post_process_class_activation_maps(logits.sigmoid(), target_sizes=[(9, 11)])
+    assert cam_map.shape == (9, 11) and cam_map.dtype == torch.int64
 
 
 def test_cams_at_or_below_the_threshold_are_background():

@@ -148,10 +148,10 @@ class SynerNetBranch(nn.Module):
     ) -> list[torch.Tensor]:
         """CAM logits `(B, C, h, w)` of the last, the auxiliary and the additional layers, without the decoder."""
         tokens, hidden_states, _ = self.encode(pixel_values, shared_states)
-        grid = _grid(pixel_values, patch_size)
         layers = (self.auxiliary_layer_index, *self.additional_cam_layers)
-        maps = [self.cam_head.cam_logits(_patch_map(tokens, grid))]
-        return maps + [self.auxiliary_cam_head.cam_logits(_patch_map(hidden_states[layer], grid)) for layer in layers]
+        earlier = [patch_map(hidden_states[layer], pixel_values, patch_size) for layer in layers]
+        last = self.cam_head.cam_logits(patch_map(tokens, pixel_values, patch_size))
+        return [last, *map(self.auxiliary_cam_head.cam_logits, earlier)]
 
     def forward(
         self,
@@ -162,9 +162,8 @@ class SynerNetBranch(nn.Module):
     ) -> SynerNetBranchOutput:
         """`(B, 3, H, W)` pictures, sides multiples of the patch → everything the branch computes."""
         tokens, hidden_states, attentions = self.encode(pixel_values, shared_states, output_attentions)
-        grid = _grid(pixel_values, patch_size)
-        features = _patch_map(tokens, grid)
-        auxiliary = _patch_map(hidden_states[self.auxiliary_layer_index], grid)
+        features = patch_map(tokens, pixel_values, patch_size)
+        auxiliary = patch_map(hidden_states[self.auxiliary_layer_index], pixel_values, patch_size)
         scores, cam_logits = self.cam_head(features)
         auxiliary_scores, auxiliary_cam_logits = self.auxiliary_cam_head(auxiliary)
         return SynerNetBranchOutput(
@@ -221,12 +220,12 @@ def _forward_arguments(backbone: nn.Module) -> dict[str, bool]:
     return {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
 
 
-def _grid(pixel_values: torch.Tensor, patch_size: int) -> tuple[int, int]:
-    return pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
-
-
-def _patch_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """`(B, prefix + h·w, D)` → `(B, D, h, w)`: prefix tokens (class, distillation, registers) come first everywhere."""
+def patch_map(tokens: torch.Tensor, pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """
+    Tokens `(B, prefix + h·w, D)` of padded pictures `(B, 3, h·p, w·p)` → `(B, D, h, w)`; prefix tokens (class,
+    distillation, registers) come first in every family.
+    """
+    grid = (pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size)
     return tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
 
 
@@ -253,6 +252,7 @@ __all__ = [
     "SynerNetSharedEncoder",
     "copy_encoder",
     "encoder_blocks",
+    "patch_map",
     "pooling_arguments",
     "select_states",
 ]

@@ -33,6 +33,31 @@ _POSITIVE = (
     "prototype_temperature",
 )
 
+# Far above every published encoder, and low enough that a hostile file cannot make the reader build without end (ours).
+_LIMITS = {
+    "pooling_top_k": 2**20,
+    "decoder_hidden_size": 2**16,
+    "decoder_dilation": 2**10,
+    "projection_hidden_size": 2**16,
+    "projection_bottleneck_size": 2**16,
+    "prototype_size": 2**16,
+    "refinement_iterations": 10**4,
+    "num_labels": 10**5,
+}
+_BACKBONE_LIMITS = {
+    "hidden_size": 2**16,
+    "intermediate_size": 2**18,
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 2**12,
+    "num_register_tokens": 2**12,
+    "image_size": 2**14,
+    "patch_size": 2**10,
+    "num_channels": 2**10,
+    "mlp_ratio": 2**6,
+}
+_LIST_LIMITS = {"cam_scales": 16, "inference_scales": 16, "refinement_dilations": 2**12}
+_MAX_LIST = 64
+
 
 @strict
 class SynerNetConfig(PreTrainedConfig):
@@ -151,7 +176,7 @@ class SynerNetConfig(PreTrainedConfig):
 
     Raises:
         StrictDataclassClassValidationError: if thresholds do not rise, a share is outside [0, 1], a size, scale or
-            dilation is not positive, a weight is negative or the ignore index is one of the labels.
+            dilation is not positive or absurdly large, a weight is negative or the ignore index is one of the labels.
         StrictDataclassFieldValidationError: if a field has another type than it should.
 
     Example:
@@ -218,6 +243,10 @@ class SynerNetConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
+        # before the base class makes a name for every label
+        check_limits(kwargs, {"num_labels": _LIMITS["num_labels"]}, "")
+        if isinstance(self.backbone_config, dict):
+            check_limits(self.backbone_config, {"num_labels": _LIMITS["num_labels"]}, "backbone_config.")
         super().__post_init__(**kwargs)
         if self.label2id is None and self.id2label is not None:
             self.label2id = {name: index for index, name in self.id2label.items()}
@@ -285,6 +314,8 @@ class SynerNetConfig(PreTrainedConfig):
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        check_limits({name: getattr(self, name) for name in _LIMITS}, _LIMITS, "")
+        check_limits(self.backbone_config.to_dict(), _BACKBONE_LIMITS, "backbone_config.")
         for name, weight in self.loss_weights.items():
             if weight < 0:
                 raise ValueError(f"`{name}_weight` must not be negative, got {weight}.")
@@ -301,7 +332,9 @@ class SynerNetConfig(PreTrainedConfig):
         for name in ("cam_scales", "inference_scales", "refinement_dilations"):
             values = getattr(self, name)
             if not values or min(values) <= 0:
-                raise ValueError(f"`{name}` must be a non-empty list of positive numbers, got {list(values)}.")
+                raise ValueError(f"`{name}` must be a non-empty list of positive numbers, got {list(values)[:8]}.")
+            check_limits({name: max(values)}, _LIST_LIMITS, "")
+            check_limits({name: len(values)}, {name: _MAX_LIST}, "the length of ")
         for name in ("image_mean", "image_std"):
             if len(getattr(self, name)) != 3:
                 raise ValueError(f"`{name}` needs one number per colour channel, got {list(getattr(self, name))}.")
@@ -317,6 +350,27 @@ class SynerNetConfig(PreTrainedConfig):
                 f"`semantic_loss_ignore_index` {self.semantic_loss_ignore_index} is one of the {self.num_labels} labels; "
                 "choose a number that is none."
             )
+
+
+def check_limits(values: dict, limits: dict[str, int], where: str) -> None:
+    """
+    Refuses sizes beyond `limits`.
+
+    Args:
+        values (`dict`): Fields of a configuration; what is no number is left to the checks of types.
+        limits (`dict[str, int]`): The largest value of each field.
+        where (`str`): Put before the name of a field in the message.
+
+    Raises:
+        ValueError: if a size is beyond its limit.
+    """
+    for name, limit in limits.items():
+        given = values.get(name)
+        for value in given if isinstance(given, list | tuple) else [given]:
+            if isinstance(value, int | float) and not value <= limit:
+                raise ValueError(
+                    f"{where}{name} is {value}, more than {limit}: this is no configuration of a SynerNet."
+                )
 
 
 __all__ = ["SynerNetConfig"]

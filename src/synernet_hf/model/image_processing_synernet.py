@@ -1,8 +1,11 @@
 """Image processor of SynerNet: pictures and masks to tensors, and the model's outputs back to label maps."""
 
+import os
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
 from transformers.image_processing_utils import BatchFeature
@@ -109,11 +112,12 @@ class SynerNetImageProcessor(PilBackend):
 
         Args:
             images (`ImageInput`):
-                One picture or a list: PIL, `np.ndarray` or `torch.Tensor` of shape `(height, width, 3)` or
-                `(3, height, width)` with values 0 to 255, a path or a URL.
+                One picture or a list: PIL, `np.ndarray` or `torch.Tensor` of shape `(height, width, 3)`,
+                `(3, height, width)` or `(height, width)` with values 0 to 255, a path or a URL; or one array or
+                tensor with a batch of pictures of equal size.
             segmentation_maps (`ImageInput`, *optional*):
-                One mask or a list, in the order of `images`: palette or greyscale PIL, or an array of shape
-                `(height, width)`; 0 = background, 255 = ignore.
+                One mask or a list, in the order and of the sizes of `images`: palette or greyscale PIL, the path of
+                such a file, or an array of shape `(height, width)`; 0 = background, 255 = ignore.
             kwargs ([`SynerNetImageProcessorKwargs`]):
                 Any argument of the constructor for this call only, and `return_tensors` (`"pt"` or `"np"`).
 
@@ -124,10 +128,23 @@ class SynerNetImageProcessor(PilBackend):
             `do_pad` `pixel_mask`, int64 of shape `(batch_size, height, width)`, 1 on the picture and 0 on the padding.
 
         Raises:
-            ValueError: If the number of masks is not the number of pictures, or `return_tensors` is set and the sizes
-                differ.
+            ValueError: If a picture cannot be read, the number or the size of the masks is not that of the pictures,
+                a mask has colours instead of ids, `size_divisor` is not positive, or `return_tensors` is set and the
+                sizes differ.
         """
         return super().preprocess(images, segmentation_maps, **kwargs)
+
+    def fetch_images(self, image_url_or_urls):
+        """Reads paths and URLs, leaves everything else as it is; lists are read item by item."""
+        source = image_url_or_urls
+        if not isinstance(source, str | os.PathLike):
+            return super().fetch_images(source)
+        try:
+            return super().fetch_images(os.fspath(source))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"The picture {str(source)[:200]!r} cannot be read; expected is the path or URL of a picture file."
+            ) from error
 
     def _preprocess_image_like_inputs(
         self,
@@ -139,20 +156,17 @@ class SynerNetImageProcessor(PilBackend):
         **kwargs,
     ) -> BatchFeature:
         images = self._prepare_image_like_inputs(
-            images=images, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format
+            images=_each(images, _with_channel), do_convert_rgb=do_convert_rgb, input_data_format=input_data_format
         )
         data = self._preprocess(images, **kwargs)
         if segmentation_maps is not None:
             masks = self._prepare_image_like_inputs(
-                images=segmentation_maps,
+                images=_each(segmentation_maps, _opened_mask),
                 expected_ndims=2,
                 do_convert_rgb=False,
                 input_data_format=ChannelDimension.FIRST,
             )
-            if len(masks) != len(images):
-                raise ValueError(
-                    f"Got {len(images)} pictures and {len(masks)} segmentation maps; one per picture is expected."
-                )
+            _check_masks(images, masks)
             mask_kwargs = kwargs | {"do_rescale": False, "do_normalize": False, "resample": PILImageResampling.NEAREST}
             masks = self._preprocess(masks, fill_value=255, **mask_kwargs)["pixel_values"]
             data["mask"] = [mask.squeeze(0).astype(np.int64) for mask in masks]
@@ -181,7 +195,9 @@ class SynerNetImageProcessor(PilBackend):
             if do_resize:
                 image = self.resize(image, size, kwargs["resample"])
             if kwargs["do_center_crop"]:
-                image = self.center_crop(image, kwargs["crop_size"])
+                # the library fills with 0 where the crop is larger than the picture
+                shifted = image.astype(np.int64) - fill_value if fill_value else image
+                image = self.center_crop(shifted, kwargs["crop_size"]) + fill_value
             if kwargs["do_rescale"]:
                 image = self.rescale(image, kwargs["rescale_factor"])
             if kwargs["do_normalize"]:
@@ -191,6 +207,8 @@ class SynerNetImageProcessor(PilBackend):
             return {"pixel_values": processed}
         if pad_size is None:
             divisor = kwargs["size_divisor"]
+            if divisor < 1:
+                raise ValueError(f"`size_divisor` must be positive, the patch size of the model, got {divisor}.")
             height, width = (max(image.shape[axis] for image in processed) for axis in (1, 2))
             pad_size = SizeDict(height=-(-height // divisor) * divisor, width=-(-width // divisor) * divisor)
         processed, pixel_mask = self.pad(processed, pad_size=pad_size, fill_value=fill_value, return_mask=True)
@@ -271,9 +289,51 @@ class SynerNetImageProcessor(PilBackend):
             )
         sizes = [(int(height), int(width)) for height, width in target_sizes]
         return [
-            F.interpolate(item[None], size=size, mode="bilinear", align_corners=False)[0]
+            F.interpolate(item[None].float(), size=size, mode="bilinear", align_corners=False)[0]
             for item, size in zip(maps, sizes, strict=True)
         ]
+
+
+def _each(inputs, function):
+    """`function` of one input, or of every item of a list of them."""
+    return [_each(item, function) for item in inputs] if isinstance(inputs, list | tuple) else function(inputs)
+
+
+def _with_channel(image):
+    """A greyscale array `(height, width)` → `(1, height, width)`."""
+    return image[None] if isinstance(image, np.ndarray | torch.Tensor) and image.ndim == 2 else image
+
+
+def _opened_mask(mask):
+    """A path → the picture in its own mode: the library would read it as RGB, and its ids would be lost."""
+    if not isinstance(mask, str | os.PathLike):
+        return mask
+    try:
+        with Image.open(mask) as opened:
+            return opened.copy()
+    except OSError as error:
+        raise ValueError(
+            f"The segmentation map {str(mask)[:200]!r} cannot be read; expected is the path of a palette or greyscale "
+            "picture."
+        ) from error
+
+
+def _check_masks(images: list[np.ndarray], masks: list[np.ndarray]) -> None:
+    if len(masks) != len(images):
+        raise ValueError(
+            f"Got {len(images)} pictures and {len(masks)} segmentation maps; one per picture is expected."
+        )
+    for index, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        if mask.shape[0] != 1:
+            raise ValueError(
+                f"Segmentation map {index} has shape {mask.shape}, expected are ids of shape (height, width): give "
+                "palette pictures as they are, not converted to RGB."
+            )
+        if mask.shape[-2:] != image.shape[-2:]:
+            raise ValueError(
+                f"Segmentation map {index} has height and width {mask.shape[-2:]}, its picture {image.shape[-2:]}; "
+                "the two must agree."
+            )
 
 
 __all__ = ["SynerNetImageProcessor"]

@@ -1,0 +1,253 @@
+"""SynerNet for other runtimes: one graph of its inference for `torch.export` and ONNX, and int8 weights.
+
+    python -m synernet_hf.export MODEL --onnx OUT
+
+The graph takes `pixel_values`, float32 of shape `(batch, 3, height, width)`, normalised pictures of any size, and gives
+`logits` of shape `(batch, num_labels, height, width)`, at the size of the pictures.
+"""
+
+import argparse
+import copy
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation
+from synernet_hf.model.branch_synernet import patch_map
+from synernet_hf.model.supervision_synernet import chosen_branches
+from synernet_hf.model_folder import check_model_folder
+
+
+TOLERANCE = 1e-4
+# an ONNX file is one protocol buffer message, which ends at 2 GiB
+MAX_ONNX_BYTES = 2_000_000_000
+
+
+class SynerNetInferenceGraph(nn.Module):
+    """
+    The inference path of a model, without anything that depends on the values of heights and widths.
+
+    Args:
+        model ([`SynerNetForWeaklySupervisedSegmentation`]): The model.
+        inference_branches (`str`, *optional*, defaults to `"both"`): `"broad"`, `"precise"` or `"both"`; the encoder of
+            a branch that is left out is not part of the graph.
+    """
+
+    def __init__(self, model: SynerNetForWeaklySupervisedSegmentation, inference_branches: str | None = None):
+        super().__init__()
+        names = chosen_branches(inference_branches)
+        self.shared_encoder = model.synernet.shared_encoder
+        self.branches = nn.ModuleDict({name: model.synernet.branch(name) for name in names})
+        self.broad_share = float(model.config.broad_inference_weight) if len(names) == 2 else float("broad" in names)
+        self.patch_size = model.config.patch_size
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`(B, 3, H, W)` normalised pictures → logits `(B, K, H, W)`."""
+        height, width = pixel_values.shape[-2:]
+        padded = F.pad(pixel_values, (0, -width % self.patch_size, 0, -height % self.patch_size))
+        shared_states = None if self.shared_encoder is None else self.shared_encoder(padded)
+        total = None
+        for name, branch in self.branches.items():
+            share = self.broad_share if name == "broad" else 1 - self.broad_share
+            tokens = branch.encode(padded, shared_states)[0]
+            logits = share * branch.decode_head(patch_map(tokens, padded, self.patch_size))
+            total = logits if total is None else total + logits
+        size = (padded.shape[-2], padded.shape[-1])
+        return F.interpolate(total, size=size, mode="bilinear", align_corners=False)[..., :height, :width]
+
+
+def _example(model: SynerNetForWeaklySupervisedSegmentation) -> torch.Tensor:
+    """A batch of an odd size, so that nothing about the size becomes part of the graph."""
+    patch_size = model.config.patch_size
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 3, 5 * patch_size - 3, 7 * patch_size - 1, generator=generator)
+
+
+def _prepared(model: SynerNetForWeaklySupervisedSegmentation, inference_branches: str | None) -> nn.Module:
+    return SynerNetInferenceGraph(copy.deepcopy(model).float().cpu().eval(), inference_branches).eval()
+
+
+def export_program(
+    model: SynerNetForWeaklySupervisedSegmentation, inference_branches: str | None = None
+) -> torch.export.ExportedProgram:
+    """
+    One `torch.export` program for every batch size, height and width.
+
+    Args:
+        model ([`SynerNetForWeaklySupervisedSegmentation`]): The model; it is copied, in float32 on the CPU.
+        inference_branches (`str`, *optional*, defaults to `"both"`): As in [`SynerNetInferenceGraph`].
+
+    Returns:
+        `torch.export.ExportedProgram`: Call `program.module(check_guards=False)`; before PyTorch 2.9 `module()` does not
+        check and does not know the argument. The checks that PyTorch notes down
+        while tracing tell the example's size apart from sizes with a shortcut (no padding, no interpolation of the
+        position embeddings); the graph itself takes no shortcut and is right for all.
+    """
+    dynamic = torch.export.Dim.DYNAMIC
+    return torch.export.export(
+        _prepared(model, inference_branches),
+        (_example(model),),
+        dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
+        strict=False,
+    )
+
+
+def export_onnx(
+    model: SynerNetForWeaklySupervisedSegmentation,
+    path: str | Path,
+    inference_branches: str | None = None,
+    tolerance: float = TOLERANCE,
+) -> dict[tuple[int, ...], float]:
+    """
+    Write one ONNX graph for every batch size, height and width, after comparing it with the model in onnxruntime.
+
+    Args:
+        model ([`SynerNetForWeaklySupervisedSegmentation`]): The model; it is copied, in float32 on the CPU.
+        path (`str` or `Path`): The file to write. Class names, mean and standard deviation stand in its metadata.
+        inference_branches (`str`, *optional*, defaults to `"both"`): As in [`SynerNetInferenceGraph`].
+        tolerance (`float`, *optional*, defaults to 1e-4): Largest difference of a logit that is accepted.
+
+    Returns:
+        `dict[tuple[int, ...], float]`: The largest difference of a logit for each of the three shapes compared.
+
+    Raises:
+        ImportError: If onnx, onnxruntime or onnxscript is missing.
+        ValueError: If the model is too large for one ONNX file.
+        RuntimeError: If the graph differs from the model by more than `tolerance`; nothing is written then.
+    """
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f'The export needs {", ".join(missing)}: pip install "synernet_hf[onnx]".')
+    path, graph = Path(path), _prepared(model, inference_branches)
+    size = sum(4 * parameter.numel() for parameter in graph.parameters())
+    if size > MAX_ONNX_BYTES:
+        raise ValueError(
+            f"The graph has {size / 1e9:.1f} GB of weights, an ONNX file holds 2 GB: export one branch alone with "
+            "inference_branches."
+        )
+    program = torch.onnx.export(
+        graph,
+        (_example(model),),
+        dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
+        input_names=["pixel_values"],
+        output_names=["logits"],
+        dynamo=True,
+        verbose=False,
+    )
+    config = model.config
+    program.model.metadata_props.update(
+        id2label=json.dumps(config.id2label, ensure_ascii=False),
+        image_mean=json.dumps(list(config.image_mean)),
+        image_std=json.dumps(list(config.image_std)),
+        inference_branches=inference_branches or "both",
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        unchecked = Path(folder) / path.name
+        program.save(unchecked, external_data=False)
+        differences = _compare(graph, unchecked, config.patch_size)
+        if not max(differences.values()) <= tolerance:
+            raise RuntimeError(
+                f"The ONNX graph differs from the model by up to {max(differences.values()):.1e}, more than "
+                f"{tolerance:.1e}; nothing was written."
+            )
+        os.replace(unchecked, path)
+    return differences
+
+
+def _compare(graph: nn.Module, path: Path, patch_size: int) -> dict[tuple[int, ...], float]:
+    """Largest difference of a logit between the graph and its ONNX form: square, odd, and narrow pictures."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    generator = torch.Generator().manual_seed(1)
+    differences = {}
+    for batch, height, width in (
+        (1, 14 * patch_size, 14 * patch_size),
+        (2, 9 * patch_size + 5, 11 * patch_size + 1),
+        (1, 3 * patch_size, 8 * patch_size),
+    ):
+        pixel_values = torch.randn(batch, 3, height, width, generator=generator)
+        with torch.no_grad():
+            expected = graph(pixel_values).numpy()
+        (found,) = session.run(["logits"], {"pixel_values": pixel_values.numpy()})
+        differences[tuple(pixel_values.shape)] = float(np.abs(found - expected).max())
+    return differences
+
+
+def quantize_weights(model: SynerNetForWeaklySupervisedSegmentation) -> SynerNetForWeaklySupervisedSegmentation:
+    """
+    A copy of the model with the weights of its encoders' linear layers in int8, one scale per row (torchao).
+
+    Args:
+        model ([`SynerNetForWeaklySupervisedSegmentation`]): The model; it is left as it is.
+
+    Returns:
+        [`SynerNetForWeaklySupervisedSegmentation`]: For inference only. Heads and embeddings keep their precision.
+
+    Raises:
+        ImportError: If torchao is missing.
+    """
+    if importlib.util.find_spec("torchao") is None:
+        raise ImportError('Int8 weights need torchao: pip install "synernet_hf[int8]".')
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantized = copy.deepcopy(model).eval()
+    net = quantized.synernet
+    for part in (net.shared_encoder, net.broad_branch, net.precise_branch):
+        if part is not None:
+            quantize_(part.backbone, Int8WeightOnlyConfig())
+    return quantized
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m synernet_hf.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="folder of a trained model, or its name on the Hub")
+    parser.add_argument("--onnx", type=Path, required=True, metavar="OUT", help="the ONNX file to write")
+    parser.add_argument(
+        "--inference_branches", choices=("both", "broad", "precise"), default="both", help="encoders in the graph"
+    )
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="largest difference of a logit accepted")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code: 2 for a mistake in what was given, 1 if the graph is not right."""
+    args = parse_arguments(argv)
+    if args.onnx.is_dir():
+        print(f"error: {args.onnx} is a folder; name a file, such as {args.onnx / 'model.onnx'}.", file=sys.stderr)
+        return 2
+    try:
+        if Path(args.model).is_dir():
+            check_model_folder(args.model)
+        model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(args.model)
+    except Exception as error:  # a damaged or foreign folder can make the library fail in any way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"error: {args.model} is no SynerNet that can be loaded: {reason}", file=sys.stderr)
+        return 2
+    try:
+        differences = export_onnx(model, args.onnx, args.inference_branches, args.tolerance)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for shape, difference in differences.items():
+        print(f"pixel_values {shape}: logits differ by at most {difference:.1e}")
+    print(f"{args.onnx}: {args.onnx.stat().st_size / 1e6:.1f} MB, inference_branches={args.inference_branches}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""Checks a model folder from an unknown source before anything of it is built or loaded."""
+
+import json
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+
+from synernet_hf.model import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation
+
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_JSON_BYTES = 20_000_000
+# that of the safetensors library
+MAX_HEADER_BYTES = 100_000_000
+
+
+def check_model_folder(folder: str | Path) -> SynerNetConfig:
+    """
+    Refuse a folder that `from_pretrained` should not be given.
+
+    Nothing is unpickled, no tensor is read, and no file outside the folder is opened. Loading needs no more memory
+    than the folder's weights after this check.
+
+    Args:
+        folder (`str` or `Path`): The folder: `config.json` and `model.safetensors`, or its parts with their index.
+
+    Returns:
+        [`SynerNetConfig`]: The folder's configuration.
+
+    Raises:
+        FileNotFoundError: If the configuration or the weights are missing.
+        ValueError: If the configuration is none of a SynerNet or asks for sizes beyond all measure, an index names
+            files outside the folder, a weights file is no safetensors file, or the weights are fewer than the
+            configuration asks for.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    held = sum(_count_elements(path) for path in _weight_files(folder))
+    with torch.device("meta"):
+        model = SynerNetForWeaklySupervisedSegmentation(config)
+    needed = sum(parameter.numel() for parameter in model.parameters())
+    if held < needed:
+        raise ValueError(
+            f"{folder} is refused: its configuration asks for {needed:,} weights, its files hold {held:,}; they do not "
+            "belong together."
+        )
+    return config
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} holds no {path.name}; name the folder of a saved SynerNet.")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(
+            f"{path} is refused: {path.stat().st_size:,} bytes are too many for a description of a model."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is refused: it is no JSON that can be read.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is refused: it holds a {type(content).__name__}, expected are fields by name.")
+    return content
+
+
+def _read_config(folder: Path) -> SynerNetConfig:
+    fields = _read_json(folder / "config.json")
+    if fields.get("model_type") != SynerNetConfig.model_type:
+        raise ValueError(
+            f"{folder} is refused: its model type is {str(fields.get('model_type'))[:40]!r}, expected is "
+            f"{SynerNetConfig.model_type!r}."
+        )
+    try:
+        return SynerNetConfig.from_dict(fields)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{folder} is refused: its configuration is none of a SynerNet ({reason}).") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no {WEIGHTS}; weights in other files, such as pickled ones, are not loaded."
+        )
+    table = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise ValueError(f"{folder / INDEX} is refused: it names no weights.")
+    files = []
+    for name in sorted({str(value) for value in table.values()}):
+        plain = name == PurePosixPath(name).name == PureWindowsPath(name).name
+        if not plain or not name.endswith(".safetensors"):
+            raise ValueError(f"{folder / INDEX} is refused: it names {name[:80]!r}, which is no file of the folder.")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no {name}, which its index names.")
+        files.append(folder / name)
+    return files
+
+
+def _count_elements(path: Path) -> int:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    size = path.stat().st_size
+    if length > min(MAX_HEADER_BYTES, size - 8):
+        raise ValueError(
+            f"{path} is refused: its header claims {length:,} of {size:,} bytes; it is no safetensors file, or damaged."
+        )
+    try:
+        with safe_open(path, framework="pt") as content:
+            shapes = [content.get_slice(name).get_shape() for name in content.keys()]  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is refused: it is no safetensors file, or damaged ({error}).") from error
+    return sum(torch.Size(shape).numel() for shape in shapes)
+
+
+__all__ = ["check_model_folder"]
