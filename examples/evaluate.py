@@ -1,6 +1,7 @@
 """Score a trained SynerNet on a split with masks: `python examples/evaluate.py RUN` (or `accelerate launch` it)."""
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -13,11 +14,13 @@ from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.crf import DenseCRF
-from synernet_hf.data import check_dataset, class_names, load_wsss_dataset
+from synernet_hf.data import class_names, skipped_records
 from synernet_hf.model_folder import check_model_folder
+from synernet_hf.training import DataArguments
 from synernet_hf.training.evaluation import evaluate_model, results_table
+from synernet_hf.training.validation import check_data, load_data
 
 
 # What a folder with missing, truncated or foreign files raises on loading.
@@ -29,12 +32,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a trained model, such as runs/voc_animals")
     data = parser.add_argument_group("data (default: as in training, from RUN/training_args.json)")
-    data.add_argument("--dataset", help="voc2012 or shapes")
-    data.add_argument("--data_dir", help="folder of the data set")
+    data.add_argument("--dataset", help="voc2012, coco2014, image_folder, hub or shapes; or a folder, or a Hub id")
+    data.add_argument("--data_dir", help="folder of the data set, for hub also a Hub id")
     data.add_argument(
         "--image_labels", help="source of the image labels: a npz, json or csv file, annotations or masks"
     )
     data.add_argument("--validation_split", help="list of pictures to evaluate on, such as val")
+    data.add_argument("--image_column", help="column of the pictures in a table or Hub data set")
+    data.add_argument("--label_column", help="column of the labels")
+    data.add_argument("--mask_column", help="column of the masks")
+    data.add_argument("--on_bad_image", choices=("raise", "skip"), help="refuse unusable records, or leave them out")
     data.add_argument("--classes", nargs="+", help="classes that the means are taken over")
     data.add_argument("--max_samples", type=int, help="score the first so many pictures only")
     kinds = parser.add_argument_group("what to score")
@@ -74,6 +81,10 @@ def data_settings(args: argparse.Namespace) -> dict[str, Any]:
         "data_dir": args.data_dir,
         "image_labels": args.image_labels,
         "validation_split": args.validation_split,
+        "image_column": args.image_column,
+        "label_column": args.label_column,
+        "mask_column": args.mask_column,
+        "on_bad_image": args.on_bad_image,
         "metric_classes": args.classes,
     }
     settings |= {name: value for name, value in overrides.items() if value is not None}
@@ -82,20 +93,28 @@ def data_settings(args: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
-def load_split(settings: dict[str, Any], max_samples: int | None = None) -> tuple[datasets.Dataset, list[str]]:
+def load_split(
+    settings: dict[str, Any], id2label: dict[int, str], max_samples: int | None = None
+) -> tuple[datasets.DatasetDict, list[str]]:
     """
-    Load and check the split to evaluate on; also return the class names, background first.
+    Load and check the split to evaluate on, alone in a dictionary; also return its class names, background first.
 
-    The loaders give all splits at once, so the lists and image labels of the training split must be there too; none
-    of its pictures is opened.
+    Pictures of one's own that come without a class list get that of the model, `id2label`, so that their labels are
+    read by name. The loaders give all splits at once, so the lists and image labels of the training split must be
+    there too where there is one; none of its pictures is opened.
     """
-    names = ("data_dir", "image_labels", "train_split", "validation_split", "dataset_options")
-    splits = load_wsss_dataset(settings["dataset"], **{name: settings.get(name) for name in names})
+    known = {item.name for item in dataclasses.fields(DataArguments)}
+    data_args = DataArguments(**{name: value for name, value in settings.items() if name in known})
+    if data_args.dataset not in ("voc2012", "coco2014", "shapes"):
+        names = [id2label[label] for label in sorted(id2label)]
+        data_args.dataset_options = {"class_names": names} | data_args.dataset_options
+    splits = load_data(data_args)
+    if "validation" not in splits:
+        raise ValueError(f"The data has no split to evaluate on, only {', '.join(splits)}; see docs/data.md.")
     split = splits["validation"]
     if max_samples is not None:
         split = split.select(range(min(max_samples, len(split))))
-    check_dataset(datasets.DatasetDict(validation=split))
-    return split, class_names(splits)
+    return check_data(datasets.DatasetDict(validation=split), data_args.on_bad_image), class_names(splits)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -108,6 +127,15 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--output {args.output} is a folder; give the name of a JSON file.")
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def read_labels(run: Path) -> dict[int, str]:
+    """The `id2label` of a run, without loading its weights."""
+    try:
+        return SynerNetConfig.from_pretrained(run).id2label
+    except LOADING_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{run} holds no usable model ({reason}); give the folder of a finished run.") from error
 
 
 def load_run(run: Path) -> tuple[SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor]:
@@ -146,13 +174,13 @@ def evaluate(args: argparse.Namespace) -> None:
     check_arguments(args)
     settings = data_settings(args)
     crf = DenseCRF() if args.crf else None
-    split, names = load_split(settings, args.max_samples)
+    splits, names = load_split(settings, read_labels(args.run), args.max_samples)
     accelerator = Accelerator()
     model, processor = load_run(args.run)
     results = evaluate_model(
         model.to(accelerator.device),
         processor,
-        split,
+        splits["validation"],
         class_names=names,
         metric_classes=settings.get("metric_classes"),
         accelerator=accelerator,
@@ -164,7 +192,8 @@ def evaluate(args: argparse.Namespace) -> None:
         progress=True,
     )
     if accelerator.is_main_process:
-        metric_classes = settings.get("metric_classes") or names
+        # the model may know classes that the data set does not have
+        metric_classes = settings.get("metric_classes") or list(model.config.id2label.values())
         print(results_table(results, metric_classes))
         if args.output is not None:
             scores = {
@@ -172,6 +201,7 @@ def evaluate(args: argparse.Namespace) -> None:
                 "dataset": settings["dataset"],
                 "validation_split": settings.get("validation_split"),
                 "metric_classes": list(metric_classes),
+                "skipped": skipped_records(splits).get("validation", []),
                 "results": results,
             }
             write_scores(scores, args.output)

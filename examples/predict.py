@@ -44,7 +44,11 @@ def read_picture(path: Path) -> Image.Image:
         raise UsageError(f"There is no picture {path}; check the path.")
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):
+                # Pillow alone would cut grey values of 16 bits off at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(
             f"The picture {path} cannot be decoded ({error}); give a valid JPEG, PNG or the like."

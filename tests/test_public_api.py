@@ -19,7 +19,16 @@ PUBLIC_NAMES = {
         "SynerNetSegmentationPipeline",
         "__version__",
     ],
-    "synernet_hf.data": ["load_shapes", "load_voc2012", "load_wsss_dataset"],
+    "synernet_hf.data": [
+        "check_dataset",
+        "drop_bad_records",
+        "load_coco2014",
+        "load_image_labels",
+        "load_shapes",
+        "load_voc2012",
+        "load_wsss_dataset",
+        "skipped_records",
+    ],
     "synernet_hf.metrics": ["MeanIoU"],
     "synernet_hf.training": [
         "DataArguments",
@@ -55,6 +64,8 @@ SIGNATURES = {
     "synernet_hf.model.loss_synernet.prototype_contrast_loss": "embeddings class_ids prototypes",
     "synernet_hf.training.optimization.learning_rate_multiplier": "step warmup_steps total_steps",
     "synernet_hf.data.load_voc2012": "data_dir | image_labels train_split validation_split",
+    "synernet_hf.data.load_coco2014": "data_dir | train_split validation_split on_bad_image",
+    "synernet_hf.data.load_image_labels": "data_dir | class_names train_split validation_split on_bad_image streaming",
     "synernet_hf.data.load_shapes": "| num_train num_validation image_size seed",
     "synernet_hf.data.load_wsss_dataset": "name",
 }

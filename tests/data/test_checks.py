@@ -69,7 +69,7 @@ def test_picture_that_does_not_decode(devkit, broken):
     else:
         path.write_bytes(b"no picture" if broken == "text" else content[: len(content) // 2])
     sentence = (
-        f"1 of 6 records of the split 'train' can not be used: the picture {devkit.train_ids[2]} does not decode"
+        f"1 of 6 records of the split 'train' can not be used: the picture {devkit.train_ids[2]} .* does not decode"
     )
     with pytest.raises(ValueError, match=sentence):
         check_dataset(loaded)

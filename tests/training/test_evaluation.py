@@ -51,7 +51,11 @@ class OracleModel(torch.nn.Module):
         self.shift, self.cam_value = shift, cam_value
         self.seen, self.cam_labels = [], []
         self.config = SimpleNamespace(
-            num_labels=3, background_threshold=0.5, semantic_loss_ignore_index=255, inference_scales=SCALES
+            id2label=dict(enumerate(NAMES)),
+            num_labels=3,
+            background_threshold=0.5,
+            semantic_loss_ignore_index=255,
+            inference_scales=SCALES,
         )
 
     def one_hot(self, pixel_values):
@@ -121,6 +125,27 @@ def test_metric_classes_restrict_the_means_only(label_maps):
     ious = everything["per_class_iou"]
     assert part["mean_iou"] == pytest.approx((ious["background"] + ious["dog"]) / 2)
     assert part["per_class_iou"] == ious and part["mean_iou_present"] == everything["mean_iou_present"]
+
+
+def test_classes_are_matched_by_name_and_not_by_position(label_maps):
+    swapped = [np.array([0, 2, 1])[label_map] for label_map in label_maps]
+    model = OracleModel(shift=1)
+    expected = score(model, make_split(label_maps, ignored=1))
+    # the same pictures, but a source that counts dog as 1 and cat as 2
+    split = make_split(label_maps, ignored=1)
+    columns = {"image": split["image"][:], "image_id": split["image_id"][:]}
+    masks = [np.where(np.asarray(mask) == 255, 255, ids) for mask, ids in zip(split["mask"][:], swapped, strict=True)]
+    other = build_split(
+        columns["image"],
+        columns["image_id"],
+        np.array(split["image_labels"][:])[:, ::-1],
+        ["background", "dog", "cat"],
+        [Image.fromarray(mask.astype(np.uint8)) for mask in masks],
+    )
+    names = ["background", "dog", "cat"]
+    assert evaluate_model(OracleModel(shift=1), SynerNetImageProcessor(), other, class_names=names) == expected
+    # read by position, the scores would differ
+    assert evaluate_model(OracleModel(shift=1), SynerNetImageProcessor(), other, class_names=NAMES) != expected
 
 
 def test_cams_get_the_true_labels_and_the_single_threshold(label_maps):
@@ -238,7 +263,7 @@ def with_colours(split):
         (None, {"metric_classes": ["wolf"]}, r"hold \['wolf'\]"),
         (None, {"metric_classes": []}, "are an empty list"),
         (None, {"max_samples": 0}, "positive number of pictures"),
-        (None, {"class_names": NAMES[:2]}, "predicts 3 classes, the data set names 2"),
+        (None, {"class_names": ["background", "cat", "horse"]}, "does not know the data set's classes horse"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(label_maps, change, options, sentence):
@@ -389,7 +414,7 @@ def test_evaluate_script_checks_the_split_before_it_scores(root, shapes_run, tmp
     monkeypatch.setattr(script, "load_run", lambda run: pytest.fail("the model was loaded before the check"))
     words = [str(shapes_run), "--dataset", "voc2012", "--data_dir", str(devkit.root)]
     assert script.main(words) == 2
-    sentence = f"the picture {devkit.validation_ids[1]} does not decode"
+    sentence = f"the picture {devkit.validation_ids[1]} ("
     assert sentence in capsys.readouterr().err
     with pytest.raises(pytest.fail.Exception, match="before the check"):
         script.main([*words, "--max_samples", "1"])  # the broken one is not asked for

@@ -6,13 +6,38 @@ from typing import Any
 
 import datasets
 
-from synernet_hf.data.checks import check_dataset
+from synernet_hf.data.checks import check_dataset, drop_bad_records
+from synernet_hf.data.coco import load_coco2014
 from synernet_hf.data.collator import SynerNetDataCollator
+from synernet_hf.data.image_labels import ColumnNames, load_image_labels
 from synernet_hf.data.label_files import read_label_file
-from synernet_hf.data.schema import COCO_CLASSES, VOC_CLASSES, build_split, class_names, id2label_from
+from synernet_hf.data.polygon_mask import PolygonMask
+from synernet_hf.data.schema import (
+    COCO_CLASSES,
+    VOC_CLASSES,
+    build_split,
+    class_names,
+    id2label_from,
+    skipped_records,
+)
 from synernet_hf.data.shapes import SHAPES_CLASSES, load_shapes
 from synernet_hf.data.transforms import PhotometricAugmentation, StreamBatchSampler, TrainDataset, TrainTransform
 from synernet_hf.data.voc import load_voc2012
+
+
+LOADERS = {
+    "voc2012": load_voc2012,
+    "coco2014": load_coco2014,
+    "image_folder": load_image_labels,
+    "hub": load_image_labels,
+    "shapes": load_shapes,
+}
+DATA_DIR_HINTS = {
+    "voc2012": "give the VOCdevkit folder that holds VOC2012",
+    "coco2014": "give the folder that holds annotations, train2014 and val2014",
+    "image_folder": "give the folder of the pictures",
+    "hub": "give a Hub id owner/name, or a folder of parquet files",
+}
 
 
 def load_wsss_dataset(
@@ -28,20 +53,24 @@ def load_wsss_dataset(
 
     Args:
         name (`str`):
-            `"voc2012"` ([`load_voc2012`]) or `"shapes"` ([`load_shapes`]).
+            `"voc2012"` ([`load_voc2012`]), `"coco2014"` ([`load_coco2014`]), `"image_folder"` or `"hub"`
+            ([`load_image_labels`]), `"shapes"` ([`load_shapes`]); or a folder, a table, or a Hub id `owner/name`, which
+            is then the `data_dir` of [`load_image_labels`].
         data_dir (`str` or `Path`, *optional*):
-            Folder of the data; not for `"shapes"`, which is generated.
+            Folder of the data, for `"hub"` also a Hub id; not for `"shapes"`, which is generated.
         image_labels (`str` or `Path`, *optional*):
-            Source of the image-level labels, see the loader; not for `"shapes"`.
+            Source of the image-level labels, see [`load_voc2012`]; not for the others.
         train_split (`str`, *optional*):
-            List of training pictures, the loader's default where it is not given; not for `"shapes"`.
+            List or split of training pictures, the loader's default where it is not given; not for `"shapes"`.
         validation_split (`str`, *optional*):
-            List of evaluation pictures, the loader's default where it is not given; not for `"shapes"`.
+            List or split of evaluation pictures, the loader's default where it is not given; not for `"shapes"`.
         dataset_options (`dict`, *optional*):
-            Further arguments of the loader, for example `{"num_train": 500}` for `"shapes"`.
+            Further arguments of the loader, for example `{"num_train": 500}` for `"shapes"` or `{"class_names":
+            ["background", "cat", "dog"]}` for pictures of your own. `on_bad_image` may be given for every source.
 
     Returns:
-        `datasets.DatasetDict`: the splits `train` and `validation`; [`class_names`] reads their class list.
+        `datasets.DatasetDict`: the splits `train` and `validation`, of one's own pictures as far as they are there;
+        [`class_names`] reads their class list.
 
     Raises:
         ValueError: Unknown name, a missing `data_dir`, or an argument that the loader does not take.
@@ -54,15 +83,22 @@ def load_wsss_dataset(
         "validation_split": validation_split,
     }
     arguments = {key: value for key, value in given.items() if value is not None} | (dataset_options or {})
-    if name == "voc2012":
-        if data_dir is None:
-            raise ValueError("The data set 'voc2012' needs data_dir: give the VOCdevkit folder that holds VOC2012.")
-        loader = load_voc2012
-    elif name == "shapes":
-        loader = load_shapes
-    else:
-        raise ValueError(f"Unknown data set {name!r}: voc2012 and shapes are there.")
-    known = inspect.signature(loader).parameters
+    loader = LOADERS.get(name)
+    if loader is None:
+        if "/" not in name and not Path(name).exists():
+            raise ValueError(
+                f"Unknown data set {name!r}: give {', '.join(LOADERS)}, a folder, or a Hub id owner/name."
+            )
+        if data_dir is not None:
+            raise ValueError(f"{name!r} says where the data is, and so does data_dir={str(data_dir)!r}: give one.")
+        loader, arguments = load_image_labels, {"data_dir": name} | arguments
+    elif loader is not load_shapes and data_dir is None:
+        raise ValueError(f"The data set {name!r} needs data_dir: {DATA_DIR_HINTS[name]}.")
+    known = [key for key, value in inspect.signature(loader).parameters.items() if value.kind != value.VAR_KEYWORD]
+    known += ColumnNames.__annotations__ if loader is load_image_labels else ()
+    if loader is load_shapes:
+        # generated pictures are never bad
+        arguments.pop("on_bad_image", None)
     unknown = [key for key in arguments if key not in known]
     if unknown:
         raise ValueError(f"The data set {name!r} does not take {', '.join(unknown)}: it takes {', '.join(known)}.")
@@ -73,7 +109,9 @@ __all__ = [
     "COCO_CLASSES",
     "SHAPES_CLASSES",
     "VOC_CLASSES",
+    "ColumnNames",
     "PhotometricAugmentation",
+    "PolygonMask",
     "StreamBatchSampler",
     "SynerNetDataCollator",
     "TrainDataset",
@@ -81,9 +119,13 @@ __all__ = [
     "build_split",
     "check_dataset",
     "class_names",
+    "drop_bad_records",
     "id2label_from",
+    "load_coco2014",
+    "load_image_labels",
     "load_shapes",
     "load_voc2012",
     "load_wsss_dataset",
     "read_label_file",
+    "skipped_records",
 ]

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from synernet_hf.data.label_files import name_some
-from synernet_hf.data.schema import class_names
+from synernet_hf.data.polygon_mask import PolygonMask
+from synernet_hf.data.schema import class_names, describe, skipped_records
 from synernet_hf.data.transforms import ORIENTATION_TAG, TRANSPOSED_ORIENTATIONS, open_picture
 
 
@@ -67,6 +68,32 @@ def check_dataset(
         for split_name, split in dataset_dict.items():
             _check_pictures(split, split_name, len(names) + 1, num_threads)
     return counts
+
+
+def drop_bad_records(dataset_dict: datasets.DatasetDict, num_threads: int = 2) -> datasets.DatasetDict:
+    """
+    Leaves out the records that [`check_dataset`] would refuse for their picture or mask.
+
+    Args:
+        dataset_dict (`datasets.DatasetDict`):
+            What a loader of this package returned.
+        num_threads (`int`, *optional*, defaults to 2):
+            Threads that decode.
+
+    Returns:
+        `datasets.DatasetDict`: the other records. What was left out is logged, and [`skipped_records`] lists it.
+    """
+    names = class_names(dataset_dict)
+    earlier = skipped_records(dataset_dict)
+    kept = {}
+    for split_name, split in dataset_dict.items():
+        complaints = _complaints(split, split_name, len(names), num_threads)
+        phrases = [complaint for complaint in complaints if complaint]
+        kept[split_name] = split
+        if phrases:
+            kept[split_name] = split.select([index for index, complaint in enumerate(complaints) if not complaint])
+            describe(kept[split_name], names, [*earlier.get(split_name, []), *phrases])
+    return datasets.DatasetDict(kept)
 
 
 def mask_ids(
@@ -130,22 +157,40 @@ def _check_labels(split: datasets.Dataset, split_name: str, num_classes: int) ->
 
 
 def _check_pictures(split: datasets.Dataset, split_name: str, num_labels: int, num_threads: int) -> None:
-    scored = "mask" in split.column_names and split_name != "train"
-    columns = ["image", "image_id", "mask"] if scored else ["image", "image_id"]
-    split = split.select_columns(columns).cast_column("image", datasets.Image(decode=False))
-    if scored:
-        split = split.cast_column("mask", datasets.Image(decode=False))
-    with ThreadPoolExecutor(num_threads) as pool:
-        outcomes = pool.map(lambda index: _complaint(split[index], num_labels), range(len(split)))
-        complaints = [complaint for complaint in outcomes if complaint]
+    complaints = [complaint for complaint in _complaints(split, split_name, num_labels, num_threads) if complaint]
     if complaints:
         raise ValueError(
             f"{len(complaints)} of {len(split)} records of the split {split_name!r} can not be used: "
-            f"{name_some(complaints)}. Repair them or take them out of the split."
+            f"{name_some(complaints)}. Repair them or take them out of the split (on_bad_image='skip' leaves them out)."
         )
 
 
-def _complaint(record: dict, num_labels: int) -> str | None:
+def _complaints(split: datasets.Dataset, split_name: str, num_labels: int, num_threads: int) -> list[str | None]:
+    """What is wrong with each record, `None` where nothing is."""
+    scored = "mask" in split.column_names and split_name != "train"
+    columns = ["image", "image_id", "image_labels", "mask"] if scored else ["image", "image_id"]
+    split = split.select_columns(columns).cast_column("image", datasets.Image(decode=False))
+    if scored:
+        kind = PolygonMask if isinstance(split.features["mask"], PolygonMask) else datasets.Image
+        split = split.cast_column("mask", kind(decode=False))
+    with ThreadPoolExecutor(num_threads) as pool:
+        outcomes = list(pool.map(lambda index: _examine(split[index], num_labels), range(len(split))))
+    contradictions = sum(contradicts for _, contradicts in outcomes)
+    if contradictions > len(split) / 2:
+        logger.warning(
+            "In %d of %d records of the split %r the mask shows classes that the image labels do not name: ids in "
+            "masks are positions in the class list, so check its order.",
+            contradictions,
+            len(split),
+            split_name,
+        )
+    return [complaint for complaint, _ in outcomes]
+
+
+def _examine(record: dict, num_labels: int) -> tuple[str | None, bool]:
+    """What is wrong with a record, and whether its mask shows a class that its labels do not name."""
+    path = record["image"].get("path")
+    name = f"the picture {record['image_id']}" + (f" ({path})" if path else "")
     try:
         picture = open_picture(record["image"])
         size = picture.size
@@ -155,24 +200,36 @@ def _complaint(record: dict, num_labels: int) -> str | None:
         if picture.getexif().get(ORIENTATION_TAG) in TRANSPOSED_ORIENTATIONS:
             size = size[::-1]
     except DECODING_ERRORS as error:
-        return f"the picture {record['image_id']} does not decode ({error})"
-    if "mask" not in record:
-        return None
-    if record["mask"] is None:
-        return f"the mask of {record['image_id']} is missing"
-    path = record["mask"]["path"]
-    name = f"the mask of {record['image_id']}" + (f" ({path})" if path else "")
+        return f"{name} does not decode ({error})", False
+    return (None, False) if "mask" not in record else _examine_mask(record, size, num_labels)
+
+
+def _examine_mask(record: dict, size: tuple[int, int], num_labels: int) -> tuple[str | None, bool]:
+    cell = record["mask"]
+    if cell is None:
+        return f"the mask of {record['image_id']} is missing", False
+    if "objects" in cell:
+        # drawn from annotations, as large as these say and with the classes they name
+        if (cell["width"], cell["height"]) == size:
+            return None, False
+        return (
+            f"the annotations of {record['image_id']} are for {cell['width']} x {cell['height']} pixels (width x "
+            f"height), its picture has {size[0]} x {size[1]}",
+            False,
+        )
+    name = f"the mask of {record['image_id']}" + (f" ({cell['path']})" if cell["path"] else "")
     try:
-        mask = open_picture(record["mask"])
+        mask = open_picture(cell)
         mask.load()
         mask = ImageOps.exif_transpose(mask)
     except DECODING_ERRORS as error:
-        return f"{name} does not decode ({error})"
+        return f"{name} does not decode ({error})", False
     try:
-        mask_ids(mask, size, num_labels)
+        ids = mask_ids(mask, size, num_labels)
     except ValueError as error:
-        return f"{name} {error}"
-    return None
+        return f"{name} {error}", False
+    named = {0, IGNORE_INDEX, *(label + 1 for label, there in enumerate(record["image_labels"]) if there)}
+    return None, not named.issuperset(np.unique(ids).tolist())
 
 
-__all__ = ["check_dataset", "mask_ids"]
+__all__ = ["check_dataset", "drop_bad_records", "mask_ids"]

@@ -13,7 +13,7 @@ import numpy as np
 from synernet_hf.data.schema import class_index
 
 
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png"}
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 def strip_picture_suffix(name: str) -> str:

@@ -2,11 +2,15 @@
 
 import difflib
 import json
+import logging
 from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import numpy as np
 
+
+logger = logging.getLogger(__name__)
 
 VOC_CLASSES = (
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
@@ -72,13 +76,30 @@ def class_index(name: str, class_names: Sequence[str]) -> int:
     raise ValueError(f"Unknown class name {name!r}: {hint}")
 
 
-def record_features(with_mask: bool) -> datasets.Features:
+def check_on_bad_image(on_bad_image: str) -> None:
+    """
+    Refuses another word than the two that there are.
+
+    Args:
+        on_bad_image (`str`):
+            `"raise"` or `"skip"`.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if on_bad_image not in ("raise", "skip"):
+        raise ValueError(f"on_bad_image is {on_bad_image!r}, but 'raise' or 'skip' is expected.")
+
+
+def record_features(with_mask: bool, mask_feature: Any = None) -> datasets.Features:
     """
     The columns of a split.
 
     Args:
         with_mask (`bool`):
             Adds the `mask` column, which evaluation splits have where masks exist and training splits never have.
+        mask_feature (`Any`, *optional*, defaults to `datasets.Image()`):
+            Another feature that gives masks as pictures.
 
     Returns:
         `datasets.Features`: `image` (`datasets.Image`), `image_id` (`string`), `image_labels` (list of int64,
@@ -91,12 +112,18 @@ def record_features(with_mask: bool) -> datasets.Features:
         "image_labels": datasets.List(datasets.Value("int64")),
     }
     if with_mask:
-        features["mask"] = datasets.Image()
+        features["mask"] = mask_feature or datasets.Image()
     return datasets.Features(features)
 
 
 def build_split(
-    images: Sequence, image_ids: Sequence[str], image_labels: np.ndarray, class_names: Sequence[str], masks=None
+    images: Sequence,
+    image_ids: Sequence[str],
+    image_labels: np.ndarray,
+    class_names: Sequence[str],
+    masks: Sequence | None = None,
+    mask_feature: Any = None,
+    skipped: Sequence[str] = (),
 ) -> datasets.Dataset:
     """
     Builds one split from columns; no picture is opened.
@@ -111,7 +138,11 @@ def build_split(
         class_names (`Sequence[str]`):
             C + 1 class names, background first; they travel in the description of the split.
         masks (`Sequence`, *optional*):
-            N masks in any form that `images` may have.
+            N masks in any form that `images` may have, or as `mask_feature` stores them.
+        mask_feature (`Any`, *optional*, defaults to `datasets.Image()`):
+            Feature of the `mask` column.
+        skipped (`Sequence[str]`, *optional*):
+            What was left out and why, one phrase per record; kept with the split and logged.
 
     Returns:
         `datasets.Dataset`: N records with the columns of [`record_features`].
@@ -128,9 +159,47 @@ def build_split(
     columns = {"image": list(images), "image_id": list(image_ids), "image_labels": image_labels.astype(int).tolist()}
     if masks is not None:
         columns["mask"] = list(masks)
-    features = record_features(with_mask=masks is not None)
-    info = datasets.DatasetInfo(description=json.dumps({"class_names": list(class_names)}), features=features)
-    return datasets.Dataset.from_dict(columns, features=features, info=info)
+    features = record_features(with_mask=masks is not None, mask_feature=mask_feature)
+    split = datasets.Dataset.from_dict(columns, features=features)
+    return describe(split, class_names, skipped)
+
+
+def describe(split: Any, class_names: Sequence[str], skipped: Sequence[str] = ()) -> Any:
+    """
+    Writes the class list, and what was left out, into the description of a split.
+
+    Args:
+        split (`datasets.Dataset` or `datasets.IterableDataset`):
+            The split, changed in place.
+        class_names (`Sequence[str]`):
+            C + 1 class names, background first.
+        skipped (`Sequence[str]`, *optional*):
+            What was left out and why, one phrase per record; logged too.
+
+    Returns:
+        `datasets.Dataset` or `datasets.IterableDataset`: the same split.
+    """
+    if skipped:
+        shown = "; ".join(skipped[:20]) + (f"; and {len(skipped) - 20} more" if len(skipped) > 20 else "")
+        logger.warning("%d records are left out: %s.", len(skipped), shown)
+    description = {"class_names": list(class_names)} | ({"skipped": list(skipped)} if skipped else {})
+    split.info.description = json.dumps(description)
+    return split
+
+
+def skipped_records(dataset_dict: datasets.DatasetDict) -> dict[str, list[str]]:
+    """
+    Reads what `on_bad_image="skip"` left out.
+
+    Args:
+        dataset_dict (`datasets.DatasetDict`):
+            What a loader or [`drop_bad_records`] returned.
+
+    Returns:
+        `dict[str, list[str]]`: one phrase per record, by split; splits from which nothing was left out are not in it.
+    """
+    found = {name: json.loads(split.info.description or "{}").get("skipped") for name, split in dataset_dict.items()}
+    return {name: phrases for name, phrases in found.items() if phrases}
 
 
 def class_names(dataset_dict: datasets.DatasetDict) -> list[str]:
@@ -166,8 +235,11 @@ __all__ = [
     "COCO_CLASSES",
     "VOC_CLASSES",
     "build_split",
+    "check_on_bad_image",
     "class_index",
     "class_names",
+    "describe",
     "id2label_from",
     "record_features",
+    "skipped_records",
 ]

@@ -44,6 +44,23 @@ def open_picture(image: dict | str | Path | Image.Image) -> Image.Image:
     return Image.open(image)
 
 
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """
+    Gives a picture 8-bit colours.
+
+    Args:
+        picture (`PIL.Image.Image`):
+            Any mode; of an animation, the frame that is shown. Grey values of 16 bits are divided by 256, for Pillow
+            alone would cut them off at 255 and leave a white picture.
+
+    Returns:
+        `PIL.Image.Image`: mode `RGB`.
+    """
+    if picture.mode.startswith("I;16"):
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    return picture.convert("RGB")
+
+
 class TrainTransform:
     """
     Random rescale, mirror and crop of one picture, as in the authors' family of code (AFA, ToCo, SynerNet).
@@ -120,7 +137,7 @@ class TrainTransform:
         picture.draft("RGB", (max(1, int(stored_width * factor)), max(1, int(stored_height * factor))))
         if orientation != 1:
             picture = ImageOps.exif_transpose(picture)
-        picture = picture.convert("RGB")
+        picture = to_rgb(picture)
         if orientation in TRANSPOSED_ORIENTATIONS:
             stored_width, stored_height = stored_height, stored_width
         width, height = max(1, round(stored_width * factor)), max(1, round(stored_height * factor))
@@ -301,4 +318,4 @@ class PhotometricAugmentation(nn.Module):
         return (pixels.clamp(0, 1) - self.mean) / self.std
 
 
-__all__ = ["PhotometricAugmentation", "StreamBatchSampler", "TrainDataset", "TrainTransform", "open_picture"]
+__all__ = ["PhotometricAugmentation", "StreamBatchSampler", "TrainDataset", "TrainTransform", "open_picture", "to_rgb"]

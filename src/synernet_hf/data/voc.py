@@ -11,13 +11,14 @@ import numpy as np
 from PIL import Image
 
 from synernet_hf.data.label_files import (
+    PICTURE_SUFFIXES,
     multi_hot,
     name_some,
     read_label_file,
     select_labels,
     strip_picture_suffix,
 )
-from synernet_hf.data.schema import VOC_CLASSES, build_split
+from synernet_hf.data.schema import VOC_CLASSES, build_split, check_on_bad_image
 
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ def load_voc2012(
     image_labels: str | Path | None = None,
     train_split: str | None = None,
     validation_split: str = "val",
+    on_bad_image: str = "raise",
 ) -> datasets.DatasetDict:
     """
     Loads PASCAL VOC 2012, or any folder in its layout, without decoding a picture.
@@ -50,6 +52,9 @@ def load_voc2012(
             `train` is taken and logged.
         validation_split (`str`, *optional*, defaults to `"val"`):
             The list to evaluate on.
+        on_bad_image (`str`, *optional*, defaults to `"raise"`):
+            What to do about listed pictures that are not there: `"raise"`, or `"skip"` to leave them out and list them
+            ([`skipped_records`]).
 
     Returns:
         `datasets.DatasetDict`: `train` (`image`, `image_id`, `image_labels`) and `validation` (the same and, where
@@ -57,23 +62,34 @@ def load_voc2012(
 
     Raises:
         FileNotFoundError: A folder, list, picture, annotation or mask is missing.
-        ValueError: An empty list, or labels that are missing, of the wrong length or of an unknown class.
+        ValueError: An empty list, two pictures of one name, or labels that are missing, of the wrong length or of an
+            unknown class.
     """
+    check_on_bad_image(on_bad_image)
     root = _find_root(Path(data_dir).expanduser())
     train_list = train_split or _default_train_split(root)
     ids = {"train": _read_list(root, train_list), "validation": _read_list(root, validation_split)}
     source = "annotations" if image_labels is None else image_labels
     table = None if source in ("annotations", "masks") else read_label_file(source, VOC_CLASSES)
 
-    pictures = {Path(name).stem: name for name in _list_folder(root / "JPEGImages")}
+    pictures = _find_pictures(root / "JPEGImages")
     splits = {}
     for split, split_ids in ids.items():
         list_name = train_list if split == "train" else validation_split
         missing = [image_id for image_id in split_ids if image_id not in pictures]
-        if missing:
+        if missing and on_bad_image == "raise":
             raise FileNotFoundError(
                 f"The split {list_name!r} names {len(missing)} pictures that are not in {root / 'JPEGImages'} "
                 f"({name_some(missing)}): add them or take them out of the list."
+            )
+        split_ids = [image_id for image_id in split_ids if image_id in pictures]
+        if not split_ids:
+            raise ValueError(f"None of the pictures of the split {list_name!r} is in {root / 'JPEGImages'}.")
+        doubled = [image_id for image_id in split_ids if len(pictures[image_id]) > 1]
+        if doubled:
+            raise ValueError(
+                f"{len(doubled)} pictures of the split {list_name!r} are there more than once "
+                f"({name_some(pictures[doubled[0]])} in {root / 'JPEGImages'}): keep one file of each name."
             )
         if source == "annotations":
             labels = _labels_from_annotations(root, split_ids)
@@ -82,8 +98,9 @@ def load_voc2012(
         else:
             labels = select_labels(table, split_ids, source, list_name)
         masks = _find_masks(root, split_ids, list_name) if split == "validation" else None
-        paths = [str(root / "JPEGImages" / pictures[image_id]) for image_id in split_ids]
-        splits[split] = build_split(paths, split_ids, labels, VOC_CLASSES, masks)
+        paths = [str(root / "JPEGImages" / pictures[image_id][0]) for image_id in split_ids]
+        skipped = [f"{image_id} of the list {list_name} is not in {root / 'JPEGImages'}" for image_id in missing]
+        splits[split] = build_split(paths, split_ids, labels, VOC_CLASSES, masks, skipped=skipped)
     return datasets.DatasetDict(splits)
 
 
@@ -101,6 +118,15 @@ def _find_root(data_dir: Path) -> Path:
 
 def _list_folder(folder: Path) -> list[str]:
     return sorted(os.listdir(folder)) if folder.is_dir() else []
+
+
+def _find_pictures(folder: Path) -> dict[str, list[str]]:
+    """File names by identifier."""
+    pictures = {}
+    for name in _list_folder(folder):
+        if Path(name).suffix.lower() in PICTURE_SUFFIXES:
+            pictures.setdefault(Path(name).stem, []).append(name)
+    return pictures
 
 
 def _default_train_split(root: Path) -> str:

@@ -78,6 +78,9 @@ class ModelArguments:
         self.model_config = _read_mapping(self.model_config, "model_config") or {}
 
 
+DATASET_HELP = "voc2012, coco2014, image_folder, hub or shapes; or a folder, or a Hub id owner/name."
+
+
 @dataclass
 class DataArguments:
     """
@@ -85,9 +88,9 @@ class DataArguments:
 
     Args:
         dataset (`str`, *optional*, defaults to `"voc2012"`):
-            Name known to [`~synernet_hf.data.load_wsss_dataset`].
+            Name known to [`~synernet_hf.data.load_wsss_dataset`], a folder or a Hub id.
         data_dir (`str`, *optional*):
-            Folder of the data set; not needed by generated data.
+            Folder of the data set, for `hub` also a Hub id; not needed by generated data.
         image_labels (`str`, *optional*):
             Where image-level labels come from; `None` is the data set's own source.
         train_split (`str`, *optional*):
@@ -100,11 +103,21 @@ class DataArguments:
             Evaluate on the first so many pictures only; `None` means all.
         num_workers (`int`, *optional*, defaults to 2):
             Loader processes per training process; 0 loads in the training process.
+        image_column (`str`, *optional*):
+            Column of the pictures in a table or a Hub data set; `None` finds it by its name.
+        label_column (`str`, *optional*):
+            Column of the labels; `None` finds it by its name.
+        mask_column (`str`, *optional*):
+            Column of the masks to evaluate on; `None` is `mask`, where there is one.
+        on_bad_image (`str`, *optional*, defaults to `"raise"`):
+            `"raise"` refuses data with a picture or mask that is missing or can not be used, `"skip"` leaves such
+            records out, counts and lists them.
         dataset_options (`dict`, *optional*, defaults to `{}`):
-            Further arguments of the loader, such as `num_train` of the generated shapes.
+            Further arguments of the loader, such as `num_train` of the generated shapes or `class_names` of pictures
+            of your own.
     """
 
-    dataset: str = field(default="voc2012", metadata={"help": "Name of the data set: voc2012 or shapes."})
+    dataset: str = field(default="voc2012", metadata={"help": DATASET_HELP})
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the data set."})
     image_labels: str | None = field(
         default=None, metadata={"help": "Source of the image labels: a npz, json or csv file, annotations, or masks."}
@@ -118,12 +131,29 @@ class DataArguments:
         default=None, metadata={"help": "Evaluate on the first so many pictures only (default: all)."}
     )
     num_workers: int = field(default=2, metadata={"help": "Loader processes per training process."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the pictures (own tables, Hub)."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the labels (own tables, Hub)."})
+    mask_column: str | None = field(default=None, metadata={"help": "Column of the masks (own tables, Hub)."})
+    on_bad_image: Literal["raise", "skip"] = field(
+        default="raise", metadata={"help": "Refuse data with unusable pictures or masks, or leave these out."}
+    )
     dataset_options: dict[str, Any] | str | None = field(
         default_factory=dict, metadata={"help": "Further arguments of the data set's loader, as JSON."}
     )
 
     def __post_init__(self):
         self.dataset_options = _read_mapping(self.dataset_options, "dataset_options") or {}
+
+    def loader_options(self) -> dict[str, Any]:
+        """
+        What the loader takes beside folder, labels and splits.
+
+        Returns:
+            `dict[str, Any]`: `dataset_options`, and the columns and `on_bad_image` where they are set.
+        """
+        columns = {name: getattr(self, name) for name in ("image_column", "label_column", "mask_column")}
+        given = {name: value for name, value in columns.items() if value is not None}
+        return self.dataset_options | given | ({} if self.on_bad_image == "raise" else {"on_bad_image": "skip"})
 
 
 @dataclass

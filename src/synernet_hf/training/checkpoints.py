@@ -1,5 +1,6 @@
 """What a run leaves on disk: checkpoints, model folders and JSON files, each whole or not there at all."""
 
+import itertools
 import json
 import math
 import os
@@ -30,7 +31,16 @@ TEMPORARY_FILES = {f"{name}.tmp" for name in (ARGUMENTS_FILE, STATE_FILE, RESULT
 # compared as `run` (name of the backbone, fingerprint of the training split)
 FREE_SETTINGS = {
     "model_args": {"backbone"},
-    "data_args": {"data_dir", "image_labels", "num_workers", "metric_classes", "max_eval_samples", "validation_split"},
+    "data_args": {
+        "data_dir",
+        "image_labels",
+        "num_workers",
+        "metric_classes",
+        "max_eval_samples",
+        "validation_split",
+        # what it leaves out shows in the fingerprint of the training split
+        "on_bad_image",
+    },
     "training_args": {
         "output_dir",
         "eval_steps",
@@ -261,7 +271,9 @@ def differing_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> 
             if name not in FREE_SETTINGS.get(group, ()) and then.get(name) != now.get(name):
                 differing.append(f"{name} ({then.get(name)} → {now.get(name)})")
     if saved["class_names"] != current["class_names"]:
-        differing.append("the class list")
+        pairs = itertools.zip_longest(saved["class_names"], current["class_names"])
+        label, (then, now) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        differing.append(f"the class list (label {label}: {then} → {now})")
     return differing
 
 

@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from synernet_hf.data.checks import mask_ids
+from synernet_hf.data.transforms import to_rgb
 from synernet_hf.metrics import MeanIoU
 
 
@@ -75,12 +76,53 @@ def _metric_class_ids(class_names: Sequence[str], metric_classes: Sequence[str] 
     return [class_names.index(name) for name in metric_classes]
 
 
-def _check_inputs(dataset: "Dataset", num_labels: int, class_names: Sequence[str], needs_labels: bool) -> None:
-    if num_labels != len(class_names):
-        raise ValueError(
-            f"The model predicts {num_labels} classes, the data set names {len(class_names)} (background included); "
-            "the two must agree, in the same order: evaluate on the data set the model was trained for."
-        )
+class _ClassOrder:
+    """
+    Brings ids and labels of a data set into the order of the model's classes, by name.
+
+    Args:
+        class_names (`Sequence[str]`):
+            The data set's class names, background first.
+        config (`SynerNetConfig`):
+            Of the model; its `id2label` may name more classes.
+
+    Raises:
+        ValueError: If the data set has a class that the model does not know.
+    """
+
+    def __init__(self, class_names: Sequence[str], config) -> None:
+        self.names = [config.id2label[label] for label in range(config.num_labels)]
+        self.num_given = len(class_names)
+        unknown = [name for name in class_names if name not in self.names]
+        if unknown:
+            raise ValueError(
+                f"The model does not know the data set's classes {', '.join(unknown)}: it was trained on "
+                f"{', '.join(self.names)}. Rename them, or evaluate on data with these classes."
+            )
+        self.positions = np.array([self.names.index(name) for name in class_names])
+        self.ignore_index = config.semantic_loss_ignore_index
+
+    def mask(self, record: dict) -> np.ndarray:
+        """The record's class ids `(height, width)`, checked, in the model's order."""
+        image, mask = record["image"], record["mask"]
+        name = record.get("image_id", "without id")
+        if mask is None:
+            raise ValueError(f"Picture {name} has no mask; every picture to evaluate on needs one: leave it out.")
+        try:
+            ids = mask_ids(mask, image.size, self.num_given, self.ignore_index)
+        except ValueError as error:
+            raise ValueError(f"The mask of picture {name} {error}.") from error
+        scored = ids != self.ignore_index
+        ids[scored] = self.positions[ids[scored]]
+        return ids
+
+    def labels(self, record: dict) -> list[int]:
+        """The record's image labels in the model's order."""
+        present = {int(self.positions[label + 1]) for label, there in enumerate(record["image_labels"]) if there}
+        return [int(label in present) for label in range(1, len(self.names))]
+
+
+def _check_inputs(dataset: "Dataset", needs_labels: bool) -> None:
     if len(dataset) == 0:
         raise ValueError("The split to evaluate on is empty; choose another split.")
     needed = ["image", "mask", "image_labels"] if needs_labels else ["image", "mask"]
@@ -90,17 +132,6 @@ def _check_inputs(dataset: "Dataset", num_labels: int, class_names: Sequence[str
             f"The split to evaluate on lacks the columns {missing} (it has {list(dataset.column_names)}); use a split "
             "with masks, such as validation."
         )
-
-
-def _read_mask(record: dict, num_labels: int, ignore_index: int) -> np.ndarray:
-    image, mask = record["image"], record["mask"]
-    name = record.get("image_id", "without id")
-    if mask is None:
-        raise ValueError(f"Picture {name} has no mask; every picture to evaluate on needs one: leave it out.")
-    try:
-        return mask_ids(mask, image.size, num_labels, ignore_index)
-    except ValueError as error:
-        raise ValueError(f"The mask of picture {name} {error}.") from error
 
 
 def segmentation_logits(
@@ -187,8 +218,12 @@ class _KindScorer:
         names += list(BASELINE_KINDS) * self.baselines
         return names
 
+    @property
+    def needs_labels(self) -> bool:
+        return self.cams or self.baselines
+
     def __call__(self, record: dict) -> dict[str, torch.Tensor | np.ndarray]:
-        image = record["image"].convert("RGB")
+        image = to_rgb(record["image"])
         inputs = self.processor(images=image, do_center_crop=False, do_pad=False, return_tensors="pt")
         pixel_values = inputs["pixel_values"].to(device=self.model.device)
         size = (image.height, image.width)
@@ -201,7 +236,7 @@ class _KindScorer:
             last = list(logits)[-1]
             probabilities = logits[last][0].float().softmax(dim=0).cpu().numpy()
             predictions[f"{last}_crf"] = self.crf(np.asarray(image), probabilities).argmax(axis=0)
-        if self.cams or self.baselines:
+        if self.needs_labels:
             labels = torch.tensor([record["image_labels"]], dtype=torch.float32, device=self.model.device)
             predictions |= self._cam_predictions(pixel_values, labels, size)
         return predictions
@@ -254,11 +289,12 @@ def evaluate_model(
         processor ([`SynerNetImageProcessor`]):
             Turns a picture into normalised pixel values, resized if it is set to; predictions are resized back.
         dataset (`datasets.Dataset`):
-            Records with `image` and `mask` (ids 0 to `K - 1`, `config.semantic_loss_ignore_index` = ignore), both
+            Records with `image` and `mask` (positions in `class_names`, `config.semantic_loss_ignore_index` = ignore), both
             decoded and thereby turned as their EXIF orientation says, and, for CAMs, `image_labels` (multi-hot over
-            the `K - 1` foreground classes).
+            the foreground classes of `class_names`).
         class_names (`Sequence[str]`):
-            The `K` class names in the order of the ids, background first.
+            The data set's class names in the order of its ids, background first. Classes are matched with the model's
+            by name, so their order may differ, and the model may know more; results are in the model's order.
         metric_classes (`Sequence[str]`, *optional*):
             Names of the classes that the means are taken over. All classes when not given.
         max_samples (`int`, *optional*):
@@ -279,11 +315,12 @@ def evaluate_model(
 
     Raises:
         ValueError: If the split is empty or lacks a column, a mask does not fit its picture or the class list, the
-            class list does not fit the model, or a metric class is unknown.
+            model does not know a class of the list, or a metric class is unknown.
     """
     scorer = _KindScorer(model, processor, kinds)
-    _check_inputs(dataset, model.config.num_labels, class_names, needs_labels=scorer.cams or scorer.baselines)
-    class_ids = _metric_class_ids(list(class_names), metric_classes)
+    order = _ClassOrder(class_names, model.config)
+    _check_inputs(dataset, needs_labels=scorer.needs_labels)
+    class_ids = _metric_class_ids(order.names, metric_classes)
     num_images = len(dataset) if max_samples is None else min(max_samples, len(dataset))
     if num_images < 1:
         raise ValueError(f"`max_samples` is {max_samples}; a positive number of pictures is expected.")
@@ -294,14 +331,14 @@ def evaluate_model(
         positions = range(first, num_images, step)
         for position in tqdm(positions, desc="evaluate", disable=not kinds.get("progress", False) or first > 0):
             record = dataset[position]
-            mask = _read_mask(record, model.config.num_labels, ignore_index)
-            predictions = scorer(record)
+            mask = order.mask(record)
+            predictions = scorer(record | {"image_labels": order.labels(record)} if scorer.needs_labels else record)
             for name, metric in metrics.items():
                 metric.update(predictions[name], mask)
     if accelerator is not None:
         for metric in metrics.values():
             metric.reduce(accelerator)
-    return {name: _summary(metric, class_names, class_ids, num_images) for name, metric in metrics.items()}
+    return {name: _summary(metric, order.names, class_ids, num_images) for name, metric in metrics.items()}
 
 
 def _summary(metric: MeanIoU, class_names: Sequence[str], class_ids: list[int], num_images: int) -> dict:

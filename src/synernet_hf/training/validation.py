@@ -14,7 +14,14 @@ from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from synernet_hf.data import check_dataset, class_names, id2label_from, load_wsss_dataset
+from synernet_hf.data import (
+    check_dataset,
+    class_names,
+    drop_bad_records,
+    id2label_from,
+    load_wsss_dataset,
+    skipped_records,
+)
 from synernet_hf.model import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation
 from synernet_hf.training.arguments import (
     DataArguments,
@@ -61,7 +68,9 @@ def validate_arguments(
     try:
         splits = load_data(data_args)
         names = class_names(splits)
-        check_dataset(splits)
+        splits = check_data(splits, data_args.on_bad_image)
+        if "train" not in splits:
+            problems.append(f"There is no split to train on, only {', '.join(splits)}: name one with `train_split`.")
     except INPUT_ERRORS as error:
         problems.append(_one_line(error))
     if names is not None:
@@ -104,8 +113,32 @@ def load_data(data_args: DataArguments) -> datasets.DatasetDict:
         image_labels=data_args.image_labels,
         train_split=data_args.train_split,
         validation_split=data_args.validation_split,
-        dataset_options=data_args.dataset_options,
+        dataset_options=data_args.loader_options(),
     )
+
+
+def check_data(splits: datasets.DatasetDict, on_bad_image: str) -> datasets.DatasetDict:
+    """
+    Makes sure that every record can be used.
+
+    Args:
+        splits (`datasets.DatasetDict`):
+            From [`load_data`].
+        on_bad_image (`str`):
+            `"raise"`, or `"skip"` to leave out records with a picture or mask that can not be used.
+
+    Returns:
+        `datasets.DatasetDict`: the records to use.
+
+    Raises:
+        ValueError: see [`check_dataset`]; also if no record is left.
+    """
+    if isinstance(splits, datasets.IterableDatasetDict):
+        raise ValueError("Streamed data can not be shuffled and checked: leave `streaming` out of `dataset_options`.")
+    if on_bad_image == "skip":
+        splits = drop_bad_records(splits)
+    check_dataset(splits, decode_pictures=on_bad_image == "raise")
+    return splits
 
 
 def _model_problems(model_args: ModelArguments, crop_size: int, names: list[str] | None) -> list[str]:
@@ -215,8 +248,8 @@ def run_record(
             The data.
 
     Returns:
-        `dict[str, Any]`: the three argument groups, `class_names`, `versions`, and under `run` what else the weights
-        depend on.
+        `dict[str, Any]`: the three argument groups, `class_names`, `skipped` records, `versions`, and under `run` what
+        else the weights depend on.
     """
     train_split = splits["train"]
     digest = hashlib.sha256()
@@ -227,6 +260,7 @@ def run_record(
         "data_args": dataclasses.asdict(data_args),
         "training_args": dataclasses.asdict(training_args),
         "class_names": class_names(splits),
+        "skipped": skipped_records(splits),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -244,4 +278,4 @@ def run_record(
     }
 
 
-__all__ = ["build_model", "load_data", "model_config_from", "run_record", "validate_arguments"]
+__all__ = ["build_model", "check_data", "load_data", "model_config_from", "run_record", "validate_arguments"]

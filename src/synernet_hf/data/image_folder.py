@@ -1,0 +1,450 @@
+"""A folder of pictures with a table of labels, or with one subfolder for each class → columns of records."""
+
+import csv
+import json
+import os
+import posixpath
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from synernet_hf.data.label_files import PICTURE_SUFFIXES, name_some, strip_picture_suffix
+
+
+TABLE_NAMES = ("labels.csv", "metadata.csv", "metadata.jsonl")
+MASK_FOLDER = "masks"
+SPLIT_FOLDERS = ("train", "validation", "val", "test")
+VALIDATION_NAMES = ("validation", "val", "test")
+
+IMAGE_HEADERS = ("file_name", "filename", "file", "path", "image", "image_id", "picture", "name", "id", "ids")
+LABEL_HEADERS = ("labels", "label", "image_labels", "classes", "class", "class_name", "tags", "categories", "category")
+MASK_HEADERS = ("mask", "mask_file_name", "mask_file")
+SPLIT_HEADER = "split"
+LABEL_SEPARATORS = re.compile(r"[;|,]")
+
+
+@dataclass
+class LabelledPictures:
+    """
+    Pictures of one split before their labels become vectors.
+
+    Args:
+        paths (`list[str]`): the files.
+        image_ids (`list[str]`): unique names.
+        labels (`list[list[str]]`): class names, or numbers as text, of each picture.
+        places (`list[str]`): where each picture's labels stand, for error sentences.
+        masks (`list[str | None]`): mask files, `None` where there is none.
+        class_names (`list[str]`, *optional*): class list that the source itself gives, background first.
+        is_multi_hot (`bool`): `labels` hold a 0 or 1 for each class instead of names.
+        skipped (`list[str]`): what was left out and why.
+    """
+
+    paths: list[str] = field(default_factory=list)
+    image_ids: list[str] = field(default_factory=list)
+    labels: list[list[str]] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+    masks: list[str | None] = field(default_factory=list)
+    class_names: list[str] | None = None
+    is_multi_hot: bool = False
+    skipped: list[str] = field(default_factory=list)
+
+
+def find_table(folder: Path) -> Path | None:
+    """
+    Finds the table of labels of a folder.
+
+    Args:
+        folder (`Path`):
+            Its folder.
+
+    Returns:
+        `Path` or `None`: the first of `labels.csv`, `metadata.csv` and `metadata.jsonl` that is there.
+    """
+    return next((folder / name for name in TABLE_NAMES if (folder / name).is_file()), None)
+
+
+def split_folders(root: Path, train_split: str | None, validation_split: str | None) -> dict[str, Path] | None:
+    """
+    Says which folders hold the splits.
+
+    Args:
+        root (`Path`):
+            The folder of the data set.
+        train_split (`str`, *optional*):
+            Folder of the training pictures, `train` where it is not given.
+        validation_split (`str`, *optional*):
+            Folder of the pictures to evaluate on; `validation`, `val` or `test` where it is not given.
+
+    Returns:
+        `dict[str, Path]` or `None`: folders of `train` and `validation`, as far as they are there; `None` if `root`
+        is not divided into folders of splits.
+
+    Raises:
+        FileNotFoundError: A folder that was named is not there.
+    """
+    if find_table(root) is not None:
+        return None
+    folders = {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    named = {name for name in (train_split, validation_split) if name}
+    # a class may be called "train": folders are splits only if all of them are
+    if not folders or folders - set(SPLIT_FOLDERS) - named - {MASK_FOLDER}:
+        return None
+    missing = sorted(named - folders)
+    if missing:
+        raise FileNotFoundError(
+            f"There is no folder {root / missing[0]}: {root} has the folders {', '.join(sorted(folders))}."
+        )
+    found = {"train": train_split or "train"}
+    found["validation"] = validation_split or next((name for name in VALIDATION_NAMES if name in folders), "")
+    return {split: root / name for split, name in found.items() if name in folders}
+
+
+class PictureIndex:
+    """
+    The pictures below a folder, found by path, file name or name without suffix.
+
+    Args:
+        folder (`Path`):
+            The folder; its subfolder `masks` and hidden files are not looked into.
+        left_out (`Iterable[str]`, *optional*):
+            Paths below the folder that are no pictures, such as masks.
+    """
+
+    def __init__(self, folder: Path, left_out: Iterable[str] = ()) -> None:
+        self.folder = folder
+        self.paths: list[str] = []
+        self.by_key: dict[str, list[str]] = {}
+        left_out = {posixpath.normpath(path.replace("\\", "/")) for path in left_out}
+        for parent, folders, files in os.walk(folder):
+            folders[:] = sorted(name for name in folders if not name.startswith(".") and name != MASK_FOLDER)
+            for file in sorted(files):
+                path = (Path(parent) / file).relative_to(folder).as_posix()
+                is_picture = not file.startswith(".") and Path(file).suffix.lower() in PICTURE_SUFFIXES
+                if is_picture and path not in left_out:
+                    self.paths.append(path)
+                    for key in {path, file, strip_picture_suffix(file)}:
+                        self.by_key.setdefault(key, []).append(path)
+
+    def find(self, name: str) -> str | None:
+        """
+        Finds a picture.
+
+        Args:
+            name (`str`):
+                A path below the folder, an absolute path, a file name, or a name without suffix.
+
+        Returns:
+            `str` or `None`: the file, `None` where there is none.
+
+        Raises:
+            ValueError: Several pictures have that name. The message is a predicate: the caller says where.
+        """
+        name = posixpath.normpath(name.strip().replace("\\", "/"))
+        if Path(name).is_absolute():
+            return name if Path(name).is_file() else None
+        found = self.by_key.get(name, [])
+        if len(found) > 1 and name not in found:
+            raise ValueError(f"names {name!r}, which may be {' or '.join(found[:3])}: write the path")
+        chosen = name if name in found else next(iter(found), None)
+        return None if chosen is None else str(self.folder / chosen)
+
+
+def unique_ids(paths: Sequence[str], root: Path) -> list[str]:
+    """
+    Names pictures: by file name without suffix, or where two share it, by their path.
+
+    Args:
+        paths (`Sequence[str]`):
+            N files.
+        root (`Path`):
+            The folder that paths start from.
+
+    Returns:
+        `list[str]`: N names, without slashes.
+    """
+    stems = [strip_picture_suffix(path) for path in paths]
+    if len(set(stems)) == len(stems):
+        return stems
+    relative = [os.path.relpath(path, root).replace(os.sep, "__") for path in paths]
+    without = [name.rsplit(".", 1)[0] for name in relative]
+    return without if len(set(without)) == len(without) else relative
+
+
+def read_class_folders(folder: Path) -> LabelledPictures:
+    """
+    Reads a folder in which each subfolder holds the pictures of one class; those of `background` have no class.
+
+    Args:
+        folder (`Path`):
+            The folder.
+
+    Returns:
+        [`LabelledPictures`]: in the order of the paths.
+
+    Raises:
+        ValueError: There is no picture in a subfolder, or pictures lie beside the subfolders.
+    """
+    index = PictureIndex(folder)
+    if not index.paths:
+        raise ValueError(
+            f"The folder {folder} has neither a table ({', '.join(TABLE_NAMES)}) nor pictures in subfolders named "
+            "after their classes: add one of them."
+        )
+    loose = [path for path in index.paths if "/" not in path]
+    if loose:
+        raise ValueError(
+            f"{len(loose)} pictures lie in {folder} itself ({name_some(loose)}): add a table ({TABLE_NAMES[0]}), or "
+            "put every picture into the subfolder of its class."
+        )
+    names = [path.split("/")[0] for path in index.paths]
+    paths = [str(folder / path) for path in index.paths]
+    return LabelledPictures(
+        paths=paths,
+        image_ids=unique_ids(paths, folder),
+        labels=[[] if name == "background" else [name] for name in names],
+        places=[f"the folder {folder / name}" for name in names],
+        masks=_masks_beside(folder, paths),
+    )
+
+
+def _masks_beside(folder: Path, paths: Sequence[str]) -> list[str | None]:
+    """Masks in `masks/`, under the path of the picture or under its bare name, as PNG."""
+    masks = folder / MASK_FOLDER
+    found = []
+    for path in paths:
+        relative = Path(os.path.relpath(path, folder)).with_suffix(".png")
+        candidates = (masks / relative, masks / relative.name)
+        found.append(next((str(candidate) for candidate in candidates if candidate.is_file()), None))
+    return found
+
+
+def read_table(
+    path: Path,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    mask_column: str | None = None,
+    ignore_splits: bool = False,
+) -> dict[str, LabelledPictures]:
+    """
+    Reads a table of labels and finds its pictures.
+
+    Args:
+        path (`Path`):
+            A `.csv` (also separated by `;` or tabulators) or `.jsonl` file beside the pictures.
+        image_column (`str`, *optional*):
+            Column of the pictures; the first with a usual name (`file_name`, `image`, `id`, ...) or else the first.
+        label_column (`str`, *optional*):
+            Column of the labels; the first with a usual name (`labels`, `label`, `class`, ...), else the only one
+            left, else all that are left if they hold 0 and 1 only.
+        mask_column (`str`, *optional*):
+            Column of the masks' files; `mask` or `mask_file_name` where there is one.
+        ignore_splits (`bool`, *optional*, defaults to `False`):
+            Takes all rows for one split.
+
+    Returns:
+        `dict[str, LabelledPictures]`: by the value of the column `split`, `""` where there is none. Rows of one
+        picture are taken together. Pictures that are not there are in `skipped`.
+
+    Raises:
+        ValueError: The table can not be read, a column is missing, or a row is ambiguous; the sentence names file and
+            row.
+    """
+    rows = _read_rows(path)
+    headers = list(dict.fromkeys(key for _, row in rows for key in row))
+    image_column = _column(path, headers, image_column, "image_column", IMAGE_HEADERS) or headers[0]
+    mask_column = _column(path, headers, mask_column, "mask_column", MASK_HEADERS)
+    split_column = SPLIT_HEADER if SPLIT_HEADER in headers and not ignore_splits else None
+    label_column = _column(path, headers, label_column, "label_column", LABEL_HEADERS)
+    rest = [name for name in headers if name not in (image_column, mask_column, SPLIT_HEADER)]
+    class_columns = []
+    if label_column is None:
+        is_vector = all(str(row.get(name, "")).strip() in ("0", "1") for _, row in rows for name in rest)
+        if len(rest) == 1 and not is_vector:
+            label_column = rest[0]
+        elif rest and is_vector:
+            class_columns = rest
+        else:
+            raise ValueError(
+                f"{path} has no column of labels among {', '.join(headers)}: name it with label_column, or give one "
+                "column of 0 and 1 for each class."
+            )
+    splits: dict[str, LabelledPictures] = {}
+    masks = (str(row[mask_column]).strip() for _, row in rows if row.get(mask_column))
+    index, seen = PictureIndex(path.parent, left_out=masks), {}
+    for number, row in rows:
+        place = f"{path}, row {number}"
+        split = str(row.get(split_column) or "").strip() if split_column else ""
+        pictures = splits.setdefault(split, LabelledPictures())
+        if class_columns:
+            pictures.class_names = ["background", *class_columns]
+            names = [name for name in class_columns if str(row[name]).strip() == "1"]
+        else:
+            names = row.get(label_column)
+        _add(pictures, index, (place, row.get(image_column), names, row.get(mask_column)), seen)
+    is_multi_hot = has_vectors(cell for pictures in splits.values() for cell in pictures.labels)
+    for pictures in splits.values():
+        pictures.is_multi_hot = is_multi_hot
+        if label_column is not None and not is_multi_hot:
+            pictures.labels = split_names(pictures.labels, label_column)
+        pictures.image_ids = unique_ids(pictures.paths, path.parent)
+    return splits
+
+
+def _add(pictures: LabelledPictures, index: PictureIndex, row: tuple, seen: dict[str, tuple]) -> None:
+    """Adds a row to its split, or its labels to the picture's earlier row."""
+    place, name, names, mask = row
+    if name is None or not str(name).strip():
+        raise ValueError(f"{place}, names no picture: fill it in or take the row out.")
+    try:
+        found = index.find(str(name))
+    except ValueError as error:
+        raise ValueError(f"{place}, {error}.") from error
+    if found is None:
+        pictures.skipped.append(f"{place}: there is no picture {name} below {index.folder}")
+        return
+    names = names if isinstance(names, list) else [] if names is None else [names]
+    if found in seen:
+        earlier, position = seen[found]
+        if earlier is not pictures:
+            raise ValueError(f"{place}, puts {name} into a second split: give a picture one split.")
+        pictures.labels[position] = [*pictures.labels[position], *names]
+        return
+    seen[found] = (pictures, len(pictures.paths))
+    mask_file = None
+    if mask is not None and str(mask).strip():
+        mask_file = str(index.folder / str(mask).strip())
+        if not Path(mask_file).is_file():
+            raise FileNotFoundError(f"{place}, names the mask {mask}, which is not there: add it or leave it empty.")
+    pictures.paths.append(found)
+    pictures.labels.append(list(names))
+    pictures.places.append(place)
+    pictures.masks.append(mask_file or _masks_beside(index.folder, [found])[0])
+
+
+def has_vectors(cells: Iterable[Sequence[Any]]) -> bool:
+    """
+    Says whether lists are label vectors: numbers 0 and 1, as many in each list.
+
+    Args:
+        cells (`Iterable[Sequence[Any]]`):
+            Lists of names or numbers.
+
+    Returns:
+        `bool`: `False` also where there are no lists, or lists of one number.
+    """
+    lengths = set()
+    for cell in cells:
+        if not all(isinstance(item, int | float) and item in (0, 1) for item in cell):
+            return False
+        lengths.add(len(cell))
+    return len(lengths) == 1 and max(lengths) > 1
+
+
+def split_names(cells: Sequence[Sequence[Any]], column: str = "labels") -> list[list[str]]:
+    """
+    Takes cells of text apart into names.
+
+    Names are separated by `;`, `|` or `,`. Spaces separate too where no cell of the column holds one of these and the
+    column has a plural name (`labels`, `classes`, `tags`), which keeps `traffic light` in a column `label` whole.
+
+    Args:
+        cells (`Sequence[Sequence[Any]]`):
+            Texts or numbers of each picture.
+        column (`str`, *optional*, defaults to `"labels"`):
+            Name of the column.
+
+    Returns:
+        `list[list[str]]`: names of each picture, without repeats.
+    """
+    has_separator = any(isinstance(item, str) and LABEL_SEPARATORS.search(item) for cell in cells for item in cell)
+    by_space = not has_separator and column.lower().endswith("s") and column.lower() != "class"
+    # a list of names, as in JSON, is apart already
+    by_space = by_space and all(len(cell) <= 1 for cell in cells)
+    separator = re.compile(r"\s+") if by_space else LABEL_SEPARATORS
+
+    def parts(item: Any) -> Iterable[str]:
+        text = str(int(item)) if isinstance(item, bool | float) and int(item) == item else str(item)
+        return (part.strip() for part in separator.split(text))
+
+    return [list(dict.fromkeys(part for item in cell for part in parts(item) if part)) for cell in cells]
+
+
+def _column(path: Path, headers: Sequence[str], given: str | None, argument: str, usual: Sequence[str]) -> str | None:
+    if given is not None:
+        if given not in headers:
+            raise ValueError(f"{path} has no column {given!r} ({argument}): it has {', '.join(headers)}.")
+        return given
+    lower = {name.lower(): name for name in headers}
+    return next((lower[name] for name in usual if name in lower), None)
+
+
+def _read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Numbered rows; the header of a table is row 1."""
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        row = content[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path}, row {row}, is not UTF-8 text (byte 0x{content[error.start]:02x}): save the table as UTF-8."
+        ) from error
+    rows = _read_json_lines(path, text) if path.suffix.lower() == ".jsonl" else _read_csv(path, text)
+    if not rows:
+        raise ValueError(f"The table {path} has no rows: give at least one picture.")
+    return rows
+
+
+def _read_json_lines(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, row {number}, is not JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {number}, is not a JSON object: write one in braces for each picture.")
+        rows.append((number, row))
+    return rows
+
+
+def _read_csv(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
+    first = text.split("\n", 1)[0]
+    delimiter = max(",;\t", key=first.count)
+    reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter)
+    rows, header = [], None
+    try:
+        for cells in reader:
+            cells = [cell.strip() for cell in cells]
+            if not any(cells):
+                continue
+            if header is None:
+                is_picture = Path(cells[0]).suffix.lower() in PICTURE_SUFFIXES
+                header = ["file_name", "labels"] if is_picture and len(cells) == 2 else cells
+                if header is cells:
+                    continue
+            if len(cells) != len(header):
+                raise ValueError(
+                    f"{path}, row {reader.line_num}, has {len(cells)} cells, but {len(header)} are expected "
+                    f"({', '.join(header)}): put several labels in quotes or separate them by a semicolon."
+                )
+            rows.append((reader.line_num, dict(zip(header, cells, strict=True))))
+    except csv.Error as error:
+        raise ValueError(f"{path}, row {reader.line_num}, is not a row of a table ({error}).") from error
+    return rows
+
+
+__all__ = [
+    "LabelledPictures",
+    "PictureIndex",
+    "find_table",
+    "has_vectors",
+    "read_class_folders",
+    "read_table",
+    "split_folders",
+    "split_names",
+    "unique_ids",
+]

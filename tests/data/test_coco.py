@@ -1,0 +1,188 @@
+"""The COCO 2014 layout: labels and lazily drawn masks, without the annotations ever standing in memory as a tree."""
+
+import json
+import tracemalloc
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from synernet_hf.data import COCO_CLASSES, check_dataset, class_names, load_coco2014, polygon_mask, skipped_records
+from synernet_hf.data import coco as coco_module
+
+
+# official ids have gaps: 18 is the 17th category, 90 the 80th
+CATEGORIES = [{"id": 1, "name": "person"}, {"id": 18, "name": "dog"}, {"id": 90, "name": "toothbrush"}]
+NAMES = ["background", "person", "dog", "toothbrush"]
+
+
+def square(left, top, side):
+    return [[left, top, left + side, top, left + side, top + side, left, top + side]]
+
+
+def write_coco(root, split="val2014", entries=(), categories=CATEGORIES, extra_images=(), size=(20, 16)):
+    """`entries`: (image id, category id, segmentation, is a crowd); pictures are `size` = (width, height)."""
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    (root / split).mkdir(exist_ok=True)
+    images = []
+    for image_id in sorted({entry[0] for entry in entries} | set(extra_images)):
+        name = f"COCO_{split}_{image_id:012d}.jpg"
+        Image.new("RGB", size, (90, 120, 40)).save(root / split / name)
+        images.append({"id": image_id, "file_name": name, "width": size[0], "height": size[1]})
+    annotations = [
+        {"id": number, "image_id": i, "category_id": c, "segmentation": s, "iscrowd": int(crowd), "area": 1.0}
+        for number, (i, c, s, crowd) in enumerate(entries)
+    ]
+    content = {"info": {}, "images": images, "annotations": annotations, "categories": list(categories)}
+    path = root / "annotations" / f"instances_{split}.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture
+def coco(tmp_path):
+    root = tmp_path / "coco"
+    write_coco(root, "train2014", [(5, 18, square(1, 1, 4), False), (3, 1, square(1, 1, 4), False)])
+    crowd = {"counts": [0, 16 * 4, 16 * 16], "size": [16, 20]}  # the 4 leftmost columns
+    entries = [
+        (7, 90, square(6, 6, 4), False),
+        (7, 18, square(4, 4, 10), False),
+        (7, 1, crowd, True),
+        (9, 1, [[1, 1, 2, 2]], False),
+    ]
+    write_coco(root, "val2014", entries, extra_images=[8])
+    return root
+
+
+def test_classes_labels_and_ids(coco):
+    loaded = load_coco2014(coco)
+    assert class_names(loaded) == NAMES
+    assert loaded["train"]["image_id"][:] == ["COCO_train2014_000000000003", "COCO_train2014_000000000005"]
+    assert loaded["train"]["image_labels"][:] == [[1, 0, 0], [0, 1, 0]]
+    assert loaded["train"].column_names == ["image", "image_id", "image_labels"]
+    # picture 8 has no annotation; a crowd of persons is a label of picture 7
+    assert loaded["validation"]["image_labels"][:] == [[1, 1, 1], [1, 0, 0]]
+    check_dataset(loaded)
+
+
+def test_masks_hold_small_objects_above_large_ones_and_crowds_as_ignore(coco):
+    mask = np.asarray(load_coco2014(coco)["validation"][0]["mask"])
+    assert mask.shape == (16, 20) and mask.dtype == np.uint8
+    assert (mask[:, :4] == 255).all()
+    assert (mask[6:10, 6:10] == 3).all()
+    assert mask[5, 5] == mask[12, 12] == 2
+    assert mask[0, 10] == mask[15, 19] == 0
+    # a polygon of two corners encloses nothing
+    assert not np.asarray(load_coco2014(coco)["validation"][1]["mask"]).any()
+
+
+def test_a_mask_is_drawn_when_its_record_is_opened_and_not_before(coco, monkeypatch):
+    drawn = []
+    original = polygon_mask.draw_objects
+    monkeypatch.setattr(polygon_mask, "draw_objects", lambda *args: drawn.append(1) or original(*args))
+    loaded = load_coco2014(coco)
+    check_dataset(loaded)
+    assert loaded["validation"]["image_labels"][0] == [1, 1, 1]
+    assert not drawn
+    loaded["validation"][1]
+    assert len(drawn) == 1
+
+
+def test_masks_survive_what_is_done_to_data_sets(coco, tmp_path):
+    loaded = load_coco2014(coco)
+    expected = np.asarray(loaded["validation"][0]["mask"])
+    loaded.save_to_disk(tmp_path / "saved")
+    again = datasets.load_from_disk(tmp_path / "saved")
+    assert class_names(again) == NAMES
+    split = again["validation"].filter(lambda labels: labels[1] == 1, input_columns="image_labels")
+    assert len(split) == 1
+    assert np.array_equal(split.select_columns(["mask"])[0]["mask"], expected)
+
+
+def test_annotations_never_stand_in_memory_as_a_tree(tmp_path, monkeypatch):
+    monkeypatch.setattr(coco_module, "PART_SIZE", 5)
+    root = tmp_path / "coco"
+    corners = np.random.default_rng(0).uniform(0, 16, (600, 200)).round(2).tolist()
+    entries = [(1 + number % 20, 18, [polygon], False) for number, polygon in enumerate(corners)]
+    sizes = {split: write_coco(root, split, entries).stat().st_size for split in ("train2014", "val2014")}
+    assert min(sizes.values()) > 500_000
+
+    def peak(function):
+        tracemalloc.start()
+        kept = function()
+        current, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return current, most, kept
+
+    tree, _, _ = peak(lambda: json.loads((root / "annotations" / "instances_val2014.json").read_text()))
+    load_coco2014(root)
+    _, most, loaded = peak(lambda: load_coco2014(root))
+    # one file as bytes and as text while it is read, or its polygons, but never the tree or both files
+    assert most < 2.4 * sizes["val2014"] < tree
+    assert len(loaded["validation"]) == 20
+
+
+def test_missing_pictures_are_refused_or_left_out(coco, caplog):
+    (coco / "val2014" / "COCO_val2014_000000000007.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"names 1 of 2 pictures .*000000000007.jpg.*on_bad_image='skip'"):
+        load_coco2014(coco)
+    loaded = load_coco2014(coco, on_bad_image="skip")
+    assert loaded["validation"]["image_id"][:] == ["COCO_val2014_000000000009"]
+    assert "000000000007.jpg" in skipped_records(loaded)["validation"][0] and "train" not in skipped_records(loaded)
+    assert "1 records are left out" in caplog.text
+    with pytest.raises(ValueError, match="on_bad_image is 'ignore'"):
+        load_coco2014(coco, on_bad_image="ignore")
+
+
+def test_a_picture_of_another_size_than_its_annotations(coco):
+    Image.new("RGB", (16, 20)).save(coco / "val2014" / "COCO_val2014_000000000009.jpg")
+    with pytest.raises(ValueError, match="annotations of COCO_val2014_000000000009 are for 20 x 16 .* has 16 x 20"):
+        check_dataset(load_coco2014(coco))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda c: c["annotations"].append({"image_id": 7, "category_id": 4, "segmentation": []}), "category ids 4"),
+        (
+            lambda c: c["annotations"].append({"image_id": 6, "category_id": 1, "segmentation": []}),
+            "does not list .6.",
+        ),
+        (lambda c: c["categories"].pop(), "categories of .* are not those|category ids 90"),
+        (lambda c: c.pop("images"), "not in COCO's format"),
+        (lambda c: c["annotations"][0].pop("segmentation"), "not in COCO's format"),
+    ],
+    ids=["category", "picture", "categories", "images", "segmentation"],
+)
+def test_annotation_files_with_a_mistake(coco, change, sentence):
+    path = coco / "annotations" / "instances_val2014.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=sentence):
+        load_coco2014(coco)
+
+
+def test_missing_folders_and_files(coco, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder .*annotations"):
+        load_coco2014(tmp_path)
+    with pytest.raises(FileNotFoundError, match="instances_val2017.json: the folder has instances_train2014.json"):
+        load_coco2014(coco, validation_split="val2017")
+    (coco / "annotations" / "instances_val2014.json").write_text("{")
+    with pytest.raises(ValueError, match="instances_val2014.json is not in COCO's format"):
+        load_coco2014(coco)
+
+
+def test_the_real_sample(root):
+    folder = root.parent / "shared" / "data" / "coco"
+    if not folder.is_dir():
+        pytest.skip("../shared/data/coco is not here")
+    loaded = load_coco2014(folder)
+    assert class_names(loaded) == COCO_CLASSES
+    check_dataset(loaded)
+    for record in loaded["validation"]:
+        mask = np.asarray(record["mask"])
+        assert mask.shape == (record["image"].height, record["image"].width)
+        named = {label + 1 for label, there in enumerate(record["image_labels"]) if there}
+        assert set(np.unique(mask)) - {0, 255} <= named

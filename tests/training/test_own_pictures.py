@@ -1,0 +1,116 @@
+"""Training and evaluation of a folder of pictures with a table: bad pictures, class list, resuming."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+
+from synernet_hf import SynerNetConfig
+from synernet_hf.training import DataArguments, InvalidArguments, ModelArguments, SynerNetTrainingArguments, train
+
+
+MODEL = {
+    "backbone_config": {
+        "model_type": "vit",
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    },
+    "model_config": {
+        "auxiliary_layer_index": -2,
+        "decoder_hidden_size": 8,
+        "projection_hidden_size": 16,
+        "projection_bottleneck_size": 8,
+        "prototype_size": 16,
+        "cam_scales": [1.0, 0.5],
+    },
+}
+TRAINING = {"max_steps": 1, "crop_size": 32, "per_device_batch_size": 2, "report_to": "none", "logging_steps": 1}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def write_pictures(root: Path) -> Path:
+    rng = np.random.default_rng(0)
+    rows = []
+    (root / "masks").mkdir(parents=True)
+    for index in range(6):
+        Image.fromarray(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8)).save(root / f"{index}.png")
+        split, name = ("train", "validation")[index > 3], ("dog", "cat")[index % 2]
+        rows.append(f"{index}.png,{name},{split}")
+        if split == "validation":
+            Image.fromarray(np.full((32, 40), 1 + (name == "dog"), dtype=np.uint8)).save(
+                root / "masks" / f"{index}.png"
+            )
+    (root / "3.png").write_bytes(b"no picture")
+    (root / "labels.csv").write_text("\n".join(["file_name,label,split", *rows, "lost.png,dog,train"]) + "\n")
+    return root
+
+
+def run(output_dir: Path, data_dir: Path, training=None, **data) -> dict:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return train(
+        ModelArguments(**MODEL),
+        DataArguments(dataset="image_folder", data_dir=str(data_dir), num_workers=0, **data),
+        SynerNetTrainingArguments(**(TRAINING | {"output_dir": str(output_dir)} | (training or {}))),
+    )
+
+
+def test_bad_pictures_are_left_out_and_the_class_list_is_kept(tmp_path, capsys, monkeypatch):
+    data = write_pictures(tmp_path / "data")
+    with pytest.raises(InvalidArguments, match="row 8: there is no picture lost.png"):
+        run(tmp_path / "run", data)
+    assert not (tmp_path / "run").exists()
+    results = run(tmp_path / "run", data, on_bad_image="skip")
+    assert results["segmentation"]["num_images"] == 2
+    record = json.loads((tmp_path / "run" / "training_args.json").read_text())
+    assert record["class_names"] == ["background", "cat", "dog"]
+    assert record["run"]["num_train"] == 3
+    lost, broken = record["skipped"]["train"]
+    assert "lost.png" in lost and "3.png" in broken
+    assert SynerNetConfig.from_pretrained(tmp_path / "run").id2label == {0: "background", 1: "cat", 2: "dog"}
+
+    with pytest.raises(InvalidArguments, match=r"the class list \(label 1: cat → dog\)"):
+        resumed = {"max_steps": 1, "resume_from_checkpoint": "latest"}
+        order = {"class_names": ["background", "dog", "cat"]}
+        run(tmp_path / "run", data, resumed, on_bad_image="skip", dataset_options=order)
+
+    # pictures of one class only, scored by the same command: the list is that of the model, whose ids masks follow
+    test = tmp_path / "test"
+    (test / "validation" / "masks").mkdir(parents=True)
+    Image.new("RGB", (40, 32)).save(test / "validation" / "x.png")
+    Image.new("L", (40, 32), 2).save(test / "validation" / "masks" / "x.png")
+    (test / "validation" / "labels.csv").write_text("file_name,label\nx,dog\n")
+    output = tmp_path / "scores.json"
+    script = Path(__file__).resolve().parents[2] / "examples" / "evaluate.py"
+    words = [str(tmp_path / "run"), "--dataset", str(test), "--no_multi_scale", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", [script.name, *words])
+    with pytest.raises(SystemExit) as finished:
+        runpy.run_path(str(script), run_name="__main__")
+    assert not finished.value.code, capsys.readouterr().err
+    scores = json.loads(output.read_text())["results"]["segmentation"]["per_class_iou"]
+    assert scores["dog"] is not None and list(scores) == ["background", "cat", "dog"]
+
+
+def test_streamed_data_and_data_without_a_training_split_are_refused(tmp_path):
+    data = write_pictures(tmp_path / "data")
+    table = data / "labels.csv"
+    table.write_text("\n".join(line for line in table.read_text().splitlines() if ",train" not in line) + "\n")
+    with pytest.raises(InvalidArguments, match="no split to train on, only validation"):
+        run(tmp_path / "run", data)
+    with pytest.raises(InvalidArguments, match="leave streaming out"):
+        run(tmp_path / "run", data, dataset_options={"streaming": True})
