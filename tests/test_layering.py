@@ -27,6 +27,10 @@ ROOMS = {
     "visualization": (set(), DATA_LIBRARIES),
     "crf": (set(), {"numpy", "PIL", "pydensecrf"}),
     "export": ({"model"}, {"torch", "numpy", "onnx", "onnxruntime", "transformers"}),
+    "pseudo_labels": (
+        {"model", "data", "visualization"},
+        {"torch", "numpy", "PIL", "datasets", "pyarrow", "accelerate", "tqdm"},
+    ),
     "model_card": (set(), {"huggingface_hub", "yaml", "jinja2"}),
     "training": (
         {"model", "data", "metrics", "model_card"},

@@ -9,8 +9,10 @@ import datasets
 from synernet_hf.data.checks import check_dataset
 from synernet_hf.data.collator import SynerNetDataCollator
 from synernet_hf.data.label_files import read_label_file
+from synernet_hf.data.report import inspect_dataset
 from synernet_hf.data.schema import COCO_CLASSES, VOC_CLASSES, build_split, class_names, id2label_from
 from synernet_hf.data.shapes import SHAPES_CLASSES, load_shapes
+from synernet_hf.data.sharing import self_describing, write_parquet
 from synernet_hf.data.transforms import PhotometricAugmentation, StreamBatchSampler, TrainDataset, TrainTransform
 from synernet_hf.data.voc import load_voc2012
 
@@ -82,8 +84,11 @@ __all__ = [
     "check_dataset",
     "class_names",
     "id2label_from",
+    "inspect_dataset",
     "load_shapes",
     "load_voc2012",
     "load_wsss_dataset",
     "read_label_file",
+    "self_describing",
+    "write_parquet",
 ]
