@@ -301,3 +301,37 @@ def test_a_loaded_model_is_the_same_model(shapes_run, tmp_path, processor):
     moved = SynerNetForWeaklySupervisedSegmentation.from_pretrained(tmp_path / "elsewhere").eval()
     (tmp_path / "elsewhere").rename(tmp_path.parent / "elsewhere")
     write_pseudo_labels(moved, processor, split, tmp_path)
+
+
+def test_the_stock_trainer_learns_from_the_masks(shapes_run, tmp_path, capsys):
+    from transformers import AutoModelForSemanticSegmentation
+
+    splits = load_shapes(6, 2, image_size=32)
+    model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(shapes_run).eval()
+    write_pseudo_labels(model, SynerNetImageProcessor(), splits["train"].select(range(4)), tmp_path / "masks")
+    script = runpy.run_path(str(ROOT / "examples" / "train_on_pseudo_labels.py"))
+    config = {"model_type": "segformer", "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
+    config |= {"num_attention_heads": [1, 1, 1, 1], "decoder_hidden_size": 8}
+    words = ["--dataset", "shapes", "--dataset_options", '{"num_train": 6, "num_validation": 2, "image_size": 32}']
+    words += ["--size", "32", "--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--report_to", "none"]
+    words += ["--use_cpu", "True", "--save_strategy", "no", "--disable_tqdm", "True", "--pseudo_labels"]
+    assert script["main"]([*words, str(tmp_path / "masks"), "--model_config", json.dumps(config)]) == 0
+    output = capsys.readouterr().out
+    assert "4 of 6 pictures have a pseudo-label" in output and "mean IoU at 32 px" in output
+    trained = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "run")
+    assert trained.config.id2label[0] == "background" and trained.config.num_labels == 6
+    assert script["main"]([*words, str(tmp_path / "masks")]) == 2
+    assert "either --model" in capsys.readouterr().err
+
+    processor = script["build_processor"](script["SegmenterArguments"](str(tmp_path / "masks"), size=32))
+    joined = with_pseudo_labels(splits["train"], tmp_path / "masks")
+    plain = script["SegmentationDataset"](joined, processor)[0]
+    assert np.array_equal(plain["labels"].numpy(), np.array(joined[0]["mask"]))
+    mirrored = script["SegmentationDataset"](joined, processor, mirror=True)
+    turned = 0
+    for _ in range(20):
+        item = mirrored[0]
+        flips = [torch.equal(item[name], plain[name].flip(-1)) for name in ("pixel_values", "labels")]
+        assert flips[0] == flips[1]
+        turned += flips[0]
+    assert 0 < turned < 20
