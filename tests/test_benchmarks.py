@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -288,3 +289,38 @@ def test_figures_of_pseudo_labels_are_counted_right():
     assert (decided, right, background) == pytest.approx((30.0, 20.0, 70.0))
     assert precision == pytest.approx(100 * 20 / 35)
     assert mean_iou == pytest.approx(100 * (60 / 75 + 20 / 40) / 2)
+
+
+def test_the_loader_is_timed_beside_the_bare_work(tmp_path, capsys, monkeypatch):
+    data_loading = load_benchmark("data_loading")
+    # the other processes look the module up by its name
+    monkeypatch.setitem(sys.modules, data_loading.__name__, data_loading)
+    words = ["--dataset", "shapes", "--dataset_options", '{"num_train": 6, "num_validation": 1, "image_size": 32}']
+    words += ["--workers", "1", "--num_pictures", "8", "--rounds", "2", "--batch_size", "4", "--crop_size", "24"]
+    assert data_loading.main([*words, "--output", str(tmp_path / "rates.json")]) == 0
+    # pictures without loss have no reduced size
+    assert "No picture is decoded at a reduced size" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "rates.json").read_text())["rates"]
+    low, high = row["loader / bare, range"]
+    assert row["loader"] > 0 and low <= row["loader / bare"] <= high
+    assert data_loading.main(["--dataset", "nothing"]) == 2
+
+
+def test_ratios_are_those_of_a_round():
+    data_loading = load_benchmark("data_loading")
+    rates = {2: {"bare": [10.0, 100.0, 20.0], "bare, draft": [20.0, 100.0, 40.0], "loader": [9.0, 80.0, 20.0]}}
+    (row,) = data_loading.summary(rates)
+    assert row["bare"] == 20 and row["loader / bare"] == pytest.approx(0.9)
+    assert row["loader / bare, draft, range"] == pytest.approx([0.45, 0.8])
+    assert "| 2 | 20 | 40 | 20 | 0.90 (0.80 to 1.00) |" in data_loading.table([row])
+
+
+def test_the_bare_work_uses_the_factors_of_training():
+    data_loading = load_benchmark("data_loading")
+    picture = Image.new("RGB", (400, 300), "white")
+    transform = data_loading.TrainTransform(2000, (0.5, 2.0), seed=data_loading.SEED)
+    for position in range(5):
+        record = {"image": picture, "image_id": "one", "image_labels": [1]}
+        top, bottom, left, right = transform(record, position)["valid_box"].tolist()
+        resized = data_loading.decode_and_resize(picture, data_loading.factor_of(position, (0.5, 2.0)), False)
+        assert resized.size == (right - left, bottom - top)

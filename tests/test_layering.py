@@ -28,6 +28,10 @@ ROOMS = {
     "crf": (set(), {"numpy", "PIL", "pydensecrf"}),
     "model_folder": ({"model"}, {"torch", "huggingface_hub", "safetensors"}),
     "export": ({"model", "model_folder"}, {"torch", "numpy", "onnxruntime", "torchao"}),
+    "pseudo_labels": (
+        {"model", "data", "visualization"},
+        {"torch", "numpy", "PIL", "datasets", "pyarrow", "accelerate", "tqdm"},
+    ),
     "model_card": (set(), {"huggingface_hub", "yaml", "jinja2"}),
     "training": (
         {"model", "data", "metrics", "model_card", "visualization"},

@@ -123,6 +123,22 @@ def test_jpeg_decoded_small_looks_like_the_whole_one():
         assert (small["image"].int() - whole["image"].int()).abs().float().mean() < 4
 
 
+def test_no_picture_is_decoded_below_the_size_needed(monkeypatch):
+    decoded = []
+    resize = Image.Image.resize
+
+    def watched(picture, size, *arguments, **options):
+        decoded.append((picture.size, size))
+        return resize(picture, size, *arguments, **options)
+
+    picture = encoded(smooth_picture(10, 10), format="JPEG")
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    # 5.6 pixels are rounded to 6: half of the picture would be 5
+    TrainTransform(6, (0.56, 0.56))(record(picture), 0)
+    TrainTransform(5, (0.5, 0.5))(record(picture), 0)
+    assert decoded == [((10, 10), (6, 6)), ((5, 5), (5, 5))]
+
+
 def test_paths_bytes_and_pictures_give_the_same_crop(tmp_path):
     picture = smooth_picture()
     picture.save(tmp_path / "one.png")

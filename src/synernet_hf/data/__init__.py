@@ -12,6 +12,7 @@ from synernet_hf.data.collator import SynerNetDataCollator
 from synernet_hf.data.image_labels import ColumnNames, load_image_labels
 from synernet_hf.data.label_files import read_label_file
 from synernet_hf.data.polygon_mask import PolygonMask
+from synernet_hf.data.report import inspect_dataset
 from synernet_hf.data.schema import (
     COCO_CLASSES,
     VOC_CLASSES,
@@ -21,6 +22,7 @@ from synernet_hf.data.schema import (
     skipped_records,
 )
 from synernet_hf.data.shapes import SHAPES_CLASSES, load_shapes
+from synernet_hf.data.sharing import self_describing, write_parquet
 from synernet_hf.data.transforms import PhotometricAugmentation, StreamBatchSampler, TrainDataset, TrainTransform
 from synernet_hf.data.voc import load_voc2012
 
@@ -121,11 +123,14 @@ __all__ = [
     "class_names",
     "drop_bad_records",
     "id2label_from",
+    "inspect_dataset",
     "load_coco2014",
     "load_image_labels",
     "load_shapes",
     "load_voc2012",
     "load_wsss_dataset",
     "read_label_file",
+    "self_describing",
     "skipped_records",
+    "write_parquet",
 ]

@@ -68,7 +68,8 @@ class TrainTransform:
     The picture of h×w pixels is rescaled by one factor to h'×w' and put at a random place of a black canvas of
     max(h', S) × max(w', S) pixels; a random window of S×S pixels of the canvas is the crop. Only the pixels inside
     the window are resampled, which gives the crop of the whole rescaled picture; a JPEG that is shrunk to half or
-    less is decoded at a reduced size.
+    less is decoded at half, a quarter or an eighth of its size, never below the size needed. That is faster and
+    slightly smoother than shrinking the whole picture (docs/data.md has figures).
 
     Args:
         crop_size (`int`):
@@ -123,7 +124,7 @@ class TrainTransform:
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"The picture {record['image_id']} does not decode: {error}") from error
         return {
-            "image": torch.from_numpy(crop).permute(2, 0, 1).contiguous(),
+            "image": torch.from_numpy(crop),
             "valid_box": torch.tensor(valid_box, dtype=torch.int64),
             "labels": torch.tensor(record["image_labels"], dtype=torch.float32),
             "image_id": record["image_id"],
@@ -133,14 +134,14 @@ class TrainTransform:
         size = self.crop_size
         factor, mirror = rng.uniform(*self.scale_range), self.flip and rng.random() < 0.5
         orientation = picture.getexif().get(ORIENTATION_TAG, 1)
-        stored_width, stored_height = picture.size
-        picture.draft("RGB", (max(1, int(stored_width * factor)), max(1, int(stored_height * factor))))
+        width, height = (max(1, round(side * factor)) for side in picture.size)
+        # a JPEG gives half, a quarter or an eighth of its size cheaply; never less than width x height
+        picture.draft("RGB", (width, height))
         if orientation != 1:
             picture = ImageOps.exif_transpose(picture)
         picture = to_rgb(picture)
         if orientation in TRANSPOSED_ORIENTATIONS:
-            stored_width, stored_height = stored_height, stored_width
-        width, height = max(1, round(stored_width * factor)), max(1, round(stored_height * factor))
+            width, height = height, width
 
         top, bottom, row_start = _place(height, size, rng)
         left, right, column_start = _place(width, size, rng)
@@ -154,9 +155,13 @@ class TrainTransform:
             min((column_start + right - left) * x_ratio, picture.width),
             min((row_start + bottom - top) * y_ratio, picture.height),
         )
-        window = np.asarray(picture.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=box))
-        crop = np.zeros((size, size, 3), dtype=np.uint8)
-        crop[top:bottom, left:right] = window[:, ::-1] if mirror else window
+        window = picture.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=box)
+        if mirror:
+            window = window.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        crop = np.zeros((3, size, size), dtype=np.uint8)
+        # channel by channel, which is far faster than to move the channels of an array
+        for plane, band in zip(crop, window.split(), strict=True):
+            plane[top:bottom, left:right] = np.asarray(band)
         return crop, (top, bottom, left, right)
 
 

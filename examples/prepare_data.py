@@ -1,0 +1,143 @@
+"""
+Look at a data set before training on it: `python examples/prepare_data.py --data_dir path/to/VOCdevkit`.
+
+Prints pictures per class, sizes, and what is worth a look: files that do not decode, pictures without a class, exact
+duplicates, classes without pictures. With --output, writes the report and a contact sheet; with --parquet, also the
+data itself with the pictures inside, as `push_to_hub` would.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import datasets
+from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image, ImageOps
+from transformers import HfArgumentParser
+
+from synernet_hf.data import class_names, inspect_dataset, self_describing, write_parquet
+from synernet_hf.data.report import DatasetReport
+from synernet_hf.data.transforms import open_picture
+from synernet_hf.training.data_options import SourceArguments, read_data_arguments, unset_data_options
+from synernet_hf.training.validation import load_data
+from synernet_hf.visualization import figure_panels
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; data options that are not on it are None."""
+    parser = HfArgumentParser(
+        SourceArguments,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", type=Path, help="folder for report.json and contact_sheet.png")
+    parser.add_argument("--parquet", action="store_true", help="also write the data to OUTPUT/data as parquet files")
+    parser.add_argument("--push_to_hub", metavar="REPO", help="also upload the data as this data set, such as me/pets")
+    parser.add_argument(
+        "--drop_undecodable", action="store_true", help="leave pictures that do not decode out of what is written"
+    )
+    parser.add_argument("--pictures_per_class", type=int, default=6, help="width of the contact sheet (default: 6)")
+    parser.add_argument("--num_threads", type=int, default=2, help="threads that decode (default: 2)")
+    unset_data_options(parser)
+    return parser.parse_args(argv)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Find mistakes of the command line before anything is loaded."""
+    if args.parquet and args.output is None:
+        raise ValueError("--parquet needs --output: name the folder that the files go to.")
+    if args.output is not None and args.output.exists() and not args.output.is_dir():
+        raise ValueError(f"--output {args.output} is a file; give a folder.")
+    for name in ("pictures_per_class", "num_threads"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; a positive number is expected.")
+
+
+def contact_sheet(splits: datasets.DatasetDict, report: DatasetReport, pictures_per_class: int) -> Image.Image:
+    """One row per class that the first split shows, with its first pictures."""
+    split_name = next(iter(splits))
+    split = splits[split_name].select_columns(["image", "image_id", "image_labels"])
+    split = split.cast_column("image", datasets.Image(decode=False))
+    ids, labels = list(split["image_id"]), list(split["image_labels"])
+    faulty = set(report.splits[split_name].undecodable) | set(report.splits[split_name].bad_labels)
+    rows = []
+    for column, name in enumerate(class_names(splits)[1:]):
+        shown = [i for i, vector in enumerate(labels) if ids[i] not in faulty and vector[column]][:pictures_per_class]
+        if shown:
+            rows.append([(f"{name}: {ids[i]}", thumbnail(split[i]["image"])) for i in shown])
+    if not rows:
+        raise ValueError(f"No picture of the split {split_name!r} has a class; there is nothing to draw.")
+    return figure_panels(rows, panel_size=(144, 108))
+
+
+def thumbnail(image: dict) -> Image.Image:
+    """An upright picture of about 144 pixels; a JPEG is not decoded at its full size."""
+    picture = open_picture(image)
+    picture.draft("RGB", (144, 144))
+    picture = ImageOps.exif_transpose(picture).convert("RGB")
+    picture.thumbnail((144, 144))
+    return picture
+
+
+def usable_splits(splits: datasets.DatasetDict, report: DatasetReport, drop: bool) -> datasets.DatasetDict:
+    """The splits without pictures that do not decode; where there are some, they must have been asked to be left out."""
+    count = sum(len(split.undecodable) for split in report.splits.values())
+    if count and not drop:
+        raise ValueError(f"{count} pictures do not decode; repair them, or leave them out with --drop_undecodable.")
+    kept = {}
+    for name, split in splits.items():
+        bad = set(report.splits[name].undecodable)
+        kept[name] = split.select([i for i, image_id in enumerate(split["image_id"]) if image_id not in bad])
+    return datasets.DatasetDict(kept)
+
+
+def replace_file(path: Path, write) -> None:
+    """Write under a temporary name and rename, so that no half-written file is ever seen."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Load, look, print, write."""
+    check_arguments(args)
+    splits = load_data(read_data_arguments(args))
+    report = inspect_dataset(splits, args.num_threads)
+    print(report.text())
+    if args.output is not None:
+        args.output.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(report.to_dict(), indent=2) + "\n"
+        replace_file(args.output / "report.json", lambda path: path.write_text(text, encoding="utf-8"))
+        sheet = contact_sheet(splits, report, args.pictures_per_class)
+        replace_file(args.output / "contact_sheet.png", lambda path: sheet.save(path, format="PNG"))
+        print(f"\nwritten: {args.output / 'report.json'}, {args.output / 'contact_sheet.png'}")
+    if args.parquet or args.push_to_hub:
+        shared = self_describing(usable_splits(splits, report, args.drop_undecodable))
+        if args.parquet:
+            paths = write_parquet(shared, args.output)
+            size = sum(path.stat().st_size for path in paths)
+            print(f"written: {len(paths)} parquet files of together {size / 1e6:,.1f} MB in {args.output / 'data'}")
+        if args.push_to_hub:
+            shared.push_to_hub(args.push_to_hub)
+            print(f"uploaded: {args.push_to_hub}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; return its exit code."""
+    args = parse_arguments(argv)
+    try:
+        prepare(args)
+    except (ValueError, OSError, ImportError, HfHubHTTPError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""
+Write the pseudo-labels of a whole data set: `accelerate launch examples/pseudo_labels.py RUN --output DIR`.
+
+DIR/masks/IMAGE_ID.png are palette masks (0 background, 255 undecided), DIR/manifest.parquet lists them, the least
+confident picture first. The pictures are shared over the processes; called again after an interruption, what is
+finished is kept. The data set is the one RUN was trained on unless another one is named.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from safetensors import SafetensorError
+from transformers import HfArgumentParser
+
+from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+from synernet_hf.pseudo_labels import LABEL_SOURCES, MAPS, PseudoLabelOptions, write_pseudo_labels
+from synernet_hf.training.data_options import SourceArguments, read_data_arguments, unset_data_options
+from synernet_hf.training.validation import load_data
+
+
+# What a folder with missing, truncated or foreign files raises on loading.
+LOADING_ERRORS = (OSError, RuntimeError, TypeError, ValueError, SafetensorError, StrictDataclassError)
+NUM_SHOWN = 5
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; data options that are not on it are None."""
+    parser = HfArgumentParser(
+        SourceArguments,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", help="folder or Hub id of a trained model, such as runs/voc_animals")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the masks and their manifest")
+    parser.add_argument("--split", default="train", help="split to label (default: train)")
+    parser.add_argument("--max_samples", type=int, help="label the first so many pictures only")
+    parser.add_argument(
+        "--map",
+        choices=MAPS,
+        default="pseudo_label",
+        help="pseudo_label: the fused, refined CAM with undecided pixels (default); segmentation: the decoders' "
+        "segmentation, limited to the picture's classes",
+    )
+    parser.add_argument(
+        "--classes_from",
+        choices=LABEL_SOURCES,
+        default="auto",
+        help="the picture's given labels, those the classifier predicts, or predicted where none is given (auto)",
+    )
+    parser.add_argument("--scales", type=float, nargs="+", help="scales to look at (default: those of the model)")
+    parser.add_argument("--flip", action="store_true", default=None, help="also look at the mirror of every scale")
+    parser.add_argument(
+        "--skip_undecodable", action="store_true", help="name and leave out pictures that do not decode"
+    )
+    parser.add_argument(
+        "--num_threads", type=int, default=1, help="CPU threads of a process; more processes are faster (default: 1)"
+    )
+    unset_data_options(parser)
+    return parser.parse_args(argv)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Find mistakes of the command line before anything is loaded."""
+    if Path(args.run).is_dir() and not (Path(args.run) / "config.json").is_file():
+        raise ValueError(f"{args.run} holds no trained model (no config.json); give the folder of a finished run.")
+    for name in ("max_samples", "num_threads"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; a positive number is expected.")
+    if args.output.exists() and not args.output.is_dir():
+        raise ValueError(f"--output {args.output} is a file; give a folder.")
+
+
+def load_run(run: str) -> tuple[SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor]:
+    """Load model and processor, all weights of which must be there."""
+    try:
+        model, report = SynerNetForWeaklySupervisedSegmentation.from_pretrained(run, output_loading_info=True)
+        processor = SynerNetImageProcessor.from_pretrained(run)
+    except (*LOADING_ERRORS, HFValidationError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{run} holds no usable model ({reason}); give the folder of a finished run.") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(f"The weights of {run} lack {len(missing)} parameters, such as {missing[0]}.")
+    return model, processor
+
+
+def label_pictures(args: argparse.Namespace) -> None:
+    """Load the run and the data, write what is missing, and name the pictures to look at first."""
+    check_arguments(args)
+    options = PseudoLabelOptions(args.map, args.classes_from, args.scales and tuple(args.scales), args.flip)
+    splits = load_data(read_data_arguments(args, args.run))
+    if args.split not in splits:
+        raise ValueError(f"There is no split {args.split!r}; --split can be {' or '.join(splits)}.")
+    split = splits[args.split]
+    if args.max_samples is not None:
+        split = split.select(range(min(args.max_samples, len(split))))
+    # sums over pixels are ordered by the number of threads: fixed, so that files do not depend on the machine's load
+    torch.set_num_threads(args.num_threads)
+    accelerator = Accelerator()
+    model, processor = load_run(args.run)
+    manifest = write_pseudo_labels(
+        model.to(accelerator.device),
+        processor,
+        split,
+        args.output,
+        options,
+        accelerator=accelerator,
+        skip_undecodable=args.skip_undecodable,
+        progress=True,
+    )
+    if accelerator.is_main_process:
+        print(f"{len(manifest)} of {len(split)} pictures have a mask in {args.output / 'masks'}")
+        print(f"manifest: {args.output / 'manifest.parquet'}; the first pictures to review:")
+        for row in manifest.slice(0, NUM_SHOWN).to_pylist():
+            missing = f", not found: {', '.join(row['missing_classes'])}" if row["missing_classes"] else ""
+            print(
+                f"  {row['image_id']}: confidence {row['confidence']:.3f}, decided {100 * row['coverage']:.1f} %, "
+                f"classes {', '.join(row['classes']) or 'none'}{missing}"
+            )
+    accelerator.end_training()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; return its exit code."""
+    args = parse_arguments(argv)
+    try:
+        label_pictures(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

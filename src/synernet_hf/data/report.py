@@ -1,0 +1,240 @@
+"""What a data set is like, told without training on it: counts, sizes, duplicates, and what can not be used."""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import ImageOps
+
+from synernet_hf.data.checks import DECODING_ERRORS, mask_ids
+from synernet_hf.data.label_files import name_some
+from synernet_hf.data.schema import class_names
+from synernet_hf.data.transforms import ORIENTATION_TAG, TRANSPOSED_ORIENTATIONS, open_picture
+
+
+@dataclass
+class SplitReport:
+    """
+    What one split is like.
+
+    Args:
+        num_pictures (`int`): records of the split.
+        num_bytes (`int`): size of the picture files together.
+        class_counts (`dict[str, int]`): per foreground class, the number of pictures that show it.
+        unlabelled (`list[str]`): identifiers of pictures without any class.
+        bad_labels (`list[str]`): identifiers of pictures whose label vector has a wrong length or other values than 0
+            and 1.
+        repeated_ids (`list[str]`): identifiers that occur more than once.
+        undecodable (`dict[str, str]`): per picture that does not decode, why.
+        unusable_masks (`dict[str, str]`): per mask that evaluation would refuse, why. Masks of `train` are not opened.
+        widths (`list[int]`, *optional*): smallest, median and largest width of the upright pictures, in pixels.
+        heights (`list[int]`, *optional*): smallest, median and largest height, in pixels.
+        formats (`dict[str, int]`): pictures per file format and mode, such as `"JPEG RGB"`.
+    """
+
+    num_pictures: int
+    num_bytes: int
+    class_counts: dict[str, int]
+    unlabelled: list[str] = field(default_factory=list)
+    bad_labels: list[str] = field(default_factory=list)
+    repeated_ids: list[str] = field(default_factory=list)
+    undecodable: dict[str, str] = field(default_factory=dict)
+    unusable_masks: dict[str, str] = field(default_factory=dict)
+    widths: list[int] | None = None
+    heights: list[int] | None = None
+    formats: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class DatasetReport:
+    """
+    What a data set is like.
+
+    Args:
+        splits (`dict[str, SplitReport]`): by name.
+        duplicates (`list[list[str]]`): groups of pictures whose files are equal byte for byte, each as
+            `"split/image_id"`, over all splits.
+    """
+
+    splits: dict[str, SplitReport]
+    duplicates: list[list[str]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as mappings, lists, text and numbers."""
+        return asdict(self)
+
+    def problems(self) -> list[str]:
+        """One sentence for each kind of thing that is worth a look; empty where nothing is."""
+        found = []
+        for name, split in self.splits.items():
+            for fault, items in (
+                ("do not decode", [f"{key}: {why}" for key, why in split.undecodable.items()]),
+                ("have a label vector of a wrong length or with other values than 0 and 1", split.bad_labels),
+                ("have no class", split.unlabelled),
+                ("have a mask that can not be used", [f"{key} {why}" for key, why in split.unusable_masks.items()]),
+            ):
+                if items:
+                    found.append(
+                        f"{name}: {len(items)} of {split.num_pictures} pictures {fault} ({name_some(items)})."
+                    )
+            if split.repeated_ids:
+                found.append(
+                    f"{name}: {len(split.repeated_ids)} identifiers occur twice ({name_some(split.repeated_ids)})."
+                )
+            absent = [label for label, count in split.class_counts.items() if count == 0]
+            if absent:
+                found.append(
+                    f"{name}: {len(absent)} of {len(split.class_counts)} classes are in no picture "
+                    f"({name_some(absent)})."
+                )
+        if self.duplicates:
+            groups = [" = ".join(group) for group in self.duplicates]
+            found.append(f"{len(groups)} groups of pictures are equal, byte for byte ({name_some(groups)}).")
+            across = [group for group in self.duplicates if len({member.split("/", 1)[0] for member in group}) > 1]
+            if across:
+                found.append(f"{len(across)} of these groups are in more than one split: scores would be too good.")
+        return found
+
+    def text(self) -> str:
+        """The report to read: sizes and formats, a table of class counts, and the problems."""
+        lines = []
+        for name, split in self.splits.items():
+            lines.append(f"{name}: {split.num_pictures:,} pictures, {split.num_bytes / 1e6:,.1f} MB")
+            if split.widths:
+                lines.append(
+                    f"  width {_range(split.widths)}, height {_range(split.heights)} (smallest, median, largest)"
+                )
+                lines.append(f"  {', '.join(f'{count:,} {kind}' for kind, count in split.formats.items())}")
+        names = list(next(iter(self.splits.values())).class_counts)
+        width = max([len(name) for name in names] + [len("class")])
+        columns = [max(len(name), 7) for name in self.splits]
+        lines += [
+            "",
+            "  ".join([f"{'class':<{width}}", *(n.rjust(w) for n, w in zip(self.splits, columns, strict=True))]),
+        ]
+        for label in names:
+            counts = [f"{split.class_counts[label]:,}" for split in self.splits.values()]
+            lines.append("  ".join([f"{label:<{width}}", *(c.rjust(w) for c, w in zip(counts, columns, strict=True))]))
+        problems = self.problems()
+        lines += ["", f"{len(problems)} things to look at:" if problems else "Nothing found that needs a look."]
+        return "\n".join(lines + [f"- {problem}" for problem in problems])
+
+
+def inspect_dataset(dataset_dict: datasets.DatasetDict, num_threads: int = 2) -> DatasetReport:
+    """
+    Looks at every record of every split, and goes on where [`check_dataset`] would raise.
+
+    Every picture file is read and decoded once, JPEGs at an eighth of their size. The `mask` column of a split named
+    `train` is not touched.
+
+    Args:
+        dataset_dict (`datasets.DatasetDict`):
+            What a loader of this package returned.
+        num_threads (`int`, *optional*, defaults to 2):
+            Threads that decode.
+
+    Returns:
+        [`DatasetReport`]: `text()` to read, `to_dict()` to keep.
+
+    Raises:
+        ValueError: There is no split, or the splits do not share one class list.
+    """
+    names = class_names(dataset_dict)
+    splits, places = {}, {}
+    for split_name, split in dataset_dict.items():
+        ids = list(split["image_id"])
+        report = _label_report(split, ids, names)
+        seen = _look_at_pictures(split, split_name, len(names), num_threads)
+        for image_id, picture in zip(ids, seen, strict=True):
+            if picture["digest"] is not None:
+                places.setdefault(picture["digest"], []).append(f"{split_name}/{image_id}")
+            if picture["fault"]:
+                report.undecodable[image_id] = picture["fault"]
+            if picture["mask_fault"]:
+                report.unusable_masks[image_id] = picture["mask_fault"]
+        good = [picture for picture in seen if not picture["fault"]]
+        report.num_bytes = sum(picture["num_bytes"] for picture in seen)
+        if good:
+            report.widths, report.heights = (_three([picture["size"][axis] for picture in good]) for axis in (0, 1))
+        kinds = [picture["kind"] for picture in good]
+        report.formats = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+        splits[split_name] = report
+    return DatasetReport(splits, [group for group in places.values() if len(group) > 1])
+
+
+def _label_report(split: datasets.Dataset, ids: list[str], names: list[str]) -> SplitReport:
+    counts = np.zeros(len(names) - 1, dtype=int)
+    unlabelled, bad = [], []
+    for image_id, vector in zip(ids, split["image_labels"], strict=True):
+        if len(vector) != len(counts) or not set(vector) <= {0, 1}:
+            bad.append(image_id)
+        elif not any(vector):
+            unlabelled.append(image_id)
+        else:
+            counts += np.array(vector)
+    once: set[str] = set()
+    repeated = {image_id for image_id in ids if image_id in once or once.add(image_id)}
+    class_counts = dict(zip(names[1:], counts.tolist(), strict=True))
+    return SplitReport(len(ids), 0, class_counts, unlabelled, bad, sorted(repeated))
+
+
+def _look_at_pictures(
+    split: datasets.Dataset, split_name: str, num_labels: int, num_threads: int
+) -> list[dict[str, Any]]:
+    columns = ["image"] + ["mask"] * ("mask" in split.column_names and split_name != "train")
+    split = split.select_columns(columns)
+    for column in columns:
+        split = split.cast_column(column, datasets.Image(decode=False))
+    with ThreadPoolExecutor(num_threads) as pool:
+        return list(pool.map(lambda index: _look_at(split[index], num_labels), range(len(split))))
+
+
+def _look_at(record: dict, num_labels: int) -> dict[str, Any]:
+    seen = {"digest": None, "num_bytes": 0, "size": None, "kind": None, "fault": None, "mask_fault": None}
+    try:
+        content = record["image"]["bytes"]
+        content = Path(record["image"]["path"]).read_bytes() if content is None else content
+        seen |= {"digest": hashlib.sha256(content).digest(), "num_bytes": len(content)}
+        picture = open_picture({"bytes": content, "path": None})
+        size, seen["kind"] = picture.size, f"{picture.format} {picture.mode}"
+        picture.draft("RGB", (max(1, size[0] // 8), max(1, size[1] // 8)))
+        picture.load()
+        # asked after loading: a TIFF is turned by loading, and a PNG may have its EXIF after the pixels
+        transposed = picture.getexif().get(ORIENTATION_TAG) in TRANSPOSED_ORIENTATIONS
+        seen["size"] = size[::-1] if transposed else size
+    except DECODING_ERRORS as error:
+        seen["fault"] = " ".join(str(error).split())
+        return seen
+    if "mask" in record:
+        seen["mask_fault"] = _mask_fault(record["mask"], seen["size"], num_labels)
+    return seen
+
+
+def _mask_fault(mask: dict | None, size: tuple[int, int], num_labels: int) -> str | None:
+    if mask is None:
+        return "is missing"
+    try:
+        opened = open_picture(mask)
+        opened.load()
+    except DECODING_ERRORS as error:
+        return f"does not decode ({error})"
+    try:
+        mask_ids(ImageOps.exif_transpose(opened), size, num_labels)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _three(values: list[int]) -> list[int]:
+    return [min(values), int(np.median(values)), max(values)]
+
+
+def _range(values: list[int]) -> str:
+    return ", ".join(f"{value:,}" for value in values)
+
+
+__all__ = ["DatasetReport", "SplitReport", "inspect_dataset"]

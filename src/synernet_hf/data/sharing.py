@@ -1,0 +1,94 @@
+"""Data sets that stand on their own: pictures inside the parquet files, class names in their schema."""
+
+import os
+from pathlib import Path
+
+import datasets
+from datasets.table import embed_table_storage
+
+from synernet_hf.data.schema import class_names
+
+
+LABEL_COLUMN = "labels"
+
+
+def self_describing(dataset_dict: datasets.DatasetDict) -> datasets.DatasetDict:
+    """
+    Moves the class list from the description of the splits, which no file format keeps, into the type of a column.
+
+    Args:
+        dataset_dict (`datasets.DatasetDict`):
+            What a loader of this package returned.
+
+    Returns:
+        `datasets.DatasetDict`: the same records with `labels`, a list of `datasets.ClassLabel` over the foreground
+        classes, in place of `image_labels`; `push_to_hub` keeps it, and puts the pictures into its files. Where one
+        split has a `mask` column all have it, empty in the others, because files are read with one schema.
+
+    Raises:
+        ValueError: The splits carry no class list, or not the same one.
+    """
+    kind = datasets.List(datasets.ClassLabel(names=class_names(dataset_dict)[1:]))
+    with_masks = any("mask" in split.column_names for split in dataset_dict.values())
+    described = {}
+    for name, split in dataset_dict.items():
+        labels = [[index for index, value in enumerate(vector) if value] for vector in split["image_labels"]]
+        split = split.remove_columns("image_labels").add_column(LABEL_COLUMN, labels, feature=kind)
+        if with_masks and "mask" not in split.column_names:
+            split = split.add_column("mask", [None] * len(split), feature=datasets.Image())
+        columns = ["image", "image_id", LABEL_COLUMN] + ["mask"] * with_masks
+        described[name] = split.select_columns(columns)
+    return datasets.DatasetDict(described)
+
+
+def write_parquet(dataset_dict: datasets.DatasetDict, folder: str | Path, pictures_per_file: int = 1000) -> list[Path]:
+    """
+    Writes a data set as parquet files with the pictures in them, in the layout that `datasets.load_dataset(folder)`
+    and the Hub read. `Dataset.to_parquet` alone would write the paths of pictures that lie in files.
+
+    Args:
+        dataset_dict (`datasets.DatasetDict`):
+            Any splits, for example of [`self_describing`].
+        folder (`str` or `Path`):
+            Files are named `data/SPLIT-00000-of-00003.parquet` in it, each written under a temporary name first.
+        pictures_per_file (`int`, *optional*, defaults to 1000):
+            The largest number of records of a file, all of which are in memory while it is written.
+
+    Returns:
+        `list[Path]`: the files.
+
+    Raises:
+        ValueError: `pictures_per_file` is not positive, or the folder holds parquet files of another number.
+    """
+    if pictures_per_file < 1:
+        raise ValueError(f"pictures_per_file is {pictures_per_file}; a positive number is expected.")
+    data = Path(folder) / "data"
+    counts = {name: -(-len(split) // pictures_per_file) for name, split in dataset_dict.items()}
+    paths = {
+        name: [data / f"{name}-{index:05d}-of-{count:05d}.parquet" for index in range(count)]
+        for name, count in counts.items()
+    }
+    others = sorted(set(data.glob("*.parquet")) - {path for group in paths.values() for path in group})
+    if others:
+        raise ValueError(f"{data} holds other parquet files, such as {others[0].name}; give a new folder.")
+    data.mkdir(parents=True, exist_ok=True)
+    for name, split in dataset_dict.items():
+        for index, path in enumerate(paths[name]):
+            shard = split.shard(counts[name], index, contiguous=True)
+            _write_embedded(shard, path)
+    return [path for group in paths.values() for path in group]
+
+
+def _write_embedded(shard: datasets.Dataset, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    embedded = shard.with_format("arrow").map(
+        embed_table_storage, batched=True, batch_size=100, keep_in_memory=True, load_from_cache_file=False
+    )
+    try:
+        embedded.with_format(None).to_parquet(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+__all__ = ["self_describing", "write_parquet"]

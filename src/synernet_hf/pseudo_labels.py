@@ -1,0 +1,483 @@
+"""Pseudo-labels of a whole data set: palette PNGs shared over processes, resumable, with a manifest for review."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, PngImagePlugin
+from tqdm.auto import tqdm
+
+from synernet_hf.data.checks import DECODING_ERRORS
+from synernet_hf.data.label_files import name_some
+from synernet_hf.data.schema import class_names
+from synernet_hf.data.transforms import open_picture
+from synernet_hf.model.refinement_synernet import SynerNetPixelAdaptiveRefinement, refine_pseudo_labels
+from synernet_hf.visualization import palette_image
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+
+
+MAPS = ("pseudo_label", "segmentation")
+LABEL_SOURCES = ("auto", "given", "predicted")
+SETTINGS_FILE = "pseudo_labels.json"
+MANIFEST_FILE = "manifest.parquet"
+MASK_FOLDER = "masks"
+# text chunk of a mask that holds its line of the manifest, so that both appear on disk in one step
+RECORD_KEY = "synernet_hf"
+# names under which this module writes what is not complete yet
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+# larger pictures are refined at this many pixels and their masks enlarged, which bounds the memory
+MAX_PIXELS = 2**20
+MANIFEST_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("mask", pa.string()),
+        ("width", pa.int64()),
+        ("height", pa.int64()),
+        ("classes", pa.list_(pa.string())),
+        ("missing_classes", pa.list_(pa.string())),
+        ("label_source", pa.string()),
+        ("confidence", pa.float64()),
+        ("coverage", pa.float64()),
+        ("foreground", pa.float64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class PseudoLabelOptions:
+    """
+    Which label map is made of a picture.
+
+    Args:
+        map (`str`, *optional*, defaults to `"pseudo_label"`):
+            `"pseudo_label"`: the fused CAM under two background hypotheses, refined by the picture's colours, 255
+            where they leave a pixel open. `"segmentation"`: the decoders' multi-scale segmentation, no class but
+            those of the picture and background; every pixel is decided.
+        image_labels (`str`, *optional*, defaults to `"auto"`):
+            Which classes a picture may show: `"given"`, those of its record (none: all background); `"predicted"`,
+            those that the classifier finds (a logit above 0); `"auto"`, given where the record has one at least,
+            predicted elsewhere.
+        scales (`tuple[float, ...]`, *optional*):
+            Scales at which a picture is seen; `config.cam_scales` or `config.inference_scales` when not given.
+        flip (`bool`, *optional*):
+            Also see the mirror of every scale; `config.cam_flip` for pseudo-labels and `False` for segmentation when
+            not given.
+
+    Raises:
+        ValueError: A choice is unknown or a scale is not positive.
+    """
+
+    map: str = "pseudo_label"
+    image_labels: str = "auto"
+    scales: tuple[float, ...] | None = None
+    flip: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (("map", self.map, MAPS), ("image_labels", self.image_labels, LABEL_SOURCES)):
+            if value not in choices:
+                raise ValueError(f"`{name}` is {value!r}; one of {', '.join(choices)} is expected.")
+        if self.scales is not None and not (self.scales and all(0 < scale < float("inf") for scale in self.scales)):
+            raise ValueError(f"`scales` is {self.scales}; positive factors such as (1.0, 1.25) are expected.")
+
+
+class PseudoLabeler:
+    """
+    Makes the pseudo-label of one picture.
+
+    Args:
+        model ([`SynerNetForWeaklySupervisedSegmentation`]):
+            The model, unwrapped, on its device, in evaluation mode.
+        processor ([`SynerNetImageProcessor`]):
+            Turns a picture into normalised pixel values, resized if it is set to.
+        options ([`PseudoLabelOptions`], *optional*):
+            What to make.
+    """
+
+    def __init__(
+        self,
+        model: "SynerNetForWeaklySupervisedSegmentation",
+        processor: "SynerNetImageProcessor",
+        options: PseudoLabelOptions | None = None,
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.options = options or PseudoLabelOptions()
+
+    @torch.no_grad()
+    def __call__(
+        self, image: Image.Image, image_labels: Sequence[int] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """
+        Labels the pixels of one picture, alone in its forward passes, so that no other picture has an influence.
+
+        Args:
+            image (`PIL.Image.Image`):
+                Upright RGB picture of any size.
+            image_labels (`Sequence[int]`, *optional*):
+                Multi-hot labels over the foreground classes.
+
+        Returns:
+            `tuple[np.ndarray, dict]`: the label map, uint8 of shape `(height, width)`, 0 background and 255 undecided;
+            and `width`, `height`, `labels` (ids of the classes it could show), `label_source` (`"given"` or
+            `"predicted"`), `found` (ids of the classes it shows), `confidence` (in [0, 1]: of `"pseudo_label"` the
+            mean share of layers and branches that agree on a pixel, of `"segmentation"` the mean probability of the
+            chosen class), `coverage` (share of decided pixels) and `foreground` (share of pixels with a class).
+        """
+        inputs = self.processor(images=image, do_center_crop=False, do_pad=False, return_tensors="pt")
+        pixel_values = inputs["pixel_values"].to(self.model.device, self.model.dtype)
+        source = label_source(self.options, image_labels)
+        if source == "given":
+            labels = torch.tensor([list(image_labels)], dtype=torch.float32, device=self.model.device)
+        else:
+            labels = (self.model(pixel_values).classification_logits > 0).float()
+        shrink = min(1.0, (MAX_PIXELS / (image.width * image.height)) ** 0.5)
+        size = (max(1, round(image.height * shrink)), max(1, round(image.width * shrink)))
+        make = self._pseudo_label if self.options.map == "pseudo_label" else self._segmentation
+        label_map, confidence = make(pixel_values, labels, image, size)
+        if shrink < 1:
+            label_map = F.interpolate(label_map[None, None].float(), size=(image.height, image.width))[0, 0]
+        label_map = label_map.to("cpu", torch.uint8).numpy()
+        found = [int(class_id) for class_id in np.unique(label_map) if 0 < class_id < 255]
+        return label_map, {
+            "width": image.width,
+            "height": image.height,
+            "labels": (labels[0].nonzero()[:, 0] + 1).tolist(),
+            "label_source": source,
+            "found": found,
+            "confidence": round(float(confidence), 6),
+            "coverage": round(float((label_map != 255).mean()), 6),
+            "foreground": round(float(((label_map != 0) & (label_map != 255)).mean()), 6),
+        }
+
+    def _pseudo_label(self, pixel_values, labels, image, size) -> tuple[torch.Tensor, torch.Tensor]:
+        config = self.model.config
+        cams = self.model.generate_cams(pixel_values, labels, scales=self.options.scales, flip=self.options.flip)
+        fused = F.interpolate(cams.fused_cams.float(), size=size, mode="bilinear", align_corners=False)
+        picture = image if (image.height, image.width) == size else image.resize(size[::-1], Image.Resampling.BOX)
+        pixels = torch.from_numpy(np.array(picture)).to(self.model.device).permute(2, 0, 1)[None].float() / 255
+        label_maps = refine_pseudo_labels(
+            pixels,
+            fused,
+            labels,
+            config.low_threshold,
+            config.high_threshold,
+            refinement=SynerNetPixelAdaptiveRefinement(config.refinement_dilations, config.refinement_iterations),
+        )
+        return label_maps[0], cams.confidence.float().mean()
+
+    def _segmentation(self, pixel_values, labels, image, size) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.model.multi_scale_logits(pixel_values, self.options.scales, flip=bool(self.options.flip))
+        possible = F.pad(labels[0].nonzero()[:, 0] + 1, (1, 0))
+        logits = F.interpolate(logits[:, possible], size=size, mode="bilinear", align_corners=False)
+        probabilities, winners = logits[0].softmax(dim=0).max(dim=0)
+        return possible[winners], probabilities.mean()
+
+
+def label_source(options: PseudoLabelOptions, image_labels: Sequence[int] | None) -> str:
+    """`"given"` or `"predicted"`: whose classes the options choose for a picture with these multi-hot labels."""
+    if options.image_labels == "auto":
+        return "given" if image_labels is not None and any(image_labels) else "predicted"
+    return options.image_labels
+
+
+def write_pseudo_labels(
+    model: "SynerNetForWeaklySupervisedSegmentation",
+    processor: "SynerNetImageProcessor",
+    dataset: datasets.Dataset,
+    output_dir: str | Path,
+    options: PseudoLabelOptions | None = None,
+    accelerator: "Accelerator | None" = None,
+    skip_undecodable: bool = False,
+    progress: bool = False,
+) -> pa.Table:
+    """
+    Writes the pseudo-label of every picture and a manifest of them; called again, does what is not there yet.
+
+    The folder holds `masks/IMAGE_ID.png` (VOC palette, 255 = undecided), `manifest.parquet` and `pseudo_labels.json`
+    (what made them). Every file appears whole or not at all. Files are the same, byte for byte, for any number of
+    processes and after any interruption, on one kind of device and with the same number of threads per process.
+
+    Args:
+        model ([`SynerNetForWeaklySupervisedSegmentation`]):
+            The model, unwrapped, on its device. Its training mode is restored afterwards.
+        processor ([`SynerNetImageProcessor`]):
+            Saved with the model.
+        dataset (`datasets.Dataset`):
+            Records with `image`, `image_id` (unique) and, unless labels are to be predicted, `image_labels`. A `mask`
+            column is not read.
+        output_dir (`str` or `Path`):
+            New folder, or one that was made with the same model and options.
+        options ([`PseudoLabelOptions`], *optional*):
+            What to make.
+        accelerator (`accelerate.Accelerator`, *optional*):
+            Shares the pictures over its processes, all of which must call this function.
+        skip_undecodable (`bool`, *optional*, defaults to `False`):
+            Names and leaves out pictures that do not decode, instead of stopping at the first.
+        progress (`bool`, *optional*, defaults to `False`):
+            Shows a progress bar on the first process.
+
+    Returns:
+        `pyarrow.Table`: the manifest, least confident picture first: `image_id`, `mask` (path in the folder), `width`,
+        `height`, `classes` (names of the classes it could show), `missing_classes` (those of them it does not show),
+        `label_source`, `confidence`, `coverage` and `foreground`, see [`PseudoLabeler`].
+
+    Raises:
+        ValueError: The split lacks a column, is empty, has other classes than the model, or an identifier that is no
+            file name or occurs twice; the folder was made with another model or other options; or a picture does not
+            decode.
+    """
+    output_dir, options = Path(output_dir), options or PseudoLabelOptions()
+    main = accelerator is None or accelerator.is_main_process
+    _check_classes(model, dataset, options)
+    records = _wanted_records(dataset, options)
+    settings = _settings(model, processor, options)
+    _refuse_other_settings(output_dir, settings)
+    if main:
+        _prepare_folder(output_dir, settings)
+    # all processes list what is missing before any of them adds to it
+    _wait(accelerator)
+    pending = [record for record in records if _finished_record(output_dir, record, options) is None]
+    _wait(accelerator)
+    first, step = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    pictures = dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
+    labeler = PseudoLabeler(model, processor, options)
+    was_training = model.training
+    model.eval()
+    try:
+        for record in tqdm(pending[first::step], desc="pseudo-labels", disable=not progress or first > 0):
+            try:
+                image = _upright(pictures[record["index"]]["image"])
+            except DECODING_ERRORS as error:
+                fault = f"The picture {record['image_id']} does not decode ({error})"
+                if not skip_undecodable:
+                    raise ValueError(f"{fault}: repair it, or leave such pictures out (skip_undecodable).") from error
+                tqdm.write(f"{fault}: it gets no mask.")
+                continue
+            label_map, content = labeler(image, record["image_labels"])
+            _write_mask(output_dir / record["mask"], label_map, content)
+    finally:
+        model.train(was_training)
+    _wait(accelerator)
+    manifest = _manifest(output_dir, records, options, model.config.id2label)
+    if main:
+        _replace(output_dir / MANIFEST_FILE, lambda path: pq.write_table(manifest, path))
+    _wait(accelerator)
+    return manifest
+
+
+def with_pseudo_labels(dataset: datasets.Dataset, folder: str | Path, min_confidence: float = 0.0) -> datasets.Dataset:
+    """
+    Joins pictures with the pseudo-labels made of them, for training any segmentation model.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            The records that the pseudo-labels were made of.
+        folder (`str` or `Path`):
+            What [`write_pseudo_labels`] wrote.
+        min_confidence (`float`, *optional*, defaults to 0.0):
+            Leaves out pictures whose `confidence` in the manifest is below.
+
+    Returns:
+        `datasets.Dataset`: the records that have a pseudo-label, with it in the column `mask`.
+
+    Raises:
+        FileNotFoundError: The folder has no manifest.
+        ValueError: No record is left.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {path}: give a folder that examples/pseudo_labels.py has finished.")
+    rows = pq.read_table(path, columns=["image_id", "mask", "confidence"]).to_pylist()
+    masks = {row["image_id"]: str(folder / row["mask"]) for row in rows if row["confidence"] >= min_confidence}
+    chosen = [index for index, image_id in enumerate(dataset["image_id"]) if image_id in masks]
+    if not chosen:
+        raise ValueError(
+            f"None of the {len(dataset)} pictures has a pseudo-label in {folder} with a confidence of {min_confidence} "
+            "or more: give the data set that they were made of, or a lower bound."
+        )
+    dataset = dataset.remove_columns("mask") if "mask" in dataset.column_names else dataset
+    dataset = dataset.select(chosen)
+    paths = [{"path": masks[image_id], "bytes": None} for image_id in dataset["image_id"]]
+    return dataset.add_column("mask", paths, feature=datasets.Image())
+
+
+def _wait(accelerator: "Accelerator | None") -> None:
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+
+
+def _upright(image: dict) -> Image.Image:
+    picture = open_picture(image)
+    picture.load()
+    return ImageOps.exif_transpose(picture).convert("RGB")
+
+
+def _check_classes(model, dataset: datasets.Dataset, options: PseudoLabelOptions) -> None:
+    needed = ["image", "image_id"] + ["image_labels"] * (options.image_labels == "given")
+    missing = [name for name in needed if name not in dataset.column_names]
+    if missing or len(dataset) == 0:
+        fault = f"lacks the columns {', '.join(missing)}" if missing else "is empty"
+        raise ValueError(f"The split to label {fault}; give records as docs/data.md describes them.")
+    if model.config.num_labels > 255:
+        raise ValueError(f"The model has {model.config.num_labels} classes; a palette mask holds 255 at most.")
+    if options.image_labels == "predicted" or "image_labels" not in dataset.column_names:
+        return
+    known = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    names = class_names(datasets.DatasetDict(split=dataset))
+    if names != known:
+        raise ValueError(
+            f"The data set's classes ({name_some(names)}) are not the model's ({name_some(known)}), in this order: give "
+            "the data set the model was trained for, or have the classes predicted."
+        )
+
+
+def _wanted_records(dataset: datasets.Dataset, options: PseudoLabelOptions) -> list[dict[str, Any]]:
+    """What is known of each picture before it is opened: `index`, `image_id`, `mask` (path), `image_labels`."""
+    image_ids = dataset["image_id"][:]
+    use_labels = options.image_labels != "predicted" and "image_labels" in dataset.column_names
+    labels = dataset["image_labels"][:] if use_labels else [None] * len(image_ids)
+    seen: set[str] = set()
+    records = []
+    for index, (image_id, vector) in enumerate(zip(image_ids, labels, strict=True)):
+        parts = PurePosixPath(image_id).parts
+        if not image_id.strip("/") or image_id.startswith("/") or "\\" in image_id or {".", ".."} & set(parts):
+            raise ValueError(
+                f"The picture identifier {image_id!r} can not name a mask: rename it without a leading / or `..`."
+            )
+        if image_id in seen:
+            raise ValueError(f"The picture identifier {image_id!r} occurs twice: identifiers name the masks.")
+        seen.add(image_id)
+        mask = f"{MASK_FOLDER}/{image_id}.png"
+        records.append({"index": index, "image_id": image_id, "mask": mask, "image_labels": vector})
+    return records
+
+
+def _finished_record(output_dir: Path, record: dict, options: PseudoLabelOptions) -> dict[str, Any] | None:
+    """What a finished mask says of itself; `None` where there is none, or one made for other image labels."""
+    try:
+        with Image.open(output_dir / record["mask"]) as mask:
+            content = json.loads(mask.info[RECORD_KEY])
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+    source = label_source(options, record["image_labels"])
+    wanted = [index + 1 for index, value in enumerate(record["image_labels"] or ()) if value]
+    stale = content["label_source"] != source or (source == "given" and content["labels"] != wanted)
+    return None if stale else content
+
+
+def _settings(model, processor, options: PseudoLabelOptions) -> dict[str, Any]:
+    """What decides the masks, beside the pictures and their labels."""
+    digest = hashlib.sha256()
+    for content in (model.config.to_dict(), processor.to_dict()):
+        digest.update(json.dumps(_without_names(content), sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    config = model.config
+    is_label = options.map == "pseudo_label"
+    scales = options.scales or (config.cam_scales if is_label else config.inference_scales)
+    flip = (is_label and config.cam_flip) if options.flip is None else options.flip
+    return {
+        "model": digest.hexdigest(),
+        "map": options.map,
+        "image_labels": options.image_labels,
+        "scales": [float(scale) for scale in scales],
+        "flip": bool(flip),
+        "id2label": {str(key): name for key, name in config.id2label.items()},
+    }
+
+
+def _without_names(content: Any) -> Any:
+    """A configuration without what says where it came from."""
+    if not isinstance(content, dict):
+        return content
+    skipped = ("_name_or_path", "transformers_version", "auto_map")
+    return {str(key): _without_names(value) for key, value in content.items() if key not in skipped}
+
+
+def _refuse_other_settings(output_dir: Path, settings: dict[str, Any]) -> None:
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"{output_dir} is a file; give a folder for the pseudo-labels.")
+    path = output_dir / SETTINGS_FILE
+    if not path.is_file():
+        foreign = [entry.name for entry in output_dir.iterdir()] if output_dir.is_dir() else []
+        foreign = [name for name in foreign if name != MASK_FOLDER and not TEMPORARY.fullmatch(name)]
+        if foreign:
+            raise ValueError(f"{output_dir} holds other things ({name_some(sorted(foreign))}); give a new folder.")
+        return
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} can not be read ({error}); give a new folder.") from error
+    other = [name for name, value in settings.items() if earlier.get(name) != value]
+    if other:
+        raise ValueError(
+            f"The pseudo-labels in {output_dir} were made with another {', '.join(other)}; give a new folder, or the "
+            "earlier settings to go on."
+        )
+
+
+def _prepare_folder(output_dir: Path, settings: dict[str, Any]) -> None:
+    (output_dir / MASK_FOLDER).mkdir(parents=True, exist_ok=True)
+    for path in output_dir.rglob(".*.tmp"):
+        if TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+    text = json.dumps(settings, indent=2) + "\n"
+    _replace(output_dir / SETTINGS_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _write_mask(path: Path, label_map: np.ndarray, content: dict[str, Any]) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text(RECORD_KEY, json.dumps(content, sort_keys=True))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, lambda temporary: palette_image(label_map).save(temporary, format="PNG", pnginfo=text))
+
+
+def _replace(path: Path, write) -> None:
+    """Writes under a temporary name and renames, so that no half-written file is ever seen."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _manifest(
+    output_dir: Path, records: list[dict], options: PseudoLabelOptions, id2label: dict[int, str]
+) -> pa.Table:
+    rows = []
+    for record in records:
+        content = _finished_record(output_dir, record, options)
+        if content is None:
+            continue
+        missing = [class_id for class_id in content["labels"] if class_id not in content["found"]]
+        row = {name: content[name] for name in MANIFEST_SCHEMA.names if name in content}
+        row |= {name: record[name] for name in ("image_id", "mask")}
+        row["classes"] = [id2label[class_id] for class_id in content["labels"]]
+        row["missing_classes"] = [id2label[class_id] for class_id in missing]
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"None of the {len(records)} pictures decodes; there is nothing to label.")
+    rows.sort(key=lambda row: (row["confidence"], row["image_id"]))
+    return pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
+
+
+__all__ = ["PseudoLabelOptions", "PseudoLabeler", "with_pseudo_labels", "write_pseudo_labels"]

@@ -1,0 +1,337 @@
+"""Pseudo-labels of a data set: the same bytes however they were made, and a manifest that tells the truth."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from testing_utils import SynerNetModelTester
+
+from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+from synernet_hf.data import build_split, load_shapes
+from synernet_hf.pseudo_labels import (
+    PseudoLabeler,
+    PseudoLabelOptions,
+    with_pseudo_labels,
+    write_pseudo_labels,
+)
+from synernet_hf.visualization import voc_palette
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "examples" / "pseudo_labels.py"
+NAMES = ["background", "class 1", "class 2", "class 3"]
+SHAPES = '{"num_train": 40, "num_validation": 2, "image_size": 32}'
+
+
+def pictures(count: int = 5, seed: int = 0) -> list[Image.Image]:
+    rng = np.random.default_rng(seed)
+    sizes = [(40, 33), (32, 32), (50, 24), (24, 50), (31, 47)]
+    return [
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        for width, height in (sizes[index % 5] for index in range(count))
+    ]
+
+
+def split_of(images, labels, ids=None):
+    ids = ids or [f"picture_{index}" for index in range(len(images))]
+    return build_split(images, ids, np.array(labels), NAMES)
+
+
+LABELS = [[1, 0, 0], [0, 1, 1], [0, 0, 0], [1, 1, 1], [0, 0, 1]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return SynerNetModelTester().model()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return SynerNetImageProcessor()
+
+
+@pytest.fixture(scope="module")
+def shapes_run(tmp_path_factory) -> Path:
+    """A model for the generated shapes, with a record of its data as a run leaves it."""
+    folder = tmp_path_factory.mktemp("shapes_run")
+    split = load_shapes(1, 1, image_size=32)["train"]
+    names = json.loads(split.info.description)["class_names"]
+    tester = SynerNetModelTester(num_classes=len(names) - 1, id2label=dict(enumerate(names)))
+    tester.model().save_pretrained(folder)
+    SynerNetImageProcessor().save_pretrained(folder)
+    (folder / "training_args.json").write_text(
+        json.dumps({"data_args": {"dataset": "shapes", "num_workers": 0, "dataset_options": json.loads(SHAPES)}})
+    )
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def start_script(*words: str, processes: int = 1) -> subprocess.Popen:
+    """`examples/pseudo_labels.py` in processes of its own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launch if processes > 1 else []), str(SCRIPT), *words]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_script(*words: str) -> int:
+    """`examples/pseudo_labels.py` in this process."""
+    return runpy.run_path(str(SCRIPT))["main"](list(words))
+
+
+def test_a_mask_is_the_refined_fused_map(model, processor):
+    image = pictures(1)[0]
+    label_map, content = PseudoLabeler(model, processor)(image, [1, 0, 1])
+    assert label_map.shape == (33, 40) and label_map.dtype == np.uint8
+    assert set(np.unique(label_map)) <= {0, 1, 3, 255}
+    pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
+    cams = model.generate_cams(pixel_values, torch.tensor([[1.0, 0.0, 1.0]]))
+    assert content["confidence"] == pytest.approx(float(cams.confidence.mean()), abs=1e-6)
+    assert content["coverage"] == pytest.approx((label_map != 255).mean(), abs=1e-6)
+    assert content["foreground"] == pytest.approx(np.isin(label_map, (1, 3)).mean(), abs=1e-6)
+    # a model sure of nothing but its first class everywhere would decide every pixel: this one leaves some open
+    assert 0 < content["coverage"] < 1
+
+
+def test_the_segmentation_shows_no_class_but_the_pictures_own(model, processor):
+    image = pictures(1)[0]
+    options = PseudoLabelOptions(map="segmentation", scales=(1.0,))
+    label_map, content = PseudoLabeler(model, processor, options)(image, [0, 1, 0])
+    logits = model.multi_scale_logits(processor(images=image, return_tensors="pt")["pixel_values"], scales=(1.0,))[0]
+    expected = np.where((logits[2] > logits[0]).numpy(), 2, 0)
+    assert (label_map == expected).all() and content["coverage"] == 1
+    free, _ = PseudoLabeler(model, processor, PseudoLabelOptions("segmentation", "predicted"))(image, [0, 1, 0])
+    assert not (free == label_map).all()
+
+
+def test_given_labels_or_those_of_the_classifier(model, processor):
+    image = pictures(1)[0]
+    pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        found = (model(pixel_values).classification_logits[0] > 0).nonzero()[:, 0] + 1
+    wanted = {
+        ("auto", (0, 0, 0)): ("predicted", found.tolist()),
+        ("auto", (0, 1, 0)): ("given", [2]),
+        ("given", (0, 0, 0)): ("given", []),
+        ("predicted", (0, 1, 0)): ("predicted", found.tolist()),
+    }
+    for (source, vector), (expected_source, expected_labels) in wanted.items():
+        label_map, content = PseudoLabeler(model, processor, PseudoLabelOptions(image_labels=source))(image, vector)
+        assert (content["label_source"], content["labels"]) == (expected_source, expected_labels)
+        if not expected_labels:
+            assert (label_map == 0).all()
+
+
+def test_large_pictures_get_masks_of_their_size(model, processor, monkeypatch):
+    monkeypatch.setattr("synernet_hf.pseudo_labels.MAX_PIXELS", 400)
+    for kind in ("pseudo_label", "segmentation"):
+        label_map, content = PseudoLabeler(model, processor, PseudoLabelOptions(kind))(pictures(1)[0], [1, 1, 1])
+        assert label_map.shape == (33, 40) == (content["height"], content["width"])
+        assert set(np.unique(label_map)) <= {0, 1, 2, 3, 255}
+
+
+def test_the_folder_and_its_manifest(model, processor, tmp_path):
+    model.train()
+    table = write_pseudo_labels(model, processor, split_of(pictures(), LABELS), tmp_path / "out")
+    assert model.training
+    model.eval()
+    assert pq.read_table(tmp_path / "out" / "manifest.parquet").equals(table)
+    rows = table.to_pylist()
+    assert sorted(row["image_id"] for row in rows) == [f"picture_{index}" for index in range(5)]
+    assert [row["confidence"] for row in rows] == sorted(row["confidence"] for row in rows)
+    for row in rows:
+        index = int(row["image_id"][-1])
+        with Image.open(tmp_path / "out" / row["mask"]) as mask:
+            assert mask.mode == "P" and mask.size == (row["width"], row["height"]) == pictures()[index].size
+            assert np.array_equal(np.array(mask.getpalette()).reshape(-1, 3), voc_palette())
+            ids = np.array(mask)
+        assert row["coverage"] == pytest.approx((ids != 255).mean(), abs=1e-6)
+        if row["label_source"] == "given":
+            assert row["classes"] == [NAMES[i + 1] for i, value in enumerate(LABELS[index]) if value]
+        assert row["missing_classes"] == [name for name in row["classes"] if NAMES.index(name) not in ids]
+    assert [row["image_id"] for row in rows if row["label_source"] == "predicted"] == ["picture_2"]
+
+
+def test_finished_pictures_are_kept_and_others_made(model, processor, tmp_path):
+    split = split_of(pictures(), LABELS)
+    write_pseudo_labels(model, processor, split, tmp_path / "whole")
+    write_pseudo_labels(model, processor, split.select([0, 1, 2]), tmp_path / "parts")
+    masks = tmp_path / "parts" / "masks"
+    before = {path.name: path.stat().st_mtime_ns for path in masks.iterdir()}
+    # what an interruption may leave: a half-written neighbour, no manifest
+    (masks / ".picture_3.png.123.tmp").write_bytes(b"half")
+    (tmp_path / "parts" / "manifest.parquet").unlink()
+    write_pseudo_labels(model, processor, split, tmp_path / "parts")
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert {name: (masks / name).stat().st_mtime_ns for name in before} == before
+
+
+def test_a_mask_is_made_again_for_other_image_labels(model, processor, tmp_path):
+    write_pseudo_labels(model, processor, split_of(pictures(), LABELS), tmp_path / "out")
+    changed = [[0, 1, 0], *LABELS[1:]]
+    table = write_pseudo_labels(model, processor, split_of(pictures(), changed), tmp_path / "out")
+    assert {row["image_id"]: row["classes"] for row in table.to_pylist()}["picture_0"] == ["class 2"]
+    write_pseudo_labels(model, processor, split_of(pictures(), changed), tmp_path / "fresh")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_other_models_and_options_are_refused(model, processor, tmp_path):
+    split = split_of(pictures(2), LABELS[:2])
+    write_pseudo_labels(model, processor, split, tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="made with another map, scales"):
+        write_pseudo_labels(model, processor, split, tmp_path, PseudoLabelOptions("segmentation"))
+    with pytest.raises(ValueError, match="made with another model"):
+        write_pseudo_labels(SynerNetModelTester().model(seed=1), processor, split, tmp_path)
+    resized = SynerNetImageProcessor(do_resize=True, size={"shortest_edge": 24})
+    with pytest.raises(ValueError, match="made with another model"):
+        write_pseudo_labels(model, resized, split, tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_bad_input_gets_a_sentence(model, processor, tmp_path):
+    good = split_of(pictures(2), LABELS[:2])
+    with pytest.raises(ValueError, match="'both'; one of pseudo_label, segmentation"):
+        PseudoLabelOptions(map="both")
+    with pytest.raises(ValueError, match="positive factors"):
+        PseudoLabelOptions(scales=(1.0, 0.0))
+    for ids, words in ((["a", "a"], "occurs twice"), (["../a", "b"], "can not name a mask")):
+        with pytest.raises(ValueError, match=words):
+            write_pseudo_labels(model, processor, split_of(pictures(2), LABELS[:2], ids), tmp_path / "new")
+    with pytest.raises(ValueError, match="is empty"):
+        write_pseudo_labels(model, processor, good.select([]), tmp_path / "new")
+    other = build_split(pictures(1), ["a"], np.array([[1, 0, 0]]), ["background", "cat", "dog", "cow"])
+    with pytest.raises(ValueError, match="are not the model's"):
+        write_pseudo_labels(model, processor, other, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("keep")
+    with pytest.raises(ValueError, match="holds other things"):
+        write_pseudo_labels(model, processor, good, tmp_path / "mine")
+    assert contents(tmp_path / "mine") == {"thesis.txt": b"keep"}
+
+
+def test_pictures_that_do_not_decode(model, processor, tmp_path, capsys):
+    images = [pictures(1)[0], {"bytes": b"no picture", "path": None}]
+    split = split_of(images, LABELS[:2], ["good", "broken"])
+    with pytest.raises(ValueError, match="picture broken does not decode"):
+        write_pseudo_labels(model, processor, split, tmp_path)
+    table = write_pseudo_labels(model, processor, split, tmp_path, skip_undecodable=True)
+    assert table["image_id"].to_pylist() == ["good"]
+    assert "broken" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="None of the 1 pictures decodes"):
+        write_pseudo_labels(model, processor, split.select([1]), tmp_path, skip_undecodable=True)
+
+
+def test_pictures_in_subfolders_and_their_masks(model, processor, tmp_path):
+    split = split_of(pictures(2), LABELS[:2], ["cats/1", "dogs/1"])
+    table = write_pseudo_labels(model, processor, split, tmp_path)
+    joined = with_pseudo_labels(split, tmp_path)
+    assert joined["image_id"][:] == ["cats/1", "dogs/1"]
+    for record in joined:
+        assert record["mask"].size == record["image"].size
+        assert (tmp_path / "masks" / f"{record['image_id']}.png").is_file()
+    confident = max(table["confidence"].to_pylist())
+    assert len(with_pseudo_labels(split, tmp_path, min_confidence=confident)) == 1
+    with pytest.raises(ValueError, match="None of the 2 pictures"):
+        with_pseudo_labels(split, tmp_path, min_confidence=1.1)
+    with pytest.raises(FileNotFoundError, match="manifest.parquet"):
+        with_pseudo_labels(split, tmp_path / "masks")
+
+
+def test_one_process_two_processes_and_a_killed_one_give_the_same_bytes(shapes_run, tmp_path, capsys):
+    words = [str(shapes_run), "--output"]
+    two = start_script(*words, str(tmp_path / "two"), processes=2)
+    killed = start_script(*words, str(tmp_path / "killed"))
+    assert run_script(*words, str(tmp_path / "one")) == 0
+    assert "40 of 40 pictures have a mask" in capsys.readouterr().out
+    whole = contents(tmp_path / "one")
+    assert len(whole) == 42
+    masks = tmp_path / "killed" / "masks"
+    deadline = time.monotonic() + 240
+    while len(list(masks.glob("[!.]*.png"))) < 3 and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert 3 <= len(list(masks.glob("[!.]*.png"))) < 40
+    assert run_script(*words, str(tmp_path / "killed")) == 0
+    assert contents(tmp_path / "killed") == whole
+    _, errors = two.communicate(timeout=300)
+    assert two.returncode == 0, errors[-3000:]
+    assert contents(tmp_path / "two") == whole
+
+
+def test_the_scripts_options(shapes_run, tmp_path, capsys):
+    words = [str(shapes_run), "--split", "validation", "--map", "segmentation", "--classes_from", "predicted"]
+    assert run_script(*words, "--output", str(tmp_path / "out"), "--max_samples", "1") == 0
+    output = capsys.readouterr().out
+    assert "1 of 1 pictures have a mask" in output and "validation_000000: confidence" in output
+    settings = json.loads((tmp_path / "out" / "pseudo_labels.json").read_text())
+    assert (settings["map"], settings["image_labels"]) == ("segmentation", "predicted")
+    for more, expected in (
+        (["--split", "test"], "--split can be train or validation"),
+        (["--dataset", "voc2012"], "needs data_dir"),
+        (["--max_samples", "0"], "--max_samples is 0"),
+    ):
+        assert run_script(str(shapes_run), "--output", str(tmp_path / "other"), *more) == 2
+        assert expected in capsys.readouterr().err
+    assert run_script(str(tmp_path / "nothing"), "--dataset", "shapes", "--output", str(tmp_path / "other")) == 2
+    assert "holds no usable model" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_loaded_model_is_the_same_model(shapes_run, tmp_path, processor):
+    split = load_shapes(2, 1, image_size=32)["train"]
+    model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(shapes_run).eval()
+    write_pseudo_labels(model, processor, split, tmp_path)
+    model.save_pretrained(tmp_path / "elsewhere")
+    moved = SynerNetForWeaklySupervisedSegmentation.from_pretrained(tmp_path / "elsewhere").eval()
+    (tmp_path / "elsewhere").rename(tmp_path.parent / "elsewhere")
+    write_pseudo_labels(moved, processor, split, tmp_path)
+
+
+def test_the_stock_trainer_learns_from_the_masks(shapes_run, tmp_path, capsys):
+    from transformers import AutoModelForSemanticSegmentation
+
+    splits = load_shapes(6, 2, image_size=32)
+    model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(shapes_run).eval()
+    write_pseudo_labels(model, SynerNetImageProcessor(), splits["train"].select(range(4)), tmp_path / "masks")
+    script = runpy.run_path(str(ROOT / "examples" / "train_on_pseudo_labels.py"))
+    config = {"model_type": "segformer", "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
+    config |= {"num_attention_heads": [1, 1, 1, 1], "decoder_hidden_size": 8}
+    words = ["--dataset", "shapes", "--dataset_options", '{"num_train": 6, "num_validation": 2, "image_size": 32}']
+    words += ["--size", "32", "--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--report_to", "none"]
+    words += ["--use_cpu", "True", "--save_strategy", "no", "--disable_tqdm", "True", "--pseudo_labels"]
+    assert script["main"]([*words, str(tmp_path / "masks"), "--model_config", json.dumps(config)]) == 0
+    output = capsys.readouterr().out
+    assert "4 of 6 pictures have a pseudo-label" in output and "mean IoU at 32 px" in output
+    trained = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "run")
+    assert trained.config.id2label[0] == "background" and trained.config.num_labels == 6
+    assert script["main"]([*words, str(tmp_path / "masks")]) == 2
+    assert "either --model" in capsys.readouterr().err
+
+    processor = script["build_processor"](script["SegmenterArguments"](str(tmp_path / "masks"), size=32))
+    joined = with_pseudo_labels(splits["train"], tmp_path / "masks")
+    plain = script["SegmentationDataset"](joined, processor)[0]
+    assert np.array_equal(plain["labels"].numpy(), np.array(joined[0]["mask"]))
+    mirrored = script["SegmentationDataset"](joined, processor, mirror=True)
+    turned = 0
+    for _ in range(20):
+        item = mirrored[0]
+        flips = [torch.equal(item[name], plain[name].flip(-1)) for name in ("pixel_values", "labels")]
+        assert flips[0] == flips[1]
+        turned += flips[0]
+    assert 0 < turned < 20
