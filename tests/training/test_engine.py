@@ -403,7 +403,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
         ({"model": {"model_config": {"refinement_dilations": []}}}, "`refinement_dilations` must be a non-empty list"),
         (
             {"model": {"model_config": {"auxiliary_layer_index": -30}}},
-            "`auxiliary_layer_index` must pick one of .* got -30",
+            "`auxiliary_layer_index` must pick out of .* got -30",
         ),
         ({"model": {"model_config": {"cam_scales": "all"}}}, "No model can be made of .*'cam_scales'"),
         ({"model": {"model_config": {"cam_flip": 2}}}, "No model can be made of .*'cam_flip' expected bool, got int"),
