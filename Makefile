@@ -7,7 +7,7 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 VENV ?= .venv
-EXTRAS ?= train,onnx,int8,dev
+EXTRAS ?= train,onnx,dev
 PYTEST_ARGS ?=
 TORCH_INDEX ?=
 ifeq ($(origin PYTHON), undefined)
