@@ -40,7 +40,11 @@ OWN_SETTINGS = ("output_dir", "seed", "resume_from_checkpoint")
 FREE_SETTINGS = (*OWN_SETTINGS, "data_dir", "image_labels", "num_workers", "eval_steps", "save_steps", "logging_steps")
 FREE_SETTINGS += ("save_total_limit", "report_to", "max_eval_samples")
 ALONE = {"cross_supervision": False, "fusion": "fixed", "spatial_bce_weight": 0.0, "prototype_contrast_weight": 0.0}
-COMPLEMENTARY = {"spatial_bce_weight": 0.4, "prototype_contrast_weight": 0.05}
+COMPLEMENTARY = {
+    "spatial_bce_weight": 0.4,
+    "spatial_bce_branches": ("broad", "precise"),
+    "prototype_contrast_weight": 0.05,
+}
 COLUMNS = {
     "segmentation mIoU": ("segmentation", "mean_iou"),
     "fused CAM mIoU": ("fused_cam", "mean_iou"),
