@@ -120,12 +120,20 @@ def panels_of(model, processor, record: dict) -> list[tuple[str, Image.Image]]:
     return [
         ("picture", image),
         ("ground truth", colorize(np.asarray(record["mask"]))),
-        ("B-CAM", heat(teaching.broad_cams)),
-        ("P-CAM", heat(teaching.precise_cams)),
+        ("CAM, broad branch", heat(teaching.broad_cams)),
+        ("CAM, precise branch", heat(teaching.precise_cams)),
         ("confidence", heat_map(teaching.confidence[0, 0].cpu().numpy())),
         ("fused pseudo-label", colorize(teaching.pseudo_labels[0].cpu().numpy())),
         ("segmentation", colorize(segmentation)),
     ]
+
+
+def legend(names: list[str], width: int) -> list[tuple[str, np.ndarray]]:
+    """What the colours of the figure mean: classes, undecided pixels, and the two ends of the heat map."""
+    size = (14, width)
+    swatches = [(name, colorize(np.full(size, index))) for index, name in enumerate(names)]
+    swatches.append(("undecided", colorize(np.full(size, 255))))
+    return swatches + [("low", heat_map(np.zeros(size))), ("high", heat_map(np.ones(size)))]
 
 
 def pick_records(split, number: int) -> list[dict]:
@@ -172,7 +180,10 @@ def run_demo(options: argparse.Namespace, extra: list[str]) -> None:
 
     say("4/4 Drawing the figure")
     figure = folder / "figure.png"
-    figure_panels([panels_of(model, processor, record) for record in records], panel_size=(144, 144)).save(figure)
+    rows = [panels_of(model, processor, record) for record in records]
+    colours, width = legend(class_names(splits), 144), len(rows[0])
+    rows += [colours[start : start + width] for start in range(0, len(colours), width)]
+    figure_panels(rows, panel_size=(144, 144)).save(figure)
 
     number = results["segmentation"]["num_images"]
     say(f"Results on {number} pictures, in percent, after {(time.monotonic() - start) / 60:.1f} minutes")

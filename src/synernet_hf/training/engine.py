@@ -202,6 +202,9 @@ def build_run(
     checkpoint = find_resume_checkpoint(output_dir, training_args.resume_from_checkpoint)
     if checkpoint is not None:
         refuse_other_settings(checkpoint, record)
+        accelerator.print(f"Going on from {checkpoint}.")
+    if "validation" not in splits or "mask" not in splits["validation"].column_names:
+        accelerator.print("The data has no validation split with masks: this run goes without scores.")
     model = build_model(model_args, class_names(splits))
     optimizer = torch.optim.AdamW(
         parameter_groups(
