@@ -205,6 +205,18 @@ def test_one_mask_is_never_that_of_two_pictures(tmp_path):
         load_image_labels(root)
 
 
+def test_a_mask_under_the_path_of_a_picture_is_its_own_whatever_others_are_called(folder):
+    save_pictures(folder, "more/a.jpg")
+    save_mask(folder / "masks" / "a.png", 1)
+    save_mask(folder / "masks" / "more" / "a.png", 2)
+    (folder / "labels.csv").write_text("file_name,labels,split\nb,cat;dog,train\na.jpg,cat,val\nmore/a.jpg,dog,val\n")
+    masks = load_image_labels(folder)["validation"]["mask"]
+    assert [np.asarray(mask).max() for mask in masks] == [1, 2]
+    (folder / "masks" / "more" / "a.png").unlink()
+    with pytest.raises(FileNotFoundError, match="1 of 2 pictures"):
+        load_image_labels(folder)
+
+
 def test_the_header_split_may_be_capitalised(folder):
     (folder / "labels.csv").write_text("File_Name,Labels,Split\na,cat,train\nb,cat,validation\n")
     loaded = load_image_labels(folder)

@@ -117,7 +117,8 @@ class PictureIndex:
         self.folder = folder
         self.paths: list[str] = []
         self.by_key: dict[str, list[str]] = {}
-        self.sharing_mask: Counter[str] = Counter()
+        self.mask_paths: Counter[Path] = Counter()
+        self.mask_names: Counter[str] = Counter()
         left_out = {posixpath.normpath(path.replace("\\", "/")) for path in left_out}
         for parent, folders, files in os.walk(folder):
             folders[:] = sorted(name for name in folders if not name.startswith(".") and name != MASK_FOLDER)
@@ -126,9 +127,9 @@ class PictureIndex:
                 is_picture = not file.startswith(".") and Path(file).suffix.lower() in PICTURE_SUFFIXES
                 if is_picture and path not in left_out:
                     self.paths.append(path)
-                    self.sharing_mask.update(
-                        {str(Path(path).with_suffix(".png")), Path(file).with_suffix(".png").name}
-                    )
+                    mask = Path(path).with_suffix(".png")
+                    self.mask_paths[mask] += 1
+                    self.mask_names[mask.name] += 1
                     for key in {path, file, strip_picture_suffix(file)}:
                         self.by_key.setdefault(key, []).append(path)
 
@@ -171,9 +172,9 @@ class PictureIndex:
             just as well be that of another picture.
         """
         path = Path(os.path.relpath(picture, self.folder)).with_suffix(".png")
-        for candidate in (str(path), path.name):
-            mask = self.folder / MASK_FOLDER / candidate
-            if self.sharing_mask[candidate] <= 1 and mask.is_file():
+        masks = self.folder / MASK_FOLDER
+        for mask, sharing in ((masks / path, self.mask_paths[path]), (masks / path.name, self.mask_names[path.name])):
+            if sharing <= 1 and mask.is_file():
                 return str(mask)
         return None
 
