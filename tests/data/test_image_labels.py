@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from synernet_hf.data import check_dataset, class_names, load_image_labels, load_wsss_dataset
-from synernet_hf.data.image_folder import split_names
+from synernet_hf.data.class_lists import LabelReader
 
 
 def save_picture(path, size=(10, 8), color=(200, 60, 40)):
@@ -84,11 +84,18 @@ def test_columns_are_named_when_their_names_are_not_usual(folder):
         load_image_labels(folder)
 
 
-def test_names_with_spaces_stay_whole_where_spaces_do_not_separate():
-    assert split_names([["traffic light"], ["car"]], "label") == [["traffic light"], ["car"]]
-    assert split_names([["traffic light;car"], ["hot dog"]], "labels") == [["traffic light", "car"], ["hot dog"]]
-    assert split_names([["traffic light", "car"]], "labels") == [["traffic light", "car"]]
-    assert split_names([["cat dog cat"], [3.0]], "labels") == [["cat", "dog"], ["3"]]
+@pytest.mark.parametrize(
+    ("cells", "column", "expected"),
+    [
+        (["traffic light", "car"], "label", [["traffic light"], ["car"]]),
+        (["traffic light;car", "hot dog"], "labels", [["traffic light", "car"], ["hot dog"]]),
+        ([["traffic light", "car"]], "labels", [["traffic light", "car"]]),
+        (["cat dog cat", 3.0], "labels", [["cat", "dog"], ["3"]]),
+    ],
+)
+def test_names_with_spaces_stay_whole_where_spaces_do_not_separate(cells, column, expected):
+    reader = LabelReader(cells, column)
+    assert [reader.names(cell, "here") for cell in cells] == expected
 
 
 def test_numbers_are_names_or_with_a_class_list_ids(folder):

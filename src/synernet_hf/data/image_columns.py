@@ -1,7 +1,7 @@
 """A data set of the Hub, or a folder of parquet files, with named columns → splits of records."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,13 @@ import numpy as np
 from datasets.exceptions import DatasetsError
 
 from synernet_hf.data.class_lists import (
+    LabelReader,
     checked_class_names,
-    infer_class_names,
-    numbered_names,
     vector_from_names,
     vector_from_numbers,
+    vector_length,
 )
-from synernet_hf.data.image_folder import IMAGE_HEADERS, LABEL_HEADERS, VALIDATION_NAMES, has_vectors, split_names
+from synernet_hf.data.image_folder import IMAGE_HEADERS, LABEL_HEADERS, VALIDATION_NAMES
 from synernet_hf.data.schema import describe, record_features
 
 
@@ -43,7 +43,7 @@ class ImageLabelColumn:
         self.is_list = isinstance(feature, datasets.List | datasets.LargeList)
         inner = feature.feature if self.is_list else feature
         self.class_names: list[str] | None = None
-        self.is_multi_hot: bool | None = None
+        self.reader = LabelReader()
         dtype = getattr(inner, "dtype", "")
         if isinstance(inner, datasets.ClassLabel):
             self.kind, listed = "class_label", list(inner.names)
@@ -59,31 +59,24 @@ class ImageLabelColumn:
                 "expected, or a list of them (one 0 or 1 for each class is a list too)."
             )
 
-    def cells(self, values: Sequence[Any]) -> list[list[Any]]:
-        """Lists of what each picture is labelled with; nothing where a value is missing."""
-        if not self.is_list:
-            values = [[] if value is None else [value] for value in values]
-        cells = [[] if value is None else list(value) for value in values]
-        return split_names(cells, self.name) if self.kind == "name" else cells
+    def decide(self, values: Iterable[Any], class_names: Sequence[str] | None) -> None:
+        """Settles how the column is read, from its values in all splits."""
+        self.reader = LabelReader(values, class_names=class_names)
 
-    def infer(self, cells: Sequence[Sequence[Any]]) -> list[str]:
-        """The class list of labels that come without one."""
-        if self.is_multi_hot:
-            return numbered_names(len(cells[0]))
-        return infer_class_names([[str(item) for item in cell] for cell in cells])
-
-    def vector(self, cell: Sequence[Any], names: Sequence[str], place: str) -> np.ndarray:
-        """The multi-hot vector of one cell, `(C,)` uint8."""
+    def vector(self, value: Any, names: Sequence[str], place: str) -> np.ndarray:
+        """The multi-hot vector of one value, `(C,)` uint8."""
         if self.kind == "class_label":
+            items = value if isinstance(value, list) else [] if value is None else [value]
             # -1 stands for a label that is not known
-            listed = [self.class_names[item + self.first_id] for item in cell if item >= 0]
+            listed = [self.class_names[item + self.first_id] for item in items if item >= 0]
             return vector_from_names([name for name in listed if name != "background"], names, place)
-        is_vector = self.is_multi_hot
-        if is_vector is None:
-            is_vector = self.is_list and len(cell) == len(names) - 1 and has_vectors([cell])
-        if self.kind == "number" and is_vector:
-            return vector_from_numbers(cell, len(names) - 1, place)
-        return vector_from_names([str(item) for item in cell], names, place)
+        return self.reader.vector([value], names, place)
+
+    def streamed_vector(self, value: Any, names: Sequence[str], place: str) -> np.ndarray:
+        """The same where the other values are not known: lists of C numbers 0 and 1 are label vectors."""
+        if self.kind == "number" and value and self.is_list and vector_length([value]) == len(names) - 1:
+            return vector_from_numbers(value, len(names) - 1, place)
+        return self.vector(value, names, place)
 
 
 def open_dataset(source: str | Path, streaming: bool = False) -> dict[str, Any]:
@@ -168,19 +161,25 @@ def load_columns(
             f"The labels of {source} come without a class list, which can not be inferred while streaming: give "
             "class_names."
         )
+    if streaming:
+        column.decide((), names)
+    else:
+        values = {split_name: split[label][:] for split_name, split in splits.items()}
+        column.decide((value for part in values.values() for value in part), names)
     loaded = {}
     for split_name, split in splits.items():
         with_mask = split_name != "train" and mask is not None and mask in (split.features or first.features)
         chosen = {image: "image"} | ({mask: "mask"} if with_mask else {})
         if streaming:
-            loaded[split_name] = describe(_stream(split, split_name, chosen, column, names), names)
+            id_column = _id_column(split.features or first.features)
+            loaded[split_name] = describe(_stream(split, split_name, chosen, column, names, id_column), names)
             continue
-        cells = column.cells(split[label][:])
-        if split_name == next(iter(splits)):
-            column.is_multi_hot = column.kind == "number" and column.is_list and has_vectors(cells)
-            names = names or column.infer(cells)
-        places = (f"{source}, split {split_name!r}, record {index}" for index in range(len(cells)))
-        vectors = [column.vector(cell, names, place) for cell, place in zip(cells, places, strict=True)]
+        places = [f"{source}, split {split_name!r}, record {index}" for index in range(len(split))]
+        if names is None:
+            names = column.reader.infer_class_names(
+                ([value], place) for value, place in zip(values[split_name], places, strict=True)
+            )
+        vectors = [column.vector(value, names, place) for value, place in zip(values[split_name], places, strict=True)]
         loaded[split_name] = describe(_with_labels(split, split_name, chosen, vectors), names)
     return loaded
 
@@ -224,7 +223,22 @@ def _choose_columns(
                 f"The data set {source} has the columns {', '.join(features)}, none of them clearly the one to take: "
                 f"name it with {argument}."
             )
+    for argument, name in (("image_column", image), ("mask_column", mask)):
+        if name is not None and not _holds_pictures(features[name]):
+            raise ValueError(
+                f"The column {name!r} holds {features[name]}, which is no picture: an Image, or the path or bytes of "
+                f"one, is expected; name another column with {argument}."
+            )
     return image, label, mask
+
+
+def _holds_pictures(feature: Any) -> bool:
+    if isinstance(feature, datasets.Value):
+        return "string" in feature.dtype or "binary" in feature.dtype
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        # arrays of rows of pixels
+        return isinstance(feature.feature, datasets.List | datasets.LargeList)
+    return hasattr(feature, "decode_example") or (isinstance(feature, dict) and bool({"bytes", "path"} & set(feature)))
 
 
 def _described_names(split: Any) -> list[str] | None:
@@ -238,7 +252,7 @@ def _described_names(split: Any) -> list[str] | None:
 def _with_labels(
     split: datasets.Dataset, split_name: str, chosen: dict[str, str], vectors: Sequence[np.ndarray]
 ) -> datasets.Dataset:
-    id_column = _id_column(split)
+    id_column = _id_column(split.features)
     ids = [str(value) for value in split[id_column][:]] if id_column else []
     if len(set(ids)) < len(split):
         ids = [f"{split_name}_{index:06d}" for index in range(len(split))]
@@ -247,11 +261,12 @@ def _with_labels(
     labels = [vector.astype(int).tolist() for vector in vectors]
     split = split.add_column("image_labels", labels, feature=LABEL_FEATURE)
     features = record_features(with_mask="mask" in chosen.values())
-    return split.select_columns(list(features)).cast(features)
+    split = split.select_columns(list(features))
+    # a cast writes a copy of the pictures beside a data set that was saved
+    return split if split.features == features else split.cast(features)
 
 
-def _id_column(split: Any) -> str | None:
-    features = split.features
+def _id_column(features: datasets.Features) -> str | None:
     return next((n for n in ID_COLUMNS if isinstance(features.get(n), datasets.Value)), None)
 
 
@@ -261,12 +276,15 @@ def _stream(
     chosen: dict[str, str],
     column: ImageLabelColumn,
     names: list[str],
+    id_column: str | None,
 ) -> datasets.IterableDataset:
     def record(row: dict, index: int) -> dict:
         place = f"split {split_name!r}, record {index}"
-        vector = column.vector(column.cells([row[column.name]])[0], names, place)
+        vector = column.streamed_vector(row[column.name], names, place)
+        image_id = None if id_column is None else row[id_column]
+        image_id = f"{split_name}_{index:06d}" if image_id is None else str(image_id)
         made = {new: row[old] for old, new in chosen.items()}
-        return made | {"image_id": f"{split_name}_{index:06d}", "image_labels": vector.astype(int).tolist()}
+        return made | {"image_id": image_id, "image_labels": vector.astype(int).tolist()}
 
     features = record_features(with_mask="mask" in chosen.values())
     return split.map(record, with_indices=True, remove_columns=split.column_names, features=features)

@@ -1,10 +1,12 @@
 """A folder of pictures with a table of labels, or with one subfolder for each class → columns of records."""
 
 import csv
+import io
 import json
 import os
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +24,6 @@ IMAGE_HEADERS = ("file_name", "filename", "file", "path", "image", "image_id", "
 LABEL_HEADERS = ("labels", "label", "image_labels", "classes", "class", "class_name", "tags", "categories", "category")
 MASK_HEADERS = ("mask", "mask_file_name", "mask_file")
 SPLIT_HEADER = "split"
-LABEL_SEPARATORS = re.compile(r"[;|,]")
 
 
 @dataclass
@@ -33,21 +34,21 @@ class LabelledPictures:
     Args:
         paths (`list[str]`): the files.
         image_ids (`list[str]`): unique names.
-        labels (`list[list[str]]`): class names, or numbers as text, of each picture.
+        labels (`list[list[Any]]`): what the rows of each picture hold: a text, a number or a list.
         places (`list[str]`): where each picture's labels stand, for error sentences.
         masks (`list[str | None]`): mask files, `None` where there is none.
         class_names (`list[str]`, *optional*): class list that the source itself gives, background first.
-        is_multi_hot (`bool`): `labels` hold a 0 or 1 for each class instead of names.
+        label_column (`str`, *optional*): name of the column of labels.
         skipped (`list[str]`): what was left out and why.
     """
 
     paths: list[str] = field(default_factory=list)
     image_ids: list[str] = field(default_factory=list)
-    labels: list[list[str]] = field(default_factory=list)
+    labels: list[list[Any]] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     masks: list[str | None] = field(default_factory=list)
     class_names: list[str] | None = None
-    is_multi_hot: bool = False
+    label_column: str | None = None
     skipped: list[str] = field(default_factory=list)
 
 
@@ -116,6 +117,8 @@ class PictureIndex:
         self.folder = folder
         self.paths: list[str] = []
         self.by_key: dict[str, list[str]] = {}
+        self.mask_paths: Counter[Path] = Counter()
+        self.mask_names: Counter[str] = Counter()
         left_out = {posixpath.normpath(path.replace("\\", "/")) for path in left_out}
         for parent, folders, files in os.walk(folder):
             folders[:] = sorted(name for name in folders if not name.startswith(".") and name != MASK_FOLDER)
@@ -124,6 +127,9 @@ class PictureIndex:
                 is_picture = not file.startswith(".") and Path(file).suffix.lower() in PICTURE_SUFFIXES
                 if is_picture and path not in left_out:
                     self.paths.append(path)
+                    mask = Path(path).with_suffix(".png")
+                    self.mask_paths[mask] += 1
+                    self.mask_names[mask.name] += 1
                     for key in {path, file, strip_picture_suffix(file)}:
                         self.by_key.setdefault(key, []).append(path)
 
@@ -143,12 +149,34 @@ class PictureIndex:
         """
         name = posixpath.normpath(name.strip().replace("\\", "/"))
         if Path(name).is_absolute():
-            return name if Path(name).is_file() else None
+            inside = os.path.relpath(name, self.folder).replace(os.sep, "/")
+            if inside not in self.by_key.get(inside, []):
+                return name if Path(name).is_file() else None
+            name = inside
         found = self.by_key.get(name, [])
         if len(found) > 1 and name not in found:
             raise ValueError(f"names {name!r}, which may be {' or '.join(found[:3])}: write the path")
         chosen = name if name in found else next(iter(found), None)
         return None if chosen is None else str(self.folder / chosen)
+
+    def mask_of(self, picture: str) -> str | None:
+        """
+        Finds the mask of a picture in the subfolder `masks`.
+
+        Args:
+            picture (`str`):
+                File of the picture.
+
+        Returns:
+            `str` or `None`: the PNG file under the path of the picture or else under its bare name, unless it might
+            just as well be that of another picture.
+        """
+        path = Path(os.path.relpath(picture, self.folder)).with_suffix(".png")
+        masks = self.folder / MASK_FOLDER
+        for mask, sharing in ((masks / path, self.mask_paths[path]), (masks / path.name, self.mask_names[path.name])):
+            if sharing <= 1 and mask.is_file():
+                return str(mask)
+        return None
 
 
 def unique_ids(paths: Sequence[str], root: Path) -> list[str]:
@@ -167,9 +195,16 @@ def unique_ids(paths: Sequence[str], root: Path) -> list[str]:
     stems = [strip_picture_suffix(path) for path in paths]
     if len(set(stems)) == len(stems):
         return stems
-    relative = [os.path.relpath(path, root).replace(os.sep, "__") for path in paths]
-    without = [name.rsplit(".", 1)[0] for name in relative]
-    return without if len(set(without)) == len(without) else relative
+    relative = [os.path.relpath(path, root).replace(os.sep, "/") for path in paths]
+    without = [path.rsplit(".", 1)[0] for path in relative]
+    # names may hold underscores: more of them than any name has tell all paths apart
+    longest = max(len(run) for path in relative for run in re.findall("_*", path))
+    for number in range(2, max(longest + 2, 3)):
+        for names in (without, relative):
+            ids = [name.replace("/", "_" * number) for name in names]
+            if len(set(ids)) == len(ids):
+                return ids
+    return ids
 
 
 def read_class_folders(folder: Path) -> LabelledPictures:
@@ -184,7 +219,8 @@ def read_class_folders(folder: Path) -> LabelledPictures:
         [`LabelledPictures`]: in the order of the paths.
 
     Raises:
-        ValueError: There is no picture in a subfolder, or pictures lie beside the subfolders.
+        ValueError: There is no picture in a subfolder, pictures lie beside the subfolders, or the folder `masks` holds
+            no mask of them.
     """
     index = PictureIndex(folder)
     if not index.paths:
@@ -200,24 +236,20 @@ def read_class_folders(folder: Path) -> LabelledPictures:
         )
     names = [path.split("/")[0] for path in index.paths]
     paths = [str(folder / path) for path in index.paths]
+    masks = [index.mask_of(path) for path in paths]
+    in_masks = PictureIndex(folder / MASK_FOLDER).paths
+    if in_masks and not any(masks):
+        raise ValueError(
+            f"None of the {len(in_masks)} files in {folder / MASK_FOLDER} ({name_some(in_masks)}) is named after a "
+            "picture (masks/FOLDER/NAME.png): name them so if they are masks, or rename the folder if it is a class."
+        )
     return LabelledPictures(
         paths=paths,
         image_ids=unique_ids(paths, folder),
-        labels=[[] if name == "background" else [name] for name in names],
+        labels=[[] if name == "background" else [[name]] for name in names],
         places=[f"the folder {folder / name}" for name in names],
-        masks=_masks_beside(folder, paths),
+        masks=masks,
     )
-
-
-def _masks_beside(folder: Path, paths: Sequence[str]) -> list[str | None]:
-    """Masks in `masks/`, under the path of the picture or under its bare name, as PNG."""
-    masks = folder / MASK_FOLDER
-    found = []
-    for path in paths:
-        relative = Path(os.path.relpath(path, folder)).with_suffix(".png")
-        candidates = (masks / relative, masks / relative.name)
-        found.append(next((str(candidate) for candidate in candidates if candidate.is_file()), None))
-    return found
 
 
 def read_table(
@@ -255,9 +287,9 @@ def read_table(
     headers = list(dict.fromkeys(key for _, row in rows for key in row))
     image_column = _column(path, headers, image_column, "image_column", IMAGE_HEADERS) or headers[0]
     mask_column = _column(path, headers, mask_column, "mask_column", MASK_HEADERS)
-    split_column = SPLIT_HEADER if SPLIT_HEADER in headers and not ignore_splits else None
+    split_column = _column(path, headers, None, "", (SPLIT_HEADER,))
     label_column = _column(path, headers, label_column, "label_column", LABEL_HEADERS)
-    rest = [name for name in headers if name not in (image_column, mask_column, SPLIT_HEADER)]
+    rest = [name for name in headers if name not in (image_column, mask_column, split_column)]
     class_columns = []
     if label_column is None:
         is_vector = all(str(row.get(name, "")).strip() in ("0", "1") for _, row in rows for name in rest)
@@ -275,19 +307,15 @@ def read_table(
     index, seen = PictureIndex(path.parent, left_out=masks), {}
     for number, row in rows:
         place = f"{path}, row {number}"
-        split = str(row.get(split_column) or "").strip() if split_column else ""
-        pictures = splits.setdefault(split, LabelledPictures())
+        split = "" if ignore_splits or not split_column else str(row.get(split_column) or "").strip()
+        pictures = splits.setdefault(split, LabelledPictures(label_column=label_column))
         if class_columns:
             pictures.class_names = ["background", *class_columns]
             names = [name for name in class_columns if str(row[name]).strip() == "1"]
         else:
             names = row.get(label_column)
         _add(pictures, index, (place, row.get(image_column), names, row.get(mask_column)), seen)
-    is_multi_hot = has_vectors(cell for pictures in splits.values() for cell in pictures.labels)
     for pictures in splits.values():
-        pictures.is_multi_hot = is_multi_hot
-        if label_column is not None and not is_multi_hot:
-            pictures.labels = split_names(pictures.labels, label_column)
         pictures.image_ids = unique_ids(pictures.paths, path.parent)
     return splits
 
@@ -304,12 +332,11 @@ def _add(pictures: LabelledPictures, index: PictureIndex, row: tuple, seen: dict
     if found is None:
         pictures.skipped.append(f"{place}: there is no picture {name} below {index.folder}")
         return
-    names = names if isinstance(names, list) else [] if names is None else [names]
     if found in seen:
         earlier, position = seen[found]
         if earlier is not pictures:
             raise ValueError(f"{place}, puts {name} into a second split: give a picture one split.")
-        pictures.labels[position] = [*pictures.labels[position], *names]
+        pictures.labels[position].append(names)
         return
     seen[found] = (pictures, len(pictures.paths))
     mask_file = None
@@ -318,57 +345,9 @@ def _add(pictures: LabelledPictures, index: PictureIndex, row: tuple, seen: dict
         if not Path(mask_file).is_file():
             raise FileNotFoundError(f"{place}, names the mask {mask}, which is not there: add it or leave it empty.")
     pictures.paths.append(found)
-    pictures.labels.append(list(names))
+    pictures.labels.append([names])
     pictures.places.append(place)
-    pictures.masks.append(mask_file or _masks_beside(index.folder, [found])[0])
-
-
-def has_vectors(cells: Iterable[Sequence[Any]]) -> bool:
-    """
-    Says whether lists are label vectors: numbers 0 and 1, as many in each list.
-
-    Args:
-        cells (`Iterable[Sequence[Any]]`):
-            Lists of names or numbers.
-
-    Returns:
-        `bool`: `False` also where there are no lists, or lists of one number.
-    """
-    lengths = set()
-    for cell in cells:
-        if not all(isinstance(item, int | float) and item in (0, 1) for item in cell):
-            return False
-        lengths.add(len(cell))
-    return len(lengths) == 1 and max(lengths) > 1
-
-
-def split_names(cells: Sequence[Sequence[Any]], column: str = "labels") -> list[list[str]]:
-    """
-    Takes cells of text apart into names.
-
-    Names are separated by `;`, `|` or `,`. Spaces separate too where no cell of the column holds one of these and the
-    column has a plural name (`labels`, `classes`, `tags`), which keeps `traffic light` in a column `label` whole.
-
-    Args:
-        cells (`Sequence[Sequence[Any]]`):
-            Texts or numbers of each picture.
-        column (`str`, *optional*, defaults to `"labels"`):
-            Name of the column.
-
-    Returns:
-        `list[list[str]]`: names of each picture, without repeats.
-    """
-    has_separator = any(isinstance(item, str) and LABEL_SEPARATORS.search(item) for cell in cells for item in cell)
-    by_space = not has_separator and column.lower().endswith("s") and column.lower() != "class"
-    # a list of names, as in JSON, is apart already
-    by_space = by_space and all(len(cell) <= 1 for cell in cells)
-    separator = re.compile(r"\s+") if by_space else LABEL_SEPARATORS
-
-    def parts(item: Any) -> Iterable[str]:
-        text = str(int(item)) if isinstance(item, bool | float) and int(item) == item else str(item)
-        return (part.strip() for part in separator.split(text))
-
-    return [list(dict.fromkeys(part for item in cell for part in parts(item) if part)) for cell in cells]
+    pictures.masks.append(mask_file or index.mask_of(found))
 
 
 def _column(path: Path, headers: Sequence[str], given: str | None, argument: str, usual: Sequence[str]) -> str | None:
@@ -398,7 +377,8 @@ def _read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 def _read_json_lines(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    # not splitlines, which also splits at characters that may stand in names
+    for number, line in enumerate(io.StringIO(text, newline=""), start=1):
         if not line.strip():
             continue
         try:
@@ -414,7 +394,7 @@ def _read_json_lines(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
 def _read_csv(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
     first = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=first.count)
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     rows, header = [], None
     try:
         for cells in reader:
@@ -422,8 +402,7 @@ def _read_csv(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
             if not any(cells):
                 continue
             if header is None:
-                is_picture = Path(cells[0]).suffix.lower() in PICTURE_SUFFIXES
-                header = ["file_name", "labels"] if is_picture and len(cells) == 2 else cells
+                header = _header(f"{path}, row {reader.line_num}", cells)
                 if header is cells:
                     continue
             if len(cells) != len(header):
@@ -437,14 +416,31 @@ def _read_csv(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
     return rows
 
 
+def _header(place: str, cells: list[str]) -> list[str]:
+    """The first row, or the headers of a table that begins with a picture and its labels."""
+    is_picture = Path(cells[0]).suffix.lower() in PICTURE_SUFFIXES
+    is_vector = len(cells) > 1 and set(cells[1:]) <= {"0", "1"} and cells[0].lower() not in IMAGE_HEADERS
+    if is_picture and len(cells) == 2:
+        return ["file_name", "labels"]
+    if is_picture or is_vector:
+        raise ValueError(
+            f"{place}, names a picture ({cells[0]}) where the headers are expected: give the first row the headers "
+            "file_name and, for columns of 0 and 1, the names of the classes."
+        )
+    repeated = sorted({name for name in cells if name and cells.count(name) > 1})
+    if repeated:
+        raise ValueError(
+            f"{place}, has the headers {name_some(repeated)} more than once: give each column a name of its own."
+        )
+    return cells
+
+
 __all__ = [
     "LabelledPictures",
     "PictureIndex",
     "find_table",
-    "has_vectors",
     "read_class_folders",
     "read_table",
     "split_folders",
-    "split_names",
     "unique_ids",
 ]

@@ -8,13 +8,7 @@ from typing import TypedDict, Unpack
 import datasets
 import numpy as np
 
-from synernet_hf.data.class_lists import (
-    checked_class_names,
-    infer_class_names,
-    numbered_names,
-    vector_from_names,
-    vector_from_numbers,
-)
+from synernet_hf.data.class_lists import LabelReader, checked_class_names
 from synernet_hf.data.image_columns import load_columns
 from synernet_hf.data.image_folder import (
     VALIDATION_NAMES,
@@ -71,8 +65,8 @@ def load_image_labels(
     - **A Hub data set, a folder of parquet files, or what `save_to_disk` wrote**: the label column is a `ClassLabel`,
       a name, a class id, or a list of these, or a list of one 0 or 1 for each class.
 
-    Masks for evaluation come from the mask column, or from `masks/NAME.png` beside the pictures of a folder. Masks of
-    the training split are not looked at.
+    Masks for evaluation come from the mask column, or from `masks/NAME.png` beside the pictures of a folder
+    (`masks/FOLDER/NAME.png` where pictures share a name). Masks of the training split are not looked at.
 
     Args:
         data_dir (`str` or `Path`):
@@ -156,7 +150,13 @@ def _read_folder(
         left_out = [name for name in found if name not in names.values()]
         if left_out:
             logger.warning("%s: rows of the splits %s are not used.", table, ", ".join(map(repr, left_out)))
-        return {split: found[name] for split, name in names.items() if name in found}
+        splits = {split: found[name] for split, name in names.items() if name in found}
+        if not splits:
+            raise ValueError(
+                f"{table} has neither rows of the split 'train' nor of one to evaluate on: it has {', '.join(found)}. "
+                "Name one with train_split or validation_split."
+            )
+        return splits
     folders = split_folders(path, train_split, validation_split)
     if folders is None and (train_split or validation_split):
         raise FileNotFoundError(
@@ -181,10 +181,10 @@ def _build(
 ) -> datasets.DatasetDict:
     first = next(iter(splits.values()))
     names = checked_class_names(class_names, first.class_names, str(path))
-    if names is None and first.is_multi_hot:
-        names = numbered_names(len(first.labels[0]))
+    cells = (cell for pictures in splits.values() for picture in pictures.labels for cell in picture)
+    reader = LabelReader(cells, first.label_column, names)
     if names is None:
-        names = infer_class_names(first.labels)
+        names = reader.infer_class_names(zip(first.labels, first.places, strict=True))
         logger.info("%s: %d classes: %s.", path, len(names) - 1, ", ".join(names[1:]))
     built = {}
     for split, pictures in splits.items():
@@ -194,10 +194,7 @@ def _build(
                 "rows out, or leave them out with on_bad_image='skip'."
             )
         vectors = [
-            vector_from_numbers(labels, len(names) - 1, place)
-            if pictures.is_multi_hot
-            else vector_from_names(labels, names, place)
-            for labels, place in zip(pictures.labels, pictures.places, strict=True)
+            reader.vector(labels, names, place) for labels, place in zip(pictures.labels, pictures.places, strict=True)
         ]
         labels = np.array(vectors, dtype=np.uint8).reshape(len(vectors), len(names) - 1)
         unlabelled = [pictures.image_ids[index] for index in np.flatnonzero(~labels.any(axis=1))]
@@ -222,7 +219,8 @@ def _masks(pictures: LabelledPictures, split: str, path: Path) -> list[str] | No
     if without:
         raise FileNotFoundError(
             f"{len(without)} of {len(pictures.masks)} pictures of the split {split!r} have no mask "
-            f"({name_some(without)}): add them or take the pictures out."
+            f"({name_some(without)}): add them, under the path of the picture (as masks/cat/1.png) where two share a "
+            "name, or take the pictures out."
         )
     return list(pictures.masks)
 
