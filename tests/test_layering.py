@@ -27,7 +27,10 @@ ROOMS = {
     "visualization": (set(), DATA_LIBRARIES),
     "crf": (set(), {"numpy", "PIL", "pydensecrf"}),
     "model_folder": ({"model"}, {"torch", "huggingface_hub", "safetensors"}),
-    "export": ({"model", "model_folder"}, {"torch", "numpy", "onnxruntime", "torchao"}),
+    "export": (
+        {"model", "model_folder"},
+        {"torch", "numpy", "huggingface_hub", "safetensors", "onnxruntime", "torchao"},
+    ),
     "pseudo_labels": (
         {"model", "data", "visualization"},
         {"torch", "numpy", "PIL", "datasets", "pyarrow", "accelerate", "tqdm"},
