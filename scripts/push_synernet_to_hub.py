@@ -92,10 +92,19 @@ def push(folder: Path, args: argparse.Namespace) -> str:
 
     Returns:
         `str`: Address of the commit, or of the pull request.
+
+    Raises:
+        ValueError: If `private` is set and the repository is there already and public; nothing is pushed then.
     """
     api = HfApi()
     # where somebody else's repository is there already, a pull request needs no right to write
     api.create_repo(args.repo_id, private=args.private or None, exist_ok=True)
+    # the Hub leaves a repository that is there already as it is
+    if args.private and not api.repo_info(args.repo_id).private:
+        raise ValueError(
+            f"{args.repo_id} is public already, and --private makes only a new repository private; make it private in "
+            "its settings, or name another one. Nothing was pushed."
+        )
     if args.revision is not None and not args.create_pr:
         api.create_branch(args.repo_id, branch=args.revision, exist_ok=True)
     commit = api.create_commit(
@@ -112,7 +121,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder that training left")
     parser.add_argument("repo_id", help="repository on the Hub, as owner/name")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument(
+        "--private", action="store_true", help="make a new repository private; refuse one that is public"
+    )
     parser.add_argument("--revision", help="branch to push to, made where it is missing (default: main)")
     parser.add_argument("--create_pr", action="store_true", help="propose the commit as a pull request")
     parser.add_argument("--message", default="Upload SynerNet", help="message of the commit")

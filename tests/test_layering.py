@@ -27,7 +27,10 @@ ROOMS = {
     "visualization": (set(), DATA_LIBRARIES),
     "crf": (set(), {"numpy", "PIL", "pydensecrf"}),
     "model_folder": ({"model"}, {"torch", "huggingface_hub", "safetensors"}),
-    "export": ({"model", "model_folder"}, {"torch", "numpy", "onnxruntime", "torchao"}),
+    "export": (
+        {"model", "model_folder"},
+        {"torch", "numpy", "huggingface_hub", "safetensors", "onnxruntime", "torchao"},
+    ),
     "pseudo_labels": (
         {"model", "data", "visualization"},
         {"torch", "numpy", "PIL", "datasets", "pyarrow", "accelerate", "tqdm"},
@@ -39,7 +42,7 @@ ROOMS = {
     ),
 }
 # Inside model/: files that import no other file of the folder, and what the others may build on.
-LEAVES = {"configuration", "refinement", "loss", "image_processing", "pipeline"}
+LEAVES = {"configuration", "refinement", "loss", "image_processing"}
 
 
 def relative(path: Path) -> str:

@@ -98,6 +98,44 @@ def test_no_folder_of_this_machine_is_told():
     assert "somebody" not in text
 
 
+@pytest.mark.parametrize(
+    ("dataset", "data_dir", "told"),
+    [
+        ("/home/somebody/pictures", None, "image_folder"),
+        ("~/somebody/pictures.csv", None, "image_folder"),
+        ("C:\\home\\somebody\\pictures", None, "image_folder"),
+        ("here/somebody", None, "image_folder"),
+        ("image_folder", "/home/somebody/pictures", "image_folder"),
+        ("hub", "/home/somebody/parquet", "image_folder"),
+        ("hub", "owner/pets", "owner/pets"),
+        ("owner/pets", None, "owner/pets"),
+    ],
+)
+def test_data_is_told_by_its_id_and_never_by_its_folder(tmp_path, monkeypatch, dataset, data_dir, told):
+    (tmp_path / "here" / "somebody").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    changes = {
+        "dataset": dataset,
+        "data_dir": data_dir,
+        "validation_split": "/home/somebody/val.txt",
+        "dataset_options": {"files": ["/home/somebody/a.csv"], "class_names": ["background", "cat/dog"]},
+        "backbone_config": {"model_type": "vit", "_name_or_path": "/home/somebody/vit"},
+    }
+    data = card_data(settings=card_data().settings | changes)
+    text = str(generate_model_card(data))
+    assert "home" not in text and "somebody" not in text
+    assert f"image-level labels only: {told} pictures" in text
+    assert f"| data | {told}, 3131 training pictures" in text
+    assert data.recipe()["dataset"] == told
+    assert data.recipe()["dataset_options"] == {"files": ["a.csv"], "class_names": ["background", "cat/dog"]}
+    card = ModelCard(text)
+    assert {(r.dataset_type, r.dataset_name, r.dataset_split) for r in card.data.eval_results} == {
+        (told, told, "val.txt")
+    }
+    assert card.data.datasets == (["owner/pets"] if "/" in told else None)
+    assert validate_card(text) == ([], [])
+
+
 def test_the_settings_are_a_recipe(tmp_path):
     from synernet_hf.training import read_recipe
 

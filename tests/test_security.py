@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from testing_utils import SynerNetModelTester
 
-from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation
+from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.export import main as export_main
 from synernet_hf.model_folder import check_model_folder
 
@@ -228,3 +228,33 @@ def test_the_export_refuses_a_hostile_folder(folder, tmp_path, capsys):
     printed = capsys.readouterr().err
     assert "is no SynerNet that can be loaded" in printed and printed.count("\n") == 1
     assert not (tmp_path / "touched").exists() and not (tmp_path / "model.onnx").exists()
+
+
+def test_the_export_checks_a_model_of_the_hub(folder, tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("synernet_hf.export.snapshot_download", lambda name, **kwargs: asked.append(name) or folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    assert export_main(["owner/model", "--onnx", str(tmp_path / "model.onnx")]) == 2
+    assert asked == ["owner/model"]
+    assert "such as pickled ones, are not loaded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"size": {"shortest_edge": 10**9}},
+        {"size": 10**6},
+        {"crop_size": {"height": 448, "width": 0}},
+        {"pad_size": {"height": "448", "width": 448}},
+        {"size_divisor": 2**40},
+        {"size_divisor": -1},
+    ],
+    ids=str,
+)
+def test_absurd_sizes_of_the_image_processor_are_refused(folder, fields):
+    path = folder / "preprocessor_config.json"
+    SynerNetImageProcessor(do_pad=True).save_pretrained(folder)
+    check_model_folder(folder)
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    refused(folder, f"its {next(iter(fields))} is .*, expected are whole numbers of pixels from 1 to 16,384")

@@ -17,6 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 
@@ -29,6 +32,7 @@ from synernet_hf.model_folder import check_model_folder
 TOLERANCE = 1e-4
 # an ONNX file is one protocol buffer message, which ends at 2 GiB
 MAX_ONNX_BYTES = 2_000_000_000
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, HfHubHTTPError)
 
 
 class SynerNetInferenceGraph(nn.Module):
@@ -221,6 +225,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _load_checked(name: str) -> SynerNetForWeaklySupervisedSegmentation:
+    """The model of a folder or a Hub id, which is downloaded and checked before anything of it is built."""
+    folder = name
+    if not Path(name).is_dir():
+        folder = snapshot_download(name, allow_patterns=["*.json", "*.safetensors"])
+    check_model_folder(folder)
+    return SynerNetForWeaklySupervisedSegmentation.from_pretrained(folder, use_safetensors=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code: 2 for a mistake in what was given, 1 if the graph is not right."""
     args = parse_arguments(argv)
@@ -228,10 +241,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {args.onnx} is a folder; name a file, such as {args.onnx / 'model.onnx'}.", file=sys.stderr)
         return 2
     try:
-        if Path(args.model).is_dir():
-            check_model_folder(args.model)
-        model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(args.model)
-    except Exception as error:  # a damaged or foreign folder can make the library fail in any way
+        model = _load_checked(args.model)
+    except LOADING_ERRORS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"error: {args.model} is no SynerNet that can be loaded: {reason}", file=sys.stderr)
         return 2

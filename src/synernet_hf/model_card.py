@@ -1,8 +1,9 @@
 """Model card of a training run, made of nothing but the run's own values."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import yaml
@@ -29,6 +30,8 @@ RESULT_NAMES = {
 # settings that say where files lie on one machine, or how often something was written
 LOCAL_SETTINGS = {"output_dir", "data_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "report_to"}
 PATH_SETTINGS = {"backbone", "image_labels"}
+# names of data sets with a loader of their own; everything else is pictures of the user's, or a Hub id
+NAMED_DATA = {"voc2012", "coco2014", "shapes"}
 
 # what stands in the card of a run until `published_card` knows better
 FOLDER = "path/to/this/folder"
@@ -95,6 +98,15 @@ class SynerNetModelCardData:
     pictures: str | None = None
     num_pictures: int = 0
 
+    @property
+    def dataset(self) -> str:
+        """`str`: a data set's name or its id on the Hub; `"image_folder"` for every folder or table."""
+        name = self.settings["dataset"]
+        if name in NAMED_DATA:
+            return name
+        source = self.settings.get("data_dir") if name == "hub" else name
+        return source if _is_hub_id(source) else "image_folder"
+
     def recipe(self) -> dict[str, Any]:
         """`dict[str, Any]`: the settings without folders, file paths cut to the file's name."""
         kept = {}
@@ -103,9 +115,9 @@ class SynerNetModelCardData:
                 continue
             # a hub id (owner/name) is kept whole, a path is not
             if name in PATH_SETTINGS and not _is_hub_id(value):
-                value = Path(value).name
-            kept[name] = value
-        return kept
+                value = PureWindowsPath(value).name
+            kept[name] = _without_folders(value)
+        return kept | {"dataset": self.dataset}
 
     def metadata(self) -> ModelCardData:
         """[`~huggingface_hub.ModelCardData`]: the card's YAML header, with the results as a model index."""
@@ -114,9 +126,9 @@ class SynerNetModelCardData:
             EvalResult(
                 task_type="image-segmentation",
                 task_name="Weakly supervised semantic segmentation",
-                dataset_type=self.settings["dataset"],
-                dataset_name=self.settings["dataset"],
-                dataset_split=self.settings.get("validation_split") or "validation",
+                dataset_type=self.dataset,
+                dataset_name=self.dataset,
+                dataset_split=_without_folders(self.settings.get("validation_split")) or "validation",
                 metric_type="mean_iou",
                 metric_name=f"mean IoU, {RESULT_NAMES.get(kind, kind)}",
                 metric_value=round(float(scores["mean_iou"]), 4),
@@ -130,6 +142,7 @@ class SynerNetModelCardData:
             pipeline_tag="image-segmentation",
             tags=["synernet", "semantic-segmentation", "weakly-supervised"],
             base_model=backbone if _is_hub_id(backbone) else None,
+            datasets=[self.dataset] if _is_hub_id(self.dataset) else None,
             metrics=["mean_iou"] if evaluations else None,
             eval_results=evaluations or None,
         )
@@ -137,8 +150,21 @@ class SynerNetModelCardData:
 
 def _is_hub_id(name: Any) -> bool:
     # a path that merely looks like owner/name is told by its being on disk
-    is_pair = isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    return is_pair and not Path(name).exists()
+    return isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).exists()
+
+
+def _without_folders(value: Any) -> Any:
+    """The value with every path in it cut to its last name; other texts with a slash, such as class names, stay."""
+    if isinstance(value, Mapping):
+        return {name: _without_folders(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folders(item) for item in value]
+    if not isinstance(value, str | Path):
+        return value
+    text = str(value)
+    absolute = PurePosixPath(text).is_absolute() or PureWindowsPath(text).drive or text.startswith(("~", "./", "../"))
+    on_disk = "/" in text and len(text) < 1000 and Path(text).exists()
+    return PureWindowsPath(text).name if absolute or on_disk else value
 
 
 def _percent(value: float | None) -> str:
@@ -197,7 +223,7 @@ def _weights_license(backbone: str | None) -> str:
         return NO_LICENSE
     if _is_hub_id(backbone):
         return f"{NO_LICENSE} They start from {backbone}, whose terms are told at <https://huggingface.co/{backbone}>."
-    return f"{NO_LICENSE} They start from {Path(backbone).name}, whose terms hold for them too."
+    return f"{NO_LICENSE} They start from {PureWindowsPath(backbone).name}, whose terms hold for them too."
 
 
 def published_card(text: str, repo_id: str, license: str | None = None) -> ModelCard:
@@ -239,13 +265,13 @@ def generate_model_card(data: SynerNetModelCardData) -> ModelCard:
     if backbone is None:
         encoder = f"random weights, {settings['backbone_config'].get('model_type')}"
     else:
-        encoder = f"{backbone if _is_hub_id(backbone) else Path(backbone).name}, pretrained"
+        encoder = f"{backbone if _is_hub_id(backbone) else PureWindowsPath(backbone).name}, pretrained"
     per_step = settings["per_device_batch_size"] * settings["gradient_accumulation_steps"] * data.num_processes
     return ModelCard.from_template(
         data.metadata(),
         template_path=str(TEMPLATE_PATH),
         model_name=data.model_name,
-        dataset=settings["dataset"],
+        dataset=data.dataset,
         num_train=data.num_train,
         backbone=encoder,
         steps=data.steps,
@@ -266,7 +292,7 @@ def generate_model_card(data: SynerNetModelCardData) -> ModelCard:
         folder=FOLDER,
         limitations=_limitations(data),
         weights_license=_weights_license(backbone),
-        data_terms=DATA_TERMS.get(settings["dataset"], UNKNOWN_DATA_TERMS),
+        data_terms=DATA_TERMS.get(data.dataset, UNKNOWN_DATA_TERMS),
         classes=", ".join(f"{index} {name}" for index, name in enumerate(data.class_names)),
     )
 

@@ -12,6 +12,9 @@ from synernet_hf.model import SynerNetConfig, SynerNetForWeaklySupervisedSegment
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PROCESSOR = "preprocessor_config.json"
+# pixels of a side that a picture may be resized, cropped or padded to
+MAX_SIDE = 16_384
 MAX_JSON_BYTES = 20_000_000
 # that of the safetensors library
 MAX_HEADER_BYTES = 100_000_000
@@ -32,12 +35,14 @@ def check_model_folder(folder: str | Path) -> SynerNetConfig:
 
     Raises:
         FileNotFoundError: If the configuration or the weights are missing.
-        ValueError: If the configuration is none of a SynerNet or asks for sizes beyond all measure, an index names
-            files outside the folder, a weights file is no safetensors file, or the weights are fewer than the
+        ValueError: If the configuration is none of a SynerNet, it or the image processor's (where there is one) asks
+            for sizes beyond all measure, an index names files outside the folder, a weights file is no safetensors file, or the weights are fewer than the
             configuration asks for.
     """
     folder = Path(folder)
     config = _read_config(folder)
+    if (folder / PROCESSOR).is_file():
+        _check_processor(folder / PROCESSOR)
     held = sum(_count_elements(path) for path in _weight_files(folder))
     with torch.device("meta"):
         model = SynerNetForWeaklySupervisedSegmentation(config)
@@ -78,6 +83,19 @@ def _read_config(folder: Path) -> SynerNetConfig:
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder} is refused: its configuration is none of a SynerNet ({reason}).") from error
+
+
+def _check_processor(path: Path) -> None:
+    fields = _read_json(path)
+    for name in ("size", "crop_size", "pad_size", "size_divisor"):
+        value = fields.get(name)
+        sides = value.values() if isinstance(value, dict) else [value]
+        for side in sides:
+            if side is not None and not (type(side) is int and 1 <= side <= MAX_SIDE):
+                raise ValueError(
+                    f"{path} is refused: its {name} is {str(value)[:80]}, expected are whole numbers of pixels from 1 "
+                    f"to {MAX_SIDE:,}."
+                )
 
 
 def _weight_files(folder: Path) -> list[Path]:

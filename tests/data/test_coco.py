@@ -186,3 +186,20 @@ def test_the_real_sample(root):
         assert mask.shape == (record["image"].height, record["image"].width)
         named = {label + 1 for label, there in enumerate(record["image_labels"]) if there}
         assert set(np.unique(mask)) - {0, 255} <= named
+
+
+def test_more_categories_than_a_mask_can_hold_are_refused(tmp_path):
+    categories = [{"id": index, "name": f"class {index}"} for index in range(1, 255)]
+    for split in ("train2014", "val2014"):
+        write_coco(tmp_path, split, [(1, 254, square(1, 1, 4), False)], categories)
+    assert np.asarray(load_coco2014(tmp_path)["validation"][0]["mask"]).max() == 254
+    categories.append({"id": 255, "name": "one more"})
+    write_coco(tmp_path, "train2014", [(1, 255, square(1, 1, 4), False)], categories)
+    with pytest.raises(ValueError, match="has 255 categories, but masks of 8 bits hold at most 254"):
+        load_coco2014(tmp_path)
+
+
+@pytest.mark.parametrize("class_id", [-1, 0, 256, 300])
+def test_an_object_with_an_impossible_class_id_is_refused(class_id):
+    with pytest.raises(ValueError, match=f"class id {class_id}, expected are 1 to 254"):
+        polygon_mask.draw_objects([(class_id, square(1, 1, 4))], 16, 20)

@@ -114,6 +114,17 @@ def test_private_branch_inference_only_form_and_pull_request(hub, run_folder, tm
     assert set(repo.commit_at("main").files) == {".gitattributes"}
 
 
+def test_private_refuses_a_public_repository(hub, run_folder, tmp_path):
+    repo_id = "owner/public_already"
+    assert run_script(hub, tmp_path, str(run_folder), repo_id).returncode == 0
+    commits = len(hub.repos["models", repo_id].commits)
+    done = run_script(hub, tmp_path, str(run_folder), repo_id, "--private", "--revision", "secret")
+    assert done.returncode == 2
+    assert "owner/public_already is public already" in done.stderr and "Nothing was pushed" in done.stderr
+    repo = hub.repos["models", repo_id]
+    assert len(repo.commits) == commits and "refs/heads/secret" not in repo.refs
+
+
 def test_the_inference_only_form_gives_the_same_logits(tiny_run_folder):
     script = load_script("push_synernet_to_hub")
     model = AutoModelForSemanticSegmentation.from_pretrained(tiny_run_folder)

@@ -238,3 +238,15 @@ def test_cams_at_or_below_the_threshold_are_background():
     assert processor.post_process_class_activation_maps(cams, threshold=0.5)[0].tolist() == [[0, 1, 2]]
     assert processor.post_process_class_activation_maps(cams, threshold=0.51)[0].tolist() == [[0, 0, 2]]
     assert processor.post_process_class_activation_maps(cams, target_sizes=[(2, 6)])[0].shape == (2, 6)
+
+
+def test_16_bit_greyscale_keeps_its_shades(tmp_path):
+    shades = np.linspace(0, 65535, 20 * 30).reshape(20, 30).astype(np.uint16)
+    picture = Image.fromarray(shades)
+    assert picture.mode == "I;16"
+    picture.save(tmp_path / "grey.png")
+    processor = SynerNetImageProcessor(do_normalize=False)
+    expected = np.repeat((shades // 256)[None] / 255, 3, axis=0)
+    for given in (picture, [picture], str(tmp_path / "grey.png"), tmp_path / "grey.png"):
+        (values,) = processor(given, return_tensors="np")["pixel_values"]
+        assert np.abs(values - expected).max() < 1e-6

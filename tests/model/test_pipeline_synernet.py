@@ -265,3 +265,15 @@ def test_the_pipelines_code_travels_with_its_folder(segmenter, tmp_path):
     assert (tmp_path / "pipeline_synernet.py").is_file()
     loaded = pipeline(model=str(tmp_path), trust_remote_code=True, device="cpu")
     assert type(loaded).__name__ == "SynerNetSegmentationPipeline"
+
+
+def test_16_bit_greyscale_keeps_its_shades(segmenter, tmp_path):
+    shades = np.linspace(0, 65535, 32 * 40).reshape(32, 40).astype(np.uint16)
+    picture = Image.fromarray(shades)
+    picture.save(tmp_path / "grey.png")
+    expected = np.repeat((shades // 256)[..., None], 3, axis=2)
+    given = segmenter.preprocess(Image.fromarray(expected.astype(np.uint8)))
+    for source in (picture, str(tmp_path / "grey.png")):
+        found = segmenter.preprocess(source)
+        assert np.array_equal(np.asarray(found["image"][0]), expected)
+        assert torch.equal(found["pixel_values"][0], given["pixel_values"][0])

@@ -1,12 +1,13 @@
 """The picture grid of a model card."""
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.data import class_names, id2label_from, load_shapes
-from synernet_hf.training.reporting import write_picture_grid
+from synernet_hf.training.reporting import _panels, write_picture_grid
 
 
 def test_the_grid_shows_the_first_pictures_and_leaves_the_model_as_it_was(tiny_config, tmp_path):
@@ -25,3 +26,19 @@ def test_the_grid_shows_the_first_pictures_and_leaves_the_model_as_it_was(tiny_c
     # the first rows are the same pictures, masks and segmentations
     assert np.array_equal(rows, np.asarray(three)[: rows.shape[0]])
     assert torch.is_grad_enabled()
+
+
+def test_16_bit_pictures_are_shown_with_their_shades(tiny_config):
+    shades = np.linspace(0, 65535, 32 * 40).reshape(32, 40).astype(np.uint16)
+    record = {"image": Image.fromarray(shades), "mask": Image.new("L", (40, 32))}
+    record["image_labels"] = [1] + [0] * (tiny_config.num_labels - 2)
+    model = SynerNetForWeaklySupervisedSegmentation(tiny_config).eval()
+    picture = dict(_panels(model, SynerNetImageProcessor(), record))["picture"]
+    assert np.array_equal(np.asarray(picture)[..., 0], shades // 256)
+
+
+def test_training_mode_is_restored_when_a_picture_fails(tiny_config, tmp_path):
+    model = SynerNetForWeaklySupervisedSegmentation(tiny_config).train()
+    with pytest.raises(KeyError):
+        write_picture_grid(tmp_path / "pictures.png", model, SynerNetImageProcessor(), [{}], 1)
+    assert model.training and not list(tmp_path.iterdir())

@@ -52,7 +52,7 @@ def load_coco2014(
 
     Raises:
         FileNotFoundError: A folder, an annotation file or a picture is missing.
-        ValueError: An annotation file is not in COCO's format, or the two files do not list the same categories.
+        ValueError: An annotation file is not in COCO's format, it has more than 254 categories, or the two files do not list the same categories.
     """
     check_on_bad_image(on_bad_image)
     root = Path(data_dir).expanduser()
@@ -105,6 +105,11 @@ class _AnnotationReader:
             ) from error
         self.class_ids = {category_id: index for index, category_id in enumerate(sorted(by_id), start=1)}
         self.class_names = ["background", *(by_id[category_id] for category_id in sorted(by_id))]
+        if len(by_id) >= IGNORE_INDEX:
+            raise ValueError(
+                f"The annotation file {path} has {len(by_id)} categories, but masks of 8 bits hold at most "
+                f"{IGNORE_INDEX - 1}, for {IGNORE_INDEX} is ignore: leave out or join categories."
+            )
         id2label_from(self.class_names)
         self._check_references()
 

@@ -86,8 +86,15 @@ def draw_objects(objects: list[tuple[int, Any]], height: int, width: int) -> np.
         `np.ndarray`: `(height, width)` uint8.
 
     Raises:
-        ValueError: A segmentation is none of COCO's kinds, or belongs to a picture of another size.
+        ValueError: A class id is not between 1 and 255, or a segmentation is none of COCO's kinds or belongs to a
+            picture of another size.
     """
+    wrong = [class_id for class_id, _ in objects if not 1 <= class_id <= IGNORE_INDEX]
+    if wrong:
+        raise ValueError(
+            f"An object has the class id {wrong[0]}, expected are 1 to {IGNORE_INDEX - 1}, or {IGNORE_INDEX} for a "
+            "crowd: masks have 8 bits."
+        )
     encoded = [(class_id, _run_lengths(segmentation, height, width)) for class_id, segmentation in objects]
     encoded = [(class_id, runs) for class_id, runs in encoded if runs is not None]
     encoded.sort(key=lambda item: (item[0] != IGNORE_INDEX, -int(mask_utils.area(item[1]))))

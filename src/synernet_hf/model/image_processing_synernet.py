@@ -5,7 +5,7 @@ import os
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
 from transformers.image_processing_utils import BatchFeature
@@ -75,7 +75,7 @@ class SynerNetImageProcessor(PilBackend):
     Example:
 
     ```python
-    >>> from PIL import Image
+    >>> from PIL import Image, ImageOps
 
     >>> processor = SynerNetImageProcessor()
     >>> processor(Image.new("RGB", (60, 40)), return_tensors="pt")["pixel_values"].shape
@@ -114,7 +114,8 @@ class SynerNetImageProcessor(PilBackend):
             images (`ImageInput`):
                 One picture or a list: PIL, `np.ndarray` or `torch.Tensor` of shape `(height, width, 3)`,
                 `(3, height, width)` or `(height, width)` with values 0 to 255, a path or a URL; or one array or
-                tensor with a batch of pictures of equal size.
+                tensor with a batch of pictures of equal size. 16-bit greyscale files and PIL pictures keep their
+                shades, divided by 256; of a URL, the library keeps no more than 8 bits.
             segmentation_maps (`ImageInput`, *optional*):
                 One mask or a list, in the order and of the sizes of `images`: palette or greyscale PIL, the path of
                 such a file, or an array of shape `(height, width)`; 0 = background, 255 = ignore.
@@ -140,6 +141,9 @@ class SynerNetImageProcessor(PilBackend):
         if not isinstance(source, str | os.PathLike):
             return super().fetch_images(source)
         try:
+            if os.path.isfile(source):
+                with Image.open(source) as opened:
+                    return eight_bit_rgb(ImageOps.exif_transpose(opened))
             return super().fetch_images(os.fspath(source))
         except (OSError, ValueError) as error:
             raise ValueError(
@@ -156,7 +160,7 @@ class SynerNetImageProcessor(PilBackend):
         **kwargs,
     ) -> BatchFeature:
         images = self._prepare_image_like_inputs(
-            images=_each(images, _with_channel), do_convert_rgb=do_convert_rgb, input_data_format=input_data_format
+            images=_each(images, _plain_picture), do_convert_rgb=do_convert_rgb, input_data_format=input_data_format
         )
         data = self._preprocess(images, **kwargs)
         if segmentation_maps is not None:
@@ -294,13 +298,31 @@ class SynerNetImageProcessor(PilBackend):
         ]
 
 
+def eight_bit_rgb(picture: Image.Image) -> Image.Image:
+    """
+    Give a picture 8-bit colours.
+
+    Args:
+        picture (`PIL.Image.Image`):
+            Any mode. Grey values of 16 bits are divided by 256, for Pillow alone cuts them off at 255.
+
+    Returns:
+        `PIL.Image.Image`: Mode `RGB`.
+    """
+    if picture.mode.startswith("I;16"):
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    return picture.convert("RGB")
+
+
 def _each(inputs, function):
     """`function` of one input, or of every item of a list of them."""
     return [_each(item, function) for item in inputs] if isinstance(inputs, list | tuple) else function(inputs)
 
 
-def _with_channel(image):
-    """A greyscale array `(height, width)` → `(1, height, width)`."""
+def _plain_picture(image):
+    """A greyscale array `(height, width)` → `(1, height, width)`; a 16-bit greyscale picture → 8 bits."""
+    if isinstance(image, Image.Image) and image.mode.startswith("I;16"):
+        return eight_bit_rgb(image)
     return image[None] if isinstance(image, np.ndarray | torch.Tensor) and image.ndim == 2 else image
 
 
@@ -336,4 +358,4 @@ def _check_masks(images: list[np.ndarray], masks: list[np.ndarray]) -> None:
             )
 
 
-__all__ = ["SynerNetImageProcessor"]
+__all__ = ["SynerNetImageProcessor", "eight_bit_rgb"]

@@ -1,5 +1,6 @@
 """The pipeline task `weakly-supervised-segmentation`: pictures in, one mask per class out."""
 
+import os
 from collections.abc import Callable, Iterable
 from types import GeneratorType
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from transformers import AutoModelForSemanticSegmentation, Pipeline, PreTrainedModel
 from transformers.image_utils import load_image
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 from transformers.pipelines import PIPELINE_REGISTRY
+
+from .image_processing_synernet import eight_bit_rgb
 
 
 TASK = "weakly-supervised-segmentation"
@@ -157,7 +160,7 @@ class SynerNetSegmentationPipeline(Pipeline):
         self, image: Any, image_labels: list[str] | str | None = None, timeout: float | None = None
     ) -> dict[str, list]:
         record = image if isinstance(image, dict) else {"image": image}
-        picture = load_image(record["image"], timeout=timeout)
+        picture = _opened(record["image"], timeout)
         # the model pads by itself; padding here would be stretched over the picture
         inputs = self.image_processor(images=picture, do_center_crop=False, do_pad=False, return_tensors="pt")
         labels = None
@@ -174,7 +177,7 @@ class SynerNetSegmentationPipeline(Pipeline):
         return {
             "pixel_values": [inputs["pixel_values"][0].to(self.dtype)],
             "labels": [labels],
-            "image": [picture.convert("RGB")],
+            "image": [picture],
         }
 
     def _forward(
@@ -250,6 +253,16 @@ class SynerNetSegmentationPipeline(Pipeline):
 
 def _flattened(items: list) -> list:
     return [leaf for item in items for leaf in (item if isinstance(item, list) else [item])]
+
+
+def _opened(image: Any, timeout: float | None) -> Image.Image:
+    """A path, URL or picture as an RGB picture; 16-bit greyscale, which the library turns white, keeps its shades."""
+    if isinstance(image, str) and os.path.isfile(image):
+        with Image.open(image) as opened:
+            return eight_bit_rgb(ImageOps.exif_transpose(opened))
+    if isinstance(image, Image.Image):
+        return eight_bit_rgb(ImageOps.exif_transpose(image))
+    return load_image(image, timeout=timeout)
 
 
 def _resized(maps: torch.Tensor, image: Image.Image) -> torch.Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from synernet_hf.data.transforms import to_rgb
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.model_card import SynerNetModelCardData, generate_model_card
 from synernet_hf.training.checkpoints import CARD_FILE, PICTURES_FILE, write_text
@@ -86,8 +87,10 @@ def write_picture_grid(
     """
     was_training = model.training
     model.eval()
-    rows = [_panels(model, processor, split[index]) for index in range(min(num_pictures, len(split)))]
-    model.train(was_training)
+    try:
+        rows = [_panels(model, processor, split[index]) for index in range(min(num_pictures, len(split)))]
+    finally:
+        model.train(was_training)
     temporary = path.with_name(f"{path.name}.tmp")
     figure_panels(rows, panel_size=(160, 160)).save(temporary, format="PNG")
     os.replace(temporary, path)
@@ -96,7 +99,7 @@ def write_picture_grid(
 
 @torch.no_grad()
 def _panels(model, processor, record: dict) -> list[tuple[str, Image.Image]]:
-    image = record["image"].convert("RGB")
+    image = to_rgb(record["image"])
     inputs = processor(images=image, do_center_crop=False, do_pad=False, return_tensors="pt")
     pixel_values = inputs["pixel_values"].to(model.device)
     labels = torch.tensor([record["image_labels"]], dtype=torch.float32, device=model.device)
