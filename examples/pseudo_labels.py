@@ -55,9 +55,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scales", type=float, nargs="+", help="scales to look at (default: those of the model)")
     parser.add_argument("--flip", action="store_true", default=None, help="also look at the mirror of every scale")
     parser.add_argument(
-        "--skip_undecodable", action="store_true", help="name and leave out pictures that do not decode"
-    )
-    parser.add_argument(
         "--num_threads", type=int, default=1, help="CPU threads of a process; more processes are faster (default: 1)"
     )
     unset_data_options(parser)
@@ -93,7 +90,8 @@ def label_pictures(args: argparse.Namespace) -> None:
     """Load the run and the data, write what is missing, and name the pictures to look at first."""
     check_arguments(args)
     options = PseudoLabelOptions(args.map, args.classes_from, args.scales and tuple(args.scales), args.flip)
-    splits = load_data(read_data_arguments(args, args.run))
+    data_args = read_data_arguments(args, args.run)
+    splits = load_data(data_args)
     if args.split not in splits:
         raise ValueError(f"There is no split {args.split!r}; --split can be {' or '.join(splits)}.")
     split = splits[args.split]
@@ -110,7 +108,7 @@ def label_pictures(args: argparse.Namespace) -> None:
         args.output,
         options,
         accelerator=accelerator,
-        skip_undecodable=args.skip_undecodable,
+        on_bad_image=data_args.on_bad_image,
         progress=True,
     )
     if accelerator.is_main_process:
