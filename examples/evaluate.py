@@ -1,30 +1,23 @@
 """Score a trained SynerNet on a split with masks: `python examples/evaluate.py RUN` (or `accelerate launch` it)."""
 
 import argparse
-import dataclasses
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
 from accelerate import Accelerator
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 
-from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.crf import DenseCRF
 from synernet_hf.data import class_names, skipped_records
-from synernet_hf.model_folder import check_model_folder
+from synernet_hf.data.files import replace_file
+from synernet_hf.model_folder import check_model_folder, load_model_folder
 from synernet_hf.training import DataArguments
+from synernet_hf.training.data_options import name_own_classes, read_data_arguments
 from synernet_hf.training.evaluation import evaluate_model, results_table
 from synernet_hf.training.validation import check_data, load_data
-
-
-# What a folder with missing, truncated or foreign files raises on loading.
-LOADING_ERRORS = (OSError, RuntimeError, TypeError, ValueError, SafetensorError, StrictDataclassError)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -57,44 +50,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def data_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """
-    Settings of the data set: those of the run, overridden by the command line.
-
-    A data set named on the command line that is not the run's starts from nothing, for the run's folder, labels and
-    classes belong to another one.
-    """
-    path = args.run / "training_args.json"
-    settings = {}
-    if path.is_file():
-        try:
-            settings = dict(json.loads(path.read_text(encoding="utf-8"))["data_args"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} is no record of a run's data ({type(error).__name__}: {error}); remove it and name the data "
-                "set with --dataset."
-            ) from error
-    if args.dataset is not None and args.dataset != settings.get("dataset"):
-        settings = {}
-    overrides = {
-        "dataset": args.dataset,
-        "data_dir": args.data_dir,
-        "image_labels": args.image_labels,
-        "validation_split": args.validation_split,
-        "image_column": args.image_column,
-        "label_column": args.label_column,
-        "mask_column": args.mask_column,
-        "on_bad_image": args.on_bad_image,
-        "metric_classes": args.classes,
-    }
-    settings |= {name: value for name, value in overrides.items() if value is not None}
-    if settings.get("dataset") is None:
-        raise ValueError(f"{args.run} does not say which data set to evaluate on; name one with --dataset.")
-    return settings
-
-
 def load_split(
-    settings: dict[str, Any], id2label: dict[int, str], max_samples: int | None = None
+    data_args: DataArguments, id2label: dict[int, str], max_samples: int | None = None
 ) -> tuple[datasets.DatasetDict, list[str]]:
     """
     Load and check the split to evaluate on, alone in a dictionary; also return its class names, background first.
@@ -103,11 +60,7 @@ def load_split(
     read by name. The loaders give all splits at once, so the lists and image labels of the training split must be
     there too where there is one; none of its pictures is opened.
     """
-    known = {item.name for item in dataclasses.fields(DataArguments)}
-    data_args = DataArguments(**{name: value for name, value in settings.items() if name in known})
-    if data_args.dataset not in ("voc2012", "coco2014", "shapes"):
-        names = [id2label[label] for label in sorted(id2label)]
-        data_args.dataset_options = {"class_names": names} | data_args.dataset_options
+    name_own_classes(data_args, id2label)
     splits = load_data(data_args)
     if "validation" not in splits:
         raise ValueError(f"The data has no split to evaluate on, only {', '.join(splits)}; see docs/data.md.")
@@ -129,33 +82,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
 
 
-def read_labels(run: Path) -> dict[int, str]:
-    """The `id2label` of a run, without loading its weights."""
-    try:
-        return SynerNetConfig.from_pretrained(run).id2label
-    except LOADING_ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{run} holds no usable model ({reason}); give the folder of a finished run.") from error
-
-
-def load_run(run: Path) -> tuple[SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor]:
-    """Load model and processor of a run, all weights of which must be there."""
-    try:
-        check_model_folder(run)
-        model, report = SynerNetForWeaklySupervisedSegmentation.from_pretrained(run, output_loading_info=True)
-        processor = SynerNetImageProcessor.from_pretrained(run)
-    except LOADING_ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{run} holds no usable model ({reason}); give the folder of a finished run.") from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ValueError(
-            f"The weights in {run} lack {len(missing)} parameters, such as {missing[0]}; give the folder of a finished "
-            "run."
-        )
-    return model, processor
-
-
 def write_scores(scores: dict[str, Any], path: Path) -> None:
     """Write JSON under a temporary name and rename it; a score that is not defined becomes null."""
 
@@ -164,25 +90,29 @@ def write_scores(scores: dict[str, Any], path: Path) -> None:
             return {key: defined(item) for key, item in value.items()}
         return None if isinstance(value, float) and math.isnan(value) else value
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(defined(scores), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    text = json.dumps(defined(scores), indent=2, allow_nan=False) + "\n"
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Load the run and its data, score, print and write."""
     check_arguments(args)
-    settings = data_settings(args)
+    data_args = read_data_arguments(args, args.run)
+    metric_classes = args.classes or data_args.metric_classes
+    try:
+        id2label = check_model_folder(args.run).id2label
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error} Please give the folder of a finished run.") from error
     crf = DenseCRF() if args.crf else None
-    splits, names = load_split(settings, read_labels(args.run), args.max_samples)
+    splits, names = load_split(data_args, id2label, args.max_samples)
     accelerator = Accelerator()
-    model, processor = load_run(args.run)
+    model, processor = load_model_folder(args.run)
     results = evaluate_model(
         model.to(accelerator.device),
         processor,
         splits["validation"],
         class_names=names,
-        metric_classes=settings.get("metric_classes"),
+        metric_classes=metric_classes,
         accelerator=accelerator,
         multi_scale=args.multi_scale,
         flip=args.flip,
@@ -193,13 +123,13 @@ def evaluate(args: argparse.Namespace) -> None:
     )
     if accelerator.is_main_process:
         # the model may know classes that the data set does not have
-        metric_classes = settings.get("metric_classes") or list(model.config.id2label.values())
+        metric_classes = metric_classes or list(model.config.id2label.values())
         print(results_table(results, metric_classes))
         if args.output is not None:
             scores = {
                 "run": str(args.run),
-                "dataset": settings["dataset"],
-                "validation_split": settings.get("validation_split"),
+                "dataset": data_args.dataset,
+                "validation_split": data_args.validation_split,
                 "metric_classes": list(metric_classes),
                 "skipped": skipped_records(splits).get("validation", []),
                 "results": results,

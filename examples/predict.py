@@ -1,29 +1,20 @@
 """Segment pictures with a trained SynerNet: `python examples/predict.py RUN PICTURE…` writes masks and overlays."""
 
 import argparse
+import functools
 import math
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
 
-from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.crf import DenseCRF
-from synernet_hf.model_folder import check_model_folder
+from synernet_hf.data.files import replace_file
+from synernet_hf.data.transforms import to_rgb
+from synernet_hf.model_folder import load_model_folder
 from synernet_hf.visualization import overlay, palette_image
-
-
-# What a folder with missing, truncated or foreign files raises on loading.
-LOADING_ERRORS = (OSError, RuntimeError, TypeError, ValueError, SafetensorError, StrictDataclassError)
-
-
-class UsageError(ValueError):
-    """A mistake in what was asked for, told in one sentence."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,16 +32,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def read_picture(path: Path) -> Image.Image:
     """Decode a picture as RGB, turned upright as its EXIF orientation says."""
     if not path.is_file():
-        raise UsageError(f"There is no picture {path}; check the path.")
+        raise ValueError(f"There is no picture {path}; check the path.")
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):
-                # Pillow alone would cut grey values of 16 bits off at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return image.convert("RGB")
+            return to_rgb(ImageOps.exif_transpose(image))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(
+        raise ValueError(
             f"The picture {path} cannot be decoded ({error}); give a valid JPEG, PNG or the like."
         ) from error
 
@@ -58,45 +45,17 @@ def read_picture(path: Path) -> Image.Image:
 def check_arguments(args: argparse.Namespace) -> None:
     """Find every mistake before the model is loaded and anything is written."""
     if not (args.run / "config.json").is_file():
-        raise UsageError(f"{args.run} holds no trained model (no config.json); give the folder of a finished run.")
+        raise ValueError(f"{args.run} holds no trained model (no config.json); give the folder of a finished run.")
     if args.scales is not None and not all(0 < scale < math.inf for scale in args.scales):
-        raise UsageError(f"The scales {args.scales} are not all positive numbers; give factors such as 1.0 1.25 1.5.")
+        raise ValueError(f"The scales {args.scales} are not all positive numbers; give factors such as 1.0 1.25 1.5.")
     if args.output_dir.exists() and not args.output_dir.is_dir():
-        raise UsageError(f"{args.output_dir} is a file; give a folder for the results.")
+        raise ValueError(f"{args.output_dir} is a file; give a folder for the results.")
     seen = {}
     for path in args.pictures:
         read_picture(path)
         if path.stem in seen:
-            raise UsageError(f"{seen[path.stem]} and {path} would write the same results; segment them separately.")
+            raise ValueError(f"{seen[path.stem]} and {path} would write the same results; segment them separately.")
         seen[path.stem] = path
-
-
-def load_run(run: Path) -> tuple[SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor]:
-    """Load model and processor of a run, all weights of which must be there."""
-    try:
-        check_model_folder(run)
-        model, report = SynerNetForWeaklySupervisedSegmentation.from_pretrained(run, output_loading_info=True)
-        processor = SynerNetImageProcessor.from_pretrained(run)
-    except LOADING_ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{run} holds no usable model ({reason}); give the folder of a finished run.") from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise UsageError(
-            f"The weights in {run} lack {len(missing)} parameters, such as {missing[0]}; give the folder of a finished "
-            "run."
-        )
-    return model, processor
-
-
-def write_atomically(image: Image.Image, path: Path) -> None:
-    """Write a PNG under a temporary name and rename it, so that no half-written file is ever seen."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        image.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @torch.no_grad()
@@ -104,7 +63,7 @@ def predict(args: argparse.Namespace) -> None:
     """Segment every picture and write its results."""
     crf = DenseCRF() if args.crf else None
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model, processor = load_run(args.run)
+    model, processor = load_model_folder(args.run)
     model = model.to(device).eval()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for path in args.pictures:
@@ -119,8 +78,8 @@ def predict(args: argparse.Namespace) -> None:
         label_map = scores.argmax(axis=0)
         mask_path = args.output_dir / f"{path.stem}_mask.png"
         overlay_path = args.output_dir / f"{path.stem}_overlay.png"
-        write_atomically(palette_image(label_map), mask_path)
-        write_atomically(overlay(image, label_map), overlay_path)
+        for picture, target in ((palette_image(label_map), mask_path), (overlay(image, label_map), overlay_path)):
+            replace_file(target, functools.partial(picture.save, format="PNG"))
         ids, counts = np.unique(label_map, return_counts=True)
         found = (
             f"{model.config.id2label[int(i)]} {100 * n / label_map.size:.1f} %"
@@ -135,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_arguments(args)
         predict(args)
-    except (UsageError, ImportError) as error:
+    except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -8,7 +8,6 @@ data itself with the pictures inside, as `push_to_hub` would.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -18,10 +17,11 @@ from PIL import Image, ImageOps
 from transformers import HfArgumentParser
 
 from synernet_hf.data import class_names, inspect_dataset, self_describing, write_parquet
+from synernet_hf.data.files import replace_file
 from synernet_hf.data.report import DatasetReport
-from synernet_hf.data.transforms import open_picture
+from synernet_hf.data.transforms import open_picture, to_rgb
 from synernet_hf.training.data_options import SourceArguments, read_data_arguments, unset_data_options
-from synernet_hf.training.validation import load_data
+from synernet_hf.training.validation import check_data, load_data
 from synernet_hf.visualization import figure_panels
 
 
@@ -36,9 +36,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder for report.json and contact_sheet.png")
     parser.add_argument("--parquet", action="store_true", help="also write the data to OUTPUT/data as parquet files")
     parser.add_argument("--push_to_hub", metavar="REPO", help="also upload the data as this data set, such as me/pets")
-    parser.add_argument(
-        "--drop_undecodable", action="store_true", help="leave pictures that do not decode out of what is written"
-    )
     parser.add_argument("--pictures_per_class", type=int, default=6, help="width of the contact sheet (default: 6)")
     parser.add_argument("--num_threads", type=int, default=2, help="threads that decode (default: 2)")
     unset_data_options(parser)
@@ -77,37 +74,18 @@ def thumbnail(image: dict) -> Image.Image:
     """An upright picture of about 144 pixels; a JPEG is not decoded at its full size."""
     picture = open_picture(image)
     picture.draft("RGB", (144, 144))
-    picture = ImageOps.exif_transpose(picture).convert("RGB")
+    picture = to_rgb(ImageOps.exif_transpose(picture))
     picture.thumbnail((144, 144))
     return picture
-
-
-def usable_splits(splits: datasets.DatasetDict, report: DatasetReport, drop: bool) -> datasets.DatasetDict:
-    """The splits without pictures that do not decode; where there are some, they must have been asked to be left out."""
-    count = sum(len(split.undecodable) for split in report.splits.values())
-    if count and not drop:
-        raise ValueError(f"{count} pictures do not decode; repair them, or leave them out with --drop_undecodable.")
-    kept = {}
-    for name, split in splits.items():
-        bad = set(report.splits[name].undecodable)
-        kept[name] = split.select([i for i, image_id in enumerate(split["image_id"]) if image_id not in bad])
-    return datasets.DatasetDict(kept)
-
-
-def replace_file(path: Path, write) -> None:
-    """Write under a temporary name and rename, so that no half-written file is ever seen."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def prepare(args: argparse.Namespace) -> None:
     """Load, look, print, write."""
     check_arguments(args)
-    splits = load_data(read_data_arguments(args))
+    data_args = read_data_arguments(args)
+    splits = load_data(data_args)
+    if isinstance(splits, datasets.IterableDatasetDict):
+        raise ValueError("Streamed data can not be counted: leave `streaming` out of `dataset_options`.")
     report = inspect_dataset(splits, args.num_threads)
     print(report.text())
     if args.output is not None:
@@ -118,7 +96,7 @@ def prepare(args: argparse.Namespace) -> None:
         replace_file(args.output / "contact_sheet.png", lambda path: sheet.save(path, format="PNG"))
         print(f"\nwritten: {args.output / 'report.json'}, {args.output / 'contact_sheet.png'}")
     if args.parquet or args.push_to_hub:
-        shared = self_describing(usable_splits(splits, report, args.drop_undecodable))
+        shared = self_describing(check_data(splits, data_args.on_bad_image))
         if args.parquet:
             paths = write_parquet(shared, args.output)
             size = sum(path.stat().st_size for path in paths)

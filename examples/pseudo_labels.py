@@ -10,20 +10,22 @@ import argparse
 import sys
 from pathlib import Path
 
+import datasets
 import torch
 from accelerate import Accelerator
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
-from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+from synernet_hf.model_folder import load_model_folder
 from synernet_hf.pseudo_labels import LABEL_SOURCES, MAPS, PseudoLabelOptions, write_pseudo_labels
-from synernet_hf.training.data_options import SourceArguments, read_data_arguments, unset_data_options
+from synernet_hf.training.data_options import (
+    SourceArguments,
+    name_own_classes,
+    read_data_arguments,
+    unset_data_options,
+)
 from synernet_hf.training.validation import load_data
 
 
-# What a folder with missing, truncated or foreign files raises on loading.
-LOADING_ERRORS = (OSError, RuntimeError, TypeError, ValueError, SafetensorError, StrictDataclassError)
 NUM_SHOWN = 5
 
 
@@ -55,9 +57,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scales", type=float, nargs="+", help="scales to look at (default: those of the model)")
     parser.add_argument("--flip", action="store_true", default=None, help="also look at the mirror of every scale")
     parser.add_argument(
-        "--skip_undecodable", action="store_true", help="name and leave out pictures that do not decode"
-    )
-    parser.add_argument(
         "--num_threads", type=int, default=1, help="CPU threads of a process; more processes are faster (default: 1)"
     )
     unset_data_options(parser)
@@ -75,25 +74,17 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--output {args.output} is a file; give a folder.")
 
 
-def load_run(run: str) -> tuple[SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor]:
-    """Load model and processor, all weights of which must be there."""
-    try:
-        model, report = SynerNetForWeaklySupervisedSegmentation.from_pretrained(run, output_loading_info=True)
-        processor = SynerNetImageProcessor.from_pretrained(run)
-    except (*LOADING_ERRORS, HFValidationError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{run} holds no usable model ({reason}); give the folder of a finished run.") from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ValueError(f"The weights of {run} lack {len(missing)} parameters, such as {missing[0]}.")
-    return model, processor
-
-
 def label_pictures(args: argparse.Namespace) -> None:
     """Load the run and the data, write what is missing, and name the pictures to look at first."""
     check_arguments(args)
     options = PseudoLabelOptions(args.map, args.classes_from, args.scales and tuple(args.scales), args.flip)
-    splits = load_data(read_data_arguments(args, args.run))
+    data_args = read_data_arguments(args, args.run)
+    model, processor = load_model_folder(args.run)
+    if args.classes_from != "predicted":
+        name_own_classes(data_args, model.config.id2label)
+    splits = load_data(data_args)
+    if isinstance(splits, datasets.IterableDatasetDict):
+        raise ValueError("Streamed data can not be shared over processes: leave `streaming` out of `dataset_options`.")
     if args.split not in splits:
         raise ValueError(f"There is no split {args.split!r}; --split can be {' or '.join(splits)}.")
     split = splits[args.split]
@@ -102,7 +93,6 @@ def label_pictures(args: argparse.Namespace) -> None:
     # sums over pixels are ordered by the number of threads: fixed, so that files do not depend on the machine's load
     torch.set_num_threads(args.num_threads)
     accelerator = Accelerator()
-    model, processor = load_run(args.run)
     manifest = write_pseudo_labels(
         model.to(accelerator.device),
         processor,
@@ -110,7 +100,7 @@ def label_pictures(args: argparse.Namespace) -> None:
         args.output,
         options,
         accelerator=accelerator,
-        skip_undecodable=args.skip_undecodable,
+        on_bad_image=data_args.on_bad_image,
         progress=True,
     )
     if accelerator.is_main_process:

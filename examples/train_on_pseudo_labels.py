@@ -28,10 +28,11 @@ from transformers import (
 )
 
 from synernet_hf.data import class_names, id2label_from
+from synernet_hf.data.transforms import to_rgb
 from synernet_hf.metrics import MeanIoU
 from synernet_hf.pseudo_labels import with_pseudo_labels
 from synernet_hf.training.data_options import SourceArguments, read_data_arguments, unset_data_options
-from synernet_hf.training.validation import load_data
+from synernet_hf.training.validation import check_data, load_data
 
 
 @dataclass
@@ -62,7 +63,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         record = self.dataset[index]
-        inputs = self.processor(record["image"].convert("RGB"), segmentation_maps=record["mask"], return_tensors="pt")
+        inputs = self.processor(to_rgb(record["image"]), segmentation_maps=record["mask"], return_tensors="pt")
         # (3, S, S) and (S, S)
         item = {"pixel_values": inputs["pixel_values"][0], "labels": inputs["labels"][0].long()}
         if self.mirror and torch.rand(()) < 0.5:
@@ -125,7 +126,8 @@ class Scores:
 
 def train(data_args: Any, args: SegmenterArguments, training_args: TrainingArguments) -> None:
     """Join pictures and pseudo-labels, train, score, save."""
-    splits = load_data(read_data_arguments(data_args))
+    data_args = read_data_arguments(data_args)
+    splits = check_data(load_data(data_args), data_args.on_bad_image)
     names = class_names(splits)
     pictures = with_pseudo_labels(splits["train"], args.pseudo_labels, args.min_confidence)
     model = build_model(args, names)

@@ -18,6 +18,7 @@ from testing_utils import SynerNetModelTester
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.data import build_split, load_shapes
+from synernet_hf.data.transforms import shrink
 from synernet_hf.pseudo_labels import (
     PseudoLabeler,
     PseudoLabelOptions,
@@ -136,11 +137,51 @@ def test_given_labels_or_those_of_the_classifier(model, processor):
 
 
 def test_large_pictures_get_masks_of_their_size(model, processor, monkeypatch):
-    monkeypatch.setattr("synernet_hf.pseudo_labels.MAX_PIXELS", 400)
+    monkeypatch.setattr("synernet_hf.pseudo_labels.shrink", lambda picture: shrink(picture, 400))
+    seen = []
+
+    def spy(images, **options):
+        seen.append(images.size)
+        return processor(images=images, **options)
+
     for kind in ("pseudo_label", "segmentation"):
-        label_map, content = PseudoLabeler(model, processor, PseudoLabelOptions(kind))(pictures(1)[0], [1, 1, 1])
+        label_map, content = PseudoLabeler(model, spy, PseudoLabelOptions(kind))(pictures(1)[0], [1, 1, 1])
         assert label_map.shape == (33, 40) == (content["height"], content["width"])
         assert set(np.unique(label_map)) <= {0, 1, 2, 3, 255}
+    assert seen == [(22, 18)] * 2, "the model sees a bounded picture"
+
+
+def test_other_pictures_of_the_same_name_get_masks_of_their_own(model, processor, tmp_path):
+    first, second = (split_of(pictures(2, seed), LABELS[:2]) for seed in (0, 1))
+    write_pseudo_labels(model, processor, first, tmp_path / "out")
+    write_pseudo_labels(model, processor, second, tmp_path / "out")
+    write_pseudo_labels(model, processor, second, tmp_path / "fresh")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_masks_are_not_joined_under_other_class_names(model, processor, tmp_path):
+    split = split_of(pictures(2), LABELS[:2])
+    write_pseudo_labels(model, processor, split, tmp_path, PseudoLabelOptions(image_labels="predicted"))
+    swapped = ["background", "class 2", "class 1", "class 3"]
+    other = build_split(pictures(2), split["image_id"], np.array(LABELS[:2]), swapped)
+    with pytest.raises(ValueError, match="are not those of the masks"):
+        with_pseudo_labels(other, tmp_path)
+    other.info.description = ""
+    assert json.loads(with_pseudo_labels(other, tmp_path).info.description)["class_names"] == NAMES
+
+
+def test_pictures_of_16_bits_are_not_white(model, processor, tmp_path, monkeypatch):
+    grey = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    means = []
+    original = PseudoLabeler.__call__
+    monkeypatch.setattr(
+        PseudoLabeler,
+        "__call__",
+        lambda self, image, labels: means.append(np.mean(image)) or original(self, image, labels),
+    )
+    write_pseudo_labels(model, processor, split_of([str(tmp_path / "deep.png")], [[1, 0, 0]]), tmp_path / "out")
+    assert 120 < means[0] < 135
 
 
 def test_the_folder_and_its_manifest(model, processor, tmp_path):
@@ -229,11 +270,11 @@ def test_pictures_that_do_not_decode(model, processor, tmp_path, capsys):
     split = split_of(images, LABELS[:2], ["good", "broken"])
     with pytest.raises(ValueError, match="picture broken does not decode"):
         write_pseudo_labels(model, processor, split, tmp_path)
-    table = write_pseudo_labels(model, processor, split, tmp_path, skip_undecodable=True)
+    table = write_pseudo_labels(model, processor, split, tmp_path, on_bad_image="skip")
     assert table["image_id"].to_pylist() == ["good"]
     assert "broken" in capsys.readouterr().out
     with pytest.raises(ValueError, match="None of the 1 pictures decodes"):
-        write_pseudo_labels(model, processor, split.select([1]), tmp_path, skip_undecodable=True)
+        write_pseudo_labels(model, processor, split.select([1]), tmp_path, on_bad_image="skip")
 
 
 def test_pictures_in_subfolders_and_their_masks(model, processor, tmp_path):

@@ -15,7 +15,7 @@ from testing_utils import SynerNetModelTester
 
 from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.export import main as export_main
-from synernet_hf.model_folder import check_model_folder
+from synernet_hf.model_folder import check_model_folder, load_model_folder
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,6 +131,8 @@ def test_pickled_weights_are_refused_and_not_run(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     torch.save({"weight": Touch(tmp_path / "touched")}, folder / "pytorch_model.bin")
     refused(folder, "weights in other files, such as pickled ones, are not loaded", FileNotFoundError)
+    with pytest.raises(ValueError, match="such as pickled ones, are not loaded"):
+        load_model_folder(folder)
     with pytest.raises((ValueError, OSError, pickle.UnpicklingError)):
         SynerNetForWeaklySupervisedSegmentation.from_pretrained(folder)
     assert not (tmp_path / "touched").exists()

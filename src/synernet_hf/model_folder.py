@@ -4,10 +4,11 @@ import json
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from synernet_hf.model import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation
+from synernet_hf.model import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 
 
 WEIGHTS = "model.safetensors"
@@ -18,6 +19,8 @@ MAX_SIDE = 16_384
 MAX_JSON_BYTES = 20_000_000
 # that of the safetensors library
 MAX_HEADER_BYTES = 100_000_000
+# what a folder with missing, truncated or foreign files raises on loading
+LOADING_ERRORS = (OSError, RuntimeError, TypeError, ValueError, SafetensorError, StrictDataclassError)
 
 
 def check_model_folder(folder: str | Path) -> SynerNetConfig:
@@ -53,6 +56,41 @@ def check_model_folder(folder: str | Path) -> SynerNetConfig:
             "belong together."
         )
     return config
+
+
+def load_model_folder(
+    run: str | Path,
+) -> tuple[SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor]:
+    """
+    Checks and loads a trained model and its image processor, all weights of which must be there.
+
+    Args:
+        run (`str` or `Path`):
+            Folder, or Hub id `owner/name`, of which only JSON and safetensors files are fetched.
+
+    Returns:
+        `tuple`: the model, in evaluation mode on the CPU, and the processor.
+
+    Raises:
+        ValueError: [`check_model_folder`] refuses the folder, or a part of it can not be loaded.
+    """
+    try:
+        folder = run if Path(run).is_dir() else snapshot_download(run, allow_patterns=["*.json", "*.safetensors"])
+        check_model_folder(folder)
+        model, report = SynerNetForWeaklySupervisedSegmentation.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True
+        )
+        processor = SynerNetImageProcessor.from_pretrained(folder)
+    except LOADING_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{run} holds no usable model ({reason}); give the folder of a finished run.") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(
+            f"The weights in {run} lack {len(missing)} parameters, such as {missing[0]}; give the folder of a finished "
+            "run."
+        )
+    return model, processor
 
 
 def _read_json(path: Path) -> dict:
@@ -135,4 +173,4 @@ def _count_elements(path: Path) -> int:
     return sum(torch.Size(shape).numel() for shape in shapes)
 
 
-__all__ = ["check_model_folder"]
+__all__ = ["check_model_folder", "load_model_folder"]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +18,10 @@ from PIL import Image, ImageOps, PngImagePlugin
 from tqdm.auto import tqdm
 
 from synernet_hf.data.checks import DECODING_ERRORS
+from synernet_hf.data.files import replace_file
 from synernet_hf.data.label_files import name_some
-from synernet_hf.data.schema import class_names
-from synernet_hf.data.transforms import open_picture
+from synernet_hf.data.schema import check_on_bad_image, class_names, describe
+from synernet_hf.data.transforms import open_picture, shrink, to_rgb
 from synernet_hf.model.refinement_synernet import SynerNetPixelAdaptiveRefinement, refine_pseudo_labels
 from synernet_hf.visualization import palette_image
 
@@ -41,8 +41,6 @@ MASK_FOLDER = "masks"
 RECORD_KEY = "synernet_hf"
 # names under which this module writes what is not complete yet
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
-# larger pictures are refined at this many pixels and their masks enlarged, which bounds the memory
-MAX_PIXELS = 2**20
 MANIFEST_SCHEMA = pa.schema(
     [
         ("image_id", pa.string()),
@@ -128,7 +126,8 @@ class PseudoLabeler:
 
         Args:
             image (`PIL.Image.Image`):
-                Upright RGB picture of any size.
+                Upright RGB picture of any size. One of more than a million pixels is seen smaller, and its label map
+                enlarged, so that memory does not grow with the picture.
             image_labels (`Sequence[int]`, *optional*):
                 Multi-hot labels over the foreground classes.
 
@@ -139,18 +138,17 @@ class PseudoLabeler:
             mean share of layers and branches that agree on a pixel, of `"segmentation"` the mean probability of the
             chosen class), `coverage` (share of decided pixels) and `foreground` (share of pixels with a class).
         """
-        inputs = self.processor(images=image, do_center_crop=False, do_pad=False, return_tensors="pt")
+        seen = shrink(image)
+        inputs = self.processor(images=seen, do_center_crop=False, do_pad=False, return_tensors="pt")
         pixel_values = inputs["pixel_values"].to(self.model.device, self.model.dtype)
         source = label_source(self.options, image_labels)
         if source == "given":
             labels = torch.tensor([list(image_labels)], dtype=torch.float32, device=self.model.device)
         else:
             labels = (self.model(pixel_values).classification_logits > 0).float()
-        shrink = min(1.0, (MAX_PIXELS / (image.width * image.height)) ** 0.5)
-        size = (max(1, round(image.height * shrink)), max(1, round(image.width * shrink)))
         make = self._pseudo_label if self.options.map == "pseudo_label" else self._segmentation
-        label_map, confidence = make(pixel_values, labels, image, size)
-        if shrink < 1:
+        label_map, confidence = make(pixel_values, labels, seen)
+        if seen.size != image.size:
             label_map = F.interpolate(label_map[None, None].float(), size=(image.height, image.width))[0, 0]
         label_map = label_map.to("cpu", torch.uint8).numpy()
         found = [int(class_id) for class_id in np.unique(label_map) if 0 < class_id < 255]
@@ -165,12 +163,11 @@ class PseudoLabeler:
             "foreground": round(float(((label_map != 0) & (label_map != 255)).mean()), 6),
         }
 
-    def _pseudo_label(self, pixel_values, labels, image, size) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pseudo_label(self, pixel_values, labels, image) -> tuple[torch.Tensor, torch.Tensor]:
         config = self.model.config
         cams = self.model.generate_cams(pixel_values, labels, scales=self.options.scales, flip=self.options.flip)
-        fused = F.interpolate(cams.fused_cams.float(), size=size, mode="bilinear", align_corners=False)
-        picture = image if (image.height, image.width) == size else image.resize(size[::-1], Image.Resampling.BOX)
-        pixels = torch.from_numpy(np.array(picture)).to(self.model.device).permute(2, 0, 1)[None].float() / 255
+        fused = F.interpolate(cams.fused_cams.float(), size=image.size[::-1], mode="bilinear", align_corners=False)
+        pixels = torch.from_numpy(np.array(image)).to(self.model.device).permute(2, 0, 1)[None].float() / 255
         label_maps = refine_pseudo_labels(
             pixels,
             fused,
@@ -181,10 +178,10 @@ class PseudoLabeler:
         )
         return label_maps[0], cams.confidence.float().mean()
 
-    def _segmentation(self, pixel_values, labels, image, size) -> tuple[torch.Tensor, torch.Tensor]:
+    def _segmentation(self, pixel_values, labels, image) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self.model.multi_scale_logits(pixel_values, self.options.scales, flip=bool(self.options.flip))
         possible = F.pad(labels[0].nonzero()[:, 0] + 1, (1, 0))
-        logits = F.interpolate(logits[:, possible], size=size, mode="bilinear", align_corners=False)
+        logits = F.interpolate(logits[:, possible], size=image.size[::-1], mode="bilinear", align_corners=False)
         probabilities, winners = logits[0].softmax(dim=0).max(dim=0)
         return possible[winners], probabilities.mean()
 
@@ -203,12 +200,13 @@ def write_pseudo_labels(
     output_dir: str | Path,
     options: PseudoLabelOptions | None = None,
     accelerator: "Accelerator | None" = None,
-    skip_undecodable: bool = False,
+    on_bad_image: str = "raise",
     progress: bool = False,
 ) -> pa.Table:
     """
     Writes the pseudo-label of every picture and a manifest of them; called again, does what is not there yet.
 
+    What is there is told from the picture's file and labels: a mask of another picture of the same name is made again.
     The folder holds `masks/IMAGE_ID.png` (VOC palette, 255 = undecided), `manifest.parquet` and `pseudo_labels.json`
     (what made them). Every file appears whole or not at all. Files are the same, byte for byte, for any number of
     processes and after any interruption, on one kind of device and with the same number of threads per process.
@@ -227,8 +225,8 @@ def write_pseudo_labels(
             What to make.
         accelerator (`accelerate.Accelerator`, *optional*):
             Shares the pictures over its processes, all of which must call this function.
-        skip_undecodable (`bool`, *optional*, defaults to `False`):
-            Names and leaves out pictures that do not decode, instead of stopping at the first.
+        on_bad_image (`str`, *optional*, defaults to `"raise"`):
+            `"raise"` stops at the first picture that does not decode, `"skip"` names and leaves out such pictures.
         progress (`bool`, *optional*, defaults to `False`):
             Shows a progress bar on the first process.
 
@@ -243,6 +241,7 @@ def write_pseudo_labels(
             decode.
     """
     output_dir, options = Path(output_dir), options or PseudoLabelOptions()
+    check_on_bad_image(on_bad_image)
     main = accelerator is None or accelerator.is_main_process
     _check_classes(model, dataset, options)
     records = _wanted_records(dataset, options)
@@ -250,9 +249,6 @@ def write_pseudo_labels(
     _refuse_other_settings(output_dir, settings)
     if main:
         _prepare_folder(output_dir, settings)
-    # all processes list what is missing before any of them adds to it
-    _wait(accelerator)
-    pending = [record for record in records if _finished_record(output_dir, record, options) is None]
     _wait(accelerator)
     first, step = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     pictures = dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
@@ -260,23 +256,37 @@ def write_pseudo_labels(
     was_training = model.training
     model.eval()
     try:
-        for record in tqdm(pending[first::step], desc="pseudo-labels", disable=not progress or first > 0):
+        for record in tqdm(records[first::step], desc="pseudo-labels", disable=not progress or first > 0):
+            path = output_dir / record["mask"]
             try:
-                image = _upright(pictures[record["index"]]["image"])
+                content = _file_content(pictures[record["index"]]["image"])
+                digest = hashlib.sha256(content).hexdigest()
+                if _is_current(_mask_record(path), record, digest, options):
+                    continue
+                image = _upright(content)
             except DECODING_ERRORS as error:
                 fault = f"The picture {record['image_id']} does not decode ({error})"
-                if not skip_undecodable:
-                    raise ValueError(f"{fault}: repair it, or leave such pictures out (skip_undecodable).") from error
+                if on_bad_image == "raise":
+                    raise ValueError(
+                        f"{fault}: repair it, or leave such pictures out (on_bad_image='skip')."
+                    ) from error
                 tqdm.write(f"{fault}: it gets no mask.")
+                path.unlink(missing_ok=True)
                 continue
             label_map, content = labeler(image, record["image_labels"])
-            _write_mask(output_dir / record["mask"], label_map, content)
+            _write_mask(path, label_map, content | {"picture": digest})
     finally:
         model.train(was_training)
     _wait(accelerator)
-    manifest = _manifest(output_dir, records, options, model.config.id2label)
+    manifest = _manifest(output_dir, records, model.config.id2label) if main else None
+    if accelerator is not None:
+        from accelerate.utils import broadcast_object_list
+
+        [manifest] = broadcast_object_list([manifest])
+    if len(manifest) == 0:
+        raise ValueError(f"None of the {len(records)} pictures decodes; there is nothing to label.")
     if main:
-        _replace(output_dir / MANIFEST_FILE, lambda path: pq.write_table(manifest, path))
+        replace_file(output_dir / MANIFEST_FILE, lambda path: pq.write_table(manifest, path))
     _wait(accelerator)
     return manifest
 
@@ -294,16 +304,25 @@ def with_pseudo_labels(dataset: datasets.Dataset, folder: str | Path, min_confid
             Leaves out pictures whose `confidence` in the manifest is below.
 
     Returns:
-        `datasets.Dataset`: the records that have a pseudo-label, with it in the column `mask`.
+        `datasets.Dataset`: the records that have a pseudo-label, with it in the column `mask`; they carry the class
+        list of the masks.
 
     Raises:
         FileNotFoundError: The folder has no manifest.
-        ValueError: No record is left.
+        ValueError: No record is left, or the records carry another class list than the masks.
     """
     folder = Path(folder)
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path}: give a folder that examples/pseudo_labels.py has finished.")
+    names = pseudo_label_classes(folder)
+    if dataset.info.description:
+        given = class_names(datasets.DatasetDict(split=dataset))
+        if given != names:
+            raise ValueError(
+                f"The data set's classes ({name_some(given)}) are not those of the masks in {folder} "
+                f"({name_some(names)}), in this order: load it with the masks' class list (class_names)."
+            )
     rows = pq.read_table(path, columns=["image_id", "mask", "confidence"]).to_pylist()
     masks = {row["image_id"]: str(folder / row["mask"]) for row in rows if row["confidence"] >= min_confidence}
     chosen = [index for index, image_id in enumerate(dataset["image_id"]) if image_id in masks]
@@ -315,7 +334,32 @@ def with_pseudo_labels(dataset: datasets.Dataset, folder: str | Path, min_confid
     dataset = dataset.remove_columns("mask") if "mask" in dataset.column_names else dataset
     dataset = dataset.select(chosen)
     paths = [{"path": masks[image_id], "bytes": None} for image_id in dataset["image_id"]]
-    return dataset.add_column("mask", paths, feature=datasets.Image())
+    return describe(dataset.add_column("mask", paths, feature=datasets.Image()), names)
+
+
+def pseudo_label_classes(folder: str | Path) -> list[str]:
+    """
+    Reads what the ids in pseudo-labels mean.
+
+    Args:
+        folder (`str` or `Path`):
+            What [`write_pseudo_labels`] wrote.
+
+    Returns:
+        `list[str]`: class names by id, background first.
+
+    Raises:
+        FileNotFoundError: The folder has no `pseudo_labels.json`.
+        ValueError: The file can not be read.
+    """
+    path = Path(folder) / SETTINGS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {path}: give a folder that examples/pseudo_labels.py has finished.")
+    try:
+        id2label = json.loads(path.read_text(encoding="utf-8"))["id2label"]
+        return [id2label[str(class_id)] for class_id in range(len(id2label))]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not say what the ids in the masks mean: make them anew.") from error
 
 
 def _wait(accelerator: "Accelerator | None") -> None:
@@ -323,10 +367,14 @@ def _wait(accelerator: "Accelerator | None") -> None:
         accelerator.wait_for_everyone()
 
 
-def _upright(image: dict) -> Image.Image:
-    picture = open_picture(image)
+def _file_content(image: dict) -> bytes:
+    return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+
+
+def _upright(content: bytes) -> Image.Image:
+    picture = open_picture({"bytes": content, "path": None})
     picture.load()
-    return ImageOps.exif_transpose(picture).convert("RGB")
+    return to_rgb(ImageOps.exif_transpose(picture))
 
 
 def _check_classes(model, dataset: datasets.Dataset, options: PseudoLabelOptions) -> None:
@@ -369,17 +417,22 @@ def _wanted_records(dataset: datasets.Dataset, options: PseudoLabelOptions) -> l
     return records
 
 
-def _finished_record(output_dir: Path, record: dict, options: PseudoLabelOptions) -> dict[str, Any] | None:
-    """What a finished mask says of itself; `None` where there is none, or one made for other image labels."""
+def _mask_record(path: Path) -> dict[str, Any] | None:
+    """What a finished mask says of itself; `None` where there is none."""
     try:
-        with Image.open(output_dir / record["mask"]) as mask:
-            content = json.loads(mask.info[RECORD_KEY])
+        with Image.open(path) as mask:
+            return json.loads(mask.info[RECORD_KEY])
     except (OSError, KeyError, TypeError, ValueError):
         return None
+
+
+def _is_current(content: dict[str, Any] | None, record: dict, digest: str, options: PseudoLabelOptions) -> bool:
+    """Whether a mask was made of this file, for these image labels."""
+    if content is None or content.get("picture") != digest:
+        return False
     source = label_source(options, record["image_labels"])
     wanted = [index + 1 for index, value in enumerate(record["image_labels"] or ()) if value]
-    stale = content["label_source"] != source or (source == "given" and content["labels"] != wanted)
-    return None if stale else content
+    return content["label_source"] == source and (source != "given" or content["labels"] == wanted)
 
 
 def _settings(model, processor, options: PseudoLabelOptions) -> dict[str, Any]:
@@ -440,32 +493,20 @@ def _prepare_folder(output_dir: Path, settings: dict[str, Any]) -> None:
         if TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
     text = json.dumps(settings, indent=2) + "\n"
-    _replace(output_dir / SETTINGS_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    replace_file(output_dir / SETTINGS_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _write_mask(path: Path, label_map: np.ndarray, content: dict[str, Any]) -> None:
     text = PngImagePlugin.PngInfo()
     text.add_text(RECORD_KEY, json.dumps(content, sort_keys=True))
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, lambda temporary: palette_image(label_map).save(temporary, format="PNG", pnginfo=text))
+    replace_file(path, lambda temporary: palette_image(label_map).save(temporary, format="PNG", pnginfo=text))
 
 
-def _replace(path: Path, write) -> None:
-    """Writes under a temporary name and renames, so that no half-written file is ever seen."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _manifest(
-    output_dir: Path, records: list[dict], options: PseudoLabelOptions, id2label: dict[int, str]
-) -> pa.Table:
+def _manifest(output_dir: Path, records: list[dict], id2label: dict[int, str]) -> pa.Table:
     rows = []
     for record in records:
-        content = _finished_record(output_dir, record, options)
+        content = _mask_record(output_dir / record["mask"])
         if content is None:
             continue
         missing = [class_id for class_id in content["labels"] if class_id not in content["found"]]
@@ -474,10 +515,8 @@ def _manifest(
         row["classes"] = [id2label[class_id] for class_id in content["labels"]]
         row["missing_classes"] = [id2label[class_id] for class_id in missing]
         rows.append(row)
-    if not rows:
-        raise ValueError(f"None of the {len(records)} pictures decodes; there is nothing to label.")
     rows.sort(key=lambda row: (row["confidence"], row["image_id"]))
     return pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
 
 
-__all__ = ["PseudoLabelOptions", "PseudoLabeler", "with_pseudo_labels", "write_pseudo_labels"]
+__all__ = ["PseudoLabelOptions", "PseudoLabeler", "pseudo_label_classes", "with_pseudo_labels", "write_pseudo_labels"]

@@ -137,7 +137,9 @@ def test_missing_pictures_are_refused_or_left_out(coco, caplog):
 
 def test_a_picture_of_another_size_than_its_annotations(coco):
     Image.new("RGB", (16, 20)).save(coco / "val2014" / "COCO_val2014_000000000009.jpg")
-    with pytest.raises(ValueError, match="annotations of COCO_val2014_000000000009 are for 20 x 16 .* has 16 x 20"):
+    with pytest.raises(
+        ValueError, match="mask of COCO_val2014_000000000009 is drawn from annotations for 20 x 16 .* has 16 x 20"
+    ):
         check_dataset(load_coco2014(coco))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from synernet_hf.data import build_split, load_shapes, load_voc2012
+from synernet_hf.data import PolygonMask, build_split, load_shapes, load_voc2012
 from synernet_hf.data.report import inspect_dataset
 from synernet_hf.data.sharing import self_describing, write_parquet
 
@@ -140,9 +140,9 @@ def test_the_script_keeps_undecodable_pictures_out(devkit, tmp_path, capsys):
     (devkit.voc / "JPEGImages" / f"{devkit.train_ids[2]}.jpg").write_bytes(b"none")
     words = ["--data_dir", str(devkit.root), "--output", str(tmp_path / "out"), "--parquet"]
     assert run(*words) == 2
-    assert "1 pictures do not decode" in capsys.readouterr().err
+    assert "1 of 6 records of the split 'train' can not be used" in capsys.readouterr().err
     assert not (tmp_path / "out" / "data").exists()
-    assert run(*words, "--drop_undecodable") == 0
+    assert run(*words, "--on_bad_image", "skip") == 0
     loaded = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
     assert loaded["image_id"][:] == [name for name in devkit.train_ids if name != devkit.train_ids[2]]
 
@@ -166,3 +166,39 @@ def test_generated_pictures_are_shared_too(tmp_path):
     for record, original in zip(loaded["train"], splits["train"], strict=True):
         assert np.array_equal(np.asarray(record["image"]), np.asarray(original["image"]))
         assert record["labels"] == [i for i, value in enumerate(original["image_labels"]) if value]
+
+
+@pytest.fixture
+def annotated():
+    """Splits with masks that are kept as annotations."""
+    objects = json.dumps([[2, [[2, 2, 8, 2, 8, 8, 2, 8]]]])
+    cells = [{"height": 10, "width": 20, "objects": objects}, {"height": 20, "width": 10, "objects": objects}]
+    validation = build_split(
+        [encoded(1), encoded(2)], ["good", "turned"], np.array([[0, 1, 0]] * 2), NAMES, cells, PolygonMask()
+    )
+    return datasets.DatasetDict(train=build_split([encoded(0)], ["a"], [[1, 0, 0]], NAMES), validation=validation)
+
+
+def test_annotations_are_looked_at_and_shared_as_masks(annotated, tmp_path):
+    faults = inspect_dataset(annotated).splits["validation"].unusable_masks
+    assert list(faults) == ["turned"] and "10 x 20 pixels" in faults["turned"]
+    write_parquet(self_describing(annotated), tmp_path / "out")
+    loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    for record, original in zip(loaded["validation"], annotated["validation"], strict=True):
+        assert np.array_equal(np.asarray(record["mask"]), np.asarray(original["mask"]))
+        assert set(np.unique(record["mask"])) == {0, 2}
+    assert loaded["train"][0]["mask"] is None
+
+
+def test_an_empty_split_is_not_left_out_in_silence(annotated, tmp_path):
+    annotated["validation"] = annotated["validation"].select([])
+    with pytest.raises(ValueError, match="split 'validation' is empty"):
+        write_parquet(annotated, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_streamed_data_is_refused_by_the_script(tmp_path, capsys):
+    write_parquet(self_describing(load_shapes(2, 1, image_size=32)), tmp_path / "data")
+    words = ["--dataset", "hub", "--data_dir", str(tmp_path / "data"), "--dataset_options", '{"streaming": true}']
+    assert run(*words) == 2
+    assert "Streamed data can not be counted" in capsys.readouterr().err

@@ -411,7 +411,7 @@ def test_evaluate_script_checks_the_split_before_it_scores(root, shapes_run, tmp
     picture = devkit.voc / "JPEGImages" / f"{devkit.validation_ids[1]}.jpg"
     picture.write_bytes(b"no picture")
     script = load_script(root, "evaluate")
-    monkeypatch.setattr(script, "load_run", lambda run: pytest.fail("the model was loaded before the check"))
+    monkeypatch.setattr(script, "load_model_folder", lambda run: pytest.fail("the model was loaded before the check"))
     words = [str(shapes_run), "--dataset", "voc2012", "--data_dir", str(devkit.root)]
     assert script.main(words) == 2
     sentence = f"the picture {devkit.validation_ids[1]} ("

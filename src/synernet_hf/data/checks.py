@@ -8,14 +8,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from synernet_hf.data.label_files import name_some
-from synernet_hf.data.polygon_mask import PolygonMask
+from synernet_hf.data.polygon_mask import IGNORE_INDEX, PolygonMask
 from synernet_hf.data.schema import class_names, describe, skipped_records
 from synernet_hf.data.transforms import ORIENTATION_TAG, TRANSPOSED_ORIENTATIONS, open_picture
 
 
 logger = logging.getLogger(__name__)
 
-IGNORE_INDEX = 255
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
@@ -137,6 +136,86 @@ def mask_ids(
     return ids.astype(np.int64)
 
 
+def undecoded(split: datasets.Dataset, columns: list[str]) -> datasets.Dataset:
+    """
+    Columns of a split with pictures and masks as they are stored.
+
+    Args:
+        split (`datasets.Dataset`):
+            Of a loader of this package.
+        columns (`list[str]`):
+            Names of the columns.
+
+    Returns:
+        `datasets.Dataset`: these columns; cells of `image` and `mask` are dictionaries.
+    """
+    split = split.select_columns(columns)
+    for column in [name for name in ("image", "mask") if name in columns]:
+        kind = PolygonMask if isinstance(split.features[column], PolygonMask) else datasets.Image
+        split = split.cast_column(column, kind(decode=False))
+    return split
+
+
+def decode_size(picture: Image.Image) -> tuple[int, int]:
+    """
+    Decodes a picture to see whether it does, a JPEG at an eighth of its size.
+
+    Args:
+        picture (`PIL.Image.Image`):
+            As [`open_picture`] gives it.
+
+    Returns:
+        `tuple[int, int]`: width and height of the upright picture.
+
+    Raises:
+        One of `DECODING_ERRORS`: It does not decode.
+    """
+    size = picture.size
+    picture.draft("RGB", (max(1, size[0] // 8), max(1, size[1] // 8)))
+    picture.load()
+    # asked after loading: a TIFF is turned by loading, and a PNG may have its EXIF after the pixels
+    return size[::-1] if picture.getexif().get(ORIENTATION_TAG) in TRANSPOSED_ORIENTATIONS else size
+
+
+def examine_mask(cell: dict | None, size: tuple[int, int], num_labels: int) -> tuple[str | None, np.ndarray | None]:
+    """
+    Looks at one stored mask.
+
+    Args:
+        cell (`dict`, *optional*):
+            What [`undecoded`] gives.
+        size (`tuple[int, int]`):
+            Width and height of its picture, upright.
+        num_labels (`int`):
+            Number of classes, background included.
+
+    Returns:
+        `tuple[str | None, np.ndarray | None]`: what is wrong, a predicate such as `"is missing"`, or `None`; and the
+        ids as in [`mask_ids`] where the mask was opened and can be used. Annotations are not drawn.
+    """
+    if cell is None:
+        return "is missing", None
+    if "objects" in cell:
+        # drawn from annotations, as large as these say and with the classes they name
+        if (cell["width"], cell["height"]) == size:
+            return None, None
+        return (
+            f"is drawn from annotations for {cell['width']} x {cell['height']} pixels (width x height), its picture "
+            f"has {size[0]} x {size[1]}",
+            None,
+        )
+    try:
+        mask = open_picture(cell)
+        mask.load()
+        mask = ImageOps.exif_transpose(mask)
+    except DECODING_ERRORS as error:
+        return f"does not decode ({error})", None
+    try:
+        return None, mask_ids(mask, size, num_labels)
+    except ValueError as error:
+        return str(error), None
+
+
 def _check_labels(split: datasets.Dataset, split_name: str, num_classes: int) -> np.ndarray:
     table = split.select_columns(["image_id", "image_labels"])[:]
     wrong = [index for index, vector in enumerate(table["image_labels"]) if len(vector) != num_classes]
@@ -169,10 +248,7 @@ def _complaints(split: datasets.Dataset, split_name: str, num_labels: int, num_t
     """What is wrong with each record, `None` where nothing is."""
     scored = "mask" in split.column_names and split_name != "train"
     columns = ["image", "image_id", "image_labels", "mask"] if scored else ["image", "image_id"]
-    split = split.select_columns(columns).cast_column("image", datasets.Image(decode=False))
-    if scored:
-        kind = PolygonMask if isinstance(split.features["mask"], PolygonMask) else datasets.Image
-        split = split.cast_column("mask", kind(decode=False))
+    split = undecoded(split, columns)
     with ThreadPoolExecutor(num_threads) as pool:
         outcomes = list(pool.map(lambda index: _examine(split[index], num_labels), range(len(split))))
     contradictions = sum(contradicts for _, contradicts in outcomes)
@@ -192,44 +268,17 @@ def _examine(record: dict, num_labels: int) -> tuple[str | None, bool]:
     path = record["image"].get("path")
     name = f"the picture {record['image_id']}" + (f" ({path})" if path else "")
     try:
-        picture = open_picture(record["image"])
-        size = picture.size
-        picture.draft("RGB", (max(1, size[0] // 8), max(1, size[1] // 8)))
-        picture.load()
-        # asked after loading: a TIFF is turned by loading, and a PNG may have its EXIF after the pixels
-        if picture.getexif().get(ORIENTATION_TAG) in TRANSPOSED_ORIENTATIONS:
-            size = size[::-1]
+        size = decode_size(open_picture(record["image"]))
     except DECODING_ERRORS as error:
         return f"{name} does not decode ({error})", False
-    return (None, False) if "mask" not in record else _examine_mask(record, size, num_labels)
-
-
-def _examine_mask(record: dict, size: tuple[int, int], num_labels: int) -> tuple[str | None, bool]:
-    cell = record["mask"]
-    if cell is None:
-        return f"the mask of {record['image_id']} is missing", False
-    if "objects" in cell:
-        # drawn from annotations, as large as these say and with the classes they name
-        if (cell["width"], cell["height"]) == size:
-            return None, False
-        return (
-            f"the annotations of {record['image_id']} are for {cell['width']} x {cell['height']} pixels (width x "
-            f"height), its picture has {size[0]} x {size[1]}",
-            False,
-        )
-    name = f"the mask of {record['image_id']}" + (f" ({cell['path']})" if cell["path"] else "")
-    try:
-        mask = open_picture(cell)
-        mask.load()
-        mask = ImageOps.exif_transpose(mask)
-    except DECODING_ERRORS as error:
-        return f"{name} does not decode ({error})", False
-    try:
-        ids = mask_ids(mask, size, num_labels)
-    except ValueError as error:
-        return f"{name} {error}", False
+    if "mask" not in record:
+        return None, False
+    fault, ids = examine_mask(record["mask"], size, num_labels)
+    if fault:
+        path = (record["mask"] or {}).get("path")
+        return f"the mask of {record['image_id']}" + (f" ({path})" if path else "") + f" {fault}", False
     named = {0, IGNORE_INDEX, *(label + 1 for label, there in enumerate(record["image_labels"]) if there)}
-    return None, not named.issuperset(np.unique(ids).tolist())
+    return None, ids is not None and not named.issuperset(np.unique(ids).tolist())
 
 
-__all__ = ["check_dataset", "drop_bad_records", "mask_ids"]
+__all__ = ["check_dataset", "decode_size", "drop_bad_records", "examine_mask", "mask_ids", "undecoded"]

@@ -8,12 +8,11 @@ from typing import Any
 
 import datasets
 import numpy as np
-from PIL import ImageOps
 
-from synernet_hf.data.checks import DECODING_ERRORS, mask_ids
+from synernet_hf.data.checks import DECODING_ERRORS, decode_size, examine_mask, undecoded
 from synernet_hf.data.label_files import name_some
 from synernet_hf.data.schema import class_names
-from synernet_hf.data.transforms import ORIENTATION_TAG, TRANSPOSED_ORIENTATIONS, open_picture
+from synernet_hf.data.transforms import open_picture
 
 
 @dataclass
@@ -186,9 +185,7 @@ def _look_at_pictures(
     split: datasets.Dataset, split_name: str, num_labels: int, num_threads: int
 ) -> list[dict[str, Any]]:
     columns = ["image"] + ["mask"] * ("mask" in split.column_names and split_name != "train")
-    split = split.select_columns(columns)
-    for column in columns:
-        split = split.cast_column(column, datasets.Image(decode=False))
+    split = undecoded(split, columns)
     with ThreadPoolExecutor(num_threads) as pool:
         return list(pool.map(lambda index: _look_at(split[index], num_labels), range(len(split))))
 
@@ -200,33 +197,14 @@ def _look_at(record: dict, num_labels: int) -> dict[str, Any]:
         content = Path(record["image"]["path"]).read_bytes() if content is None else content
         seen |= {"digest": hashlib.sha256(content).digest(), "num_bytes": len(content)}
         picture = open_picture({"bytes": content, "path": None})
-        size, seen["kind"] = picture.size, f"{picture.format} {picture.mode}"
-        picture.draft("RGB", (max(1, size[0] // 8), max(1, size[1] // 8)))
-        picture.load()
-        # asked after loading: a TIFF is turned by loading, and a PNG may have its EXIF after the pixels
-        transposed = picture.getexif().get(ORIENTATION_TAG) in TRANSPOSED_ORIENTATIONS
-        seen["size"] = size[::-1] if transposed else size
+        seen["kind"] = f"{picture.format} {picture.mode}"
+        seen["size"] = decode_size(picture)
     except DECODING_ERRORS as error:
         seen["fault"] = " ".join(str(error).split())
         return seen
     if "mask" in record:
-        seen["mask_fault"] = _mask_fault(record["mask"], seen["size"], num_labels)
+        seen["mask_fault"], _ = examine_mask(record["mask"], seen["size"], num_labels)
     return seen
-
-
-def _mask_fault(mask: dict | None, size: tuple[int, int], num_labels: int) -> str | None:
-    if mask is None:
-        return "is missing"
-    try:
-        opened = open_picture(mask)
-        opened.load()
-    except DECODING_ERRORS as error:
-        return f"does not decode ({error})"
-    try:
-        mask_ids(ImageOps.exif_transpose(opened), size, num_labels)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def _three(values: list[int]) -> list[int]:

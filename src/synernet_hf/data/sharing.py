@@ -1,11 +1,14 @@
 """Data sets that stand on their own: pictures inside the parquet files, class names in their schema."""
 
-import os
+import io
 from pathlib import Path
 
 import datasets
 from datasets.table import embed_table_storage
+from PIL import Image
 
+from synernet_hf.data.files import replace_file
+from synernet_hf.data.polygon_mask import PolygonMask
 from synernet_hf.data.schema import class_names
 
 
@@ -23,7 +26,8 @@ def self_describing(dataset_dict: datasets.DatasetDict) -> datasets.DatasetDict:
     Returns:
         `datasets.DatasetDict`: the same records with `labels`, a list of `datasets.ClassLabel` over the foreground
         classes, in place of `image_labels`; `push_to_hub` keeps it, and puts the pictures into its files. Where one
-        split has a `mask` column all have it, empty in the others, because files are read with one schema.
+        split has a `mask` column all have it, empty in the others, because files are read with one schema. Masks that
+        are kept as annotations are drawn and become PNG files in memory.
 
     Raises:
         ValueError: The splits carry no class list, or not the same one.
@@ -36,6 +40,9 @@ def self_describing(dataset_dict: datasets.DatasetDict) -> datasets.DatasetDict:
         split = split.remove_columns("image_labels").add_column(LABEL_COLUMN, labels, feature=kind)
         if with_masks and "mask" not in split.column_names:
             split = split.add_column("mask", [None] * len(split), feature=datasets.Image())
+        elif with_masks and isinstance(split.features["mask"], PolygonMask):
+            drawn = [_as_png(mask) for mask in split["mask"]]
+            split = split.remove_columns("mask").add_column("mask", drawn, feature=datasets.Image())
         columns = ["image", "image_id", LABEL_COLUMN] + ["mask"] * with_masks
         described[name] = split.select_columns(columns)
     return datasets.DatasetDict(described)
@@ -58,10 +65,13 @@ def write_parquet(dataset_dict: datasets.DatasetDict, folder: str | Path, pictur
         `list[Path]`: the files.
 
     Raises:
-        ValueError: `pictures_per_file` is not positive, or the folder holds parquet files of another number.
+        ValueError: `pictures_per_file` is not positive, a split is empty, or the folder holds parquet files of another number.
     """
     if pictures_per_file < 1:
         raise ValueError(f"pictures_per_file is {pictures_per_file}; a positive number is expected.")
+    empty = [name for name, split in dataset_dict.items() if len(split) == 0]
+    if empty:
+        raise ValueError(f"The split {empty[0]!r} is empty: leave it out, or give at least one picture.")
     data = Path(folder) / "data"
     counts = {name: -(-len(split) // pictures_per_file) for name, split in dataset_dict.items()}
     paths = {
@@ -79,16 +89,17 @@ def write_parquet(dataset_dict: datasets.DatasetDict, folder: str | Path, pictur
     return [path for group in paths.values() for path in group]
 
 
+def _as_png(mask: Image.Image) -> dict:
+    stream = io.BytesIO()
+    mask.save(stream, format="PNG")
+    return {"bytes": stream.getvalue(), "path": None}
+
+
 def _write_embedded(shard: datasets.Dataset, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     embedded = shard.with_format("arrow").map(
         embed_table_storage, batched=True, batch_size=100, keep_in_memory=True, load_from_cache_file=False
     )
-    try:
-        embedded.with_format(None).to_parquet(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, embedded.with_format(None).to_parquet)
 
 
 __all__ = ["self_describing", "write_parquet"]

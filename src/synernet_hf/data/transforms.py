@@ -16,6 +16,8 @@ from torch.utils.data import Dataset, Sampler
 # Orientations of the EXIF standard that swap the axes.
 TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)
 ORIENTATION_TAG = 0x0112
+# larger pictures are shrunk to this many pixels before a model sees them whole, which bounds the memory
+MAX_PIXELS = 2**20
 
 
 def open_picture(image: dict | str | Path | Image.Image) -> Image.Image:
@@ -59,6 +61,26 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I;16"):
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     return picture.convert("RGB")
+
+
+def shrink(picture: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """
+    Bounds the number of pixels of a picture.
+
+    Args:
+        picture (`PIL.Image.Image`):
+            Any size, mode `RGB` or `L`.
+        max_pixels (`int`, *optional*, defaults to 1048576):
+            The bound.
+
+    Returns:
+        `PIL.Image.Image`: the picture itself if it is within the bound, else a smaller one of the same shape.
+    """
+    factor = (max_pixels / (picture.width * picture.height)) ** 0.5
+    if factor >= 1:
+        return picture
+    size = (max(1, int(picture.width * factor)), max(1, int(picture.height * factor)))
+    return picture.resize(size, Image.Resampling.BOX)
 
 
 class TrainTransform:

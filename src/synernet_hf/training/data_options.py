@@ -90,4 +90,19 @@ def read_data_arguments(given: argparse.Namespace, run: str | Path | None = None
     return DataArguments(**settings)
 
 
-__all__ = ["SourceArguments", "read_data_arguments", "unset_data_options"]
+def name_own_classes(data_args: DataArguments, id2label: dict[int, str]) -> None:
+    """
+    Gives pictures of one's own that come without a class list that of a model, so that labels are read by name.
+
+    Args:
+        data_args ([`DataArguments`]):
+            Changed in place; the public benchmarks and generated pictures have lists of their own.
+        id2label (`dict[int, str]`):
+            Class names by id, background first.
+    """
+    if data_args.dataset not in ("voc2012", "coco2014", "shapes"):
+        names = [id2label[label] for label in sorted(id2label)]
+        data_args.dataset_options = {"class_names": names} | data_args.dataset_options
+
+
+__all__ = ["SourceArguments", "name_own_classes", "read_data_arguments", "unset_data_options"]

@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from synernet_hf.data.checks import mask_ids
-from synernet_hf.data.transforms import to_rgb
+from synernet_hf.data.transforms import shrink, to_rgb
 from synernet_hf.metrics import MeanIoU
 
 
@@ -196,6 +196,13 @@ def _resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return torch.nn.functional.interpolate(maps.float(), size=size, mode="bilinear", align_corners=False)
 
 
+def _enlarged(ids: torch.Tensor | np.ndarray, size: tuple[int, int]) -> torch.Tensor | np.ndarray:
+    """A label map `(h, w)` at the size of a picture that was shrunk."""
+    if tuple(ids.shape) == size:
+        return ids
+    return torch.nn.functional.interpolate(torch.as_tensor(ids)[None, None].float(), size=size)[0, 0].long()
+
+
 class _KindScorer:
     """Label maps of one picture for every kind asked for."""
 
@@ -223,7 +230,7 @@ class _KindScorer:
         return self.cams or self.baselines
 
     def __call__(self, record: dict) -> dict[str, torch.Tensor | np.ndarray]:
-        image = to_rgb(record["image"])
+        image = shrink(to_rgb(record["image"]))
         inputs = self.processor(images=image, do_center_crop=False, do_pad=False, return_tensors="pt")
         pixel_values = inputs["pixel_values"].to(device=self.model.device)
         size = (image.height, image.width)
@@ -239,7 +246,7 @@ class _KindScorer:
         if self.needs_labels:
             labels = torch.tensor([record["image_labels"]], dtype=torch.float32, device=self.model.device)
             predictions |= self._cam_predictions(pixel_values, labels, size)
-        return predictions
+        return {name: _enlarged(ids, record["image"].size[::-1]) for name, ids in predictions.items()}
 
     def _cam_predictions(
         self, pixel_values: torch.Tensor, labels: torch.Tensor, size: tuple[int, int]
@@ -277,7 +284,8 @@ def evaluate_model(
     """
     Score the segmentation and the class activation maps of a model on pictures with masks.
 
-    Every picture is taken alone at its native size. One confusion matrix per kind of prediction is kept and nothing
+    Every picture is taken alone at its native size; one of more than a million pixels is shrunk for the model, and its
+    label maps are enlarged again. One confusion matrix per kind of prediction is kept and nothing
     else, so memory does not grow with the split. With an accelerator each process takes every n-th picture, and the
     matrices are summed at the end: all processes must call this function and all get the same result. CAMs are scored
     as in the paper's tables: the true image labels, and the single threshold `config.background_threshold` (at or
