@@ -162,7 +162,7 @@ def test_random_weights_and_a_run_without_masks():
     settings = card_data().settings | {"backbone": None, "backbone_config": {"model_type": "vit"}}
     card = generate_model_card(card_data(settings=settings, results={}))
     assert "| encoder | random weights, vit |" in card.text
-    assert "Not evaluated: the validation split has no masks." in card.text
+    assert "Not evaluated: there is no validation split with masks." in card.text
     assert "| prediction |" not in card.text
     assert card.data.eval_results is None
 

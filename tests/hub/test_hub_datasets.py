@@ -6,25 +6,20 @@ import pytest
 pytest.importorskip("datasets")
 
 PUSH = """
-import datasets
-from synernet_hf.data import load_shapes
+from synernet_hf.data import load_shapes, self_describing
 
 shapes = load_shapes(num_train=6, num_validation=4, image_size=32)
-kept = {name: [split[index]["image_labels"] for index in range(len(split))] for name, split in shapes.items()}
-# splits with other columns, here `mask`, are configurations of their own
-for name, split in shapes.items():
-    split.push_to_hub("owner/shapes", config_name=name, split=name, private=True)
-result = kept
+self_describing(shapes).push_to_hub("owner/shapes", private=True)
+result = {name: [record["image_labels"] for record in split] for name, split in shapes.items()}
 """
 LOAD = """
-import datasets
+from synernet_hf.data import class_names, load_image_labels, load_wsss_dataset
 
-loaded = {name: datasets.load_dataset("owner/shapes", name, split=name) for name in ("train", "validation")}
-result = {name: [record["image_labels"] for record in split] for name, split in loaded.items()}
-for split in loaded.values():
-    assert split[0]["image"].size == (32, 32)
-assert loaded["validation"][0]["mask"].mode in ("L", "P")
+loaded = load_image_labels("owner/shapes")
+assert class_names(loaded) == class_names(load_wsss_dataset("shapes", dataset_options={"num_train": 1}))
+assert loaded["train"][0]["image"].size == loaded["validation"][0]["mask"].size == (32, 32)
 assert "mask" not in loaded["train"].column_names
+result = {name: [list(record["image_labels"]) for record in split] for name, split in loaded.items()}
 """
 
 
@@ -36,9 +31,9 @@ def test_a_pushed_data_set_is_loaded_streamed_and_kept(client, new_client, hub, 
     start = len(hub.requests)
     streamed = online(
         """
-        import datasets
-        stream = datasets.load_dataset("owner/shapes", "validation", split="validation", streaming=True)
-        result = [record["image_labels"] for record in stream]
+        from synernet_hf.data import load_image_labels
+        stream = load_image_labels("owner/shapes", streaming=True)["validation"]
+        result = [list(record["image_labels"]) for record in stream]
         """
     )
     assert streamed == pushed["validation"]
