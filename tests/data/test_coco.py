@@ -77,6 +77,14 @@ def test_masks_hold_small_objects_above_large_ones_and_crowds_as_ignore(coco):
     assert not np.asarray(load_coco2014(coco)["validation"][1]["mask"]).any()
 
 
+def test_streams_give_the_same_records(coco):
+    loaded, streamed = load_coco2014(coco), load_coco2014(coco, streaming=True)
+    assert class_names(streamed) == NAMES
+    for record, expected in zip(streamed["validation"], loaded["validation"], strict=True):
+        assert record["image_id"] == expected["image_id"]
+        assert np.array_equal(np.asarray(record["mask"]), np.asarray(expected["mask"]))
+
+
 def test_a_mask_is_drawn_when_its_record_is_opened_and_not_before(coco, monkeypatch):
     drawn = []
     original = polygon_mask.draw_objects

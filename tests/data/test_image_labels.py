@@ -293,8 +293,9 @@ def test_by_name_and_by_path(folder):
         load_wsss_dataset(str(folder), folder)
     with pytest.raises(ValueError, match="'image_folder' does not take num_train: it takes data_dir, class_names"):
         load_wsss_dataset("image_folder", folder, dataset_options={"num_train": 3})
-    with pytest.raises(ValueError, match="a folder of pictures, which are read one by one anyway"):
-        load_image_labels(folder, streaming=True)
+    streamed = load_image_labels(folder, streaming=True, on_bad_image="skip")
+    assert class_names(streamed) == ["background", "cat", "dog"]
+    assert [record["image_id"] for record in streamed["train"]] == ["a", "b"]
     assert list(
         load_wsss_dataset("shapes", dataset_options={"num_train": 1, "num_validation": 1, "on_bad_image": "skip"})
     )

@@ -43,6 +43,16 @@ def test_splits_follow_the_lists_and_only_validation_has_masks(devkit):
     assert ids == {0, 255} | {VOC_NAMES.index(name) for name in devkit.labels[record["image_id"]]}
 
 
+def test_streams_give_the_same_records(devkit):
+    loaded, streamed = load_voc2012(devkit.root), load_voc2012(devkit.root, streaming=True)
+    assert class_names(streamed) == VOC_NAMES
+    for split, records in streamed.items():
+        for record, expected in zip(records, loaded[split], strict=True):
+            assert list(record["image_labels"]) == expected["image_labels"]
+            assert record["image"].tobytes() == expected["image"].tobytes()
+            assert ("mask" in record) == (split == "validation")
+
+
 def test_devkit_and_voc2012_folder_are_the_same(devkit):
     assert labels_of(load_voc2012(devkit.root)) == labels_of(load_voc2012(str(devkit.voc)))
 

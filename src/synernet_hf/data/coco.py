@@ -11,7 +11,7 @@ import numpy as np
 
 from synernet_hf.data.label_files import name_some
 from synernet_hf.data.polygon_mask import IGNORE_INDEX, PolygonMask
-from synernet_hf.data.schema import build_split, check_on_bad_image, describe, id2label_from
+from synernet_hf.data.schema import as_streams, build_split, check_on_bad_image, describe, id2label_from
 
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,8 @@ def load_coco2014(
     train_split: str = "train2014",
     validation_split: str = "val2014",
     on_bad_image: str = "raise",
-) -> datasets.DatasetDict:
+    streaming: bool = False,
+) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """
     Loads COCO 2014, or any folder in its layout, without decoding a picture.
 
@@ -46,9 +47,11 @@ def load_coco2014(
         on_bad_image (`str`, *optional*, defaults to `"raise"`):
             What to do about annotated pictures that are not there: `"raise"`, or `"skip"` to leave them out and list
             them ([`skipped_records`]).
+        streaming (`bool`, *optional*, defaults to `False`):
+            Gives an `IterableDatasetDict` to go through; not for training, which draws pictures at random.
 
     Returns:
-        `datasets.DatasetDict`: `train` (`image`, `image_id`, `image_labels`) and `validation` (the same and `mask`).
+        `datasets.DatasetDict` or `datasets.IterableDatasetDict`: `train` (`image`, `image_id`, `image_labels`) and `validation` (the same and `mask`).
 
     Raises:
         FileNotFoundError: A folder, an annotation file or a picture is missing.
@@ -71,7 +74,7 @@ def load_coco2014(
             )
         names = reader.class_names
         splits[split] = _build(root / name, reader, on_bad_image)
-    return datasets.DatasetDict(splits)
+    return as_streams(splits) if streaming else datasets.DatasetDict(splits)
 
 
 class _AnnotationReader:

@@ -19,7 +19,7 @@ from synernet_hf.data.image_folder import (
     split_folders,
 )
 from synernet_hf.data.label_files import name_some
-from synernet_hf.data.schema import build_split, check_on_bad_image
+from synernet_hf.data.schema import as_streams, build_split, check_on_bad_image
 
 
 logger = logging.getLogger(__name__)
@@ -83,9 +83,8 @@ def load_image_labels(
             What to do about pictures that a table names and that are not there: `"raise"`, or `"skip"` to leave them
             out and list them ([`skipped_records`]).
         streaming (`bool`, *optional*, defaults to `False`):
-            Gives an `IterableDatasetDict` that reads a Hub or parquet data set while it is gone through. Not for
-            training, which draws pictures at random, and not for folders, whose pictures are not read before they are
-            needed either way.
+            Gives an `IterableDatasetDict` to go through; a Hub or parquet data set is read meanwhile. Not for
+            training, which draws pictures at random.
         columns ([`ColumnNames`]):
             `image_column`, `label_column` and `mask_column`.
 
@@ -114,10 +113,8 @@ def load_image_labels(
     path = Path(data_dir).expanduser()
     is_table = path.is_file() and path.suffix.lower() in TABLE_SUFFIXES
     if is_table or (path.is_dir() and not _holds_columns(path)):
-        if streaming:
-            raise ValueError(f"{path} is a folder of pictures, which are read one by one anyway: leave streaming out.")
-        splits = _read_folder(path, columns, train_split, validation_split)
-        return _build(splits, path, class_names, on_bad_image)
+        built = _build(_read_folder(path, columns, train_split, validation_split), path, class_names, on_bad_image)
+        return as_streams(built) if streaming else built
     if not path.exists() and str(data_dir).count("/") != 1:
         raise FileNotFoundError(f"There is no folder {data_dir}, and it is no Hub id of the form owner/name.")
     splits = load_columns(data_dir, dict(columns), class_names, (train_split, validation_split), streaming)

@@ -202,6 +202,16 @@ def skipped_records(dataset_dict: datasets.DatasetDict) -> dict[str, list[str]]:
     return {name: phrases for name, phrases in found.items() if phrases}
 
 
+def as_streams(dataset_dict: datasets.DatasetDict) -> datasets.IterableDatasetDict:
+    """The same splits to be gone through one record after another; their description stays readable."""
+    streams = datasets.IterableDatasetDict()
+    for name, split in dataset_dict.items():
+        streams[name] = split.to_iterable_dataset()
+        # `datasets` does not take it along
+        streams[name].info.description = split.info.description
+    return streams
+
+
 def class_names(dataset_dict: datasets.DatasetDict) -> list[str]:
     """
     Reads the class list that a loader of this package left in its splits.
@@ -234,6 +244,7 @@ def class_names(dataset_dict: datasets.DatasetDict) -> list[str]:
 __all__ = [
     "COCO_CLASSES",
     "VOC_CLASSES",
+    "as_streams",
     "build_split",
     "check_on_bad_image",
     "class_index",

@@ -18,7 +18,7 @@ from synernet_hf.data.label_files import (
     select_labels,
     strip_picture_suffix,
 )
-from synernet_hf.data.schema import VOC_CLASSES, build_split, check_on_bad_image
+from synernet_hf.data.schema import VOC_CLASSES, as_streams, build_split, check_on_bad_image
 
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,8 @@ def load_voc2012(
     train_split: str | None = None,
     validation_split: str = "val",
     on_bad_image: str = "raise",
-) -> datasets.DatasetDict:
+    streaming: bool = False,
+) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """
     Loads PASCAL VOC 2012, or any folder in its layout, without decoding a picture.
 
@@ -55,9 +56,11 @@ def load_voc2012(
         on_bad_image (`str`, *optional*, defaults to `"raise"`):
             What to do about listed pictures that are not there: `"raise"`, or `"skip"` to leave them out and list them
             ([`skipped_records`]).
+        streaming (`bool`, *optional*, defaults to `False`):
+            Gives an `IterableDatasetDict` to go through; not for training, which draws pictures at random.
 
     Returns:
-        `datasets.DatasetDict`: `train` (`image`, `image_id`, `image_labels`) and `validation` (the same and, where
+        `datasets.DatasetDict` or `datasets.IterableDatasetDict`: `train` (`image`, `image_id`, `image_labels`) and `validation` (the same and, where
         masks exist, `mask`).
 
     Raises:
@@ -101,7 +104,7 @@ def load_voc2012(
         paths = [str(root / "JPEGImages" / pictures[image_id][0]) for image_id in split_ids]
         skipped = [f"{image_id} of the list {list_name} is not in {root / 'JPEGImages'}" for image_id in missing]
         splits[split] = build_split(paths, split_ids, labels, VOC_CLASSES, masks, skipped=skipped)
-    return datasets.DatasetDict(splits)
+    return as_streams(splits) if streaming else datasets.DatasetDict(splits)
 
 
 def _find_root(data_dir: Path) -> Path:
