@@ -46,6 +46,18 @@ def faulty():
     return datasets.DatasetDict(train=train, validation=validation)
 
 
+@pytest.mark.parametrize("number, found", [(10, True), (9, False)])
+def test_a_rare_class_with_the_name_of_a_common_one_is_shown(number, found):
+    names = ["background", "cat", "caat", "cow"]
+    labels = np.zeros((number + 1, 3), dtype=int)
+    labels[:number, 0], labels[number, 1] = 1, 1
+    split = build_split(
+        [encoded(seed) for seed in range(number + 1)], [f"{i}" for i in range(number + 1)], labels, names
+    )
+    text = inspect_dataset(datasets.DatasetDict(train=split)).text()
+    assert (f"almost the name of a common one (caat: 1, cat: {number})" in text) == found
+
+
 def test_everything_wrong_is_found(faulty):
     report = inspect_dataset(faulty)
     train, validation = report.splits["train"], report.splits["validation"]

@@ -3,6 +3,7 @@
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,9 @@ class DatasetReport:
                     f"{name}: {len(absent)} of {len(split.class_counts)} classes are in no picture "
                     f"({name_some(absent)})."
                 )
+            doubtful = _likely_misspelt(split.class_counts)
+            if doubtful:
+                found.append(f"{name}: rare classes with almost the name of a common one ({name_some(doubtful)}).")
         if self.duplicates:
             groups = [" = ".join(group) for group in self.duplicates]
             found.append(f"{len(groups)} groups of pictures are equal, byte for byte ({name_some(groups)}).")
@@ -119,7 +123,12 @@ class DatasetReport:
             counts = [f"{split.class_counts[label]:,}" for split in self.splits.values()]
             lines.append("  ".join([f"{label:<{width}}", *(c.rjust(w) for c, w in zip(counts, columns, strict=True))]))
         problems = self.problems()
-        lines += ["", f"{len(problems)} things to look at:" if problems else "Nothing found that needs a look."]
+        lines += [
+            "",
+            f"{len(problems)} {'thing' if len(problems) == 1 else 'things'} to look at:"
+            if problems
+            else "Nothing found that needs a look.",
+        ]
         return "\n".join(lines + [f"- {problem}" for problem in problems])
 
 
@@ -205,6 +214,16 @@ def _look_at(record: dict, num_labels: int) -> dict[str, Any]:
     if "mask" in record:
         seen["mask_fault"], _ = examine_mask(record["mask"], seen["size"], num_labels)
     return seen
+
+
+def _likely_misspelt(class_counts: dict[str, int]) -> list[str]:
+    """Classes at most a tenth as frequent as another of nearly the same name."""
+    found = []
+    for label, count in class_counts.items():
+        common = [other for other, number in class_counts.items() if number >= 10 * max(count, 1)]
+        near = get_close_matches(label, common, n=1, cutoff=0.8) if count else []
+        found += [f"{label}: {count}, {other}: {class_counts[other]}" for other in near]
+    return found
 
 
 def _three(values: list[int]) -> list[int]:
