@@ -268,7 +268,7 @@ def write_pseudo_labels(
                 fault = f"The picture {record['image_id']} does not decode ({error})"
                 if on_bad_image == "raise":
                     raise ValueError(
-                        f"{fault}: repair it, or leave such pictures out (on_bad_image='skip')."
+                        f"{fault}: repair it, or leave such pictures out (on_bad_image='skip', on the command line --on_bad_image skip)."
                     ) from error
                 tqdm.write(f"{fault}: it gets no mask.")
                 path.unlink(missing_ok=True)

@@ -240,7 +240,7 @@ def _check_pictures(split: datasets.Dataset, split_name: str, num_labels: int, n
     if complaints:
         raise ValueError(
             f"{len(complaints)} of {len(split)} records of the split {split_name!r} can not be used: "
-            f"{name_some(complaints)}. Repair them or take them out of the split (on_bad_image='skip' leaves them out)."
+            f"{name_some(complaints)}. Repair them or take them out of the split (on_bad_image='skip', --on_bad_image skip, leaves them out)."
         )
 
 

@@ -169,7 +169,7 @@ def _build(folder: Path, reader: _AnnotationReader, on_bad_image: str) -> datase
     if missing and on_bad_image == "raise":
         raise FileNotFoundError(
             f"{reader.path} names {len(missing)} of {len(annotated)} pictures that are not in {folder} "
-            f"({name_some(missing)}): add them, or leave them out with on_bad_image='skip'."
+            f"({name_some(missing)}): add them, or leave them out with on_bad_image='skip' (--on_bad_image skip)."
         )
     kept = [image_id for image_id in annotated if reader.images[image_id][0] in there]
     if not kept:

@@ -188,7 +188,7 @@ def _build(
         if pictures.skipped and on_bad_image == "raise":
             raise FileNotFoundError(
                 f"{len(pictures.skipped)} pictures are missing ({name_some(pictures.skipped)}): add them, take the "
-                "rows out, or leave them out with on_bad_image='skip'."
+                "rows out, or leave them out with on_bad_image='skip' (--on_bad_image skip)."
             )
         vectors = [
             reader.vector(labels, names, place) for labels, place in zip(pictures.labels, pictures.places, strict=True)

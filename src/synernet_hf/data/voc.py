@@ -114,7 +114,8 @@ def _find_root(data_dir: Path) -> Path:
     for needed in ("JPEGImages", "ImageSets/Segmentation"):
         if not (root / needed).is_dir():
             raise FileNotFoundError(
-                f"The folder {root} has no {needed}: give the VOCdevkit folder that holds VOC2012, or VOC2012 itself."
+                f"The folder {root} has no {needed}: give the VOCdevkit folder that holds VOC2012, or VOC2012 itself; "
+                "pictures of your own are the data set image_folder (--dataset image_folder)."
             )
     return root
 
