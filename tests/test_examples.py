@@ -110,6 +110,13 @@ def test_predict_writes_a_mask_and_an_overlay(tiny_run_folder, capsys, monkeypat
     assert str(tmp_path / "picture_mask.png") in output
 
 
+def test_the_figure_of_the_demo_names_its_colours():
+    legend = runpy.run_path(str(EXAMPLES / "demo.py"))["legend"](["background", "dots"], 30)
+    assert [name for name, _ in legend] == ["background", "dots", "undecided", "low", "high"]
+    assert all(np.asarray(swatch).shape == (14, 30, 3) for _, swatch in legend)
+    assert len({np.asarray(swatch).tobytes() for _, swatch in legend}) == 5
+
+
 @pytest.mark.slow
 def test_the_demo_from_end_to_end(tmp_path):
     command = [sys.executable, str(EXAMPLES / "demo.py"), "--output_dir", str(tmp_path / "demo"), "--max_steps", "8"]

@@ -228,13 +228,15 @@ def test_the_export_refuses_a_hostile_folder(folder, tmp_path, capsys):
     (folder / "model.safetensors").write_bytes(pickle.dumps(Touch(tmp_path / "touched")))
     assert export_main([str(folder), "--onnx", str(tmp_path / "model.onnx")]) == 2
     printed = capsys.readouterr().err
-    assert "is no SynerNet that can be loaded" in printed and printed.count("\n") == 1
+    assert "holds no usable model" in printed and printed.count("\n") == 1
     assert not (tmp_path / "touched").exists() and not (tmp_path / "model.onnx").exists()
 
 
 def test_the_export_checks_a_model_of_the_hub(folder, tmp_path, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr("synernet_hf.export.snapshot_download", lambda name, **kwargs: asked.append(name) or folder)
+    monkeypatch.setattr(
+        "synernet_hf.model_folder.snapshot_download", lambda name, **kwargs: asked.append(name) or folder
+    )
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
     assert export_main(["owner/model", "--onnx", str(tmp_path / "model.onnx")]) == 2

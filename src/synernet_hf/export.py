@@ -17,22 +17,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation
 from synernet_hf.model.branch_synernet import patch_map
 from synernet_hf.model.supervision_synernet import chosen_branches
-from synernet_hf.model_folder import check_model_folder
+from synernet_hf.model_folder import load_model
 
 
 TOLERANCE = 1e-4
 # an ONNX file is one protocol buffer message, which ends at 2 GiB
 MAX_ONNX_BYTES = 2_000_000_000
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, HfHubHTTPError)
 
 
 class SynerNetInferenceGraph(nn.Module):
@@ -225,15 +221,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _load_checked(name: str) -> SynerNetForWeaklySupervisedSegmentation:
-    """The model of a folder or a Hub id, which is downloaded and checked before anything of it is built."""
-    folder = name
-    if not Path(name).is_dir():
-        folder = snapshot_download(name, allow_patterns=["*.json", "*.safetensors"])
-    check_model_folder(folder)
-    return SynerNetForWeaklySupervisedSegmentation.from_pretrained(folder, use_safetensors=True)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code: 2 for a mistake in what was given, 1 if the graph is not right."""
     args = parse_arguments(argv)
@@ -241,12 +228,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {args.onnx} is a folder; name a file, such as {args.onnx / 'model.onnx'}.", file=sys.stderr)
         return 2
     try:
-        model = _load_checked(args.model)
-    except LOADING_ERRORS as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"error: {args.model} is no SynerNet that can be loaded: {reason}", file=sys.stderr)
-        return 2
-    try:
+        model = load_model(args.model)
         differences = export_onnx(model, args.onnx, args.inference_branches, args.tolerance)
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -39,8 +39,8 @@ def check_model_folder(folder: str | Path) -> SynerNetConfig:
     Raises:
         FileNotFoundError: If the configuration or the weights are missing.
         ValueError: If the configuration is none of a SynerNet, it or the image processor's (where there is one) asks
-            for sizes beyond all measure, an index names files outside the folder, a weights file is no safetensors file, or the weights are fewer than the
-            configuration asks for.
+            for sizes beyond all measure, an index names files outside the folder, a weights file is no safetensors
+            file, or the weights are fewer than the configuration asks for.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -58,29 +58,40 @@ def check_model_folder(folder: str | Path) -> SynerNetConfig:
     return config
 
 
-def load_model_folder(
-    run: str | Path,
-) -> tuple[SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor]:
+def load_model(run: str | Path) -> SynerNetForWeaklySupervisedSegmentation:
     """
-    Checks and loads a trained model and its image processor, all weights of which must be there.
+    Checks and loads a trained model, all weights of which must be there.
 
     Args:
         run (`str` or `Path`):
             Folder, or Hub id `owner/name`, of which only JSON and safetensors files are fetched.
 
     Returns:
-        `tuple`: the model, in evaluation mode on the CPU, and the processor.
+        [`SynerNetForWeaklySupervisedSegmentation`]: in evaluation mode on the CPU.
 
     Raises:
-        ValueError: [`check_model_folder`] refuses the folder, or a part of it can not be loaded.
+        ValueError: [`check_model_folder`] refuses the folder, or the model can not be loaded.
     """
+    return _load(run, with_processor=False)[0]
+
+
+def load_model_folder(
+    run: str | Path,
+) -> tuple[SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor]:
+    """[`load_model`] and the image processor beside it, with the same arguments and errors."""
+    return _load(run, with_processor=True)
+
+
+def _load(
+    run: str | Path, with_processor: bool
+) -> tuple[SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor | None]:
     try:
-        folder = run if Path(run).is_dir() else snapshot_download(run, allow_patterns=["*.json", "*.safetensors"])
+        folder = run if Path(run).is_dir() else snapshot_download(str(run), allow_patterns=["*.json", "*.safetensors"])
         check_model_folder(folder)
         model, report = SynerNetForWeaklySupervisedSegmentation.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True
         )
-        processor = SynerNetImageProcessor.from_pretrained(folder)
+        processor = SynerNetImageProcessor.from_pretrained(folder) if with_processor else None
     except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{run} holds no usable model ({reason}); give the folder of a finished run.") from error
@@ -173,4 +184,4 @@ def _count_elements(path: Path) -> int:
     return sum(torch.Size(shape).numel() for shape in shapes)
 
 
-__all__ = ["check_model_folder", "load_model_folder"]
+__all__ = ["check_model_folder", "load_model", "load_model_folder"]

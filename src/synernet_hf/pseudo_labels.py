@@ -268,13 +268,14 @@ def write_pseudo_labels(
                 fault = f"The picture {record['image_id']} does not decode ({error})"
                 if on_bad_image == "raise":
                     raise ValueError(
-                        f"{fault}: repair it, or leave such pictures out (on_bad_image='skip', on the command line --on_bad_image skip)."
+                        f"{fault}: repair it, or leave such pictures out (on_bad_image='skip', on the command line "
+                        "--on_bad_image skip)."
                     ) from error
                 tqdm.write(f"{fault}: it gets no mask.")
                 path.unlink(missing_ok=True)
                 continue
-            label_map, content = labeler(image, record["image_labels"])
-            _write_mask(path, label_map, content | {"picture": digest})
+            label_map, found = labeler(image, record["image_labels"])
+            _write_mask(path, label_map, found | {"picture": digest})
     finally:
         model.train(was_training)
     _wait(accelerator)

@@ -537,9 +537,11 @@ def test_resuming_with_other_settings_is_refused(finished, changes, name):
     assert snapshot(folder) == before
 
 
-def test_settings_without_influence_may_change_on_resume(finished, tmp_path):
+def test_settings_without_influence_may_change_on_resume(finished, tmp_path, capsys):
     folder, _ = finished
     run(tmp_path / "run", resume_from_checkpoint=str(folder / "checkpoint-2"), logging_steps=3, save_total_limit=1)
+    printed = capsys.readouterr().out
+    assert f"Going on from {folder / 'checkpoint-2'}." in printed and "without scores" not in printed
     assert_equal_weights(folder, tmp_path / "run")
 
 

@@ -114,3 +114,12 @@ def test_streamed_data_and_data_without_a_training_split_are_refused(tmp_path):
         run(tmp_path / "run", data)
     with pytest.raises(InvalidArguments, match="Streamed data can not be shuffled"):
         run(tmp_path / "run", data, dataset_options={"streaming": True})
+
+
+def test_a_run_without_a_validation_split_says_so(tmp_path, capsys):
+    data = write_pictures(tmp_path / "data")
+    table = data / "labels.csv"
+    table.write_text("\n".join(line for line in table.read_text().splitlines() if ",validation" not in line) + "\n")
+    results = run(tmp_path / "run", data, on_bad_image="skip")
+    assert set(results) == {"training"}
+    assert "no validation split with masks: this run goes without scores" in capsys.readouterr().out

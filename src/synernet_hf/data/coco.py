@@ -55,7 +55,8 @@ def load_coco2014(
 
     Raises:
         FileNotFoundError: A folder, an annotation file or a picture is missing.
-        ValueError: An annotation file is not in COCO's format, it has more than 254 categories, or the two files do not list the same categories.
+        ValueError: An annotation file is not in COCO's format, it has more than 254 categories, or the two files do not
+            list the same categories.
     """
     check_on_bad_image(on_bad_image)
     root = Path(data_dir).expanduser()

@@ -134,6 +134,8 @@ def train(
     splits = validate_arguments(model_args, data_args, training_args)
     accelerator = setup(training_args)
     run = build_run(model_args, data_args, training_args, accelerator, splits)
+    if not run.can_evaluate:
+        accelerator.print("The data has no validation split with masks: this run goes without scores.")
     with _stop_cleanly(run):
         fit(run)
         results = finish(run)
@@ -203,8 +205,6 @@ def build_run(
     if checkpoint is not None:
         refuse_other_settings(checkpoint, record)
         accelerator.print(f"Going on from {checkpoint}.")
-    if "validation" not in splits or "mask" not in splits["validation"].column_names:
-        accelerator.print("The data has no validation split with masks: this run goes without scores.")
     model = build_model(model_args, class_names(splits))
     optimizer = torch.optim.AdamW(
         parameter_groups(
