@@ -136,6 +136,38 @@ def test_a_picture_has_the_same_cams_alone_and_in_a_batch(model):
         torch.testing.assert_close(alone, together[part], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(32, 48), (30, 45)])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("shared", [0, 1])
+def test_what_training_has_seen_is_not_encoded_again(size, flip, shared, monkeypatch):
+    model = SynerNetModelTester(confidence_layers=[-2, -3, -1], shared_encoder_layers=shared).model().eval()
+    pixel_values, labels = torch.randn(2, 3, *size), torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 0]])
+    expected = multi_scale_cams(model, pixel_values, labels, (1.0, 0.5), flip)
+    known = model.synernet.cam_logits_of(model.synernet(pixel_values), size)
+    encoded = []
+    cam_logits = type(model).cam_logits
+
+    def counting(self, views):
+        encoded.append(tuple(views.shape))
+        return cam_logits(self, views)
+
+    monkeypatch.setattr(type(model), "cam_logits", counting)
+    cams = multi_scale_cams(model, pixel_values, labels, (1.0, 0.5), flip, known)
+    half = (2 * (1 + flip), 3, size[0] // 2, size[1] // 2)
+    assert encoded == ([(2, 3, *size), half] if flip else [half])
+    for branch in ("broad", "precise"):
+        assert len(cams[branch]) == len(expected[branch]) == 3
+        for fast, slow in zip(cams[branch], expected[branch], strict=True):
+            torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
+
+
+def test_views_that_are_cut_are_encoded_again():
+    model = SynerNetModelTester(floor_scaled_views=True).model().eval()
+    for size, reused in (((32, 48), True), ((30, 48), False)):
+        known = model.synernet.cam_logits_of(model.synernet(torch.randn(1, 3, *size)), size)
+        assert (known is not None) == reused
+
+
 # reading labels off them
 
 

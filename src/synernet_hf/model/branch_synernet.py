@@ -153,6 +153,15 @@ class SynerNetBranch(nn.Module):
         last = self.cam_head.cam_logits(patch_map(tokens, pixel_values, patch_size))
         return [last, *map(self.auxiliary_cam_head.cam_logits, earlier)]
 
+    def cam_logits_of(self, output: SynerNetBranchOutput) -> list[torch.Tensor]:
+        """What `cam_logits` gives for the pictures whose `output`, of `forward`, is there already; without gradient."""
+        grid = output.features.shape[-2:]
+        maps = [output.cam_logits.detach(), output.auxiliary_cam_logits.detach()]
+        for layer in self.additional_cam_layers:
+            features = token_map(output.hidden_states[layer].detach(), grid)
+            maps.append(self.auxiliary_cam_head.cam_logits(features))
+        return maps
+
     def forward(
         self,
         pixel_values: torch.Tensor,
@@ -221,11 +230,15 @@ def _forward_arguments(backbone: nn.Module) -> dict[str, bool]:
 
 
 def patch_map(tokens: torch.Tensor, pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Tokens `(B, prefix + h·w, D)` of padded pictures `(B, 3, h·p, w·p)` → `(B, D, h, w)`."""
+    return token_map(tokens, (pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size))
+
+
+def token_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """
-    Tokens `(B, prefix + h·w, D)` of padded pictures `(B, 3, h·p, w·p)` → `(B, D, h, w)`; prefix tokens (class,
-    distillation, registers) come first in every family.
+    Tokens `(B, prefix + h·w, D)` of a `grid` (h, w) → `(B, D, h, w)`; prefix tokens (class, distillation, registers)
+    come first in every family.
     """
-    grid = (pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size)
     return tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
 
 

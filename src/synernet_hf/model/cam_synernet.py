@@ -49,6 +49,20 @@ def crop_to_input(maps: torch.Tensor, size: tuple[int, int], patch_size: int) ->
     return maps[..., : size[0], : size[1]]
 
 
+def _view_logits(model, pixel_values, scale, flip, known_logits) -> dict[str, tuple[torch.Tensor, ...]]:
+    """CAM logits of the views of one scale, those of the picture as it is taken from `known_logits` if given."""
+    patch_size, floor = model.config.patch_size, model.config.floor_scaled_views
+    if known_logits is None or scale != 1:
+        return model.cam_logits(_scaled_views(pixel_values, scale, flip, patch_size, floor))
+    if not flip:
+        return known_logits
+    mirrored = model.cam_logits(pixel_values.flip(-1))
+    return {
+        branch: tuple(torch.cat(pair) for pair in zip(maps, mirrored[branch], strict=True))
+        for branch, maps in known_logits.items()
+    }
+
+
 def _scaled_views(pixel_values: torch.Tensor, scale: float, flip: bool, patch_size: int, floor: bool) -> torch.Tensor:
     """
     `pixel_values` resized by `scale`, followed by their mirror images if `flip`. With `floor`, rows and columns that
@@ -73,6 +87,7 @@ def multi_scale_cams(
     labels: torch.Tensor | None = None,
     scales: tuple[float, ...] = (1.0, 0.5, 0.75, 1.5),
     flip: bool = True,
+    known_logits: dict[str, tuple[torch.Tensor, ...]] | None = None,
 ) -> dict[str, tuple[torch.Tensor, ...]]:
     """
     CAMs of both branches summed over scales, without gradient (authors' code).
@@ -87,6 +102,8 @@ def multi_scale_cams(
         labels (`torch.Tensor` of shape `(B, C)`, *optional*): multi-hot; classes not in it are zeroed afterwards.
         scales (`tuple[float, ...]`, *optional*, defaults to `(1.0, 0.5, 0.75, 1.5)`): factors of height and width.
         flip (`bool`, *optional*, defaults to `True`): whether to use the mirrored picture too.
+        known_logits (`dict[str, tuple[torch.Tensor, ...]]`, *optional*): what `model.cam_logits(pixel_values)` gives,
+            where it has been computed already; the encoders then do not see the picture at scale 1 again (ours).
 
     Returns:
         `dict[str, tuple[torch.Tensor, ...]]`: for `"broad"` and `"precise"` the CAMs of the last layer, the auxiliary
@@ -96,8 +113,7 @@ def multi_scale_cams(
     slots = None if labels is None else own_classes(labels)
     totals: dict[str, list[torch.Tensor]] = {}
     for scale in scales:
-        views = _scaled_views(pixel_values, scale, flip, model.config.patch_size, model.config.floor_scaled_views)
-        for branch, maps in model.cam_logits(views).items():
+        for branch, maps in _view_logits(model, pixel_values, scale, flip, known_logits).items():
             for index, logits in enumerate(maps):
                 if slots is not None:
                     logits = _select_classes(logits, slots[0])

@@ -128,6 +128,23 @@ class SynerNetModel(SynerNetPreTrainedModel):
             logits[name] = tuple(crop_to_input(cam, size, patch_size) for cam in maps)
         return logits
 
+    @torch.no_grad()
+    def cam_logits_of(
+        self, outputs: SynerNetModelOutput, size: tuple[int, int]
+    ) -> dict[str, tuple[torch.Tensor, ...]] | None:
+        """
+        What [`~SynerNetModel.cam_logits`] gives for pictures of `size` = (H, W) that `forward` has seen, out of its
+        `outputs` of both branches; `None` where the two see a picture differently, one cutting what the other pads.
+        """
+        patch_size = self.config.patch_size
+        if self.config.floor_scaled_views and any(side % patch_size for side in size):
+            return None
+        logits = {}
+        for name in BRANCHES:
+            maps = self.branch(name).cam_logits_of(outputs[name])
+            logits[name] = tuple(crop_to_input(cam, size, patch_size) for cam in maps)
+        return logits
+
     @can_return_tuple
     def forward(
         self,
@@ -380,7 +397,8 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         }
         if labels is not None:
             weights = self._weights(loss_weights)
-            cams, supervision = self._supervise(pixel_values, labels, valid_boxes, weights, training_progress or 0.0)
+            progress = float(training_progress or 0.0)
+            cams, supervision = self._supervise(outputs, pixel_values, labels, valid_boxes, weights, progress)
             embeddings = {}
             if weights["prototype_contrast"] and self.config.with_projection_head:
                 embeddings = self._embed_instances(pixel_values, labels, valid_boxes, supervision.pseudo_labels)
@@ -400,13 +418,15 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         # built at the end, so that the fields of the tuple form stand in their order, the loss first
         return SynerNetSegmenterOutput(**result)
 
-    def _supervise(self, pixel_values, labels, valid_boxes, weights, progress):
+    def _supervise(self, outputs, pixel_values, labels, valid_boxes, weights, progress):
         """Multi-scale CAMs and the targets made of them; nothing where only classification counts."""
         if not any(weights[term] for term in ("spatial_bce", "patch_contrast", "prototype_contrast", "segmentation")):
             return {}, SynerNetSupervision()
-        cams = multi_scale_cams(self, pixel_values, labels, self.config.cam_scales, self.config.cam_flip)
+        scales, flip = self.config.cam_scales, self.config.cam_flip
+        known_logits = self.synernet.cam_logits_of(outputs, tuple(pixel_values.shape[-2:]))
+        cams = multi_scale_cams(self, pixel_values, labels, scales, flip, known_logits)
         images = unit_images(pixel_values, self.config.image_mean, self.config.image_std)
-        return cams, make_supervision(self.config, cams, images, labels, valid_boxes, weights, float(progress))
+        return cams, make_supervision(self.config, cams, images, labels, valid_boxes, weights, progress)
 
     def _check_labels(self, labels: torch.Tensor, pixel_values: torch.Tensor):
         expected = (pixel_values.shape[0], self.config.num_foreground_labels)
