@@ -72,7 +72,7 @@ def test_token_labels_are_the_bands_of_the_resized_cams():
     config, labels = make_config(), torch.tensor([[1.0, 0, 1]])
     cams = torch.rand(1, 3, 32, 40)
     resized = torch.nn.functional.interpolate(cams, size=(4, 5), mode="bilinear", align_corners=False)
-    expected = cams_to_pseudo_labels(resized, labels, config.low_threshold, config.high_threshold)
+    expected = cams_to_pseudo_labels(resized, labels, config.low_threshold, config.high_threshold, ignore_index=-1)
     assert torch.equal(label_tokens(config, cams, labels, None), expected)
 
 
@@ -80,7 +80,7 @@ def test_tokens_outside_the_box_are_ignored():
     config, labels = make_config(), torch.zeros(2, 3)
     boxes = torch.tensor([[0, 31, 8, 32], [16, 32, 0, 15]])
     tokens = label_tokens(config, torch.rand(2, 3, 32, 32), labels, boxes)
-    expected = torch.full((2, 4, 4), 255)
+    expected = torch.full((2, 4, 4), -1)
     expected[0, 0:3, 1:4] = 0  # row 3 holds one padded line
     expected[1, 2:4, 0:1] = 0
     assert torch.equal(tokens, expected)
@@ -92,7 +92,7 @@ def test_tokens_reaching_past_the_picture_are_ignored(boxes):
     tokens = label_tokens(config, torch.ones(1, 3, 30, 45), torch.tensor([[0.0, 1, 0]]), boxes)
     assert tokens.shape == (1, 4, 6)
     assert (tokens[:, :3, :5] == 2).all()
-    assert (tokens[:, 3] == 255).all() and (tokens[:, :, 5] == 255).all()
+    assert (tokens[:, 3] == -1).all() and (tokens[:, :, 5] == -1).all()
 
 
 # fusion
@@ -174,7 +174,7 @@ def test_only_what_a_loss_needs_is_made():
 
 @pytest.mark.parametrize(("progress", "source"), [(0.4, "auxiliary"), (0.5, "mean")])
 def test_area_shares_are_read_from_the_auxiliary_cams_first_and_the_mean_later(progress, source):
-    config, labels = make_config(), torch.ones(2, 3)
+    config, labels = make_config(), torch.tensor([[1.0, 1, 1], [0, 0, 1]])
     cams = random_cams(labels)
     weights = NONE | {"spatial_bce": 1.0}
     shares = make_supervision(config, cams, torch.rand(2, 3, 32, 32), labels, None, weights, progress).area_shares
@@ -202,14 +202,23 @@ def test_spatial_branches_are_the_configured_ones():
 
 
 def test_pseudo_labels_are_the_refined_fused_cams():
-    config, labels = make_config(), torch.tensor([[1.0, 1, 0]])
-    cams, images, boxes = random_cams(labels), torch.rand(1, 3, 32, 32), torch.tensor([[0, 24, 8, 32]])
-    result = make_supervision(config, cams, images, labels, boxes, NONE | {"segmentation": 1.0}, 0.0)
+    # classes at different places, one picture with all, one with none
+    labels = torch.tensor([[0.0, 1, 1], [1, 0, 0], [1, 1, 1], [0, 0, 0]])
+    config = make_config(semantic_loss_ignore_index=77)
+    images, boxes = torch.rand(4, 3, 32, 32), torch.tensor([[0, 24, 8, 32]] * 4)
+    # patches large enough to outlive the refinement
+    enlarge = torch.nn.UpsamplingNearest2d(scale_factor=16)
+    cams = {branch: tuple(map(enlarge, maps)) for branch, maps in random_cams(labels, (2, 2)).items()}
+    weights = NONE | {"segmentation": 1.0, "patch_contrast": 1.0}
+    result = make_supervision(config, cams, images, labels, boxes, weights, 0.0)
     fused, confidence = fuse_branches(config, cams, labels)
     refinement = SynerNetPixelAdaptiveRefinement((1, 2), 2)
     for branch, maps in fused.items():
-        expected = refine_pseudo_labels(images, maps, labels, 0.25, 0.7, boxes, 255, refinement)
+        expected = refine_pseudo_labels(images, maps, labels, 0.25, 0.7, boxes, 77, refinement)
         assert torch.equal(result.pseudo_labels[branch], expected)
+        assert {1, 2, 3, 77} <= set(expected.unique().tolist())
+        tokens = label_tokens(config, cams[branch][1], labels, boxes)
+        assert torch.equal(result.token_labels[branch], tokens.masked_fill(tokens == -1, 77))
     assert torch.equal(result.confidence, confidence)
 
 

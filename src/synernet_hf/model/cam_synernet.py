@@ -116,7 +116,7 @@ def multi_scale_cams(
         for branch, maps in _view_logits(model, pixel_values, scale, flip, known_logits).items():
             for index, logits in enumerate(maps):
                 if slots is not None:
-                    logits = _select_classes(logits, slots[0])
+                    logits = select_classes(logits, slots[0])
                 logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
                 if flip:
                     straight, mirrored = logits.chunk(2)
@@ -131,14 +131,14 @@ def multi_scale_cams(
     return {branch: tuple(pair) for branch, pair in normalized.items()}
 
 
-def _select_classes(maps: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def select_classes(maps: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """`(n·B, C, h, w)` maps of n views → `(n·B, S, h, w)`: the classes `order` `(B, S)` names."""
     order = order.repeat(maps.shape[0] // order.shape[0], 1)
     return maps.gather(1, order[:, :, None, None].expand(-1, -1, *maps.shape[-2:]))
 
 
 def _spread_classes(maps: torch.Tensor, order: torch.Tensor, valid: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """The inverse of `_select_classes` for one view: `(B, S, H, W)` → `(B, C, H, W)`, absent classes 0."""
+    """The inverse of `select_classes` for one view: `(B, S, H, W)` → `(B, C, H, W)`, absent classes 0."""
     spread = maps.new_zeros(maps.shape[0], num_classes, *maps.shape[-2:])
     return spread.scatter_(1, order[:, :, None, None].expand_as(maps), maps * valid[:, :, None, None])
 
@@ -287,4 +287,5 @@ __all__ = [
     "mask_absent_classes",
     "multi_scale_cams",
     "normalize_cams",
+    "select_classes",
 ]

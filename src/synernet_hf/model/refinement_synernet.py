@@ -155,7 +155,8 @@ def refine_pseudo_labels(
             scores.append(torch.cat([torch.full_like(own[:, :1], background), own], dim=1).softmax(dim=1))
     refined = refinement(small_images, torch.cat(scores, dim=1))
     refined = F.interpolate(refined, size=size, mode="bilinear", align_corners=False)
-    winners = [part.argmax(dim=1) for part in refined.chunk(len(scores), dim=1)]
+    # the indices of `max` are those of `argmax`, several times as fast on a CPU
+    winners = [part.max(dim=1).indices for part in refined.chunk(len(scores), dim=1)]
 
     class_ids = torch.cat([torch.zeros_like(order[:, :1]), order + 1], dim=1)
     label_maps = []

@@ -6,9 +6,16 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional as F
 
-from .cam_synernet import area_shares, cams_to_pseudo_labels, fuse_cams, fusion_shares, layer_confidence
+from .cam_synernet import (
+    area_shares,
+    cams_to_pseudo_labels,
+    fuse_cams,
+    fusion_shares,
+    layer_confidence,
+    select_classes,
+)
 from .configuration_synernet import SynerNetConfig
-from .refinement_synernet import SynerNetPixelAdaptiveRefinement, refine_pseudo_labels
+from .refinement_synernet import SynerNetPixelAdaptiveRefinement, own_classes, refine_pseudo_labels
 
 
 BRANCHES = ("broad", "precise")
@@ -105,7 +112,7 @@ def label_tokens(
     uncertain band; tokens outside the valid box divided by the patch, rounded down, are ignored (authors' code).
 
     Returns:
-        `torch.Tensor` of shape `(B, h, w)`, int64, with `config.semantic_loss_ignore_index` for ignored tokens.
+        `torch.Tensor` of shape `(B, h, w)`, int64: 0 background, `c + 1` class `c`, or -1 where ignored.
     """
     patch_size = config.patch_size
     height, width = cams.shape[-2:]
@@ -116,8 +123,14 @@ def label_tokens(
             valid_boxes = torch.tensor([[0, height, 0, width]], device=cams.device).expand(cams.shape[0], -1)
     cams = F.interpolate(cams, size=grid, mode="bilinear", align_corners=False)
     boxes = None if valid_boxes is None else valid_boxes // patch_size
-    ignore_index = config.semantic_loss_ignore_index
-    return cams_to_pseudo_labels(cams, labels, config.low_threshold, config.high_threshold, boxes, ignore_index)
+    return cams_to_pseudo_labels(cams, labels, config.low_threshold, config.high_threshold, boxes, _UNDECIDED)
+
+
+def _data_set_ids(label_map: torch.Tensor, order: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """Labels counted over the classes `order` `(B, S)` names → labels of the data set; undecided → `ignore_index`."""
+    names = F.pad(order + 1, (1, 0))
+    ids = names.gather(1, label_map.clamp(min=0).flatten(1)).view_as(label_map)
+    return ids.masked_fill(label_map == _UNDECIDED, ignore_index)
 
 
 @torch.no_grad()
@@ -144,29 +157,29 @@ def make_supervision(
     """
     supervision = SynerNetSupervision()
     low, high = config.low_threshold, config.high_threshold
+    ignore_index = config.semantic_loss_ignore_index
+    # a picture has few of the data set's classes: everything is counted on those alone
+    order, present = own_classes(labels)
+    own = present.to(labels.dtype)
+    cams = {branch: tuple(select_classes(maps, order) for maps in layers) for branch, layers in cams.items()}
     if loss_weights["patch_contrast"]:
         for branch in BRANCHES:
-            supervision.token_labels[branch] = label_tokens(config, cams[branch][1], labels, valid_boxes)
+            tokens = label_tokens(config, cams[branch][1], own, valid_boxes)
+            supervision.token_labels[branch] = _data_set_ids(tokens, order, ignore_index)
     if loss_weights["spatial_bce"]:
         mean_cams = 0.5 * (cams["broad"][0] + cams["precise"][0])
         for branch in config.spatial_bce_branches:
             source = cams[branch][1] if progress < config.coverage_switch else mean_cams
-            rho = coverage(config, branch, progress)
-            supervision.area_shares[branch] = area_shares(source, labels, rho, low, high)
+            shares = area_shares(source, own, coverage(config, branch, progress), low, high)
+            spread = shares.new_zeros(labels.shape)
+            supervision.area_shares[branch] = spread.scatter_(1, order, shares)
     if loss_weights["segmentation"] or loss_weights["prototype_contrast"]:
-        fused, supervision.confidence = fuse_branches(config, cams, labels)
+        fused, supervision.confidence = fuse_branches(config, cams, own)
         refinement = SynerNetPixelAdaptiveRefinement(config.refinement_dilations, config.refinement_iterations)
-        label_maps = refine_pseudo_labels(
-            images,
-            torch.stack([fused[branch] for branch in BRANCHES]),
-            labels,
-            low,
-            high,
-            valid_boxes,
-            config.semantic_loss_ignore_index,
-            refinement,
-        )
-        supervision.pseudo_labels = dict(zip(BRANCHES, label_maps, strict=True))
+        fused_maps = torch.stack([fused[branch] for branch in BRANCHES])
+        label_maps = refine_pseudo_labels(images, fused_maps, own, low, high, valid_boxes, _UNDECIDED, refinement)
+        for branch, label_map in zip(BRANCHES, label_maps, strict=True):
+            supervision.pseudo_labels[branch] = _data_set_ids(label_map, order, ignore_index)
     return supervision
 
 
