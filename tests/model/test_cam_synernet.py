@@ -18,6 +18,7 @@ from synernet_hf.model.cam_synernet import (
     mask_absent_classes,
     multi_scale_cams,
     normalize_cams,
+    propagate_cams,
 )
 
 
@@ -136,11 +137,52 @@ def test_a_picture_has_the_same_cams_alone_and_in_a_batch(model):
         torch.testing.assert_close(alone, together[part], atol=1e-5, rtol=1e-5)
 
 
+@settings(max_examples=20, deadline=None)
+@given(SEEDS, st.floats(0.02, 2.0))
+def test_propagated_maps_are_means_over_the_picture(seed, temperature):
+    cams, features = seeded(seed, 2, 3, 4, 5) * 4 - 1, seeded(seed + 1, 2, 6, 4, 5) - 0.5
+    spread = propagate_cams(cams, features, temperature)
+    cut = cams.relu()
+    assert spread.shape == cams.shape
+    for extreme, inside in ((cut.amax((-2, -1)), spread.amax((-2, -1))), (-cut.amin((-2, -1)), -spread.amin((-2, -1)))):
+        assert (inside <= extreme + 1e-5).all()
+    # a longer or shorter feature is the same token
+    torch.testing.assert_close(propagate_cams(cams, 7 * features, temperature), spread)
+    # at a low temperature nothing is like a token but itself
+    torch.testing.assert_close(propagate_cams(cams, features, 1e-4), cut, atol=1e-3, rtol=1e-3)
+
+
+def test_propagation_reaches_tokens_that_look_alike():
+    # tokens 0, 1 and 3 look alike; the class is seen on the first of them only
+    features = torch.tensor([[1.0, 0], [1, 0], [0, 1], [1, 0]]).T.reshape(1, 2, 1, 4)
+    cams = torch.tensor([3.0, 0, -2, 0]).reshape(1, 1, 1, 4)
+    spread = propagate_cams(cams, features, 0.01)
+    torch.testing.assert_close(spread.flatten(), torch.tensor([1.0, 1, 0, 1]))
+    assert propagate_cams(cams.bfloat16(), features.bfloat16(), 0.01).dtype == torch.bfloat16
+
+
+def test_only_the_configured_branch_is_propagated():
+    pixel_values = torch.randn(1, 3, 32, 48)
+    plain = SynerNetModelTester().model().eval()
+    for name, other in (("broad", "precise"), ("precise", "broad")):
+        model = SynerNetModelTester(**{f"{name}_propagation_temperature": 0.1}).model().eval()
+        model.load_state_dict(plain.state_dict())
+        with torch.no_grad():
+            before, after = plain.synernet(pixel_values), model.cam_logits(pixel_values)
+            assert torch.equal(after[other][0], before[other].cam_logits)
+            for place, kind in enumerate(("", "auxiliary_")):
+                expected = propagate_cams(before[name][f"{kind}cam_logits"], before[name][f"{kind}features"], 0.1)
+                torch.testing.assert_close(after[name][place], expected)
+            # without labels, too, a model shows the CAMs that it makes labels of
+            torch.testing.assert_close(model(pixel_values)[f"{name}_cams"], normalize_cams(after[name][0]))
+
+
 @pytest.mark.parametrize("size", [(32, 48), (30, 45)])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("shared", [0, 1])
 def test_what_training_has_seen_is_not_encoded_again(size, flip, shared, monkeypatch):
-    model = SynerNetModelTester(confidence_layers=[-2, -3, -1], shared_encoder_layers=shared).model().eval()
+    fields = {"confidence_layers": [-2, -3, -1], "broad_propagation_temperature": 0.2}
+    model = SynerNetModelTester(**fields, shared_encoder_layers=shared).model().eval()
     pixel_values, labels = torch.randn(2, 3, *size), torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 0]])
     expected = multi_scale_cams(model, pixel_values, labels, (1.0, 0.5), flip)
     known = model.synernet.cam_logits_of(model.synernet(pixel_values), size)

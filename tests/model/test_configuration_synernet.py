@@ -72,6 +72,8 @@ def test_the_encoder_can_be_given_as_a_dictionary():
         ({"confidence_threshold": 7}, r"`confidence_threshold` must lie in \[0, 1\]"),
         ({"segmentation_start": 5}, r"`segmentation_start` must lie in \[0, 1\]"),
         ({"pooling_top_k": 0}, "`pooling_top_k` must be positive, got 0"),
+        ({"broad_pooling_top_k": 0}, "`broad_pooling_top_k` must be positive or left out, got 0"),
+        ({"precise_propagation_temperature": 0.0}, "`precise_propagation_temperature` must be positive or left out"),
         ({"decoder_dilation": 0}, "`decoder_dilation` must be positive, got 0"),
         ({"prototype_temperature": 0}, "`prototype_temperature` must be positive, got 0"),
         ({"cls_weight": -1}, "`cls_weight` must not be negative, got -1"),

@@ -248,6 +248,23 @@ def test_the_loss_is_the_weighted_sum_over_both_branches(tester, model):
     torch.testing.assert_close(output.loss, 2 * (mixed + others))
 
 
+def test_each_branch_pools_as_many_tokens_as_it_is_told():
+    pooled = {}
+    for fields in ({}, {"broad_pooling_top_k": 7}):
+        tester = SynerNetModelTester(pooling_top_k=2, **fields)
+        outputs = tester.model().synernet(tester.inputs()["pixel_values"])
+        for name in ("broad", "precise"):
+            cams, scores = outputs[name].features.flatten(2), outputs[name].classification_logits
+            pooled[name, len(fields)] = [k for k in (2, 7) if torch.allclose(scores, classify(tester, name, cams, k))]
+    assert pooled == {("broad", 0): [2], ("precise", 0): [2], ("broad", 1): [7], ("precise", 1): [2]}
+
+
+def classify(tester, name, features, top_k):
+    """Class scores of the mean of each channel's `top_k` largest values."""
+    weight = tester.model().synernet.branch(name).cam_head.classifier.weight
+    return features.sort(dim=-1, descending=True).values[..., :top_k].mean(dim=-1) @ weight.T
+
+
 def test_the_spatial_share_is_taken_from_its_branches_only():
     tester = SynerNetModelTester(spatial_bce_branches=("broad",))
     model, inputs = tester.model(), tester.inputs()

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedConfig
 
-from .cam_synernet import class_activation_maps
+from .cam_synernet import class_activation_maps, propagate_cams
 from .configuration_synernet import SynerNetConfig
 from .outputs_synernet import SynerNetBranchOutput
 
@@ -16,9 +16,9 @@ from .outputs_synernet import SynerNetBranchOutput
 class SynerNetClassActivationHead(nn.Module):
     """A bias-free linear classifier, read once on pooled tokens (class scores) and once on every token (CAM)."""
 
-    def __init__(self, config: SynerNetConfig):
+    def __init__(self, config: SynerNetConfig, pooling_top_k: int):
         super().__init__()
-        self.pooling_top_k = config.pooling_top_k
+        self.pooling_top_k = pooling_top_k
         self.classifier = nn.Linear(config.backbone_config.hidden_size, config.num_foreground_labels, bias=False)
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,8 +90,9 @@ class SynerNetSharedEncoder(nn.Module):
 class SynerNetBranch(nn.Module):
     """One encoder, or what follows the shared blocks, with its CAM heads, decoder and projection head."""
 
-    def __init__(self, config: SynerNetConfig):
+    def __init__(self, config: SynerNetConfig, pooling_top_k: int, propagation_temperature: float | None):
         super().__init__()
+        self.propagation_temperature = propagation_temperature
         self.auxiliary_layer_index = config.auxiliary_layer_index
         self.additional_cam_layers = config.additional_cam_layers
         shared = config.shared_encoder_layers
@@ -99,8 +100,8 @@ class SynerNetBranch(nn.Module):
         if shared:
             self.backbone.embeddings = nn.Identity()
         self.backbone_arguments = _forward_arguments(self.backbone)
-        self.cam_head = SynerNetClassActivationHead(config)
-        self.auxiliary_cam_head = SynerNetClassActivationHead(config)
+        self.cam_head = SynerNetClassActivationHead(config, pooling_top_k)
+        self.auxiliary_cam_head = SynerNetClassActivationHead(config, pooling_top_k)
         self.decode_head = SynerNetDecodeHead(config)
         self.projection_head = SynerNetProjectionHead(config) if config.with_projection_head else None
 
@@ -149,18 +150,31 @@ class SynerNetBranch(nn.Module):
         """CAM logits `(B, C, h, w)` of the last, the auxiliary and the additional layers, without the decoder."""
         tokens, hidden_states, _ = self.encode(pixel_values, shared_states)
         layers = (self.auxiliary_layer_index, *self.additional_cam_layers)
+        features = patch_map(tokens, pixel_values, patch_size)
         earlier = [patch_map(hidden_states[layer], pixel_values, patch_size) for layer in layers]
-        last = self.cam_head.cam_logits(patch_map(tokens, pixel_values, patch_size))
-        return [last, *map(self.auxiliary_cam_head.cam_logits, earlier)]
+        last = self._propagate(self.cam_head.cam_logits(features), features)
+        return [last, *map(self._earlier_cam_logits, earlier)]
 
-    def cam_logits_of(self, output: SynerNetBranchOutput) -> list[torch.Tensor]:
-        """What `cam_logits` gives for the pictures whose `output`, of `forward`, is there already; without gradient."""
+    @torch.no_grad()
+    def cam_logits_of(self, output: SynerNetBranchOutput, earlier_layers: bool = True) -> list[torch.Tensor]:
+        """
+        What `cam_logits` gives for the pictures whose `output`, of `forward`, is there already; without gradient.
+        Without `earlier_layers` the last layer's alone.
+        """
+        last = self._propagate(output.cam_logits, output.features)
+        if not earlier_layers:
+            return [last]
         grid = output.features.shape[-2:]
-        maps = [output.cam_logits.detach(), output.auxiliary_cam_logits.detach()]
-        for layer in self.additional_cam_layers:
-            features = token_map(output.hidden_states[layer].detach(), grid)
-            maps.append(self.auxiliary_cam_head.cam_logits(features))
-        return maps
+        states = [token_map(output.hidden_states[layer], grid) for layer in self.additional_cam_layers]
+        return [last, *map(self._earlier_cam_logits, (output.auxiliary_features, *states))]
+
+    def _earlier_cam_logits(self, features: torch.Tensor) -> torch.Tensor:
+        return self._propagate(self.auxiliary_cam_head.cam_logits(features), features)
+
+    def _propagate(self, cam_logits: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        if self.propagation_temperature is None:
+            return cam_logits
+        return propagate_cams(cam_logits, features, self.propagation_temperature)
 
     def forward(
         self,

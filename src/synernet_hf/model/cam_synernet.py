@@ -20,6 +20,27 @@ def class_activation_maps(features: torch.Tensor, weight: torch.Tensor) -> torch
     return F.conv2d(features, weight.reshape(weight.shape[0], -1, 1, 1))
 
 
+def propagate_cams(cam_logits: torch.Tensor, features: torch.Tensor, temperature: float) -> torch.Tensor:
+    """
+    Spreads CAMs over tokens that look alike, however far apart (paper: global attention; formula ours).
+
+    Each token takes the mean of all tokens' CAMs, cut at 0, weighted by a softmax over the cosines of their features
+    divided by `temperature`.
+
+    Args:
+        cam_logits (`torch.Tensor` of shape `(B, C, h, w)`): unnormalised.
+        features (`torch.Tensor` of shape `(B, D, h, w)`): what the CAM was read from.
+        temperature (`float`): above 0; the lower, the closer to the CAM as it was.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C, h, w)`: not negative, of the dtype of `cam_logits`.
+    """
+    tokens = F.normalize(features.float().flatten(2), dim=1)
+    attention = (tokens.transpose(1, 2) @ tokens / temperature).softmax(dim=-1)
+    spread = cam_logits.float().relu().flatten(2) @ attention.transpose(1, 2)
+    return spread.view_as(cam_logits).to(cam_logits.dtype)
+
+
 def normalize_cams(cams: torch.Tensor) -> torch.Tensor:
     """
     Brings each picture's and class's non-negative map `(B, C, H, W)` into [0, 1]: minus its minimum, divided by its
@@ -287,5 +308,6 @@ __all__ = [
     "mask_absent_classes",
     "multi_scale_cams",
     "normalize_cams",
+    "propagate_cams",
     "select_classes",
 ]

@@ -32,10 +32,12 @@ _POSITIVE = (
     "prototype_size",
     "prototype_temperature",
 )
+_POSITIVE_OR_NONE = ("broad_pooling_top_k", "broad_propagation_temperature", "precise_propagation_temperature")
 
 # Far above every published encoder, and low enough that a hostile file cannot make the reader build without end (ours).
 _LIMITS = {
     "pooling_top_k": 2**20,
+    "broad_pooling_top_k": 2**20,
     "decoder_hidden_size": 2**16,
     "decoder_dilation": 2**10,
     "projection_hidden_size": 2**16,
@@ -73,6 +75,9 @@ class SynerNetConfig(PreTrainedConfig):
             Configuration of the encoder; each branch has one such encoder. [paper: ViT-B/16]
         pooling_top_k (`int`, *optional*, defaults to 5):
             Tokens averaged per channel before the classifier; 1 is max pooling. [authors]
+        broad_pooling_top_k (`int`, *optional*):
+            The same for the broad branch: a classifier that reads more tokens spreads its CAM. `None` means as many as
+            for the precise branch. [ours; authors: as many]
         auxiliary_layer_index (`int`, *optional*, defaults to -3):
             Which of the encoder's hidden states (embeddings first, so -3 of 12 blocks is the output of the 10th)
             feeds the auxiliary classifier. [authors]
@@ -114,6 +119,13 @@ class SynerNetConfig(PreTrainedConfig):
         floor_scaled_views (`bool`, *optional*, defaults to `False`):
             What to do where a scaled view is no multiple of the patch: cut the rest off and stretch the CAM over it
             [authors] or pad and crop [ours, the default]. The same where every view is a multiple.
+        broad_propagation_temperature (`float`, *optional*):
+            Spreads the broad branch's CAMs over all tokens that look alike before anything is read off them: each
+            token takes the mean of all, weighted by a softmax of the cosine of their features divided by this. Lower
+            keeps closer to the CAM; 0.1 did best where it was measured. `None` leaves CAMs as they are. [paper: global
+            attention widens the broad CAM; formula ours; authors: none]
+        precise_propagation_temperature (`float`, *optional*):
+            The same for the precise branch. [ours; authors: none]
         inference_scales (`list[float]`, *optional*, defaults to `(1.0, 1.25, 1.5)`):
             Scales of multi-scale segmentation. [authors]
         broad_inference_weight (`float`, *optional*, defaults to 0.7):
@@ -195,6 +207,7 @@ class SynerNetConfig(PreTrainedConfig):
 
     backbone_config: dict | PreTrainedConfig | None = None
     pooling_top_k: int = 5
+    broad_pooling_top_k: int | None = None
     auxiliary_layer_index: int = -3
     shared_encoder_layers: int = 0
     decoder_hidden_size: int = 512
@@ -214,6 +227,8 @@ class SynerNetConfig(PreTrainedConfig):
     cam_scales: list[float | int] | tuple[float | int, ...] = (1.0, 0.5, 0.75, 1.5)
     cam_flip: bool = True
     floor_scaled_views: bool = False
+    broad_propagation_temperature: float | int | None = None
+    precise_propagation_temperature: float | int | None = None
     inference_scales: list[float | int] | tuple[float | int, ...] = (1.0, 1.25, 1.5)
     broad_inference_weight: float | int = 0.7
     fusion: Literal["confidence", "fixed"] = "confidence"
@@ -314,6 +329,9 @@ class SynerNetConfig(PreTrainedConfig):
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        for name in _POSITIVE_OR_NONE:
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be positive or left out, got {getattr(self, name)}.")
         check_limits({name: getattr(self, name) for name in _LIMITS}, _LIMITS, "")
         check_limits(self.backbone_config.to_dict(), _BACKBONE_LIMITS, "backbone_config.")
         for name, weight in self.loss_weights.items():

@@ -78,8 +78,9 @@ class SynerNetModel(SynerNetPreTrainedModel):
                 f"{config.shared_encoder_layers}."
             )
         self.shared_encoder = SynerNetSharedEncoder(config) if config.shared_encoder_layers else None
-        self.broad_branch = SynerNetBranch(config)
-        self.precise_branch = SynerNetBranch(config)
+        broad_pooling_top_k = config.broad_pooling_top_k or config.pooling_top_k
+        self.broad_branch = SynerNetBranch(config, broad_pooling_top_k, config.broad_propagation_temperature)
+        self.precise_branch = SynerNetBranch(config, config.pooling_top_k, config.precise_propagation_temperature)
         self.post_init()
 
     def branch(self, name: str) -> SynerNetBranch:
@@ -409,10 +410,10 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             result["confidence"] = supervision.confidence
             result["pseudo_labels"] = supervision.pseudo_labels.get("precise")
         if labels is None or not cams:
-            cams = {
-                name: [normalize_cams(crop_to_input(outputs[name].cam_logits.detach(), size, patch_size).relu())]
-                for name in branches
-            }
+            cams = {}
+            for name in branches:
+                (cam,) = self.synernet.branch(name).cam_logits_of(outputs[name], earlier_layers=False)
+                cams[name] = [normalize_cams(crop_to_input(cam.detach(), size, patch_size).relu())]
         for name in cams:
             result[f"{name}_cams"] = cams[name][0]
         # built at the end, so that the fields of the tuple form stand in their order, the loss first
