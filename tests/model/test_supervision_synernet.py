@@ -174,7 +174,7 @@ def test_only_what_a_loss_needs_is_made():
 
 @pytest.mark.parametrize(("progress", "source"), [(0.4, "auxiliary"), (0.5, "mean")])
 def test_area_shares_are_read_from_the_auxiliary_cams_first_and_the_mean_later(progress, source):
-    config, labels = make_config(), torch.tensor([[1.0, 1, 1], [0, 0, 1]])
+    config, labels = make_config(spatial_bce_branches=("broad", "precise")), torch.tensor([[1.0, 1, 1], [0, 0, 1]])
     cams = random_cams(labels)
     weights = NONE | {"spatial_bce": 1.0}
     shares = make_supervision(config, cams, torch.rand(2, 3, 32, 32), labels, None, weights, progress).area_shares
@@ -185,7 +185,7 @@ def test_area_shares_are_read_from_the_auxiliary_cams_first_and_the_mean_later(p
 
 
 def test_the_broad_branch_gets_more_area_than_the_precise_one():
-    config, labels = make_config(), torch.ones(1, 3)
+    config, labels = make_config(spatial_bce_branches=("broad", "precise")), torch.ones(1, 3)
     same = torch.rand(1, 3, 32, 32)
     cams = {"broad": (same, same), "precise": (same, same)}
     for progress in (0.0, 0.5, 0.9):
