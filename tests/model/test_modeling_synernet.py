@@ -240,8 +240,9 @@ def test_without_any_term_the_loss_is_zero(tester, model, weights):
     assert output.loss_dict == {}
 
 
-def test_the_loss_is_the_weighted_sum_over_both_branches(tester, model):
-    output = model(**tester.inputs(), loss_weights=ALL_TERMS)
+def test_the_loss_is_the_weighted_sum_over_both_branches():
+    tester = SynerNetModelTester(spatial_bce_branches=("broad", "precise"))
+    output = tester.model()(**tester.inputs(), loss_weights=ALL_TERMS)
     terms = {name.removeprefix("loss_"): value for name, value in output.loss_dict.items()}
     mixed = (1 - 0.4) * terms["cls"] + 0.4 * terms["spatial_bce"] + terms["cls_aux"]
     others = sum(ALL_TERMS[name] * terms[name] for name in ("patch_contrast", "prototype_contrast", "segmentation"))
