@@ -1,0 +1,21 @@
+"""Trained from image labels alone, the broad branch finds more of the objects and the precise one errs less."""
+
+from pathlib import Path
+
+import pytest
+
+from synernet_hf.training import parse_arguments, train
+
+
+RECIPES = Path(__file__).resolve().parents[2] / "examples" / "recipes"
+
+
+@pytest.mark.slow
+def test_branches_take_their_roles_on_shapes(tmp_path):
+    words = ["--config", str(RECIPES / "tiny_cpu.yaml"), "--output_dir", str(tmp_path), "--max_steps", "250"]
+    words += ["--eval_steps", "250", "--save_steps", "250", "--num_workers", "0", "--report_to", "none"]
+    results = train(*parse_arguments(words))
+    broad, precise = results["broad_cam"], results["precise_cam"]
+    assert broad["foreground_recall"] > precise["foreground_recall"] + 0.05
+    assert precise["foreground_precision"] > broad["foreground_precision"] + 0.05
+    assert results["fused_cam"]["mean_iou"] > 0.5
