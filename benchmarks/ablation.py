@@ -50,7 +50,8 @@ ALONE = {
 }
 CROSS = ALONE | {"cross_supervision": True, "fusion": "confidence"}
 INSTANCE = {"prototype_contrast_weight": 0.05}
-# the area read from the branch's own auxiliary CAM throughout, not from the final CAMs that the loss itself shrinks
+# half of the authors' weight, and the area read from the branch's own auxiliary CAM throughout, not from the final CAMs
+# that the loss itself shrinks: both to the loss's advantage at small sizes
 SPATIAL = {"spatial_bce_weight": 0.2, "coverage_switch": 1.0}
 COLUMNS = {
     "segmentation mIoU": ("segmentation", "mean_iou"),
@@ -109,13 +110,13 @@ ROWS = {
     "authors": _authors_row(),
     # other complementary objectives on top of cross-supervision and confidence fusion
     "no_complement": Row("cross-supervision and confidence fusion only", CROSS),
-    "instance": Row("the same + instance learning", CROSS | INSTANCE),
+    "instance": Row("no_complement + instance learning", CROSS | INSTANCE),
     "spatial_precise": Row(
-        "the same + instance learning + spatial loss on the precise branch",
+        "no_complement + instance learning + spatial loss on the precise branch",
         CROSS | INSTANCE | SPATIAL | {"spatial_bce_branches": ("precise",)},
     ),
     "spatial_both": Row(
-        "the same + spatial loss on both branches, half of the ambiguous area to the broad one",
+        "no_complement + spatial loss on both branches, half of the ambiguous area to the broad one",
         CROSS | SPATIAL | {"spatial_bce_branches": ("broad", "precise"), "broad_coverage": 0.5},
     ),
     # ToCo's pooling and segmentation weight; its class-token contrast and boundary term are not part of the package

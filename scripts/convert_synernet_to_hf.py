@@ -55,7 +55,13 @@ AUTHORS_FIELDS = {
     "fusion": "fixed",
     "floor_scaled_views": True,
     "spatial_bce_branches": ("broad",),
+    "spatial_bce_weight": 0.4,
+    "coverage_switch": 0.5,
+    "prototype_contrast_weight": 0.05,
     "prototype_branches": ("broad", "precise"),
+    "broad_pooling_top_k": None,
+    "broad_propagation_temperature": None,
+    "precise_propagation_temperature": None,
 }
 DATASETS = {
     20: (VOC_CLASSES, {}),

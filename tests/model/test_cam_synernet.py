@@ -144,7 +144,10 @@ def test_propagated_maps_are_means_over_the_picture(seed, temperature):
     spread = propagate_cams(cams, features, temperature)
     cut = cams.relu()
     assert spread.shape == cams.shape
-    for extreme, inside in ((cut.amax((-2, -1)), spread.amax((-2, -1))), (-cut.amin((-2, -1)), -spread.amin((-2, -1)))):
+    for extreme, inside in (
+        (cut.amax((-2, -1)), spread.amax((-2, -1))),
+        (-cut.amin((-2, -1)), -spread.amin((-2, -1))),
+    ):
         assert (inside <= extreme + 1e-5).all()
     # a longer or shorter feature is the same token
     torch.testing.assert_close(propagate_cams(cams, 7 * features, temperature), spread)
@@ -161,6 +164,13 @@ def test_propagation_reaches_tokens_that_look_alike():
     assert propagate_cams(cams.bfloat16(), features.bfloat16(), 0.01).dtype == torch.bfloat16
 
 
+def test_propagation_counts_in_float32_under_autocast():
+    cams, features = torch.rand(2, 3, 6, 6), torch.rand(2, 8, 6, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = propagate_cams(cams, features, 0.05)
+    assert torch.equal(inside, propagate_cams(cams, features, 0.05))
+
+
 def test_only_the_configured_branch_is_propagated():
     pixel_values = torch.randn(1, 3, 32, 48)
     plain = SynerNetModelTester().model().eval()
@@ -173,8 +183,9 @@ def test_only_the_configured_branch_is_propagated():
             for place, kind in enumerate(("", "auxiliary_")):
                 expected = propagate_cams(before[name][f"{kind}cam_logits"], before[name][f"{kind}features"], 0.1)
                 torch.testing.assert_close(after[name][place], expected)
-            # without labels, too, a model shows the CAMs that it makes labels of
-            torch.testing.assert_close(model(pixel_values)[f"{name}_cams"], normalize_cams(after[name][0]))
+            # the temperature is read at every call, as the thresholds are
+            setattr(model.config, f"{name}_propagation_temperature", None)
+            assert torch.equal(model.cam_logits(pixel_values)[name][0], before[name].cam_logits)
 
 
 @pytest.mark.parametrize("size", [(32, 48), (30, 45)])
@@ -186,6 +197,7 @@ def test_what_training_has_seen_is_not_encoded_again(size, flip, shared, monkeyp
     pixel_values, labels = torch.randn(2, 3, *size), torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 0]])
     expected = multi_scale_cams(model, pixel_values, labels, (1.0, 0.5), flip)
     known = model.synernet.cam_logits_of(model.synernet(pixel_values), size)
+    assert not any(cam.requires_grad for maps in known.values() for cam in maps)
     encoded = []
     cam_logits = type(model).cam_logits
 
@@ -201,6 +213,37 @@ def test_what_training_has_seen_is_not_encoded_again(size, flip, shared, monkeyp
         assert len(cams[branch]) == len(expected[branch]) == 3
         for fast, slow in zip(cams[branch], expected[branch], strict=True):
             torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "fields", "calls"),
+    [
+        ((32, 48), {"cam_scales": (1.0,), "cam_flip": False}, 0),
+        ((30, 45), {"cam_scales": (1.0, 0.5), "cam_flip": True}, 2),
+        ((32, 48), {"cam_scales": (0.5,), "cam_flip": False}, 1),
+        ((30, 48), {"cam_scales": (1.0,), "cam_flip": False, "floor_scaled_views": True}, 1),
+    ],
+)
+def test_a_training_step_encodes_only_what_it_has_not_seen(size, fields, calls, monkeypatch):
+    tester = SynerNetModelTester(broad_propagation_temperature=0.2, **fields)
+    model = tester.model().train()
+    inputs = {"pixel_values": torch.randn(2, 3, *size), "labels": torch.tensor([[1.0, 0, 1], [0, 1, 0]])}
+    inputs["loss_weights"] = {"cls": 1.0, "patch_contrast": 0.2, "segmentation": 0.2}
+    encoded = []
+    cam_logits = type(model).cam_logits
+
+    def counting(self, views):
+        encoded.append(views.shape)
+        return cam_logits(self, views)
+
+    monkeypatch.setattr(type(model), "cam_logits", counting)
+    fast = model(**inputs)
+    assert len(encoded) == calls
+    monkeypatch.setattr(type(model.synernet), "cam_logits_of", lambda self, outputs, size: None)
+    slow = model(**inputs)
+    torch.testing.assert_close(fast.loss, slow.loss)
+    torch.testing.assert_close(fast.broad_cams, slow.broad_cams, atol=1e-5, rtol=1e-5)
+    assert (fast.pseudo_labels == slow.pseudo_labels).float().mean() > 0.99
 
 
 def test_views_that_are_cut_are_encoded_again():

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.data.schema import COCO_CLASSES, VOC_CLASSES
+from synernet_hf.training import read_recipe
 
 
 converter = load_script("convert_synernet_to_hf")
@@ -109,9 +111,13 @@ def test_settings_are_the_authors(tmp_path, weights):
     backbone = config.backbone_config
     assert (backbone.qkv_bias, backbone.layer_norm_eps, backbone.num_hidden_layers) == (False, 1e-5, LAYERS)
     assert (backbone.patch_size, backbone.image_size, backbone.num_attention_heads) == (8, 32, 2)
-    assert config.fusion == "fixed"
-    assert list(config.spatial_bce_branches) == ["broad"]
-    assert list(config.prototype_branches) == ["broad", "precise"]
+    recipe = read_recipe(Path(__file__).resolve().parents[2] / "examples" / "recipes" / "voc12_authors.yaml")[
+        "model_config"
+    ]
+    assert recipe["fusion"] == "fixed" and recipe["spatial_bce_branches"] == ["broad"]
+    for name, value in recipe.items():
+        given = getattr(config, name)
+        assert (list(given) if isinstance(given, tuple) else given) == value
     assert (config.projection_hidden_size, config.projection_bottleneck_size, config.prototype_size) == (20, 8, 12)
     assert SynerNetImageProcessor.from_pretrained(out).size_divisor == 8
 

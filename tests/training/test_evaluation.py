@@ -9,12 +9,13 @@ from datasets import DatasetDict
 from devkit_utils import write_voc_devkit
 from PIL import Image
 from safetensors.torch import save_file
+from testing_utils import SynerNetModelTester
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.data import SHAPES_CLASSES, build_split, check_dataset
 from synernet_hf.metrics import MeanIoU
 from synernet_hf.model.modeling_synernet import SynerNetCamOutput
-from synernet_hf.training.evaluation import CAM_KINDS, evaluate_model, results_table
+from synernet_hf.training.evaluation import CAM_KINDS, evaluate_model, results_table, single_scale_cams
 
 
 NAMES = ["background", "cat", "dog"]
@@ -56,6 +57,8 @@ class OracleModel(torch.nn.Module):
             background_threshold=0.5,
             semantic_loss_ignore_index=255,
             inference_scales=SCALES,
+            broad_propagation_temperature=0.1,
+            precise_propagation_temperature=None,
         )
 
     def one_hot(self, pixel_values):
@@ -474,3 +477,17 @@ def test_predict_script_checks_every_picture_before_any_work(root, tiny_run_fold
     error = capsys.readouterr().err
     assert error.startswith("error: ") and str(bad) in error and len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_baseline_cam_is_not_propagated():
+    tester = SynerNetModelTester(broad_propagation_temperature=0.1)
+    model = tester.model().eval()
+    pixel_values, labels = tester.inputs()["pixel_values"], tester.inputs()["labels"]
+    baseline = single_scale_cams(model, pixel_values, labels)
+    assert model.config.broad_propagation_temperature == 0.1
+    cams = model.generate_cams(pixel_values, labels, scales=(1.0,), flip=False)
+    model.config.broad_propagation_temperature = None
+    plain = model.generate_cams(pixel_values, labels, scales=(1.0,), flip=False)
+    assert not torch.allclose(cams.broad_cams, plain.broad_cams)
+    mean = (plain.broad_cams + plain.precise_cams) / 2
+    torch.testing.assert_close(baseline, mean / (mean.amax(dim=(2, 3), keepdim=True) + 1e-5))

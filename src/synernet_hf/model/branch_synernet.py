@@ -90,9 +90,8 @@ class SynerNetSharedEncoder(nn.Module):
 class SynerNetBranch(nn.Module):
     """One encoder, or what follows the shared blocks, with its CAM heads, decoder and projection head."""
 
-    def __init__(self, config: SynerNetConfig, pooling_top_k: int, propagation_temperature: float | None):
+    def __init__(self, config: SynerNetConfig, pooling_top_k: int):
         super().__init__()
-        self.propagation_temperature = propagation_temperature
         self.auxiliary_layer_index = config.auxiliary_layer_index
         self.additional_cam_layers = config.additional_cam_layers
         shared = config.shared_encoder_layers
@@ -145,36 +144,34 @@ class SynerNetBranch(nn.Module):
         return getattr(self.backbone, _norm_name(self.backbone))(tokens), tuple(states)
 
     def cam_logits(
-        self, pixel_values: torch.Tensor, patch_size: int, shared_states: tuple[torch.Tensor, ...] | None = None
+        self,
+        pixel_values: torch.Tensor,
+        patch_size: int,
+        shared_states: tuple[torch.Tensor, ...] | None = None,
+        propagation_temperature: float | None = None,
     ) -> list[torch.Tensor]:
-        """CAM logits `(B, C, h, w)` of the last, the auxiliary and the additional layers, without the decoder."""
+        """
+        CAM logits `(B, C, h, w)` of the last, the auxiliary and the additional layers, without the decoder; spread by
+        [`propagate_cams`], and then not negative, where a temperature is given.
+        """
         tokens, hidden_states, _ = self.encode(pixel_values, shared_states)
         layers = (self.auxiliary_layer_index, *self.additional_cam_layers)
-        features = patch_map(tokens, pixel_values, patch_size)
-        earlier = [patch_map(hidden_states[layer], pixel_values, patch_size) for layer in layers]
-        last = self._propagate(self.cam_head.cam_logits(features), features)
-        return [last, *map(self._earlier_cam_logits, earlier)]
+        features = [
+            patch_map(states, pixel_values, patch_size) for states in (tokens, *map(hidden_states.__getitem__, layers))
+        ]
+        maps = [self.cam_head.cam_logits(features[0]), *map(self.auxiliary_cam_head.cam_logits, features[1:])]
+        return _propagated(maps, features, propagation_temperature)
 
     @torch.no_grad()
-    def cam_logits_of(self, output: SynerNetBranchOutput, earlier_layers: bool = True) -> list[torch.Tensor]:
-        """
-        What `cam_logits` gives for the pictures whose `output`, of `forward`, is there already; without gradient.
-        Without `earlier_layers` the last layer's alone.
-        """
-        last = self._propagate(output.cam_logits, output.features)
-        if not earlier_layers:
-            return [last]
+    def cam_logits_of(
+        self, output: SynerNetBranchOutput, propagation_temperature: float | None = None
+    ) -> list[torch.Tensor]:
+        """What `cam_logits` gives for the pictures whose `output`, of `forward`, is there already; without gradient."""
         grid = output.features.shape[-2:]
-        states = [token_map(output.hidden_states[layer], grid) for layer in self.additional_cam_layers]
-        return [last, *map(self._earlier_cam_logits, (output.auxiliary_features, *states))]
-
-    def _earlier_cam_logits(self, features: torch.Tensor) -> torch.Tensor:
-        return self._propagate(self.auxiliary_cam_head.cam_logits(features), features)
-
-    def _propagate(self, cam_logits: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        if self.propagation_temperature is None:
-            return cam_logits
-        return propagate_cams(cam_logits, features, self.propagation_temperature)
+        earlier = [token_map(output.hidden_states[layer], grid) for layer in self.additional_cam_layers]
+        features = [output.features, output.auxiliary_features, *earlier]
+        maps = [output.cam_logits, output.auxiliary_cam_logits, *map(self.auxiliary_cam_head.cam_logits, earlier)]
+        return [cam.detach() for cam in _propagated(maps, features, propagation_temperature)]
 
     def forward(
         self,
@@ -201,6 +198,12 @@ class SynerNetBranch(nn.Module):
             hidden_states=hidden_states,
             attentions=attentions,
         )
+
+
+def _propagated(maps: list, features: list, temperature: float | None) -> list[torch.Tensor]:
+    if temperature is None:
+        return maps
+    return [propagate_cams(cam, states, temperature) for cam, states in zip(maps, features, strict=True)]
 
 
 def encoder_blocks(backbone: nn.Module) -> nn.ModuleList:

@@ -35,10 +35,12 @@ def propagate_cams(cam_logits: torch.Tensor, features: torch.Tensor, temperature
     Returns:
         `torch.Tensor` of shape `(B, C, h, w)`: not negative, of the dtype of `cam_logits`.
     """
-    tokens = F.normalize(features.float().flatten(2), dim=1)
-    attention = (tokens.transpose(1, 2) @ tokens / temperature).softmax(dim=-1)
-    spread = cam_logits.float().relu().flatten(2) @ attention.transpose(1, 2)
-    return spread.view_as(cam_logits).to(cam_logits.dtype)
+    # a cosine divided by a small temperature needs float32, whatever the encoder counts in
+    with torch.autocast(device_type=cam_logits.device.type, enabled=False):
+        tokens = F.normalize(features.float().flatten(2), dim=1).transpose(1, 2)[:, None]
+        values = cam_logits.float().relu().flatten(2).transpose(1, 2)[:, None]
+        spread = F.scaled_dot_product_attention(tokens, tokens, values, scale=1 / temperature)
+    return spread[:, 0].transpose(1, 2).reshape(cam_logits.shape).to(cam_logits.dtype)
 
 
 def normalize_cams(cams: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,6 @@ _POSITIVE = (
     "prototype_size",
     "prototype_temperature",
 )
-_POSITIVE_OR_NONE = ("broad_pooling_top_k", "broad_propagation_temperature", "precise_propagation_temperature")
 
 # Far above every published encoder, and low enough that a hostile file cannot make the reader build without end (ours).
 _LIMITS = {
@@ -120,10 +119,11 @@ class SynerNetConfig(PreTrainedConfig):
             What to do where a scaled view is no multiple of the patch: cut the rest off and stretch the CAM over it
             [authors] or pad and crop [ours, the default]. The same where every view is a multiple.
         broad_propagation_temperature (`float`, *optional*):
-            Spreads the broad branch's CAMs over all tokens that look alike before anything is read off them: each
-            token takes the mean of all, weighted by a softmax of the cosine of their features divided by this. Lower
-            keeps closer to the CAM; 0.1 did best where it was measured. `None` leaves CAMs as they are. [paper: global
-            attention widens the broad CAM; formula ours; authors: none]
+            Spreads the broad branch's CAMs over all tokens that look alike before labels, areas and votes are read off
+            them: each token takes the mean of all, weighted by a softmax of the cosine of their features divided by
+            this, at least 0.001. Lower keeps closer to the CAM; 0.1 did best in docs/experiment_log.md. `None` leaves
+            CAMs as they are. The losses act on the CAM before it is spread. [paper: global attention widens the broad
+            CAM; formula ours; authors: none]
         precise_propagation_temperature (`float`, *optional*):
             The same for the precise branch. [ours; authors: none]
         inference_scales (`list[float]`, *optional*, defaults to `(1.0, 1.25, 1.5)`):
@@ -153,7 +153,7 @@ class SynerNetConfig(PreTrainedConfig):
             Steps of pixel-adaptive refinement. [authors]
         broad_coverage (`float`, *optional*, defaults to 0.2):
             Share of the ambiguous area that the broad branch's spatial loss gives to the foreground until
-            `coverage_switch`. [authors]
+            `coverage_switch`, if it has one. [authors]
         broad_coverage_late (`float`, *optional*, defaults to 0.1):
             The same from `coverage_switch` on, where it falls to 0 along a quarter cosine. [authors]
         precise_coverage (`float`, *optional*, defaults to 0.0):
@@ -283,6 +283,10 @@ class SynerNetConfig(PreTrainedConfig):
         """`int`: side of the encoder's square patch, in pixels."""
         return self.backbone_config.patch_size
 
+    def propagation_temperature(self, branch: str) -> float | None:
+        """`float`, *optional*: the temperature of the `"broad"` or the `"precise"` branch."""
+        return {"broad": self.broad_propagation_temperature, "precise": self.precise_propagation_temperature}[branch]
+
     @property
     def voting_layers(self) -> tuple[int, ...]:
         """`tuple[int]`: the hidden states whose CAMs vote, counted from the embeddings."""
@@ -330,9 +334,12 @@ class SynerNetConfig(PreTrainedConfig):
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
-        for name in _POSITIVE_OR_NONE:
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be positive or left out, got {getattr(self, name)}.")
+        if self.broad_pooling_top_k is not None and self.broad_pooling_top_k <= 0:
+            raise ValueError(f"`broad_pooling_top_k` must be positive or left out, got {self.broad_pooling_top_k}.")
+        for name in ("broad_propagation_temperature", "precise_propagation_temperature"):
+            # below, the softmax would meet numbers that float32 cannot hold; nan compares false
+            if getattr(self, name) is not None and not 1e-3 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"`{name}` must be at least 0.001 or left out, got {getattr(self, name)}.")
         check_limits({name: getattr(self, name) for name in _LIMITS}, _LIMITS, "")
         check_limits(self.backbone_config.to_dict(), _BACKBONE_LIMITS, "backbone_config.")
         for name, weight in self.loss_weights.items():

@@ -78,9 +78,8 @@ class SynerNetModel(SynerNetPreTrainedModel):
                 f"{config.shared_encoder_layers}."
             )
         self.shared_encoder = SynerNetSharedEncoder(config) if config.shared_encoder_layers else None
-        broad_pooling_top_k = config.broad_pooling_top_k or config.pooling_top_k
-        self.broad_branch = SynerNetBranch(config, broad_pooling_top_k, config.broad_propagation_temperature)
-        self.precise_branch = SynerNetBranch(config, config.pooling_top_k, config.precise_propagation_temperature)
+        self.broad_branch = SynerNetBranch(config, config.broad_pooling_top_k or config.pooling_top_k)
+        self.precise_branch = SynerNetBranch(config, config.pooling_top_k)
         self.post_init()
 
     def branch(self, name: str) -> SynerNetBranch:
@@ -110,7 +109,9 @@ class SynerNetModel(SynerNetPreTrainedModel):
 
     def cam_logits(self, pixel_values: torch.Tensor) -> dict[str, tuple[torch.Tensor, ...]]:
         """
-        CAM logits of both branches, decoder left out.
+        CAM logits of both branches that labels, areas and votes are read from, decoder left out. A branch with a
+        propagation temperature has them spread over tokens that look alike, and then none is negative; the outputs of
+        `forward`, which the losses act on, are always as the classifier gives them.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised pictures of any size.
@@ -125,7 +126,8 @@ class SynerNetModel(SynerNetPreTrainedModel):
         shared_states = self.shared_states(padded)
         logits = {}
         for name in BRANCHES:
-            maps = self.branch(name).cam_logits(padded, patch_size, shared_states)
+            temperature = self.config.propagation_temperature(name)
+            maps = self.branch(name).cam_logits(padded, patch_size, shared_states, temperature)
             logits[name] = tuple(crop_to_input(cam, size, patch_size) for cam in maps)
         return logits
 
@@ -142,7 +144,7 @@ class SynerNetModel(SynerNetPreTrainedModel):
             return None
         logits = {}
         for name in BRANCHES:
-            maps = self.branch(name).cam_logits_of(outputs[name])
+            maps = self.branch(name).cam_logits_of(outputs[name], self.config.propagation_temperature(name))
             logits[name] = tuple(crop_to_input(cam, size, patch_size) for cam in maps)
         return logits
 
@@ -410,10 +412,10 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             result["confidence"] = supervision.confidence
             result["pseudo_labels"] = supervision.pseudo_labels.get("precise")
         if labels is None or not cams:
-            cams = {}
-            for name in branches:
-                (cam,) = self.synernet.branch(name).cam_logits_of(outputs[name], earlier_layers=False)
-                cams[name] = [normalize_cams(crop_to_input(cam.detach(), size, patch_size).relu())]
+            cams = {
+                name: [normalize_cams(crop_to_input(outputs[name].cam_logits.detach(), size, patch_size).relu())]
+                for name in branches
+            }
         for name in cams:
             result[f"{name}_cams"] = cams[name][0]
         # built at the end, so that the fields of the tuple form stand in their order, the loss first
@@ -424,7 +426,9 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         if not any(weights[term] for term in ("spatial_bce", "patch_contrast", "prototype_contrast", "segmentation")):
             return {}, SynerNetSupervision()
         scales, flip = self.config.cam_scales, self.config.cam_flip
-        known_logits = self.synernet.cam_logits_of(outputs, tuple(pixel_values.shape[-2:]))
+        known_logits = None
+        if 1 in scales:
+            known_logits = self.synernet.cam_logits_of(outputs, tuple(pixel_values.shape[-2:]))
         cams = multi_scale_cams(self, pixel_values, labels, scales, flip, known_logits)
         images = unit_images(pixel_values, self.config.image_mean, self.config.image_std)
         return cams, make_supervision(self.config, cams, images, labels, valid_boxes, weights, progress)

@@ -75,8 +75,8 @@ class SynerNetSegmenterOutput(ModelOutput):
         precise_logits (`torch.FloatTensor`, *optional*): the precise branch's share of `logits`, same shape.
         classification_logits (`torch.FloatTensor` of shape `(B, C)`): class scores, mean of the branches.
         broad_cams (`torch.FloatTensor` of shape `(B, C, h, w)`):
-            The broad branch's CAMs in [0, 1], not masked: single-scale on the grid of `logits`; where targets were
-            made from `labels`, the multi-scale ones they come from, `(B, C, H, W)`, absent classes zeroed.
+            The broad branch's CAMs in [0, 1], not masked: single-scale and as the classifier gives them, on the grid of
+            `logits`; where targets were made from `labels`, the multi-scale ones they come from, `(B, C, H, W)`, absent classes zeroed.
         precise_cams (`torch.FloatTensor` of shape `(B, C, h, w)`): the same of the precise branch.
         confidence (`torch.FloatTensor` of shape `(B, 1, H, W)`, *optional*):
             Share of layers and branches that agree on a pixel, returned when pseudo-labels are made.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from datasets import Dataset
 
-    from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+    from synernet_hf.model import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 
 
 CAM_KINDS = ("broad_cam", "precise_cam", "fused_cam", "broad_aux_cam", "precise_aux_cam")
@@ -166,11 +166,26 @@ def segmentation_logits(
     return logits
 
 
+@contextmanager
+def _without_propagation(config: "SynerNetConfig") -> Iterator[None]:
+    """CAMs as the classifiers give them: spreading them is part of the method, not of the baseline."""
+    names = ("broad_propagation_temperature", "precise_propagation_temperature")
+    temperatures = {name: getattr(config, name) for name in names}
+    try:
+        for name in names:
+            setattr(config, name, None)
+        yield
+    finally:
+        for name, temperature in temperatures.items():
+            setattr(config, name, temperature)
+
+
 def single_scale_cams(
     model: "SynerNetForWeaklySupervisedSegmentation", pixel_values: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
     """
-    The baseline CAM: mean of both branches' final-layer CAMs at scale 1 without mirror, stretched back to [0, 1].
+    The baseline CAM: mean of both branches' final-layer CAMs at scale 1 without mirror and without propagation,
+    stretched back to [0, 1].
 
     Args:
         model ([`SynerNetForWeaklySupervisedSegmentation`]):
@@ -184,7 +199,8 @@ def single_scale_cams(
         `torch.Tensor` of shape `(batch_size, num_labels - 1, height, width)`: CAMs in [0, 1]. Each present class's map
         is divided by its maximum, as every CAM of the method is (our choice for the mean of two).
     """
-    cams = model.generate_cams(pixel_values, labels=labels, scales=(1.0,), flip=False)
+    with _without_propagation(model.config):
+        cams = model.generate_cams(pixel_values, labels=labels, scales=(1.0,), flip=False)
     mean = (cams.broad_cams + cams.precise_cams) / 2
     return mean / (mean.amax(dim=(2, 3), keepdim=True) + 1e-5)
 
