@@ -31,6 +31,7 @@ def test_loss_weights_name_every_term():
     assert set(config.loss_weights) == {
         "cls",
         "cls_aux",
+        "cls_token",
         "spatial_bce",
         "patch_contrast",
         "prototype_contrast",

@@ -293,6 +293,19 @@ def test_the_best_model_is_that_of_the_own_folder(tmp_path, monkeypatch):
     assert state_of(tmp_path / "other" / "checkpoint-4")["best_metric"] == 0.3
 
 
+@pytest.mark.parametrize(("capability", "precision"), [("AVX512_VNNI", "bf16"), ("AVX2", "no"), ("DEFAULT", "no")])
+def test_auto_precision_is_bf16_where_the_cpu_counts_in_it(monkeypatch, tmp_path, capsys, capability, precision):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    arguments = SynerNetTrainingArguments(output_dir=str(tmp_path), mixed_precision="auto", report_to="none")
+    assert engine.setup(arguments).mixed_precision == precision
+    assert capsys.readouterr().out == ""
+    # what was named is taken, with a word on what it costs
+    arguments.mixed_precision = "bf16"
+    AcceleratorState._reset_state()
+    assert engine.setup(arguments).mixed_precision == "bf16"
+    assert ("many times slower" in capsys.readouterr().out) == (precision == "no")
+
+
 def test_evaluation_under_bf16_is_that_of_the_saved_model(tmp_path, monkeypatch):
     evaluate_model, seen = engine.evaluate_model, []
     pixels = torch.linspace(-2, 2, 3 * 32 * 32).reshape(1, 3, 32, 32)
@@ -386,7 +399,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
     [
         ({"crop_size": 7}, "`crop_size` is 7, smaller than a patch of 8 pixels"),
         ({"output_dir": None}, "`output_dir` is missing"),
-        ({"mixed_precision": "int8"}, "`mixed_precision` must be no, fp16 or bf16, got 'int8'"),
+        ({"mixed_precision": "int8"}, "`mixed_precision` must be no, fp16, bf16 or auto, got 'int8'"),
         ({"max_steps": 0}, "`max_steps` must be at least 1, got 0"),
         ({"model": {"backbone": "folder"}}, "Give either `backbone` .* or `backbone_config` .* got both"),
         ({"model": {"backbone_config": None}}, "Give either `backbone` .* or `backbone_config` .* got neither"),

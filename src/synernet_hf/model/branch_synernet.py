@@ -101,6 +101,9 @@ class SynerNetBranch(nn.Module):
         self.backbone_arguments = _forward_arguments(self.backbone)
         self.cam_head = SynerNetClassActivationHead(config, pooling_top_k)
         self.auxiliary_cam_head = SynerNetClassActivationHead(config, pooling_top_k)
+        self.class_token_head = None
+        if config.with_class_token_head:
+            self.class_token_head = nn.Linear(config.backbone_config.hidden_size, config.num_foreground_labels)
         self.decode_head = SynerNetDecodeHead(config)
         self.projection_head = SynerNetProjectionHead(config) if config.with_projection_head else None
 
@@ -186,15 +189,17 @@ class SynerNetBranch(nn.Module):
         auxiliary = patch_map(hidden_states[self.auxiliary_layer_index], pixel_values, patch_size)
         scores, cam_logits = self.cam_head(features)
         auxiliary_scores, auxiliary_cam_logits = self.auxiliary_cam_head(auxiliary)
+        class_token = tokens[:, 0]
         return SynerNetBranchOutput(
             classification_logits=scores,
             auxiliary_classification_logits=auxiliary_scores,
+            class_token_logits=None if self.class_token_head is None else self.class_token_head(class_token),
             cam_logits=cam_logits,
             auxiliary_cam_logits=auxiliary_cam_logits,
             logits=self.decode_head(features),
             features=features,
             auxiliary_features=auxiliary,
-            class_token=tokens[:, 0],
+            class_token=class_token,
             hidden_states=hidden_states,
             attentions=attentions,
         )

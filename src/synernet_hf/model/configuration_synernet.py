@@ -87,6 +87,15 @@ class SynerNetConfig(PreTrainedConfig):
             Channels of the LargeFOV decoder. [authors]
         decoder_dilation (`int`, *optional*, defaults to 5):
             Dilation and padding of the decoder's two 3×3 convolutions, in tokens. [authors]
+        with_class_token_head (`bool`, *optional*, defaults to `False`):
+            Whether each branch also classifies its class token, which in a pretrained encoder knows the picture's
+            classes far better than pooled patches do. The scores then are the model's `classification_logits`, and
+            part of its segmentation by `class_prior_weight`. [ours, measured in docs/experiment_log.md; authors and
+            paper: none]
+        class_prior_weight (`float`, *optional*, defaults to 2.0):
+            How much a class loses of its segmentation logits for being less likely in the picture than the likeliest
+            class, in log-probabilities of the class tokens; 0 leaves them as they are. Only with
+            `with_class_token_head`. [ours]
         with_projection_head (`bool`, *optional*, defaults to `True`):
             Whether the projection heads and prototypes, used in training only, are part of the model. [ours]
         projection_hidden_size (`int`, *optional*, defaults to 2048):
@@ -168,6 +177,8 @@ class SynerNetConfig(PreTrainedConfig):
             Weight of the classification loss of each branch. [authors]
         cls_aux_weight (`float`, *optional*, defaults to 1.0):
             Weight of the auxiliary classification loss of each branch. [authors]
+        cls_token_weight (`float`, *optional*, defaults to 1.0):
+            Weight of the classification loss of each branch's class token, if the model has heads for it. [ours]
         spatial_bce_weight (`float`, *optional*, defaults to 0.4):
             Share w of the spatial loss in w · spatial + (1 − w) · classification. [authors; COCO 0.3]
         patch_contrast_weight (`float`, *optional*, defaults to 0.2):
@@ -213,6 +224,8 @@ class SynerNetConfig(PreTrainedConfig):
     shared_encoder_layers: int = 0
     decoder_hidden_size: int = 512
     decoder_dilation: int = 5
+    with_class_token_head: bool = False
+    class_prior_weight: float | int = 2.0
     with_projection_head: bool = True
     projection_hidden_size: int = 2048
     projection_bottleneck_size: int = 512
@@ -248,6 +261,7 @@ class SynerNetConfig(PreTrainedConfig):
     spatial_bce_branches: list[str] | tuple[str, ...] = ("precise",)
     cls_weight: float | int = 1.0
     cls_aux_weight: float | int = 1.0
+    cls_token_weight: float | int = 1.0
     spatial_bce_weight: float | int = 0.4
     patch_contrast_weight: float | int = 0.2
     prototype_contrast_weight: float | int = 0.05
@@ -312,6 +326,7 @@ class SynerNetConfig(PreTrainedConfig):
         return {
             "cls": self.cls_weight,
             "cls_aux": self.cls_aux_weight,
+            "cls_token": self.cls_token_weight if self.with_class_token_head else 0.0,
             "spatial_bce": self.spatial_bce_weight,
             "patch_contrast": self.patch_contrast_weight,
             "prototype_contrast": self.prototype_contrast_weight,
@@ -345,7 +360,7 @@ class SynerNetConfig(PreTrainedConfig):
         for name, weight in self.loss_weights.items():
             if weight < 0:
                 raise ValueError(f"`{name}_weight` must not be negative, got {weight}.")
-        for name in ("refinement_iterations", "shared_encoder_layers"):
+        for name in ("refinement_iterations", "shared_encoder_layers", "class_prior_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
 

@@ -352,8 +352,8 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             valid_boxes (`torch.LongTensor` of shape `(B, 4)`, *optional*):
                 [top, bottom, left, right) of the real pixels of each picture; the padding around teaches nothing.
             loss_weights (`dict[str, float]`, *optional*, defaults to `config.loss_weights`):
-                Weight of each term: `cls`, `cls_aux`, `spatial_bce`, `patch_contrast`, `prototype_contrast`,
-                `segmentation`. What weighs 0, or is not named, is not computed.
+                Weight of each term: `cls`, `cls_aux`, `cls_token`, `spatial_bce`, `patch_contrast`,
+                `prototype_contrast`, `segmentation`. What weighs 0, or is not named, is not computed.
             training_progress (`float`, *optional*, defaults to 0): t/T in [0, 1], for the coverage schedule.
             inference_branches (`str`, *optional*, defaults to `"both"`):
                 `"broad"`, `"precise"` or `"both"`: which branches to run; training needs both.
@@ -390,11 +390,12 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         logits = {name: crop_to_input(outputs[name].logits, size, patch_size) for name in branches}
         share = self.config.broad_inference_weight
         single = logits[branches[0]] if len(branches) == 1 else None
+        mixed = share * logits["broad"] + (1 - share) * logits["precise"] if single is None else single
         result = {
-            "logits": share * logits["broad"] + (1 - share) * logits["precise"] if single is None else single,
+            "logits": self._with_class_prior(mixed, [outputs[name].class_token_logits for name in branches]),
             "broad_logits": logits.get("broad"),
             "precise_logits": logits.get("precise"),
-            "classification_logits": sum(outputs[name].classification_logits for name in branches) / len(branches),
+            "classification_logits": _class_scores([outputs[name] for name in branches]),
             "hidden_states": outputs.hidden_states,
             "attentions": outputs.attentions,
         }
@@ -420,6 +421,17 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             result[f"{name}_cams"] = cams[name][0]
         # built at the end, so that the fields of the tuple form stand in their order, the loss first
         return SynerNetSegmenterOutput(**result)
+
+    def _with_class_prior(self, logits: torch.Tensor, class_token_logits: list[torch.Tensor | None]) -> torch.Tensor:
+        """
+        Segmentation logits `(B, K, h, w)` less what each class is less likely in the picture than the likeliest one, in
+        log-probabilities, mean of the branches (ours); the likeliest class and the background stay as they are.
+        """
+        if not self.config.with_class_token_head or not self.config.class_prior_weight:
+            return logits
+        prior = sum(F.logsigmoid(scores) for scores in class_token_logits) / len(class_token_logits)
+        penalty = self.config.class_prior_weight * (prior.amax(dim=1, keepdim=True) - prior)
+        return logits - F.pad(penalty, (1, 0))[..., None, None]
 
     def _supervise(self, outputs, pixel_values, labels, valid_boxes, weights, progress):
         """Multi-scale CAMs and the targets made of them; nothing where only classification counts."""
@@ -471,6 +483,8 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             if weights["cls_aux"]:
                 auxiliary = classification_loss(output.auxiliary_classification_logits, labels)
                 add("cls_aux", weights["cls_aux"], auxiliary)
+            if weights["cls_token"] and output.class_token_logits is not None:
+                add("cls_token", weights["cls_token"], classification_loss(output.class_token_logits, labels))
             if weights["patch_contrast"]:
                 contrast = patch_token_contrast_loss(output.features, supervision.token_labels[name], ignore_index)
                 add("patch_contrast", weights["patch_contrast"], contrast)
@@ -513,6 +527,15 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         if self.training:
             head.prototypes.copy_(prototypes)
         return terms[own].sum() / (class_ids >= 0).sum().clamp(min=1)
+
+
+def _class_scores(outputs: list[SynerNetBranchOutput]) -> torch.Tensor:
+    """`(B, C)` class scores, mean of the branches: of the class tokens where there are heads for them."""
+    scores = [
+        output.classification_logits if output.class_token_logits is None else output.class_token_logits
+        for output in outputs
+    ]
+    return sum(scores) / len(scores)
 
 
 __all__ = [

@@ -14,6 +14,8 @@ class SynerNetBranchOutput(ModelOutput):
     Args:
         classification_logits (`torch.FloatTensor` of shape `(B, C)`): pooled class scores of the last layer.
         auxiliary_classification_logits (`torch.FloatTensor` of shape `(B, C)`): those of the auxiliary layer.
+        class_token_logits (`torch.FloatTensor` of shape `(B, C)`, *optional*): class scores of the class token, with
+            `config.with_class_token_head`.
         cam_logits (`torch.FloatTensor` of shape `(B, C, h, w)`): the last layer's CAM, unnormalised.
         auxiliary_cam_logits (`torch.FloatTensor` of shape `(B, C, h, w)`): the auxiliary layer's CAM, unnormalised.
         logits (`torch.FloatTensor` of shape `(B, K, h, w)`): segmentation logits.
@@ -26,6 +28,7 @@ class SynerNetBranchOutput(ModelOutput):
 
     classification_logits: torch.FloatTensor | None = None
     auxiliary_classification_logits: torch.FloatTensor | None = None
+    class_token_logits: torch.FloatTensor | None = None
     cam_logits: torch.FloatTensor | None = None
     auxiliary_cam_logits: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
@@ -67,13 +70,16 @@ class SynerNetSegmenterOutput(ModelOutput):
         loss (`torch.FloatTensor`, *optional*): scalar, returned with `labels`.
         loss_dict (`dict[str, torch.FloatTensor]`, *optional*):
             Active terms before weighting, each the mean over the branches that have it, without gradient: `loss_cls`,
-            `loss_cls_aux`, `loss_spatial_bce`, `loss_patch_contrast`, `loss_prototype_contrast`, `loss_segmentation`.
+            `loss_cls_aux`, `loss_cls_token`, `loss_spatial_bce`, `loss_patch_contrast`, `loss_prototype_contrast`, `loss_segmentation`.
         logits (`torch.FloatTensor` of shape `(B, K, h, w)`):
             Segmentation scores of both branches mixed by `config.broad_inference_weight`, one per token; `(B, K, H, W)`
-            where the picture had to be padded because its height or width is no multiple of the patch.
+            where the picture had to be padded because its height or width is no multiple of the patch. With a class
+            token head, classes that are not likely in the picture are lowered.
         broad_logits (`torch.FloatTensor`, *optional*): the broad branch's share of `logits`, same shape.
         precise_logits (`torch.FloatTensor`, *optional*): the precise branch's share of `logits`, same shape.
-        classification_logits (`torch.FloatTensor` of shape `(B, C)`): class scores, mean of the branches.
+        classification_logits (`torch.FloatTensor` of shape `(B, C)`):
+            Class scores of the picture, mean of the branches: the class tokens' where the model has heads for them, the
+            pooled patches' otherwise.
         broad_cams (`torch.FloatTensor` of shape `(B, C, h, w)`):
             The broad branch's CAMs in [0, 1], not masked: single-scale and as the classifier gives them, on the grid of
             `logits`; where targets were made from `labels`, the multi-scale ones they come from, `(B, C, H, W)`, absent classes zeroed.

@@ -185,7 +185,9 @@ class SynerNetTrainingArguments:
         max_grad_norm (`float`, *optional*):
             Largest norm of the gradient; `None` does not clip.
         mixed_precision (`str`, *optional*):
-            `"no"`, `"fp16"` or `"bf16"`; `None` takes what `accelerate launch` says, else `"no"`. [ours]
+            `"no"`, `"fp16"`, `"bf16"`, or `"auto"`: bf16 on a device that has arithmetic for it (a CPU without it is
+            many times slower), full precision on others. `None` takes what `accelerate launch` says, else `"no"`.
+            [ours]
         seed (`int`, *optional*, defaults to 0):
             Seed of weights, data order, augmentation and random classes. [ours]
         eval_steps (`int`, *optional*, defaults to 2000):
@@ -226,8 +228,9 @@ class SynerNetTrainingArguments:
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay on every parameter."})
     warmup_ratio: float = field(default=1500 / 8000, metadata={"help": "Share of the steps with a rising rate."})
     max_grad_norm: float | None = field(default=None, metadata={"help": "Clip the gradient's norm (default: no)."})
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
-        default=None, metadata={"help": "no, fp16 or bf16 (default: what accelerate launch says)."}
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = field(
+        default=None,
+        metadata={"help": "no, fp16, bf16, or auto: bf16 where it is fast (default: what accelerate launch says)."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of weights, data order, augmentation, random classes."})
     eval_steps: int = field(default=2000, metadata={"help": "Steps between two evaluations."})
@@ -285,8 +288,8 @@ class SynerNetTrainingArguments:
                 found.append(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
         if len(self.scale_range) != 2 or not 0 < self.scale_range[0] <= self.scale_range[1]:
             found.append(f"`scale_range` must be two rising positive numbers, got {self.scale_range}.")
-        if self.mixed_precision not in (None, "no", "fp16", "bf16"):
-            found.append(f"`mixed_precision` must be no, fp16 or bf16, got {self.mixed_precision!r}.")
+        if self.mixed_precision not in (None, "no", "fp16", "bf16", "auto"):
+            found.append(f"`mixed_precision` must be no, fp16, bf16 or auto, got {self.mixed_precision!r}.")
         if self.report_to not in ("tensorboard", "trackio", "none"):
             found.append(f"`report_to` must be tensorboard, trackio or none, got {self.report_to!r}.")
         elif self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:

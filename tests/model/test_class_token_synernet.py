@@ -1,0 +1,109 @@
+"""The classifier of the class token: its loss, the class scores of a picture, the prior on the segmentation."""
+
+import pytest
+import torch
+from testing_utils import ALL_TERMS, SynerNetModelTester
+from torch.nn import functional as F
+
+from synernet_hf import SynerNetForWeaklySupervisedSegmentation
+
+
+FAMILIES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
+
+
+def scores_of(model, pixel_values):
+    """Class-token scores of both branches, read from the class token by hand."""
+    scores = {}
+    for name in ("broad", "precise"):
+        branch = model.synernet.branch(name)
+        tokens = branch.encode(pixel_values)[0]
+        head = branch.class_token_head
+        scores[name] = tokens[:, 0] @ head.weight.T + head.bias
+    return scores
+
+
+def test_models_have_no_such_head_unless_asked():
+    tester = SynerNetModelTester()
+    model = tester.model()
+    output = model(**tester.inputs(), loss_weights=model.config.loss_weights)
+    assert not [name for name in model.state_dict() if "class_token_head" in name]
+    assert model.config.loss_weights["cls_token"] == 0
+    assert "loss_cls_token" not in output.loss_dict
+    assert model.synernet(tester.inputs()["pixel_values"]).broad.class_token_logits is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_its_loss_is_the_soft_margin_of_the_class_token(family):
+    tester = SynerNetModelTester(family, with_class_token_head=True, cls_token_weight=0.5)
+    model, inputs = tester.model(), tester.inputs()
+    with torch.no_grad():
+        scores = scores_of(model, inputs["pixel_values"])
+    expected = [F.multilabel_soft_margin_loss(values, inputs["labels"]) for values in scores.values()]
+    output = model(**inputs, loss_weights={"cls_token": model.config.loss_weights["cls_token"]})
+    assert set(output.loss_dict) == {"loss_cls_token"}
+    torch.testing.assert_close(output.loss_dict["loss_cls_token"], sum(expected) / 2)
+    torch.testing.assert_close(output.loss, 0.5 * sum(expected))
+
+
+def test_the_class_scores_are_those_of_the_class_tokens():
+    tester = SynerNetModelTester(with_class_token_head=True)
+    model, pixel_values = tester.model(), tester.inputs()["pixel_values"]
+    with torch.no_grad():
+        scores = scores_of(model, pixel_values)
+        both = model(pixel_values).classification_logits
+        broad = model(pixel_values, inference_branches="broad").classification_logits
+    torch.testing.assert_close(both, (scores["broad"] + scores["precise"]) / 2)
+    torch.testing.assert_close(broad, scores["broad"])
+
+
+@pytest.mark.parametrize("size", [(32, 32), (36, 45)])
+@pytest.mark.parametrize("branches", ["both", "precise"])
+def test_the_prior_lowers_each_class_by_its_distance_to_the_likeliest(size, branches):
+    logits = {}
+    for weight in (0.0, 2.0):
+        tester = SynerNetModelTester(with_class_token_head=True, class_prior_weight=weight)
+        model, pixel_values = tester.model(), tester.inputs(2, *size)["pixel_values"]
+        with torch.no_grad():
+            logits[weight] = model(pixel_values, inference_branches=branches).logits
+    with torch.no_grad():
+        scores = scores_of(model, model.synernet.pad(pixel_values))
+    names = ("broad", "precise") if branches == "both" else (branches,)
+    prior = sum(scores[name].sigmoid().log() for name in names) / len(names)
+    prior = prior - prior.amax(dim=1, keepdim=True)
+    moved = logits[2.0] - logits[0.0]
+    assert torch.equal(moved[:, 0], torch.zeros_like(moved[:, 0]))
+    torch.testing.assert_close(moved[:, 1:], 2 * prior[:, :, None, None].expand_as(moved[:, 1:]))
+    # none gains, and one class of each picture keeps what it has
+    assert (moved <= 0).all()
+    assert (moved[:, 1:].amax(dim=1) == 0).all()
+
+
+def test_the_prior_is_none_of_the_losses_business():
+    losses = []
+    for weight in (0.0, 3.0):
+        tester = SynerNetModelTester(with_class_token_head=True, class_prior_weight=weight)
+        output = tester.model()(**tester.inputs(), loss_weights=ALL_TERMS | {"cls_token": 1.0})
+        losses.append(output.loss)
+    assert torch.equal(*losses)
+
+
+def test_every_parameter_has_a_gradient():
+    tester = SynerNetModelTester(with_class_token_head=True)
+    model = tester.model()
+    model(**tester.inputs(), loss_weights=ALL_TERMS | {"cls_token": 1.0}, training_progress=0.7).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_the_head_is_saved_and_loaded(tmp_path):
+    tester = SynerNetModelTester(with_class_token_head=True, shared_encoder_layers=1)
+    model, pixel_values = tester.model(), tester.inputs()["pixel_values"]
+    model.save_pretrained(tmp_path)
+    loaded = SynerNetForWeaklySupervisedSegmentation.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(pixel_values).logits, model(pixel_values).logits)
+    assert loaded.config.with_class_token_head
+
+
+def test_a_negative_prior_is_refused():
+    with pytest.raises(Exception, match="`class_prior_weight` must not be negative, got -1"):
+        SynerNetModelTester(class_prior_weight=-1).config()
