@@ -47,8 +47,13 @@ ALONE = {
     "broad_pooling_top_k": None,
     "broad_propagation_temperature": None,
     "precise_propagation_temperature": None,
+    "precise_consensus": False,
+    "confidence_weighting": 0.0,
+    "with_class_token_head": False,
 }
 CROSS = ALONE | {"cross_supervision": True, "fusion": "confidence"}
+# without what stands on later steps of the ladder
+BEFORE_CONFIDENCE = {"fusion": "fixed", "confidence_weighting": 0.0, "with_class_token_head": False}
 INSTANCE = {"prototype_contrast_weight": 0.05}
 # half of the authors' weight, and the area read from the branch's own auxiliary CAM throughout, not from the final CAMs
 # that the loss itself shrinks: both to the loss's advantage at small sizes
@@ -82,6 +87,8 @@ class Row:
             Row whose runs are scored; None for runs of its own.
         single_branch (`bool`, *optional*, defaults to `False`):
             Score the precise branch alone. Only where the branches are trained without knowing of each other.
+        scored_with (`dict`, *optional*, defaults to `{}`):
+            Fields of `SynerNetConfig` that differ in scoring only.
     """
 
     title: str
@@ -89,6 +96,7 @@ class Row:
     backbone_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     trained_as: str | None = None
     single_branch: bool = False
+    scored_with: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def _authors_row() -> Row:
@@ -105,9 +113,13 @@ ROWS = {
     "single": Row("one branch, its own CAM as teacher", ALONE, trained_as="two_branches", single_branch=True),
     "two_branches": Row("two branches, each its own teacher", ALONE),
     "cross_supervision": Row("+ cross-supervision", ALONE | {"cross_supervision": True}),
-    "complementary": Row("+ the recipe's complementary objectives", {"fusion": "fixed"}),
-    "confidence": Row("+ confidence fusion (the recipe as it stands)"),
+    "complementary": Row("+ the recipe's complementary objectives", BEFORE_CONFIDENCE),
+    # the prior is read off class tokens at inference: the two rows are two readings of the same runs
+    "confidence": Row("+ confidence fusion", trained_as="class_prior", scored_with={"class_prior_weight": 0.0}),
+    "class_prior": Row("+ prior of the class tokens (the recipe as it stands)"),
     "authors": _authors_row(),
+    # alternatives to a part of the recipe
+    "soft_confidence": Row("the recipe, pixels of its labels weighted by confidence²", {"confidence_weighting": 2.0}),
     # other complementary objectives on top of cross-supervision and confidence fusion
     "no_complement": Row("cross-supervision and confidence fusion only", CROSS),
     "instance": Row("no_complement + instance learning", CROSS | INSTANCE),
@@ -221,6 +233,11 @@ def settings_of(arguments: list, max_eval_samples: int | None) -> dict[str, Any]
     return json.loads(json.dumps(dict(sorted(settings.items()))))
 
 
+def scoring_settings(arguments: list, row: Row, options: argparse.Namespace) -> dict[str, Any]:
+    """As [`settings_of`], of a row's scores: with what differs in scoring only."""
+    return settings_of(arguments, options.max_eval_samples) | row.scored_with
+
+
 def read_finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """
     Reads what an earlier call has finished.
@@ -311,6 +328,8 @@ def score(folder: Path, data_args, row: Row, max_samples: int | None) -> dict[st
     model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(folder).to(device)
     if row.single_branch:
         model.config.broad_inference_weight = 0.0
+    for name, value in row.scored_with.items():
+        setattr(model.config, name, value)
     results = evaluate_model(
         model,
         SynerNetImageProcessor.from_pretrained(folder),
@@ -331,7 +350,7 @@ def result_of(base: list, name: str, seed: int, options: argparse.Namespace) -> 
     row = ROWS[name]
     path = options.output / "results" / f"{name}-seed{seed}.json"
     arguments = row_arguments(base, row, seed, Path())
-    settings = settings_of(arguments, options.max_eval_samples)
+    settings = scoring_settings(arguments, row, options)
     finished = read_finished(path, settings)
     if finished is not None:
         print(f"{name}, seed {seed}: finished before.", flush=True)
@@ -418,7 +437,7 @@ def read_all(base: list, options: argparse.Namespace) -> dict[str, dict[int, dic
     """Everything finished in the output folder, by row in their order and by seed, whichever call has made it."""
     finished: dict[str, dict[int, dict[str, Any]]] = {}
     for name, row in ROWS.items():
-        settings = settings_of(row_arguments(base, row, 0, Path()), options.max_eval_samples)
+        settings = scoring_settings(row_arguments(base, row, 0, Path()), row, options)
         by_seed = {}
         for path in (options.output / "results").glob(f"{name}-seed*.json"):
             by_seed[int(path.stem.removeprefix(f"{name}-seed"))] = read_finished(path, settings)

@@ -62,6 +62,10 @@ AUTHORS_FIELDS = {
     "broad_pooling_top_k": None,
     "broad_propagation_temperature": None,
     "precise_propagation_temperature": None,
+    "precise_consensus": False,
+    "confidence_weighting": 0.0,
+    "with_class_token_head": False,
+    "broad_inference_weight": 0.7,
 }
 DATASETS = {
     20: (VOC_CLASSES, {}),

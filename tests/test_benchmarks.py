@@ -18,7 +18,7 @@ from synernet_hf.training.validation import MODEL_FIELDS, validate_arguments
 
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-LADDER = ["single", "two_branches", "cross_supervision", "complementary", "confidence"]
+LADDER = ["single", "two_branches", "cross_supervision", "complementary", "confidence", "class_prior"]
 TINY = {
     "--dataset_options": {"num_train": 8, "num_validation": 3, "image_size": 32},
     "--backbone_config": {
@@ -36,6 +36,7 @@ TINY = {
         "projection_hidden_size": 16,
         "projection_bottleneck_size": 8,
         "prototype_size": 16,
+        "with_class_token_head": True,
         "cam_scales": [1.0, 0.5],
         "refinement_dilations": [1, 2],
         "refinement_iterations": 1,
@@ -66,7 +67,7 @@ def figures() -> ModuleType:
 def finished(ablation, tmp_path_factory) -> Path:
     """Output of an ablation of two rows, one of them a single branch, each with one seed."""
     output = tmp_path_factory.mktemp("ablation")
-    assert ablation.main([*WORDS, "--output", str(output), "--rows", "single", "confidence", "--seeds", "0"]) == 0
+    assert ablation.main([*WORDS, "--output", str(output), "--rows", "single", "class_prior", "--seeds", "0"]) == 0
     return output
 
 
@@ -81,20 +82,24 @@ def test_the_rows_are_complete_and_in_the_papers_order(ablation):
         assert set(row.model_config) <= MODEL_FIELDS
         assert row.trained_as is None or ablation.ROWS[row.trained_as].model_config == row.model_config
     # the last step of the ladder is the recipe as it is
-    last = ablation.ROWS["confidence"]
-    assert last.model_config == last.backbone_overrides == {}
+    last = ablation.ROWS["class_prior"]
+    assert last.model_config == last.backbone_overrides == last.scored_with == {}
 
 
 @pytest.mark.parametrize("recipe", ["tiny_cpu", "voc_animals"])
 def test_each_step_of_the_ladder_adds_one_part(ablation, recipe):
     base = ablation.read_recipe(ablation.RECIPES / f"{recipe}.yaml")["model_config"]
-    fields = [SynerNetConfig(**base | ablation.ROWS[name].model_config) for name in LADDER[1:]]
+    rows = [ablation.ROWS[name] for name in LADDER[1:]]
+    fields = [SynerNetConfig(**base | row.model_config | row.scored_with) for row in rows]
     changed = [
         {name for name in MODEL_FIELDS if getattr(before, name) != getattr(after, name)}
         for before, after in zip(fields, fields[1:], strict=False)
     ]
-    assert changed[0] == {"cross_supervision"} and changed[2] == {"fusion"}
-    assert changed[1] and changed[1] <= set(ablation.ALONE) - {"cross_supervision", "fusion"}
+    later = {"fusion", "confidence_weighting", "with_class_token_head"}
+    assert changed[0] == {"cross_supervision"}
+    assert changed[1] and changed[1] <= set(ablation.ALONE) - {"cross_supervision", *later}
+    assert {"fusion"} <= changed[2] <= later | {"class_prior_weight"}
+    assert changed[3] == {"class_prior_weight"}
 
 
 def test_the_authors_row_is_their_recipe_whatever_ours_says(ablation, tmp_path):
@@ -165,15 +170,15 @@ def test_branches_of_single_rows_do_not_know_of_each_other(ablation, name, alone
 def test_the_ablation_writes_a_table(ablation, finished):
     text = (finished / "ablation.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert [line.split(" | ")[0] for line in rows] == ["| row", "| ---", "| single", "| confidence"]
+    assert [line.split(" | ")[0] for line in rows] == ["| row", "| ---", "| single", "| class_prior"]
     assert len({line.count(" | ") for line in rows}) == 1
-    single, default = report(finished)["single"], report(finished)["confidence"]
+    single, default = report(finished)["single"], report(finished)["class_prior"]
     assert set(default["summary"]) == set(ablation.COLUMNS)
     assert not any(column.startswith("B-CAM") for column in single["summary"])
     assert single["seeds"]["0"]["fused_cam"] == single["seeds"]["0"]["precise_cam"]
     assert default["seeds"]["0"]["segmentation"]["num_images"] == 3
     # models stay for figures, what only training needs goes
-    for name in ("two_branches", "confidence"):
+    for name in ("two_branches", "class_prior"):
         run = finished / "runs" / f"{name}-seed0"
         assert (run / "model.safetensors").is_file()
         assert not (run / "best").exists() and not list(run.glob("checkpoint-*"))
@@ -187,12 +192,33 @@ def test_finished_rows_are_kept(ablation, finished, monkeypatch, capsys):
     monkeypatch.setattr(ablation, "train", refuse)
     words = [*WORDS, "--output", str(finished), "--seeds", "0", "--rows"]
     # two_branches is the other reading of the run that `single` has left
-    assert ablation.main([*words, "single", "confidence", "two_branches"]) == 0
+    assert ablation.main([*words, "single", "class_prior", "two_branches"]) == 0
     assert capsys.readouterr().out.count("finished before") == 2
     after = report(finished)
-    assert list(after) == ["single", "two_branches", "confidence"]
+    assert list(after) == ["single", "two_branches", "class_prior"]
     assert {name: after[name] for name in before} == before
     assert after["two_branches"]["seeds"]["0"]["precise_cam"] == before["single"]["seeds"]["0"]["precise_cam"]
+
+
+def test_a_row_that_differs_in_scoring_only_is_another_reading_of_the_same_runs(ablation, finished, monkeypatch):
+    monkeypatch.setattr(ablation, "train", None)
+    seen = []
+    evaluate_model = ablation.evaluate_model
+
+    def watching(model, *arguments, **options):
+        seen.append(model.config.class_prior_weight)
+        return evaluate_model(model, *arguments, **options)
+
+    monkeypatch.setattr(ablation, "evaluate_model", watching)
+    words = [*WORDS, "--output", str(finished), "--seeds", "0", "--rows"]
+    assert ablation.main([*words, "confidence", "class_prior"]) == 0
+    assert seen == [0]
+    rows = {name: row["seeds"]["0"] for name, row in report(finished).items()}
+    assert rows["confidence"]["fused_cam"] == rows["class_prior"]["fused_cam"]
+    saved = json.loads((finished / "results" / "confidence-seed0.json").read_text())["settings"]
+    assert saved["class_prior_weight"] == 0
+    # as it was for the tests that follow
+    (finished / "results" / "confidence-seed0.json").unlink()
 
 
 def test_other_settings_and_taken_options_are_refused(ablation, finished, tmp_path, capsys):
@@ -206,7 +232,7 @@ def test_other_settings_and_taken_options_are_refused(ablation, finished, tmp_pa
 
 
 def test_a_killed_run_starts_over(ablation, tmp_path, monkeypatch):
-    folder = tmp_path / "runs" / "confidence-seed0"
+    folder = tmp_path / "runs" / "class_prior-seed0"
     folder.mkdir(parents=True)
     (folder / "training_args.json").write_text("{}")
     options, extra = ablation.parse_options([*WORDS, "--output", str(tmp_path)])
@@ -220,7 +246,7 @@ def test_a_killed_run_starts_over(ablation, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ablation, "train", fake_train)
     for _ in range(2):
-        assert ablation.trained_run(base, "confidence", 0, tmp_path) == (folder, {"minutes": 1.0})
+        assert ablation.trained_run(base, "class_prior", 0, tmp_path) == (folder, {"minutes": 1.0})
     assert calls == [str(folder)]
 
 
@@ -240,7 +266,7 @@ def test_means_and_deviations(ablation):
 
 
 def test_figures_of_the_split_and_of_a_file(figures, finished, tmp_path, capsys):
-    run = finished / "runs" / "confidence-seed0"
+    run = finished / "runs" / "class_prior-seed0"
     picture = tmp_path / "mine.png"
     pixels = np.random.default_rng(0).integers(0, 256, (30, 46, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(picture)
@@ -259,7 +285,7 @@ def test_figures_of_the_split_and_of_a_file(figures, finished, tmp_path, capsys)
 def test_what_a_figure_shows(figures, finished):
     from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 
-    run = finished / "runs" / "confidence-seed0"
+    run = finished / "runs" / "class_prior-seed0"
     model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(run).eval()
     processor = SynerNetImageProcessor.from_pretrained(run)
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 48, 3), dtype=np.uint8))
@@ -286,7 +312,7 @@ def test_unknown_classes_are_refused(figures, tmp_path):
 
 def test_quality_of_pseudo_labels(finished, capsys):
     quality = load_benchmark("pseudo_label_quality")
-    run = finished / "runs" / "confidence-seed0"
+    run = finished / "runs" / "class_prior-seed0"
     words = [str(run), "--max_samples", "2", "--high", "0.7", "0.5", "--dilations", "1", "1,2", "--size", "32"]
     assert quality.main(words) == 0
     lines = capsys.readouterr().out.strip().splitlines()

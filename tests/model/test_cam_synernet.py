@@ -14,6 +14,7 @@ from synernet_hf.model.cam_synernet import (
     crop_to_input,
     fuse_cams,
     fusion_shares,
+    joint_features,
     layer_confidence,
     mask_absent_classes,
     multi_scale_cams,
@@ -171,7 +172,22 @@ def test_propagation_counts_in_float32_under_autocast():
     assert torch.equal(inside, propagate_cams(cams, features, 0.05))
 
 
-def test_only_the_configured_branch_is_propagated():
+@settings(max_examples=20, deadline=None)
+@given(SEEDS, st.integers(1, 3))
+def test_the_cosine_of_joint_features_is_the_mean_cosine(seed, count):
+    features = [seeded(seed + index, 2, 3 + index, 2, 4) - 0.5 for index in range(count)]
+    joint = joint_features(*features)
+    assert joint.shape == (2, sum(maps.shape[1] for maps in features), 2, 4)
+
+    def cosines(maps):
+        tokens = maps.flatten(2)
+        return torch.nn.functional.cosine_similarity(tokens[..., :, None], tokens[..., None, :], dim=1)
+
+    torch.testing.assert_close(cosines(joint), sum(map(cosines, features)) / count)
+    assert joint_features(features[0].bfloat16()).dtype == torch.float32
+
+
+def test_only_the_configured_branch_is_propagated_by_what_both_see():
     pixel_values = torch.randn(1, 3, 32, 48)
     plain = SynerNetModelTester().model().eval()
     for name, other in (("broad", "precise"), ("precise", "broad")):
@@ -181,11 +197,32 @@ def test_only_the_configured_branch_is_propagated():
             before, after = plain.synernet(pixel_values), model.cam_logits(pixel_values)
             assert torch.equal(after[other][0], before[other].cam_logits)
             for place, kind in enumerate(("", "auxiliary_")):
-                expected = propagate_cams(before[name][f"{kind}cam_logits"], before[name][f"{kind}features"], 0.1)
+                alike = joint_features(*(before[branch][f"{kind}features"] for branch in ("precise", "broad")))
+                expected = propagate_cams(before[name][f"{kind}cam_logits"], alike, 0.1)
                 torch.testing.assert_close(after[name][place], expected)
             # the temperature is read at every call, as the thresholds are
             setattr(model.config, f"{name}_propagation_temperature", None)
             assert torch.equal(model.cam_logits(pixel_values)[name][0], before[name].cam_logits)
+
+
+@pytest.mark.parametrize("layers", [None, [-1, -2, -3], [-2, -3]])
+@pytest.mark.parametrize("labels", [None, [[1.0, 0, 1], [0, 1, 0]]])
+def test_the_consensus_is_the_least_of_the_precise_voting_layers(layers, labels):
+    model = SynerNetModelTester(confidence_layers=layers).model().eval()
+    pixel_values = torch.randn(2, 3, 32, 48)
+    labels = None if labels is None else torch.tensor(labels)
+    before = multi_scale_cams(model, pixel_values, labels, (1.0, 0.5))
+    model.config.precise_consensus = True
+    after = multi_scale_cams(model, pixel_values, labels, (1.0, 0.5))
+    # of the last, the auxiliary (-3) and the additional layers
+    voting = {None: (0, 1), (-1, -2, -3): (0, 2, 1), (-2, -3): (2, 1)}[layers and tuple(layers)]
+    expected = before["precise"][voting[0]]
+    for place in voting[1:]:
+        expected = torch.minimum(expected, before["precise"][place])
+    assert torch.equal(after["precise"][0], expected)
+    assert not torch.equal(expected, before["precise"][0])
+    for branch, places in (("broad", range(len(before["broad"]))), ("precise", range(1, len(before["precise"])))):
+        assert all(torch.equal(after[branch][place], before[branch][place]) for place in places)
 
 
 @pytest.mark.parametrize("size", [(32, 48), (30, 45)])

@@ -59,6 +59,7 @@ class OracleModel(torch.nn.Module):
             inference_scales=SCALES,
             broad_propagation_temperature=0.1,
             precise_propagation_temperature=None,
+            precise_consensus=False,
         )
 
     def one_hot(self, pixel_values):
@@ -479,15 +480,17 @@ def test_predict_script_checks_every_picture_before_any_work(root, tiny_run_fold
     assert not (tmp_path / "out").exists()
 
 
-def test_the_baseline_cam_is_not_propagated():
-    tester = SynerNetModelTester(broad_propagation_temperature=0.1)
+def test_the_baseline_cam_is_neither_propagated_nor_a_consensus():
+    tester = SynerNetModelTester(broad_propagation_temperature=0.1, precise_consensus=True)
     model = tester.model().eval()
     pixel_values, labels = tester.inputs()["pixel_values"], tester.inputs()["labels"]
     baseline = single_scale_cams(model, pixel_values, labels)
-    assert model.config.broad_propagation_temperature == 0.1
+    assert model.config.broad_propagation_temperature == 0.1 and model.config.precise_consensus
     cams = model.generate_cams(pixel_values, labels, scales=(1.0,), flip=False)
     model.config.broad_propagation_temperature = None
+    model.config.precise_consensus = False
     plain = model.generate_cams(pixel_values, labels, scales=(1.0,), flip=False)
     assert not torch.allclose(cams.broad_cams, plain.broad_cams)
+    assert not torch.allclose(cams.precise_cams, plain.precise_cams)
     mean = (plain.broad_cams + plain.precise_cams) / 2
     torch.testing.assert_close(baseline, mean / (mean.amax(dim=(2, 3), keepdim=True) + 1e-5))

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedConfig
 
-from .cam_synernet import class_activation_maps, propagate_cams
+from .cam_synernet import class_activation_maps
 from .configuration_synernet import SynerNetConfig
 from .outputs_synernet import SynerNetBranchOutput
 
@@ -147,34 +147,27 @@ class SynerNetBranch(nn.Module):
         return getattr(self.backbone, _norm_name(self.backbone))(tokens), tuple(states)
 
     def cam_logits(
-        self,
-        pixel_values: torch.Tensor,
-        patch_size: int,
-        shared_states: tuple[torch.Tensor, ...] | None = None,
-        propagation_temperature: float | None = None,
-    ) -> list[torch.Tensor]:
+        self, pixel_values: torch.Tensor, patch_size: int, shared_states: tuple[torch.Tensor, ...] | None = None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """
-        CAM logits `(B, C, h, w)` of the last, the auxiliary and the additional layers, without the decoder; spread by
-        [`propagate_cams`], and then not negative, where a temperature is given.
+        CAM logits `(B, C, h, w)` of the last, the auxiliary and the additional layers, without the decoder, and the
+        features `(B, D, h, w)` that each was read from.
         """
         tokens, hidden_states, _ = self.encode(pixel_values, shared_states)
         layers = (self.auxiliary_layer_index, *self.additional_cam_layers)
         features = [
             patch_map(states, pixel_values, patch_size) for states in (tokens, *map(hidden_states.__getitem__, layers))
         ]
-        maps = [self.cam_head.cam_logits(features[0]), *map(self.auxiliary_cam_head.cam_logits, features[1:])]
-        return _propagated(maps, features, propagation_temperature)
+        return [self.cam_head.cam_logits(features[0]), *map(self.auxiliary_cam_head.cam_logits, features[1:])], features
 
     @torch.no_grad()
-    def cam_logits_of(
-        self, output: SynerNetBranchOutput, propagation_temperature: float | None = None
-    ) -> list[torch.Tensor]:
+    def cam_logits_of(self, output: SynerNetBranchOutput) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """What `cam_logits` gives for the pictures whose `output`, of `forward`, is there already; without gradient."""
         grid = output.features.shape[-2:]
         earlier = [token_map(output.hidden_states[layer], grid) for layer in self.additional_cam_layers]
-        features = [output.features, output.auxiliary_features, *earlier]
         maps = [output.cam_logits, output.auxiliary_cam_logits, *map(self.auxiliary_cam_head.cam_logits, earlier)]
-        return [cam.detach() for cam in _propagated(maps, features, propagation_temperature)]
+        features = [output.features, output.auxiliary_features, *earlier]
+        return [cam.detach() for cam in maps], [states.detach() for states in features]
 
     def forward(
         self,
@@ -203,12 +196,6 @@ class SynerNetBranch(nn.Module):
             hidden_states=hidden_states,
             attentions=attentions,
         )
-
-
-def _propagated(maps: list, features: list, temperature: float | None) -> list[torch.Tensor]:
-    if temperature is None:
-        return maps
-    return [propagate_cams(cam, states, temperature) for cam, states in zip(maps, features, strict=True)]
 
 
 def encoder_blocks(backbone: nn.Module) -> nn.ModuleList:

@@ -43,6 +43,14 @@ def propagate_cams(cam_logits: torch.Tensor, features: torch.Tensor, temperature
     return spread[:, 0].transpose(1, 2).reshape(cam_logits.shape).to(cam_logits.dtype)
 
 
+def joint_features(*features: torch.Tensor) -> torch.Tensor:
+    """
+    One feature of several `(B, D, h, w)`, for example of both branches: `(B, n·D, h, w)`, float32, such that the cosine
+    of two tokens is the mean of their cosines in each (ours).
+    """
+    return torch.cat([F.normalize(maps.float(), dim=1) for maps in features], dim=1)
+
+
 def normalize_cams(cams: torch.Tensor) -> torch.Tensor:
     """
     Brings each picture's and class's non-negative map `(B, C, H, W)` into [0, 1]: minus its minimum, divided by its
@@ -117,7 +125,9 @@ def multi_scale_cams(
 
     Per scale the picture is resized, seen as it is and mirrored in one batch, both CAM logits are resized to the
     picture, the mirrored one is mirrored back, the larger of the two kept and cut at 0. The sum over scales is
-    normalised per picture and class.
+    normalised per picture and class. With `config.precise_consensus` the precise branch's CAM of the last layer then is,
+    pixel by pixel, the least of those of its voting layers: what one of them takes for background is not foreground
+    (paper: such pixels are pushed to the background; the minimum is ours).
 
     Args:
         model ([`SynerNetForWeaklySupervisedSegmentation`] or [`SynerNetModel`]): gives the `cam_logits` of both branches.
@@ -146,6 +156,10 @@ def multi_scale_cams(
                     logits = torch.maximum(straight, mirrored.flip(-1))
                 totals.setdefault(branch, [0] * len(maps))[index] += logits.relu_()
     normalized = {branch: [normalize_cams(total) for total in pair] for branch, pair in totals.items()}
+    if model.config.precise_consensus:
+        layers = map(model.config.cam_layers.index, model.config.voting_layers)
+        precise = normalized["precise"]
+        precise[0] = torch.stack([precise[layer] for layer in layers]).amin(dim=0)
     if slots is not None:
         normalized = {
             branch: [_spread_classes(maps, *slots, labels.shape[1]) for maps in pair]
@@ -306,6 +320,7 @@ __all__ = [
     "crop_to_input",
     "fuse_cams",
     "fusion_shares",
+    "joint_features",
     "layer_confidence",
     "mask_absent_classes",
     "multi_scale_cams",

@@ -92,7 +92,7 @@ class SynerNetConfig(PreTrainedConfig):
             classes far better than pooled patches do. The scores then are the model's `classification_logits`, and
             part of its segmentation by `class_prior_weight`. [ours, measured in docs/experiment_log.md; authors and
             paper: none]
-        class_prior_weight (`float`, *optional*, defaults to 2.0):
+        class_prior_weight (`float`, *optional*, defaults to 4.0):
             How much a class loses of its segmentation logits for being less likely in the picture than the likeliest
             class, in log-probabilities of the class tokens; 0 leaves them as they are. Only with
             `with_class_token_head`. [ours]
@@ -129,12 +129,16 @@ class SynerNetConfig(PreTrainedConfig):
             [authors] or pad and crop [ours, the default]. The same where every view is a multiple.
         broad_propagation_temperature (`float`, *optional*):
             Spreads the broad branch's CAMs over all tokens that look alike before labels, areas and votes are read off
-            them: each token takes the mean of all, weighted by a softmax of the cosine of their features divided by
-            this, at least 0.001. Lower keeps closer to the CAM; 0.1 did best in docs/experiment_log.md. `None` leaves
-            CAMs as they are. The losses act on the CAM before it is spread. [paper: global attention widens the broad
-            CAM; formula ours; authors: none]
+            them: each token takes the mean of all, weighted by a softmax of the cosine of their features, mean of both
+            branches, divided by this, at least 0.001. Lower keeps closer to the CAM; 0.14 did best in
+            docs/experiment_log.md. `None` leaves CAMs as they are. The losses act on the CAM before it is spread.
+            [paper: global attention widens the broad CAM; formula ours; authors: none]
         precise_propagation_temperature (`float`, *optional*):
             The same for the precise branch. [ours; authors: none]
+        precise_consensus (`bool`, *optional*, defaults to `False`):
+            Whether the precise branch's CAM is, pixel by pixel, the least of the CAMs of its layers that vote
+            (`confidence_layers`), so that it covers only what they all see. [paper: the branch's coverage objective
+            pushes unsupported pixels to the background; formula ours; authors: none]
         inference_scales (`list[float]`, *optional*, defaults to `(1.0, 1.25, 1.5)`):
             Scales of multi-scale segmentation. [authors]
         broad_inference_weight (`float`, *optional*, defaults to 0.7):
@@ -153,6 +157,9 @@ class SynerNetConfig(PreTrainedConfig):
             classifier. `None` means the auxiliary and the last one. [paper: several layers; which are ours]
         confidence_threshold (`float`, *optional*, defaults to 1.0):
             Share of equal votes from which a pixel is confident; 1 means unanimous. [ours]
+        confidence_weighting (`float`, *optional*, defaults to 0.0):
+            Power of a pixel's confidence, the share of equal votes, that weighs it in the segmentation loss; 0 counts
+            all pixels alike. [ours; paper and authors: none]
         cross_supervision (`bool`, *optional*, defaults to `True`):
             Whether a branch's segmentation learns from fused labels; `False` lets each learn from its own CAM.
             [paper]
@@ -225,7 +232,7 @@ class SynerNetConfig(PreTrainedConfig):
     decoder_hidden_size: int = 512
     decoder_dilation: int = 5
     with_class_token_head: bool = False
-    class_prior_weight: float | int = 2.0
+    class_prior_weight: float | int = 4.0
     with_projection_head: bool = True
     projection_hidden_size: int = 2048
     projection_bottleneck_size: int = 512
@@ -243,6 +250,7 @@ class SynerNetConfig(PreTrainedConfig):
     floor_scaled_views: bool = False
     broad_propagation_temperature: float | int | None = None
     precise_propagation_temperature: float | int | None = None
+    precise_consensus: bool = False
     inference_scales: list[float | int] | tuple[float | int, ...] = (1.0, 1.25, 1.5)
     broad_inference_weight: float | int = 0.7
     fusion: Literal["confidence", "fixed"] = "confidence"
@@ -251,6 +259,7 @@ class SynerNetConfig(PreTrainedConfig):
     fusion_range: float | int = 0.2
     confidence_layers: list[int] | tuple[int, ...] | None = None
     confidence_threshold: float | int = 1.0
+    confidence_weighting: float | int = 0.0
     cross_supervision: bool = True
     refinement_dilations: list[int] | tuple[int, ...] = (1, 2, 4, 8, 12, 24)
     refinement_iterations: int = 10
@@ -360,7 +369,7 @@ class SynerNetConfig(PreTrainedConfig):
         for name, weight in self.loss_weights.items():
             if weight < 0:
                 raise ValueError(f"`{name}_weight` must not be negative, got {weight}.")
-        for name in ("refinement_iterations", "shared_encoder_layers", "class_prior_weight"):
+        for name in ("refinement_iterations", "shared_encoder_layers", "class_prior_weight", "confidence_weighting"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
 

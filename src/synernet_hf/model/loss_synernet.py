@@ -83,7 +83,10 @@ def patch_token_contrast_loss(
 
 
 def cross_supervised_segmentation_loss(
-    logits: torch.Tensor, pseudo_labels: torch.Tensor, ignore_index: int = 255
+    logits: torch.Tensor,
+    pseudo_labels: torch.Tensor,
+    ignore_index: int = 255,
+    pixel_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Cross-entropy of one branch's segmentation against a pseudo-label made with the other's help.
@@ -95,6 +98,9 @@ def cross_supervised_segmentation_loss(
         logits (`torch.Tensor` of shape `(B, K, h, w)`): resized bilinearly to the label map.
         pseudo_labels (`torch.Tensor` of shape `(B, H, W)`): int64, 0 background, 1..K−1 classes.
         ignore_index (`int`, *optional*, defaults to 255): label of pixels left out.
+        pixel_weights (`torch.Tensor` of shape `(B, H, W)`, *optional*):
+            Not negative: the means are weighted by them; a group whose weights sum to less than 1 counts for less
+            (ours). `None` weighs every pixel 1.
 
     Returns:
         `torch.Tensor`: scalar.
@@ -103,6 +109,8 @@ def cross_supervised_segmentation_loss(
     losses = F.cross_entropy(logits, pseudo_labels, ignore_index=ignore_index, reduction="none")
     background = pseudo_labels == 0
     foreground = ~background & (pseudo_labels != ignore_index)
+    if pixel_weights is not None:
+        background, foreground = background * pixel_weights, foreground * pixel_weights
     return 0.5 * sum((losses * group).sum() / group.sum().clamp(min=1) for group in (background, foreground))
 
 

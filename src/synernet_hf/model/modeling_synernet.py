@@ -17,7 +17,7 @@ from .branch_synernet import (
     pooling_arguments,
     select_states,
 )
-from .cam_synernet import crop_to_input, multi_scale_cams, normalize_cams
+from .cam_synernet import crop_to_input, joint_features, multi_scale_cams, normalize_cams, propagate_cams
 from .configuration_synernet import SynerNetConfig
 from .instance_synernet import cut_instances, gather_in_rank_order, pick_instance_classes
 from .loss_synernet import (
@@ -110,8 +110,8 @@ class SynerNetModel(SynerNetPreTrainedModel):
     def cam_logits(self, pixel_values: torch.Tensor) -> dict[str, tuple[torch.Tensor, ...]]:
         """
         CAM logits of both branches that labels, areas and votes are read from, decoder left out. A branch with a
-        propagation temperature has them spread over tokens that look alike, and then none is negative; the outputs of
-        `forward`, which the losses act on, are always as the classifier gives them.
+        propagation temperature has them spread over tokens that look alike to both branches, and then none is negative;
+        the outputs of `forward`, which the losses act on, are always as the classifier gives them.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised pictures of any size.
@@ -121,15 +121,10 @@ class SynerNetModel(SynerNetPreTrainedModel):
             `config.additional_cam_layers` layers' CAM logits, `(B, C, h, w)`, or `(B, C, H, W)` where the picture
             had to be padded.
         """
-        size, patch_size = pixel_values.shape[-2:], self.config.patch_size
         padded = self.pad(pixel_values)
         shared_states = self.shared_states(padded)
-        logits = {}
-        for name in BRANCHES:
-            temperature = self.config.propagation_temperature(name)
-            maps = self.branch(name).cam_logits(padded, patch_size, shared_states, temperature)
-            logits[name] = tuple(crop_to_input(cam, size, patch_size) for cam in maps)
-        return logits
+        read = {name: self.branch(name).cam_logits(padded, self.config.patch_size, shared_states) for name in BRANCHES}
+        return self._spread(read, tuple(pixel_values.shape[-2:]))
 
     @torch.no_grad()
     def cam_logits_of(
@@ -139,13 +134,25 @@ class SynerNetModel(SynerNetPreTrainedModel):
         What [`~SynerNetModel.cam_logits`] gives for pictures of `size` = (H, W) that `forward` has seen, out of its
         `outputs` of both branches; `None` where the two see a picture differently, one cutting what the other pads.
         """
-        patch_size = self.config.patch_size
-        if self.config.floor_scaled_views and any(side % patch_size for side in size):
+        if self.config.floor_scaled_views and any(side % self.config.patch_size for side in size):
             return None
+        read = {name: self.branch(name).cam_logits_of(outputs[name]) for name in BRANCHES}
+        return self._spread(read, size)
+
+    def _spread(
+        self, read: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]], size: tuple[int, int]
+    ) -> dict[str, tuple[torch.Tensor, ...]]:
+        """
+        The CAM logits and features that the branches have `read`, layer by layer, as CAM logits for pictures of `size`:
+        propagated where a branch has a temperature, tokens being alike as far as both branches see them so.
+        """
         logits = {}
         for name in BRANCHES:
-            maps = self.branch(name).cam_logits_of(outputs[name], self.config.propagation_temperature(name))
-            logits[name] = tuple(crop_to_input(cam, size, patch_size) for cam in maps)
+            maps, temperature = read[name][0], self.config.propagation_temperature(name)
+            if temperature is not None:
+                alike = map(joint_features, *(features for _, features in read.values()))
+                maps = [propagate_cams(cam, features, temperature) for cam, features in zip(maps, alike, strict=True)]
+            logits[name] = tuple(crop_to_input(cam, size, self.config.patch_size) for cam in maps)
         return logits
 
     @can_return_tuple
@@ -471,6 +478,9 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             total = total + weight * value
 
         ignore_index = self.config.semantic_loss_ignore_index
+        pixel_weights, power = None, self.config.confidence_weighting
+        if power and weights["segmentation"]:
+            pixel_weights = supervision.confidence[:, 0] ** power
         for name in BRANCHES:
             output = outputs[name]
             spatial_share = weights["spatial_bce"] if name in supervision.area_shares else 0.0
@@ -490,7 +500,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
                 add("patch_contrast", weights["patch_contrast"], contrast)
             if weights["segmentation"]:
                 target = supervision.pseudo_labels[name]
-                segmentation = cross_supervised_segmentation_loss(logits[name], target, ignore_index)
+                segmentation = cross_supervised_segmentation_loss(logits[name], target, ignore_index, pixel_weights)
                 add("segmentation", weights["segmentation"], segmentation)
             if name in embeddings:
                 add("prototype_contrast", weights["prototype_contrast"], self._contrast(name, *embeddings[name]))

@@ -70,7 +70,8 @@ class SynerNetSegmenterOutput(ModelOutput):
         loss (`torch.FloatTensor`, *optional*): scalar, returned with `labels`.
         loss_dict (`dict[str, torch.FloatTensor]`, *optional*):
             Active terms before weighting, each the mean over the branches that have it, without gradient: `loss_cls`,
-            `loss_cls_aux`, `loss_cls_token`, `loss_spatial_bce`, `loss_patch_contrast`, `loss_prototype_contrast`, `loss_segmentation`.
+            `loss_cls_aux`, `loss_cls_token`, `loss_spatial_bce`, `loss_patch_contrast`, `loss_prototype_contrast`,
+            `loss_segmentation`.
         logits (`torch.FloatTensor` of shape `(B, K, h, w)`):
             Segmentation scores of both branches mixed by `config.broad_inference_weight`, one per token; `(B, K, H, W)`
             where the picture had to be padded because its height or width is no multiple of the patch. With a class

@@ -167,25 +167,25 @@ def segmentation_logits(
 
 
 @contextmanager
-def _without_propagation(config: "SynerNetConfig") -> Iterator[None]:
-    """CAMs as the classifiers give them: spreading them is part of the method, not of the baseline."""
-    names = ("broad_propagation_temperature", "precise_propagation_temperature")
-    temperatures = {name: getattr(config, name) for name in names}
+def _plain_cams(config: "SynerNetConfig") -> Iterator[None]:
+    """CAMs as the classifiers give them: spreading and comparing them is part of the method, not of the baseline."""
+    plain = {"broad_propagation_temperature": None, "precise_propagation_temperature": None, "precise_consensus": False}
+    kept = {name: getattr(config, name) for name in plain}
     try:
-        for name in names:
-            setattr(config, name, None)
+        for name, value in plain.items():
+            setattr(config, name, value)
         yield
     finally:
-        for name, temperature in temperatures.items():
-            setattr(config, name, temperature)
+        for name, value in kept.items():
+            setattr(config, name, value)
 
 
 def single_scale_cams(
     model: "SynerNetForWeaklySupervisedSegmentation", pixel_values: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
     """
-    The baseline CAM: mean of both branches' final-layer CAMs at scale 1 without mirror and without propagation,
-    stretched back to [0, 1].
+    The baseline CAM: mean of both branches' final-layer CAMs at scale 1 without mirror, propagation and
+    consensus, stretched back to [0, 1].
 
     Args:
         model ([`SynerNetForWeaklySupervisedSegmentation`]):
@@ -199,7 +199,7 @@ def single_scale_cams(
         `torch.Tensor` of shape `(batch_size, num_labels - 1, height, width)`: CAMs in [0, 1]. Each present class's map
         is divided by its maximum, as every CAM of the method is (our choice for the mean of two).
     """
-    with _without_propagation(model.config):
+    with _plain_cams(model.config):
         cams = model.generate_cams(pixel_values, labels=labels, scales=(1.0,), flip=False)
     mean = (cams.broad_cams + cams.precise_cams) / 2
     return mean / (mean.amax(dim=(2, 3), keepdim=True) + 1e-5)
