@@ -40,6 +40,21 @@ def test_the_graph_gives_the_logits_of_the_model(family, size, branches):
 
 
 @pytest.mark.parametrize("branches", ["both", "precise"])
+def test_the_graph_has_the_prior_of_the_class_tokens(branches, tmp_path):
+    model = SynerNetModelTester(with_class_token_head=True).model()
+    pixel_values = pictures(2, 37, 45)
+    with torch.no_grad():
+        found = SynerNetInferenceGraph(model, branches)(pixel_values)
+    expected = expected_logits(model, pixel_values, branches)
+    assert (found - expected).abs().max() < 1e-5
+    model.config.class_prior_weight = 0.0
+    assert (found - expected_logits(model, pixel_values, branches)).abs().max() > 1e-3
+    # the written graph is compared with the model
+    model.config.class_prior_weight = 4.0
+    assert max(export_onnx(model, tmp_path / "model.onnx", branches).values()) < 1e-4
+
+
+@pytest.mark.parametrize("branches", ["both", "precise"])
 def test_the_graph_has_the_shared_blocks(branches):
     model = SynerNetModelTester("dinov3_vit", shared_encoder_layers=2).model()
     pixel_values = pictures(2, 37, 45)

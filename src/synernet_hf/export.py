@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation
 from synernet_hf.model.branch_synernet import patch_map
+from synernet_hf.model.modeling_synernet import lower_unlikely_classes
 from synernet_hf.model.supervision_synernet import chosen_branches
 from synernet_hf.model_folder import load_model
 
@@ -48,18 +49,23 @@ class SynerNetInferenceGraph(nn.Module):
         self.branches = nn.ModuleDict({name: model.synernet.branch(name) for name in names})
         self.broad_share = float(model.config.broad_inference_weight) if len(names) == 2 else float("broad" in names)
         self.patch_size = model.config.patch_size
+        self.class_prior_weight = float(model.config.class_prior_weight)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`(B, 3, H, W)` normalised pictures → logits `(B, K, H, W)`."""
         height, width = pixel_values.shape[-2:]
         padded = F.pad(pixel_values, (0, -width % self.patch_size, 0, -height % self.patch_size))
         shared_states = None if self.shared_encoder is None else self.shared_encoder(padded)
-        total = None
+        total, class_scores = None, []
         for name, branch in self.branches.items():
             share = self.broad_share if name == "broad" else 1 - self.broad_share
             tokens = branch.encode(padded, shared_states)[0]
             logits = share * branch.decode_head(patch_map(tokens, padded, self.patch_size))
             total = logits if total is None else total + logits
+            if branch.class_token_head is not None:
+                class_scores.append(branch.class_token_head(tokens[:, 0]))
+        if class_scores:
+            total = lower_unlikely_classes(total, class_scores, self.class_prior_weight)
         size = (padded.shape[-2], padded.shape[-1])
         return F.interpolate(total, size=size, mode="bilinear", align_corners=False)[..., :height, :width]
 

@@ -398,8 +398,11 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         share = self.config.broad_inference_weight
         single = logits[branches[0]] if len(branches) == 1 else None
         mixed = share * logits["broad"] + (1 - share) * logits["precise"] if single is None else single
+        if self.config.with_class_token_head:
+            scores = [outputs[name].class_token_logits for name in branches]
+            mixed = lower_unlikely_classes(mixed, scores, self.config.class_prior_weight)
         result = {
-            "logits": self._with_class_prior(mixed, [outputs[name].class_token_logits for name in branches]),
+            "logits": mixed,
             "broad_logits": logits.get("broad"),
             "precise_logits": logits.get("precise"),
             "classification_logits": _class_scores([outputs[name] for name in branches]),
@@ -428,17 +431,6 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             result[f"{name}_cams"] = cams[name][0]
         # built at the end, so that the fields of the tuple form stand in their order, the loss first
         return SynerNetSegmenterOutput(**result)
-
-    def _with_class_prior(self, logits: torch.Tensor, class_token_logits: list[torch.Tensor | None]) -> torch.Tensor:
-        """
-        Segmentation logits `(B, K, h, w)` less what each class is less likely in the picture than the likeliest one, in
-        log-probabilities, mean of the branches (ours); the likeliest class and the background stay as they are.
-        """
-        if not self.config.with_class_token_head or not self.config.class_prior_weight:
-            return logits
-        prior = sum(F.logsigmoid(scores) for scores in class_token_logits) / len(class_token_logits)
-        penalty = self.config.class_prior_weight * (prior.amax(dim=1, keepdim=True) - prior)
-        return logits - F.pad(penalty, (1, 0))[..., None, None]
 
     def _supervise(self, outputs, pixel_values, labels, valid_boxes, weights, progress):
         """Multi-scale CAMs and the targets made of them; nothing where only classification counts."""
@@ -537,6 +529,25 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         if self.training:
             head.prototypes.copy_(prototypes)
         return terms[own].sum() / (class_ids >= 0).sum().clamp(min=1)
+
+
+def lower_unlikely_classes(
+    logits: torch.Tensor, class_token_logits: list[torch.Tensor], weight: float
+) -> torch.Tensor:
+    """
+    Segmentation logits, each class lowered by how much less likely it is in the picture than the likeliest (ours).
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, K, h, w)`): segmentation logits, background first.
+        class_token_logits (`list[torch.Tensor]`): class scores `(B, C)` of each branch's class token.
+        weight (`float`): of the difference of log-probabilities, mean of the branches; 0 changes nothing.
+
+    Returns:
+        `torch.Tensor` of shape `(B, K, h, w)`: the likeliest class and the background stay as they are.
+    """
+    likely = sum(F.logsigmoid(scores) for scores in class_token_logits) / len(class_token_logits)
+    penalty = weight * (likely.amax(dim=1, keepdim=True) - likely)
+    return logits - F.pad(penalty, (1, 0))[..., None, None]
 
 
 def _class_scores(outputs: list[SynerNetBranchOutput]) -> torch.Tensor:

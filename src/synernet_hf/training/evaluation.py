@@ -169,7 +169,11 @@ def segmentation_logits(
 @contextmanager
 def _plain_cams(config: "SynerNetConfig") -> Iterator[None]:
     """CAMs as the classifiers give them: spreading and comparing them is part of the method, not of the baseline."""
-    plain = {"broad_propagation_temperature": None, "precise_propagation_temperature": None, "precise_consensus": False}
+    plain = {
+        "broad_propagation_temperature": None,
+        "precise_propagation_temperature": None,
+        "precise_consensus": False,
+    }
     kept = {name: getattr(config, name) for name in plain}
     try:
         for name, value in plain.items():
