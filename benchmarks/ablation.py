@@ -29,6 +29,7 @@ from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation,
 from synernet_hf.data import class_names
 from synernet_hf.training import InvalidArguments, evaluate_model, parse_arguments, read_recipe, train
 from synernet_hf.training.checkpoints import write_json, write_text
+from synernet_hf.training.precision import resolve_precision
 from synernet_hf.training.validation import MODEL_FIELDS, load_data
 
 
@@ -114,9 +115,12 @@ ROWS = {
     "two_branches": Row("two branches, each its own teacher", ALONE),
     "cross_supervision": Row("+ cross-supervision", ALONE | {"cross_supervision": True}),
     "complementary": Row("+ the recipe's complementary objectives", BEFORE_CONFIDENCE),
+    "confidence": Row("+ confidence fusion", {"with_class_token_head": False}),
     # the prior is read off class tokens at inference: the two rows are two readings of the same runs
-    "confidence": Row("+ confidence fusion", trained_as="class_prior", scored_with={"class_prior_weight": 0.0}),
-    "class_prior": Row("+ prior of the class tokens (the recipe as it stands)"),
+    "class_token": Row(
+        "+ classification of the class tokens", trained_as="class_prior", scored_with={"class_prior_weight": 0.0}
+    ),
+    "class_prior": Row("+ their prior on the segmentation (the recipe as it stands)"),
     "authors": _authors_row(),
     # alternatives to a part of the recipe
     "soft_confidence": Row("the recipe, pixels of its labels weighted by confidence²", {"confidence_weighting": 2.0}),
@@ -228,6 +232,8 @@ def settings_of(arguments: list, max_eval_samples: int | None) -> dict[str, Any]
     settings = {name: value for name, value in merged.items() if name not in (*FREE_SETTINGS, "model_config")}
     settings["backbone"] = settings["backbone"] and Path(settings["backbone"]).name
     settings["max_eval_samples"] = max_eval_samples
+    # what it stands for here: numbers of another format do not go into the same table
+    settings["mixed_precision"] = resolve_precision(settings["mixed_precision"])
     settings |= {name: getattr(SynerNetConfig, name) for name in MODEL_FIELDS} | merged["model_config"]
     # as JSON gives them back
     return json.loads(json.dumps(dict(sorted(settings.items()))))
@@ -235,7 +241,7 @@ def settings_of(arguments: list, max_eval_samples: int | None) -> dict[str, Any]
 
 def scoring_settings(arguments: list, row: Row, options: argparse.Namespace) -> dict[str, Any]:
     """As [`settings_of`], of a row's scores: with what differs in scoring only."""
-    return settings_of(arguments, options.max_eval_samples) | row.scored_with
+    return json.loads(json.dumps(settings_of(arguments, options.max_eval_samples) | row.scored_with))
 
 
 def read_finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:

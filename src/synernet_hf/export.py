@@ -21,8 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation
-from synernet_hf.model.branch_synernet import patch_map
-from synernet_hf.model.modeling_synernet import lower_unlikely_classes
+from synernet_hf.model.branch_synernet import lower_unlikely_classes, patch_map
 from synernet_hf.model.supervision_synernet import chosen_branches
 from synernet_hf.model_folder import load_model
 
@@ -56,16 +55,17 @@ class SynerNetInferenceGraph(nn.Module):
         height, width = pixel_values.shape[-2:]
         padded = F.pad(pixel_values, (0, -width % self.patch_size, 0, -height % self.patch_size))
         shared_states = None if self.shared_encoder is None else self.shared_encoder(padded)
-        total, class_scores = None, []
+        total, likely = None, None
         for name, branch in self.branches.items():
             share = self.broad_share if name == "broad" else 1 - self.broad_share
             tokens = branch.encode(padded, shared_states)[0]
             logits = share * branch.decode_head(patch_map(tokens, padded, self.patch_size))
             total = logits if total is None else total + logits
             if branch.class_token_head is not None:
-                class_scores.append(branch.class_token_head(tokens[:, 0]))
-        if class_scores:
-            total = lower_unlikely_classes(total, class_scores, self.class_prior_weight)
+                scores = share * F.logsigmoid(branch.class_token_head(tokens[:, 0]))
+                likely = scores if likely is None else likely + scores
+        if likely is not None:
+            total = lower_unlikely_classes(total, likely, self.class_prior_weight)
         size = (padded.shape[-2], padded.shape[-1])
         return F.interpolate(total, size=size, mode="bilinear", align_corners=False)[..., :height, :width]
 

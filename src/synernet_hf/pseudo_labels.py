@@ -146,8 +146,12 @@ class PseudoLabeler:
             labels = torch.tensor([list(image_labels)], dtype=torch.float32, device=self.model.device)
         else:
             labels = (self.model(pixel_values).classification_logits > 0).float()
-        make = self._pseudo_label if self.options.map == "pseudo_label" else self._segmentation
-        label_map, confidence = make(pixel_values, labels, seen)
+        if self.options.map == "pseudo_label":
+            label_map, confidence = self._pseudo_label(pixel_values, labels, seen)
+        else:
+            # which classes are there is known already where labels are given
+            prior = 0.0 if source == "given" else None
+            label_map, confidence = self._segmentation(pixel_values, labels, seen, prior)
         if seen.size != image.size:
             label_map = F.interpolate(label_map[None, None].float(), size=(image.height, image.width))[0, 0]
         label_map = label_map.to("cpu", torch.uint8).numpy()
@@ -178,8 +182,10 @@ class PseudoLabeler:
         )
         return label_maps[0], cams.confidence.float().mean()
 
-    def _segmentation(self, pixel_values, labels, image) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = self.model.multi_scale_logits(pixel_values, self.options.scales, flip=bool(self.options.flip))
+    def _segmentation(self, pixel_values, labels, image, prior) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.model.multi_scale_logits(
+            pixel_values, self.options.scales, flip=bool(self.options.flip), class_prior_weight=prior
+        )
         possible = F.pad(labels[0].nonzero()[:, 0] + 1, (1, 0))
         logits = F.interpolate(logits[:, possible], size=image.size[::-1], mode="bilinear", align_corners=False)
         probabilities, winners = logits[0].softmax(dim=0).max(dim=0)

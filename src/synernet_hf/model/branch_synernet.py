@@ -201,6 +201,22 @@ class SynerNetBranch(nn.Module):
         )
 
 
+def lower_unlikely_classes(logits: torch.Tensor, log_probabilities: torch.Tensor, weight: float) -> torch.Tensor:
+    """
+    Segmentation logits, each class lowered by how much less likely it is in the picture than the likeliest (ours).
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, K, h, w)`): segmentation logits, background first.
+        log_probabilities (`torch.Tensor` of shape `(B, C)`): of each class in the picture, log σ of its score.
+        weight (`float`): of the difference; 0 changes nothing.
+
+    Returns:
+        `torch.Tensor` of shape `(B, K, h, w)`: the likeliest class and the background stay as they are.
+    """
+    penalty = weight * (log_probabilities.amax(dim=1, keepdim=True) - log_probabilities)
+    return logits - F.pad(penalty, (1, 0))[..., None, None]
+
+
 def encoder_blocks(backbone: nn.Module) -> nn.ModuleList:
     """The blocks of a ViT-family encoder, which each family keeps under another name."""
     for owner in (backbone, getattr(backbone, "encoder", None), getattr(backbone, "model", None)):
@@ -277,6 +293,7 @@ __all__ = [
     "SynerNetSharedEncoder",
     "copy_encoder",
     "encoder_blocks",
+    "lower_unlikely_classes",
     "patch_map",
     "pooling_arguments",
     "select_states",

@@ -44,6 +44,8 @@ _LIMITS = {
     "prototype_size": 2**16,
     "refinement_iterations": 10**4,
     "num_labels": 10**5,
+    "class_prior_weight": 10**3,
+    "confidence_weighting": 10**3,
 }
 _BACKBONE_LIMITS = {
     "hidden_size": 2**16,
@@ -94,8 +96,8 @@ class SynerNetConfig(PreTrainedConfig):
             paper: none]
         class_prior_weight (`float`, *optional*, defaults to 4.0):
             How much a class loses of its segmentation logits for being less likely in the picture than the likeliest
-            class, in log-probabilities of the class tokens; 0 leaves them as they are. Only with
-            `with_class_token_head`. [ours]
+            class, in log-probabilities of the class tokens, mixed as the logits are; 0 leaves them as they are, and
+            so do image labels that are given. Only with `with_class_token_head`. [ours]
         with_projection_head (`bool`, *optional*, defaults to `True`):
             Whether the projection heads and prototypes, used in training only, are part of the model. [ours]
         projection_hidden_size (`int`, *optional*, defaults to 2048):
@@ -335,7 +337,7 @@ class SynerNetConfig(PreTrainedConfig):
         return {
             "cls": self.cls_weight,
             "cls_aux": self.cls_aux_weight,
-            "cls_token": self.cls_token_weight if self.with_class_token_head else 0.0,
+            "cls_token": self.cls_token_weight,
             "spatial_bce": self.spatial_bce_weight,
             "patch_contrast": self.patch_contrast_weight,
             "prototype_contrast": self.prototype_contrast_weight,

@@ -14,6 +14,7 @@ from .branch_synernet import (
     SynerNetProjectionHead,
     SynerNetSharedEncoder,
     copy_encoder,
+    lower_unlikely_classes,
     pooling_arguments,
     select_states,
 )
@@ -146,11 +147,11 @@ class SynerNetModel(SynerNetPreTrainedModel):
         The CAM logits and features that the branches have `read`, layer by layer, as CAM logits for pictures of `size`:
         propagated where a branch has a temperature, tokens being alike as far as both branches see them so.
         """
-        logits = {}
+        logits, alike = {}, None
         for name in BRANCHES:
             maps, temperature = read[name][0], self.config.propagation_temperature(name)
             if temperature is not None:
-                alike = map(joint_features, *(features for _, features in read.values()))
+                alike = alike or list(map(joint_features, *(features for _, features in read.values())))
                 maps = [propagate_cams(cam, features, temperature) for cam, features in zip(maps, alike, strict=True)]
             logits[name] = tuple(crop_to_input(cam, size, self.config.patch_size) for cam in maps)
         return logits
@@ -308,6 +309,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         scales: tuple[float, ...] | None = None,
         flip: bool = False,
         inference_branches: str | None = None,
+        class_prior_weight: float | None = None,
     ) -> torch.Tensor:
         r"""
         Segmentation logits at the picture's size, the larger value over scales kept (authors' code).
@@ -317,11 +319,12 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             scales (`tuple[float, ...]`, *optional*, defaults to `config.inference_scales`): factors of the sides.
             flip (`bool`, *optional*, defaults to `False`): whether to use the mirrored picture too.
             inference_branches (`str`, *optional*): as in `forward`.
+            class_prior_weight (`float`, *optional*): as in `forward`.
 
         Returns:
             `torch.Tensor` of shape `(B, K, H, W)`: float.
         """
-        size = tuple(pixel_values.shape[-2:])
+        size, prior = tuple(pixel_values.shape[-2:]), {"class_prior_weight": class_prior_weight}
         best = None
         for scale in self.config.inference_scales if scales is None else scales:
             scaled_size = (max(int(scale * size[0]), 1), max(int(scale * size[1]), 1))
@@ -330,7 +333,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
                 scaled = F.interpolate(pixel_values, size=scaled_size, mode="bilinear", align_corners=False)
             for mirrored in (False, True) if flip else (False,):
                 view = scaled.flip(-1) if mirrored else scaled
-                logits = self(view, inference_branches=inference_branches).logits
+                logits = self(view, inference_branches=inference_branches, **prior).logits
                 logits = logits.flip(-1) if mirrored else logits
                 logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
                 best = logits if best is None else torch.maximum(best, logits)
@@ -348,6 +351,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         pixel_mask: torch.Tensor | None = None,
+        class_prior_weight: float | None = None,
         **kwargs,
     ) -> SynerNetSegmenterOutput:
         r"""
@@ -368,6 +372,8 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             output_attentions (`bool`, *optional*): whether to return attention maps; they need eager attention.
             pixel_mask (`torch.Tensor` of shape `(B, H, W)`, *optional*):
                 1 on real pixels, 0 on padding, as the image processor gives it; stands for `valid_boxes`.
+            class_prior_weight (`float`, *optional*, defaults to `config.class_prior_weight`):
+                How much of its logits a class loses for being unlikely in the picture; 0 where its classes are known.
 
         Returns:
             [`SynerNetSegmenterOutput`]
@@ -396,16 +402,19 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         )
         logits = {name: crop_to_input(outputs[name].logits, size, patch_size) for name in branches}
         share = self.config.broad_inference_weight
-        single = logits[branches[0]] if len(branches) == 1 else None
-        mixed = share * logits["broad"] + (1 - share) * logits["precise"] if single is None else single
+        shares = {"broad": share, "precise": 1 - share} if len(branches) == 2 else {branches[0]: 1.0}
+        mixed = sum(shares[name] * logits[name] for name in branches)
+        scores = {name: outputs[name].classification_logits for name in branches}
         if self.config.with_class_token_head:
-            scores = [outputs[name].class_token_logits for name in branches]
-            mixed = lower_unlikely_classes(mixed, scores, self.config.class_prior_weight)
+            scores = {name: outputs[name].class_token_logits for name in branches}
+            likely = sum(shares[name] * F.logsigmoid(scores[name]) for name in branches)
+            weight = self.config.class_prior_weight if class_prior_weight is None else class_prior_weight
+            mixed = lower_unlikely_classes(mixed, likely, weight)
         result = {
             "logits": mixed,
             "broad_logits": logits.get("broad"),
             "precise_logits": logits.get("precise"),
-            "classification_logits": _class_scores([outputs[name] for name in branches]),
+            "classification_logits": sum(scores.values()) / len(branches),
             "hidden_states": outputs.hidden_states,
             "attentions": outputs.attentions,
         }
@@ -470,9 +479,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             total = total + weight * value
 
         ignore_index = self.config.semantic_loss_ignore_index
-        pixel_weights, power = None, self.config.confidence_weighting
-        if power and weights["segmentation"]:
-            pixel_weights = supervision.confidence[:, 0] ** power
+        power = self.config.confidence_weighting
         for name in BRANCHES:
             output = outputs[name]
             spatial_share = weights["spatial_bce"] if name in supervision.area_shares else 0.0
@@ -485,13 +492,14 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             if weights["cls_aux"]:
                 auxiliary = classification_loss(output.auxiliary_classification_logits, labels)
                 add("cls_aux", weights["cls_aux"], auxiliary)
-            if weights["cls_token"] and output.class_token_logits is not None:
+            if weights["cls_token"] and self.config.with_class_token_head:
                 add("cls_token", weights["cls_token"], classification_loss(output.class_token_logits, labels))
             if weights["patch_contrast"]:
                 contrast = patch_token_contrast_loss(output.features, supervision.token_labels[name], ignore_index)
                 add("patch_contrast", weights["patch_contrast"], contrast)
             if weights["segmentation"]:
                 target = supervision.pseudo_labels[name]
+                pixel_weights = supervision.confidence[:, 0] ** power if power else None
                 segmentation = cross_supervised_segmentation_loss(logits[name], target, ignore_index, pixel_weights)
                 add("segmentation", weights["segmentation"], segmentation)
             if name in embeddings:
@@ -529,34 +537,6 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         if self.training:
             head.prototypes.copy_(prototypes)
         return terms[own].sum() / (class_ids >= 0).sum().clamp(min=1)
-
-
-def lower_unlikely_classes(
-    logits: torch.Tensor, class_token_logits: list[torch.Tensor], weight: float
-) -> torch.Tensor:
-    """
-    Segmentation logits, each class lowered by how much less likely it is in the picture than the likeliest (ours).
-
-    Args:
-        logits (`torch.Tensor` of shape `(B, K, h, w)`): segmentation logits, background first.
-        class_token_logits (`list[torch.Tensor]`): class scores `(B, C)` of each branch's class token.
-        weight (`float`): of the difference of log-probabilities, mean of the branches; 0 changes nothing.
-
-    Returns:
-        `torch.Tensor` of shape `(B, K, h, w)`: the likeliest class and the background stay as they are.
-    """
-    likely = sum(F.logsigmoid(scores) for scores in class_token_logits) / len(class_token_logits)
-    penalty = weight * (likely.amax(dim=1, keepdim=True) - likely)
-    return logits - F.pad(penalty, (1, 0))[..., None, None]
-
-
-def _class_scores(outputs: list[SynerNetBranchOutput]) -> torch.Tensor:
-    """`(B, C)` class scores, mean of the branches: of the class tokens where there are heads for them."""
-    scores = [
-        output.classification_logits if output.class_token_logits is None else output.class_token_logits
-        for output in outputs
-    ]
-    return sum(scores) / len(scores)
 
 
 __all__ = [

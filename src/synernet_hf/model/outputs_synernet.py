@@ -76,8 +76,9 @@ class SynerNetSegmenterOutput(ModelOutput):
             Segmentation scores of both branches mixed by `config.broad_inference_weight`, one per token; `(B, K, H, W)`
             where the picture had to be padded because its height or width is no multiple of the patch. With a class
             token head, classes that are not likely in the picture are lowered.
-        broad_logits (`torch.FloatTensor`, *optional*): the broad branch's share of `logits`, same shape.
-        precise_logits (`torch.FloatTensor`, *optional*): the precise branch's share of `logits`, same shape.
+        broad_logits (`torch.FloatTensor`, *optional*):
+            The broad branch's share of `logits`, as its decoder gives it; same shape.
+        precise_logits (`torch.FloatTensor`, *optional*): the same of the precise branch.
         classification_logits (`torch.FloatTensor` of shape `(B, C)`):
             Class scores of the picture, mean of the branches: the class tokens' where the model has heads for them, the
             pooled patches' otherwise.

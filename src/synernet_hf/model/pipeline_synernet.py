@@ -200,7 +200,10 @@ class SynerNetSegmentationPipeline(Pipeline):
                 present = (self.model(batch).classification_logits > 0).float()
                 for i, row in zip(members, present, strict=True):
                     labels[i] = row
-            for i, values in zip(members, self.model.multi_scale_logits(batch, scales=scales, flip=flip), strict=True):
+            # which classes are there is known already where labels are given
+            prior = 0.0 if labels[members[0]] is not None and not predict_labels else None
+            logits = self.model.multi_scale_logits(batch, scales=scales, flip=flip, class_prior_weight=prior)
+            for i, values in zip(members, logits, strict=True):
                 outputs["logits"][i] = values
             if return_cams or return_confidence:
                 given = None if labels[members[0]] is None else torch.stack([labels[i] for i in members])

@@ -49,6 +49,8 @@ FREE_SETTINGS = {
         "logging_steps",
         "resume_from_checkpoint",
         "report_to",
+        # what it was resolved to is compared
+        "mixed_precision",
     },
 }
 

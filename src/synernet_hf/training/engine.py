@@ -13,7 +13,7 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, PartialState
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.utils import ProjectConfiguration, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -50,6 +50,7 @@ from synernet_hf.training.checkpoints import (
 from synernet_hf.training.evaluation import evaluate_model
 from synernet_hf.training.monitoring import LossMeter, refuse_broken_weights
 from synernet_hf.training.optimization import LossWeightSchedule, learning_rate_multiplier, parameter_groups
+from synernet_hf.training.precision import SLOW_BF16, is_slow_in_bf16, resolve_precision
 from synernet_hf.training.reporting import write_card
 from synernet_hf.training.validation import build_model, run_record, validate_arguments
 
@@ -155,12 +156,8 @@ def setup(training_args: SynerNetTrainingArguments) -> Accelerator:
         `Accelerator`
     """
     output_dir = Path(training_args.output_dir)
-    precision = training_args.mixed_precision
-    has_bf16 = counts_in_bf16(PartialState().device)
-    if precision == "auto":
-        precision = "bf16" if has_bf16 else "no"
     accelerator = Accelerator(
-        mixed_precision=precision,
+        mixed_precision=resolve_precision(training_args.mixed_precision),
         gradient_accumulation_steps=training_args.gradient_accumulation_steps,
         log_with=None if training_args.report_to == "none" else training_args.report_to,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
@@ -170,31 +167,11 @@ def setup(training_args: SynerNetTrainingArguments) -> Accelerator:
         # a loss term of weight 0 is skipped, so decoder and projection head get no gradient before their gates open
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    if accelerator.mixed_precision == "bf16" and not has_bf16:
-        accelerator.print(
-            f"This {accelerator.device.type} has no arithmetic for bf16 and imitates it, many times slower than full "
-            "precision: --mixed_precision auto takes what is fast."
-        )
+    if accelerator.mixed_precision == "bf16" and is_slow_in_bf16(accelerator.device):
+        accelerator.print(SLOW_BF16)
     # every process draws its own random classes and colours; weights are made equal by the distributed wrapper
     set_seed(training_args.seed, device_specific=True)
     return accelerator
-
-
-def counts_in_bf16(device: torch.device) -> bool:
-    """
-    Whether a device computes in bf16 at full speed instead of imitating it.
-
-    Args:
-        device (`torch.device`):
-            Where the training runs.
-
-    Returns:
-        `bool`: for CUDA what torch says; for a CPU whether it has AVX-512, with which torch's kernels count in bf16
-        (measured: docs/experiment_log.md); `False` for other devices.
-    """
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def build_run(
