@@ -107,6 +107,23 @@ def test_a_mask_is_the_refined_fused_map(model, processor):
     assert 0 < content["coverage"] < 1
 
 
+def test_given_labels_need_no_prior(processor):
+    model = SynerNetModelTester(with_class_token_head=True).model()
+    with torch.no_grad():
+        for branch in (model.synernet.broad_branch, model.synernet.precise_branch):
+            # sure of the first class, whatever the picture shows
+            branch.class_token_head.bias.copy_(torch.tensor([5.0, -5.0, -5.0]))
+            for parameter in branch.decode_head.parameters():
+                parameter.normal_()
+    image, options = pictures(1)[0], PseudoLabelOptions(map="segmentation", scales=(1.0,))
+    seen = {}
+    for weight in (0.0, 4.0):
+        model.config.class_prior_weight = weight
+        seen[weight], _ = PseudoLabeler(model, processor, options)(image, [0, 1, 1])
+    np.testing.assert_array_equal(seen[0.0], seen[4.0])
+    assert set(np.unique(seen[4.0])) & {2, 3}
+
+
 def test_the_segmentation_shows_no_class_but_the_pictures_own(model, processor):
     image = pictures(1)[0]
     options = PseudoLabelOptions(map="segmentation", scales=(1.0,))

@@ -229,7 +229,8 @@ def test_the_consensus_is_the_least_of_the_precise_voting_layers(layers, labels)
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("shared", [0, 1])
 def test_what_training_has_seen_is_not_encoded_again(size, flip, shared, monkeypatch):
-    fields = {"confidence_layers": [-2, -3, -1], "broad_propagation_temperature": 0.2}
+    fields = {"confidence_layers": [-2, -3, -1], "precise_consensus": True}
+    fields |= {"broad_propagation_temperature": 0.2, "precise_propagation_temperature": 0.3}
     model = SynerNetModelTester(**fields, shared_encoder_layers=shared).model().eval()
     pixel_values, labels = torch.randn(2, 3, *size), torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 0]])
     expected = multi_scale_cams(model, pixel_values, labels, (1.0, 0.5), flip)

@@ -1,11 +1,15 @@
 """The classifier of the class token: its loss, the class scores of a picture, the prior on the segmentation."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from testing_utils import ALL_TERMS, SynerNetModelTester
 from torch.nn import functional as F
+from transformers import pipeline
 
-from synernet_hf import SynerNetForWeaklySupervisedSegmentation
+from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+from synernet_hf.model.branch_synernet import lower_unlikely_classes
 
 
 FAMILIES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
@@ -66,8 +70,9 @@ def test_the_prior_lowers_each_class_by_its_distance_to_the_likeliest(size, bran
             logits[weight] = model(pixel_values, inference_branches=branches).logits
     with torch.no_grad():
         scores = scores_of(model, model.synernet.pad(pixel_values))
-    names = ("broad", "precise") if branches == "both" else (branches,)
-    prior = sum(scores[name].sigmoid().log() for name in names) / len(names)
+    # mixed as the decoders' logits are
+    shares = {"broad": 0.7, "precise": 0.3} if branches == "both" else {branches: 1.0}
+    prior = sum(share * scores[name].sigmoid().log() for name, share in shares.items())
     prior = prior - prior.amax(dim=1, keepdim=True)
     moved = logits[2.0] - logits[0.0]
     assert torch.equal(moved[:, 0], torch.zeros_like(moved[:, 0]))
@@ -103,6 +108,59 @@ def test_the_head_is_saved_and_loaded(tmp_path):
     assert loaded.config.with_class_token_head
 
 
-def test_a_negative_prior_is_refused():
-    with pytest.raises(Exception, match="`class_prior_weight` must not be negative, got -1"):
-        SynerNetModelTester(class_prior_weight=-1).config()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_prior_counts_in_half_precision_too(dtype):
+    tester = SynerNetModelTester(with_class_token_head=True)
+    model, pixel_values = tester.model(), tester.inputs()["pixel_values"]
+    with torch.no_grad():
+        expected = model(pixel_values).logits
+        half = model.to(dtype)(pixel_values.to(dtype))
+    assert half.logits.dtype == half.classification_logits.dtype == dtype
+    torch.testing.assert_close(half.logits.float(), expected, atol=0.05, rtol=0.05)
+
+
+def test_one_branch_alone_has_its_own_prior():
+    tester = SynerNetModelTester(with_class_token_head=True)
+    model, pixel_values = tester.model(), tester.inputs()["pixel_values"]
+    with torch.no_grad():
+        model.config.class_prior_weight = 0.0
+        plain = model(pixel_values)
+        model.config.class_prior_weight = 4.0
+        alone = model(pixel_values, inference_branches="precise")
+        scores = scores_of(model, pixel_values)["precise"]
+    torch.testing.assert_close(plain.logits, 0.7 * plain.broad_logits + 0.3 * plain.precise_logits)
+    # a branch's own logits are its decoder's
+    assert torch.equal(alone.precise_logits, plain.precise_logits)
+    expected = lower_unlikely_classes(plain.precise_logits, F.logsigmoid(scores), model.config.class_prior_weight)
+    torch.testing.assert_close(alone.logits, expected)
+
+
+def test_the_prior_is_left_out_where_the_classes_are_known():
+    tester = SynerNetModelTester(with_class_token_head=True)
+    model = tester.model()
+    with torch.no_grad():
+        for name in ("broad", "precise"):
+            branch = model.synernet.branch(name)
+            # sure of the first class, whatever the picture shows
+            branch.class_token_head.bias.copy_(torch.tensor([5.0, -5.0, -5.0]))
+            for parameter in branch.decode_head.parameters():
+                parameter.normal_()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 32, 3), dtype=np.uint8))
+    names = model.config.id2label
+    segmenter = pipeline(
+        "weakly-supervised-segmentation", model=model, image_processor=SynerNetImageProcessor(), device="cpu"
+    )
+
+    def labels_of(**options):
+        answer = segmenter(image, return_scores=True, **options)
+        return [segment["label"] for segment in answer["segments"]], answer["scores"][names[2]]
+
+    known = dict.fromkeys((0.0, 4.0))
+    for weight in known:
+        model.config.class_prior_weight = weight
+        known[weight] = labels_of(image_labels=[names[2]])
+    assert known[0.0][0] == known[4.0][0] and names[2] in known[4.0][0]
+    np.testing.assert_array_equal(known[0.0][1], known[4.0][1])
+    # nobody says what is there, or the classifiers do: then they count
+    assert names[2] not in labels_of()[0]
+    assert names[2] not in labels_of(image_labels="predicted")[0]

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation
 from synernet_hf.model import modeling_synernet
-from synernet_hf.model.loss_synernet import prototype_contrast_terms
+from synernet_hf.model.loss_synernet import cross_supervised_segmentation_loss, prototype_contrast_terms
 
 
 FAMILIES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
@@ -307,6 +307,30 @@ def test_targets_carry_no_gradient(tester, model):
         assert not value.requires_grad
     touched = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert touched and not any("cam_head" in name or "projection_head" in name for name in touched)
+
+
+@pytest.mark.parametrize("fields", [{}, {"fusion": "fixed"}, {"cross_supervision": False}])
+def test_pixels_weigh_what_the_votes_agreed_on_them(fields):
+    inputs = SynerNetModelTester().inputs()
+    model = SynerNetModelTester(**fields).model()
+    plain = model(**inputs, loss_weights={"segmentation": 1.0})
+    model.config.confidence_weighting = 2.0
+    weighted = model(**inputs, loss_weights={"segmentation": 1.0})
+    assert torch.equal(weighted.pseudo_labels, plain.pseudo_labels)
+    assert not torch.isclose(weighted.loss, plain.loss)
+    assert len(weighted.confidence.unique()) > 1
+    # by hand, where both branches learn from one label
+    model.config.broad_label_share = model.config.precise_label_share
+    weighted = model(**inputs, loss_weights={"segmentation": 1.0})
+    if model.config.cross_supervision:
+        pixel_weights = weighted.confidence[:, 0] ** 2
+        expected = [
+            cross_supervised_segmentation_loss(logits, weighted.pseudo_labels, pixel_weights=pixel_weights)
+            for logits in (weighted.broad_logits, weighted.precise_logits)
+        ]
+        torch.testing.assert_close(weighted.loss, sum(expected))
+    # nothing to weigh without labels
+    assert model(**inputs, loss_weights={"cls": 1.0}).loss.isfinite()
 
 
 def test_patch_contrast_does_not_move_the_classifiers(tester, model):

@@ -319,12 +319,13 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             scales (`tuple[float, ...]`, *optional*, defaults to `config.inference_scales`): factors of the sides.
             flip (`bool`, *optional*, defaults to `False`): whether to use the mirrored picture too.
             inference_branches (`str`, *optional*): as in `forward`.
-            class_prior_weight (`float`, *optional*): as in `forward`.
+            class_prior_weight (`float`, *optional*, defaults to `config.class_prior_weight`):
+                How much of its logits a class loses for being unlikely in the picture; 0 where its classes are known.
 
         Returns:
             `torch.Tensor` of shape `(B, K, H, W)`: float.
         """
-        size, prior = tuple(pixel_values.shape[-2:]), {"class_prior_weight": class_prior_weight}
+        size, branches = tuple(pixel_values.shape[-2:]), chosen_branches(inference_branches)
         best = None
         for scale in self.config.inference_scales if scales is None else scales:
             scaled_size = (max(int(scale * size[0]), 1), max(int(scale * size[1]), 1))
@@ -333,7 +334,8 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
                 scaled = F.interpolate(pixel_values, size=scaled_size, mode="bilinear", align_corners=False)
             for mirrored in (False, True) if flip else (False,):
                 view = scaled.flip(-1) if mirrored else scaled
-                logits = self(view, inference_branches=inference_branches, **prior).logits
+                outputs = self.synernet(view, branches=branches)
+                logits = self._segment(outputs, branches, tuple(view.shape[-2:]), class_prior_weight)["logits"]
                 logits = logits.flip(-1) if mirrored else logits
                 logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
                 best = logits if best is None else torch.maximum(best, logits)
@@ -351,7 +353,6 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         pixel_mask: torch.Tensor | None = None,
-        class_prior_weight: float | None = None,
         **kwargs,
     ) -> SynerNetSegmenterOutput:
         r"""
@@ -372,8 +373,6 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             output_attentions (`bool`, *optional*): whether to return attention maps; they need eager attention.
             pixel_mask (`torch.Tensor` of shape `(B, H, W)`, *optional*):
                 1 on real pixels, 0 on padding, as the image processor gives it; stands for `valid_boxes`.
-            class_prior_weight (`float`, *optional*, defaults to `config.class_prior_weight`):
-                How much of its logits a class loses for being unlikely in the picture; 0 where its classes are known.
 
         Returns:
             [`SynerNetSegmenterOutput`]
@@ -400,24 +399,8 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             output_attentions=output_attentions,
             return_dict=True,
         )
-        logits = {name: crop_to_input(outputs[name].logits, size, patch_size) for name in branches}
-        share = self.config.broad_inference_weight
-        shares = {"broad": share, "precise": 1 - share} if len(branches) == 2 else {branches[0]: 1.0}
-        mixed = sum(shares[name] * logits[name] for name in branches)
-        scores = {name: outputs[name].classification_logits for name in branches}
-        if self.config.with_class_token_head:
-            scores = {name: outputs[name].class_token_logits for name in branches}
-            likely = sum(shares[name] * F.logsigmoid(scores[name]) for name in branches)
-            weight = self.config.class_prior_weight if class_prior_weight is None else class_prior_weight
-            mixed = lower_unlikely_classes(mixed, likely, weight)
-        result = {
-            "logits": mixed,
-            "broad_logits": logits.get("broad"),
-            "precise_logits": logits.get("precise"),
-            "classification_logits": sum(scores.values()) / len(branches),
-            "hidden_states": outputs.hidden_states,
-            "attentions": outputs.attentions,
-        }
+        result = self._segment(outputs, branches, size)
+        result |= {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
         if labels is not None:
             weights = self._weights(loss_weights)
             progress = float(training_progress or 0.0)
@@ -427,6 +410,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
                 embeddings = self._embed_instances(pixel_values, labels, valid_boxes, supervision.pseudo_labels)
             # half precision ends here: ranks and sums of the losses need float32
             with torch.autocast(device_type=pixel_values.device.type, enabled=False):
+                logits = {name: result[f"{name}_logits"] for name in branches}
                 losses = self._losses(outputs, logits, labels, weights, supervision, embeddings)
             result["loss"], result["loss_dict"] = losses
             result["confidence"] = supervision.confidence
@@ -440,6 +424,21 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             result[f"{name}_cams"] = cams[name][0]
         # built at the end, so that the fields of the tuple form stand in their order, the loss first
         return SynerNetSegmenterOutput(**result)
+
+    def _segment(self, outputs, branches: tuple[str, ...], size: tuple[int, int], prior_weight: float | None = None):
+        """Logits and class scores of pictures of `size` by the name of their field, out of `outputs` of `branches`."""
+        logits = {name: crop_to_input(outputs[name].logits, size, self.config.patch_size) for name in branches}
+        share = self.config.broad_inference_weight
+        shares = {"broad": share, "precise": 1 - share} if len(branches) == 2 else {branches[0]: 1.0}
+        mixed = sum(shares[name] * logits[name] for name in branches)
+        scores = {name: outputs[name].classification_logits for name in branches}
+        if self.config.with_class_token_head:
+            scores = {name: outputs[name].class_token_logits for name in branches}
+            likely = sum(shares[name] * F.logsigmoid(scores[name]) for name in branches)
+            weight = self.config.class_prior_weight if prior_weight is None else prior_weight
+            mixed = lower_unlikely_classes(mixed, likely, weight)
+        result = {"logits": mixed, "classification_logits": sum(scores.values()) / len(branches)}
+        return result | {f"{name}_logits": logits[name] for name in branches}
 
     def _supervise(self, outputs, pixel_values, labels, valid_boxes, weights, progress):
         """Multi-scale CAMs and the targets made of them; nothing where only classification counts."""
