@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.nn import functional as F
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.metrics import MeanIoU
@@ -105,13 +106,13 @@ def read_records(args: argparse.Namespace, names: list[str]) -> list[dict[str, A
 @torch.no_grad()
 def inspect_picture(model, processor, image: Image.Image, image_labels: list[float] | None) -> dict[str, Any]:
     """
-    Everything the model makes of one picture at its own size.
+    Everything the model makes of one picture, seen as in evaluation, at the picture's size.
 
     Args:
         model ([`SynerNetForWeaklySupervisedSegmentation`]):
             The model, in evaluation mode.
         processor ([`SynerNetImageProcessor`]):
-            Normalises; does not resize here.
+            Resizes, where the model was trained for that, and normalises.
         image (`PIL.Image.Image`):
             RGB picture, H × W.
         image_labels (`list[float]`, *optional*):
@@ -123,7 +124,8 @@ def inspect_picture(model, processor, image: Image.Image, image_labels: list[flo
         `label_maps` `(H, W)`: refined labels, fused labels and segmentations. Arrays of numpy.
     """
     config = model.config
-    pixel_values = processor(images=image, do_resize=False, return_tensors="pt")["pixel_values"].to(model.device)
+    inputs = processor(images=image, do_center_crop=False, do_pad=False, return_tensors="pt")
+    pixel_values, size = inputs["pixel_values"].to(model.device), (image.height, image.width)
     outputs = model(pixel_values)
     if image_labels is None:
         scores = outputs.classification_logits
@@ -131,7 +133,12 @@ def inspect_picture(model, processor, image: Image.Image, image_labels: list[flo
     else:
         labels = torch.tensor([image_labels], dtype=torch.float32, device=model.device)
     low, high = config.low_threshold, config.high_threshold
-    cams = multi_scale_cams(model, pixel_values, labels, tuple(config.cam_scales), config.cam_flip)
+    cams = {
+        branch: tuple(F.interpolate(layer, size=size, mode="bilinear", align_corners=False) for layer in maps)
+        for branch, maps in multi_scale_cams(
+            model, pixel_values, labels, tuple(config.cam_scales), config.cam_flip
+        ).items()
+    }
     layers = {
         (branch, layer): maps for branch in BRANCHES for layer, maps in zip(("last", "aux"), cams[branch], strict=True)
     }
@@ -157,6 +164,7 @@ def inspect_picture(model, processor, image: Image.Image, image_labels: list[flo
         ("precise", "segmentation of P"),
     ):
         logits = model.multi_scale_logits(pixel_values, scales=(1.0,), inference_branches=branches)
+        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         label_maps[title] = logits.argmax(dim=1)
     return {
         "labels": labels[0].cpu().numpy(),
