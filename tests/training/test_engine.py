@@ -293,19 +293,6 @@ def test_the_best_model_is_that_of_the_own_folder(tmp_path, monkeypatch):
     assert state_of(tmp_path / "other" / "checkpoint-4")["best_metric"] == 0.3
 
 
-@pytest.mark.parametrize(("capability", "precision"), [("AVX512", "bf16"), ("AVX2", "no"), ("DEFAULT", "no")])
-def test_auto_precision_is_bf16_where_the_cpu_counts_in_it(monkeypatch, tmp_path, capsys, capability, precision):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    arguments = SynerNetTrainingArguments(output_dir=str(tmp_path), mixed_precision="auto", report_to="none")
-    assert engine.setup(arguments).mixed_precision == precision
-    assert capsys.readouterr().out == ""
-    # what was named is taken, with a word on what it costs
-    arguments.mixed_precision = "bf16"
-    AcceleratorState._reset_state()
-    assert engine.setup(arguments).mixed_precision == "bf16"
-    assert ("many times slower" in capsys.readouterr().out) == (precision == "no")
-
-
 def test_evaluation_under_bf16_is_that_of_the_saved_model(tmp_path, monkeypatch):
     evaluate_model, seen = engine.evaluate_model, []
     pixels = torch.linspace(-2, 2, 3 * 32 * 32).reshape(1, 3, 32, 32)

@@ -26,14 +26,16 @@ def resolve_precision(mixed_precision: str | None) -> str | None:
         return mixed_precision
     # the first state decides on devices and processes for all later ones, so it must know what the Accelerator knows
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
-    return "bf16" if device.type in ("cuda", "cpu") and not is_slow_in_bf16(device) else "no"
+    if device.type == "cpu":
+        return "bf16" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "no"
+    return "bf16" if device.type == "cuda" and not is_slow_in_bf16(device) else "no"
 
 
 def is_slow_in_bf16(device: torch.device) -> bool:
-    """Whether a device is known to imitate bf16: CUDA without it, or a CPU whose best instructions are not AVX-512."""
+    """Whether a device is known to imitate bf16: CUDA without it, or a CPU whose best instructions are AVX2."""
     if device.type == "cuda":
         return not torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512"
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 __all__ = ["SLOW_BF16", "is_slow_in_bf16", "resolve_precision"]
