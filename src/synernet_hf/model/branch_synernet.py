@@ -158,10 +158,8 @@ class SynerNetBranch(nn.Module):
         features = [
             patch_map(states, pixel_values, patch_size) for states in (tokens, *map(hidden_states.__getitem__, layers))
         ]
-        return [
-            self.cam_head.cam_logits(features[0]),
-            *map(self.auxiliary_cam_head.cam_logits, features[1:]),
-        ], features
+        maps = [self.cam_head.cam_logits(features[0]), *map(self.auxiliary_cam_head.cam_logits, features[1:])]
+        return maps, features
 
     @torch.no_grad()
     def cam_logits_of(self, output: SynerNetBranchOutput) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
