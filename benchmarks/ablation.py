@@ -102,7 +102,7 @@ class Row:
 
 def _authors_row() -> Row:
     recipe = read_recipe(RECIPES / "voc12_authors.yaml")
-    # thresholds, reach of the refinement, scales and gates belong to a size of picture and stay those of our recipe,
+    # thresholds, reach of the refinement, scales and gates belong to a size of image and stay those of our recipe,
     # which favours this row: at small sizes the published ones leave next to no labels
     title = "the authors' code (recipe voc12_authors), thresholds and gates of our recipe"
     return Row(title, recipe["model_config"], recipe["backbone_overrides"])
@@ -153,7 +153,7 @@ def parse_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, li
     parser.add_argument("--output", type=Path, required=True, help="folder of the tables and of all runs")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows to do (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of each row (default: 0 1 2)")
-    parser.add_argument("--max_eval_samples", type=int, help="score the first so many pictures only (default: all)")
+    parser.add_argument("--max_eval_samples", type=int, help="score the first so many images only (default: all)")
     recipe = parser.add_argument_group("in place of the recipe's")
     recipe.add_argument("--data_dir", help="folder of the data set")
     recipe.add_argument("--image_labels", help="source of the image labels: a npz, json or csv file, annotations")
@@ -208,7 +208,7 @@ def row_arguments(base: list, row: Row, seed: int, output_dir: Path) -> list:
             Folder of the run.
 
     Returns:
-        `list`: as [`base_arguments`]. The run is evaluated once, at its end, on one picture, because the ablation
+        `list`: as [`base_arguments`]. The run is evaluated once, at its end, on one image, because the ablation
         scores it afterwards.
     """
     model_args, data_args, training_args = copy.deepcopy(base)
@@ -323,7 +323,7 @@ def score(folder: Path, data_args, row: Row, max_samples: int | None) -> dict[st
         row ([`Row`]):
             Says whether both branches count.
         max_samples (`int`, *optional*):
-            Number of pictures; None for all.
+            Number of images; None for all.
 
     Returns:
         `dict[str, dict]`: see [`evaluate_model`]; for a single branch its CAM is the fused CAM too, and there is no

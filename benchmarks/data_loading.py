@@ -1,10 +1,10 @@
 """
-How fast the training loader feeds, against the bare rate of decoding and resizing the same pictures.
+How fast the training loader feeds, against the bare rate of decoding and resizing the same images.
 
     python benchmarks/data_loading.py --data_dir path/to/VOCdevkit --image_labels path/to/labels.npz
 
 Each round times, one after the other and for each number of processes: `bare`, that many processes which decode whole
-pictures and resize them by the factors of training, and nothing else; `bare, draft`, the same with JPEGs decoded at a
+images and resize them by the factors of training, and nothing else; `bare, draft`, the same with JPEGs decoded at a
 reduced size where that is enough; `loader`, the loader of the training run with that many workers, batches of crops
 included. Processes are started and warmed up before the first round. Rates are medians over the rounds, and ratios
 medians of the ratios within a round, with the lowest and highest, so that a busy machine slows both sides alike.
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
 from synernet_hf.data import StreamBatchSampler, SynerNetDataCollator, TrainDataset, TrainTransform
-from synernet_hf.data.transforms import open_picture
+from synernet_hf.data.transforms import open_image
 from synernet_hf.training.data_options import SourceArguments, read_data_arguments, unset_data_options
 from synernet_hf.training.validation import load_data
 
@@ -43,15 +43,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes to try")
-    parser.add_argument("--num_pictures", type=int, default=256, help="pictures of a round")
+    parser.add_argument("--num_images", type=int, default=256, help="images of a round")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions")
-    parser.add_argument("--batch_size", type=int, default=8, help="pictures of a batch")
+    parser.add_argument("--batch_size", type=int, default=8, help="images of a batch")
     parser.add_argument("--crop_size", type=int, default=448, help="side of the crop in pixels")
     parser.add_argument("--scale_range", type=float, nargs=2, default=[0.5, 2.0], help="rescale factors")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     unset_data_options(parser)
     args = parser.parse_args(argv)
-    for name in ("num_pictures", "rounds", "batch_size"):
+    for name in ("num_images", "rounds", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; a positive number is expected")
     if min(args.workers) < 1:
@@ -65,26 +65,26 @@ def factor_of(position: int, scale_range: tuple[float, float]) -> float:
 
 
 def decode_and_resize(image: dict, factor: float, draft: bool) -> Image.Image:
-    """A whole RGB picture, rescaled; with `draft` a JPEG is decoded no larger than needed."""
-    picture = open_picture(image)
-    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
+    """A whole RGB image, rescaled; with `draft` a JPEG is decoded no larger than needed."""
+    opened = open_image(image)
+    size = (max(1, round(opened.width * factor)), max(1, round(opened.height * factor)))
     if draft:
-        picture.draft("RGB", size)
-    return picture.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+        opened.draft("RGB", size)
+    return opened.convert("RGB").resize(size, Image.Resampling.BILINEAR)
 
 
 def bare_work(share: tuple[list[tuple[dict, float]], bool]) -> int:
-    """Decodes and resizes a share of the pictures in this process."""
-    pictures, draft = share
-    for image, factor in pictures:
+    """Decodes and resizes a share of the images in this process."""
+    images, draft = share
+    for image, factor in images:
         decode_and_resize(image, factor, draft)
-    return len(pictures)
+    return len(images)
 
 
 def loader_for(split: datasets.Dataset, args: argparse.Namespace, num_workers: int) -> DataLoader:
     """The loader of a training run; its workers stay from one pass to the next."""
     transform = TrainTransform(args.crop_size, tuple(args.scale_range), seed=SEED)
-    num_batches = -(-args.num_pictures // args.batch_size)
+    num_batches = -(-args.num_images // args.batch_size)
     return DataLoader(
         TrainDataset(split, transform),
         batch_sampler=StreamBatchSampler(len(split), args.batch_size, num_batches, seed=SEED),
@@ -95,13 +95,11 @@ def loader_for(split: datasets.Dataset, args: argparse.Namespace, num_workers: i
 
 
 def measure(split: datasets.Dataset, args: argparse.Namespace) -> dict[int, dict[str, list[float]]]:
-    """Pictures per second: number of processes → kind → one rate for each round."""
+    """Images per second: number of processes → kind → one rate for each round."""
     undecoded = split.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
-    num_batches = -(-args.num_pictures // args.batch_size)
+    num_batches = -(-args.num_images // args.batch_size)
     stream = [key for keys in StreamBatchSampler(len(split), args.batch_size, num_batches, seed=SEED) for key in keys]
-    pictures = [
-        (undecoded[index]["image"], factor_of(position, tuple(args.scale_range))) for index, position in stream
-    ]
+    images = [(undecoded[index]["image"], factor_of(position, tuple(args.scale_range))) for index, position in stream]
     context = multiprocessing.get_context("fork")
     pools = {number: context.Pool(number) for number in args.workers}
     loaders = {number: loader_for(split, args, number) for number in args.workers}
@@ -111,9 +109,9 @@ def measure(split: datasets.Dataset, args: argparse.Namespace) -> dict[int, dict
         if kind == "loader":
             done = sum(len(batch["images"]) for batch in loaders[number])
         else:
-            shares = [(pictures[rank::number], kind == "bare, draft") for rank in range(number)]
+            shares = [(images[rank::number], kind == "bare, draft") for rank in range(number)]
             done = sum(pools[number].map(bare_work, shares, chunksize=1))
-        assert done == len(pictures)
+        assert done == len(images)
         return done / (time.perf_counter() - start)
 
     rates = {number: {kind: [] for kind in KINDS} for number in args.workers}
@@ -133,7 +131,7 @@ def measure(split: datasets.Dataset, args: argparse.Namespace) -> dict[int, dict
 
 
 def draft_difference(split: datasets.Dataset, args: argparse.Namespace, limit: int = 64) -> dict[str, float] | None:
-    """How pictures decoded at a reduced size differ from whole ones, in grey levels of 255, where that happens."""
+    """How images decoded at a reduced size differ from whole ones, in grey levels of 255, where that happens."""
     undecoded = split.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
     factor = args.scale_range[0]
     means, largest = [], []
@@ -145,7 +143,7 @@ def draft_difference(split: datasets.Dataset, args: argparse.Namespace, limit: i
         largest.append(float(np.quantile(difference, 0.99)))
     if not any(means):
         return None
-    return {"factor": factor, "pictures": len(means), "mean": statistics.mean(means), "99 %": statistics.mean(largest)}
+    return {"factor": factor, "images": len(means), "mean": statistics.mean(means), "99 %": statistics.mean(largest)}
 
 
 def summary(rates: dict[int, dict[str, list[float]]]) -> list[dict[str, float]]:
@@ -187,13 +185,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     rows = summary(measure(split, args))
     difference = draft_difference(split, args)
-    print(f"pictures per second, {args.num_pictures} pictures, {args.rounds} rounds")
+    print(f"images per second, {args.num_images} images, {args.rounds} rounds")
     print(table(rows))
     if difference is None:
-        print(f"No picture is decoded at a reduced size at the factor {args.scale_range[0]}.")
+        print(f"No image is decoded at a reduced size at the factor {args.scale_range[0]}.")
     else:
         print(
-            f"Decoded at a reduced size and rescaled by {difference['factor']}, {difference['pictures']} pictures differ "
+            f"Decoded at a reduced size and rescaled by {difference['factor']}, {difference['images']} images differ "
             f"by {difference['mean']:.2f} of 255 grey levels on average, 99 % of the values by at most "
             f"{difference['99 %']:.1f}."
         )

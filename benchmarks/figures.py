@@ -1,14 +1,14 @@
 """
-What a trained SynerNet sees in single pictures, step by step from the layers' CAMs to the segmentation.
+What a trained SynerNet sees in single images, step by step from the layers' CAMs to the segmentation.
 
-    python benchmarks/figures.py runs/voc_animals --pictures 2007_000123 2008_000345 --data_dir path/to/VOCdevkit
+    python benchmarks/figures.py runs/voc_animals --images 2007_000123 2008_000345 --data_dir path/to/VOCdevkit
 
-    python benchmarks/figures.py runs/voc_animals --pictures horse.jpg --labels horse person
+    python benchmarks/figures.py runs/voc_animals --images horse.jpg --labels horse person
 
-One PNG per picture goes to RUN/figures (or --output): CAMs of both layers of both branches, the labels they vote for
+One PNG per image goes to RUN/figures (or --output): CAMs of both layers of both branches, the labels they vote for
 and how far they agree; then each branch's own refined label, the two fused ones that teach the branches, and the
-segmentation, beside picture and ground truth. A number after a title is the mean IoU with the ground truth over the
-classes of this picture, in percent; uncertain pixels count as background there.
+segmentation, beside image and ground truth. A number after a title is the mean IoU with the ground truth over the
+classes of this image, in percent; uncertain pixels count as background there.
 """
 
 import argparse
@@ -40,41 +40,41 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a trained model")
-    parser.add_argument("--pictures", nargs="+", required=True, help="ids of the validation split, or picture files")
-    parser.add_argument("--labels", nargs="+", help="classes of picture files (default: those the model finds)")
+    parser.add_argument("--images", nargs="+", required=True, help="ids of the validation split, or image files")
+    parser.add_argument("--labels", nargs="+", help="classes of image files (default: those the model finds)")
     parser.add_argument("--output", type=Path, help="folder of the figures (default: RUN/figures)")
     parser.add_argument("--panel_size", type=int, default=176, help="width and height of a panel in pixels")
     data = parser.add_argument_group("data (default: as in training, from RUN/training_args.json)")
     data.add_argument("--data_dir", help="folder of the data set")
     data.add_argument("--image_labels", help="source of the image labels")
-    data.add_argument("--validation_split", help="list of pictures that the ids are looked up in")
+    data.add_argument("--validation_split", help="list of images that the ids are looked up in")
     return parser.parse_args(argv)
 
 
 def read_file(path: Path, labels: list[str] | None, names: list[str]) -> dict[str, Any]:
-    """A record of a picture file; without `labels` its `image_labels` are None."""
+    """A record of an image file; without `labels` its `image_labels` are None."""
     unknown = [name for name in labels or () if name not in names[1:]]
     if unknown:
         raise InvalidArguments(f"--labels has unknown classes {', '.join(unknown)}; known are {', '.join(names[1:])}.")
     try:
-        with Image.open(path) as image:
-            picture = ImageOps.exif_transpose(image).convert("RGB")
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InvalidArguments(
-            f"The picture {path} cannot be decoded ({error}); give a JPEG, PNG or the like."
+            f"The image {path} cannot be decoded ({error}); give a JPEG, PNG or the like."
         ) from error
     image_labels = None if labels is None else [float(name in labels) for name in names[1:]]
-    return {"image": picture, "image_id": path.stem, "image_labels": image_labels, "mask": None}
+    return {"image": image, "image_id": path.stem, "image_labels": image_labels, "mask": None}
 
 
 def read_records(args: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]:
     """
-    The chosen pictures: files as they are, everything else looked up in the validation split.
+    The chosen images: files as they are, everything else looked up in the validation split.
 
     Raises:
-        InvalidArguments: if a picture is neither, or two would write the same figure.
+        InvalidArguments: if an image is neither, or two would write the same figure.
     """
-    wanted = [name for name in args.pictures if not Path(name).is_file()]
+    wanted = [name for name in args.images if not Path(name).is_file()]
     found = {}
     if wanted:
         path = args.run / "training_args.json"
@@ -95,18 +95,18 @@ def read_records(args: argparse.Namespace, names: list[str]) -> list[dict[str, A
                 f"{next(iter(positions))}."
             )
         found = {name: split[positions[name]] for name in wanted}
-    records = [found[name] if name in found else read_file(Path(name), args.labels, names) for name in args.pictures]
+    records = [found[name] if name in found else read_file(Path(name), args.labels, names) for name in args.images]
     ids = [record["image_id"] for record in records]
     twice = sorted({image_id for image_id in ids if ids.count(image_id) > 1})
     if twice:
-        raise InvalidArguments(f"{', '.join(twice)} would write the same figure twice; give each picture once.")
+        raise InvalidArguments(f"{', '.join(twice)} would write the same figure twice; give each image once.")
     return records
 
 
 @torch.no_grad()
-def inspect_picture(model, processor, image: Image.Image, image_labels: list[float] | None) -> dict[str, Any]:
+def inspect_image(model, processor, image: Image.Image, image_labels: list[float] | None) -> dict[str, Any]:
     """
-    Everything the model makes of one picture, seen as in evaluation, at the picture's size.
+    Everything the model makes of one image, seen as in evaluation, at the image's size.
 
     Args:
         model ([`SynerNetForWeaklySupervisedSegmentation`]):
@@ -114,7 +114,7 @@ def inspect_picture(model, processor, image: Image.Image, image_labels: list[flo
         processor ([`SynerNetImageProcessor`]):
             Resizes, where the model was trained for that, and normalises.
         image (`PIL.Image.Image`):
-            RGB picture, H × W.
+            RGB image, H × W.
         image_labels (`list[float]`, *optional*):
             Multi-hot; None takes the classes whose score is above 0, or else the best one.
 
@@ -176,7 +176,7 @@ def inspect_picture(model, processor, image: Image.Image, image_labels: list[flo
     }
 
 
-def picture_iou(label_map: np.ndarray, truth: np.ndarray, num_labels: int) -> float:
+def image_iou(label_map: np.ndarray, truth: np.ndarray, num_labels: int) -> float:
     """Mean IoU over the classes in `truth` `(H, W)`, in [0, 1]; 255 is left out of it and is background elsewhere."""
     metric = MeanIoU(num_labels, UNCERTAIN)
     metric.update(np.where(label_map == UNCERTAIN, 0, label_map), truth)
@@ -185,13 +185,13 @@ def picture_iou(label_map: np.ndarray, truth: np.ndarray, num_labels: int) -> fl
 
 def draw(record: dict[str, Any], seen: dict[str, Any], names: list[str], panel_size: int) -> Image.Image:
     """
-    The figure of one picture.
+    The figure of one image.
 
     Args:
         record (`dict`):
             `image`, `image_id` and `mask` (or None).
         seen (`dict`):
-            Of [`inspect_picture`].
+            Of [`inspect_image`].
         names (`list[str]`):
             Class names, background first.
         panel_size (`int`):
@@ -205,7 +205,7 @@ def draw(record: dict[str, Any], seen: dict[str, Any], names: list[str], panel_s
     blank = Image.new("RGB", image.size, "white")
 
     def labelled(title: str, label_map: np.ndarray) -> tuple[str, Image.Image]:
-        score = "" if truth is None else f" {100 * picture_iou(label_map, truth, len(names)):.0f}"
+        score = "" if truth is None else f" {100 * image_iou(label_map, truth, len(names)):.0f}"
         return title + score, colorize(label_map)
 
     maps = seen["label_maps"]
@@ -249,7 +249,7 @@ def draw(record: dict[str, Any], seen: dict[str, Any], names: list[str], panel_s
 
 
 def make_figures(args: argparse.Namespace) -> None:
-    """Loads run and pictures, and writes one figure per picture."""
+    """Loads run and images, and writes one figure per image."""
     if not (args.run / "config.json").is_file():
         raise InvalidArguments(
             f"{args.run} holds no trained model (no config.json); give the folder of a finished run."
@@ -264,7 +264,7 @@ def make_figures(args: argparse.Namespace) -> None:
     output = args.output or args.run / "figures"
     output.mkdir(parents=True, exist_ok=True)
     for record in records:
-        seen = inspect_picture(model, processor, record["image"].convert("RGB"), record["image_labels"])
+        seen = inspect_image(model, processor, record["image"].convert("RGB"), record["image_labels"])
         path = output / f"{record['image_id']}.png"
         draw(record, seen, names, args.panel_size).save(path)
         print(path, flush=True)

@@ -6,7 +6,7 @@ How good the pseudo-labels of a trained SynerNet are, by thresholds and by reach
 Pseudo-labels are made from image labels, as in training, and compared with the masks of the validation split. A table
 goes to the screen: per row the shares of the foreground that is decided and that is labelled right, the share of
 labelled foreground that is right, the share of the background that is decided, and the mean IoU over the decided
-pixels. Thresholds and dilations for pictures of another size than the full recipe's are chosen by it.
+pixels. Thresholds and dilations for images of another size than the full recipe's are chosen by it.
 """
 
 import argparse
@@ -38,8 +38,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a trained model with its training_args.json")
-    parser.add_argument("--size", type=int, help="shortest edge of the pictures (default: the processor's)")
-    parser.add_argument("--max_samples", type=int, default=30, help="the first so many pictures (default: 30)")
+    parser.add_argument("--size", type=int, help="shortest edge of the images (default: the processor's)")
+    parser.add_argument("--max_samples", type=int, default=30, help="the first so many images (default: 30)")
     parser.add_argument("--low", nargs="+", type=float, default=[0.25], help="low thresholds to try")
     parser.add_argument("--high", nargs="+", type=float, default=[0.7, 0.5], help="high thresholds to try")
     parser.add_argument(
@@ -108,7 +108,7 @@ def measure(model, processor, split, settings: list[tuple], size: int | None) ->
 
 
 def run(args: argparse.Namespace) -> None:
-    """Loads run and pictures, and prints the table."""
+    """Loads run and images, and prints the table."""
     path = args.run / "training_args.json"
     if not path.is_file() or not (args.run / "config.json").is_file():
         raise InvalidArguments(f"{args.run} is no finished run (config.json and training_args.json); give its folder.")

@@ -1,10 +1,10 @@
-"""What other runtimes and number formats change: mIoU on real pictures, equal pixels, logits, time.
+"""What other runtimes and number formats change: mIoU on real images, equal pixels, logits, time.
 
     python benchmarks/runtimes.py runs/voc_animals --data_dir path/to/VOCdevkit --image_labels labels.npz
 
-Every runtime segments the same validation pictures at one scale, as the run's image processor hands them over, and is
+Every runtime segments the same validation images at one scale, as the run's image processor hands them over, and is
 compared with float32 in PyTorch. `onnx` needs the extra `onnx`, `int8` the extra `int8`, `compile` a C++ compiler. The
-times are of the machine as it is, after one picture to warm up; `compile` compiles again for pictures of every
+times are of the machine as it is, after one image to warm up; `compile` compiles again for images of every
 new size, at most eight times: give it one size with --square.
 """
 
@@ -33,7 +33,7 @@ FORMATS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def in_torch(model, inference_branches: str | None = None) -> Runtime:
-    """The model as it is, its logits at the size of the picture."""
+    """The model as it is, its logits at the size of the image."""
     dtype = next(model.parameters()).dtype
 
     def run(pixel_values: torch.Tensor) -> torch.Tensor:
@@ -109,10 +109,10 @@ RUNTIMES: dict[str, Callable] = {
 
 def measure(runtime: Runtime, inputs: list[torch.Tensor], masks: list[np.ndarray], reference: list | None) -> dict:
     """
-    Segment every picture.
+    Segment every image.
 
     Returns:
-        `dict`: `metric` ([`MeanIoU`]), `seconds` (median of a picture), `logits` (of every picture, where there is
+        `dict`: `metric` ([`MeanIoU`]), `seconds` (median of an image), `logits` (of every image, where there is
         no `reference`), and otherwise `equal_pixels` (share) and `largest_difference` (of a logit).
     """
     metric = MeanIoU(runtime(inputs[0]).shape[1])
@@ -133,8 +133,8 @@ def measure(runtime: Runtime, inputs: list[torch.Tensor], masks: list[np.ndarray
     return found | ({"equal_pixels": equal / pixels, "largest_difference": largest} if reference else {})
 
 
-def read_pictures(args: argparse.Namespace, processor) -> tuple[list[torch.Tensor], list[np.ndarray]]:
-    """Pixel values and masks of validation pictures spread over the split."""
+def read_images(args: argparse.Namespace, processor) -> tuple[list[torch.Tensor], list[np.ndarray]]:
+    """Pixel values and masks of validation images spread over the split."""
     split = load_voc2012(args.data_dir, image_labels=args.image_labels)["validation"]
     chosen = np.linspace(0, len(split) - 1, min(args.max_samples, len(split))).astype(int).tolist()
     inputs, masks = [], []
@@ -152,8 +152,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="folder of a trained model")
     parser.add_argument("--data_dir", type=Path, required=True, help="VOCdevkit folder")
     parser.add_argument("--image_labels", help="table of image labels, where the devkit has no annotations")
-    parser.add_argument("--max_samples", type=int, default=30, help="validation pictures")
-    parser.add_argument("--square", type=int, help="side that every picture is squeezed to (default: as in the run)")
+    parser.add_argument("--max_samples", type=int, default=30, help="validation images")
+    parser.add_argument("--square", type=int, help="side that every image is squeezed to (default: as in the run)")
     parser.add_argument("--metric_classes", nargs="+", help="classes in the mean; all that occur if left out")
     parser.add_argument("--runtimes", nargs="+", choices=list(RUNTIMES), default=list(RUNTIMES))
     parser.add_argument("--output", type=Path, help="JSON file to write")
@@ -165,14 +165,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(args.run).eval()
-        inputs, masks = read_pictures(args, SynerNetImageProcessor.from_pretrained(args.run))
+        inputs, masks = read_images(args, SynerNetImageProcessor.from_pretrained(args.run))
         class_ids = [model.config.label2id[name] for name in args.metric_classes] if args.metric_classes else None
     except (KeyError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     rows: dict[str, dict] = {}
     reference = None
-    print("| runtime | mIoU | equal pixels | largest difference of a logit | seconds per picture |")
+    print("| runtime | mIoU | equal pixels | largest difference of a logit | seconds per image |")
     print("| --- | ---: | ---: | ---: | ---: |", flush=True)
     for name in ["float32", *(name for name in args.runtimes if name != "float32")]:
         found = measure(RUNTIMES[name](model), inputs, masks, reference)

@@ -1,5 +1,5 @@
 """
-The main job from end to end on generated pictures, no download: train, evaluate, predict, draw. `make demo` runs it.
+The main job from end to end on generated images, no download: train, evaluate, predict, draw. `make demo` runs it.
 
     python examples/demo.py
     python examples/demo.py --output_dir runs/short_demo --max_steps 100
@@ -53,7 +53,7 @@ def parse_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, li
     )
     parser.add_argument("--config", default=str(HERE / "recipes" / "tiny_cpu.yaml"), help="recipe of the run")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="folder of the run, made anew")
-    parser.add_argument("--num_pictures", type=int, default=6, help="rows of the figure")
+    parser.add_argument("--num_images", type=int, default=6, help="rows of the figure")
     return parser.parse_known_args(argv)
 
 
@@ -90,23 +90,23 @@ def print_scores(results: dict[str, dict]) -> None:
 
 
 def predict_one(model, processor, record: dict, folder: Path) -> None:
-    """Save one picture, segment it with the pipeline, and save its mask and overlay beside it."""
+    """Save one image, segment it with the pipeline, and save its mask and overlay beside it."""
     image = record["image"].convert("RGB")
-    image.save(folder / "picture.png")
+    image.save(folder / "image.png")
     segmenter = SynerNetSegmentationPipeline(model=model, image_processor=processor)
     label_map = np.zeros((image.height, image.width), dtype=np.uint8)
-    for segment in segmenter(str(folder / "picture.png"), scales=model.config.inference_scales):
+    for segment in segmenter(str(folder / "image.png"), scales=model.config.inference_scales):
         where = np.asarray(segment["mask"]) > 0
         label_map[where] = model.config.label2id[segment["label"]]
-        print(f"{segment['label']:<12} {100 * where.mean():5.1f} % of the picture, score {segment['score']:.2f}")
-    palette_image(label_map).save(folder / "picture_mask.png")
-    overlay(image, label_map).save(folder / "picture_overlay.png")
-    print(f"Wrote {folder / 'picture_mask.png'} and {folder / 'picture_overlay.png'}.")
+        print(f"{segment['label']:<12} {100 * where.mean():5.1f} % of the image, score {segment['score']:.2f}")
+    palette_image(label_map).save(folder / "image_mask.png")
+    overlay(image, label_map).save(folder / "image_overlay.png")
+    print(f"Wrote {folder / 'image_mask.png'} and {folder / 'image_overlay.png'}.")
 
 
 @torch.no_grad()
 def panels_of(model, processor, record: dict) -> list[tuple[str, Image.Image]]:
-    """A row of the figure: the picture, the truth, and everything the model makes of the picture."""
+    """A row of the figure: the image, the truth, and everything the model makes of the image."""
     image = record["image"].convert("RGB")
     pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
     labels = torch.tensor([record["image_labels"]], dtype=torch.float32, device=model.device)
@@ -118,7 +118,7 @@ def panels_of(model, processor, record: dict) -> list[tuple[str, Image.Image]]:
         return heat_map(maps[0].amax(dim=0).cpu().numpy(), image)
 
     return [
-        ("picture", image),
+        ("image", image),
         ("ground truth", colorize(np.asarray(record["mask"]))),
         ("CAM, broad branch", heat(teaching.broad_cams)),
         ("CAM, precise branch", heat(teaching.precise_cams)),
@@ -137,7 +137,7 @@ def legend(names: list[str], width: int) -> list[tuple[str, np.ndarray]]:
 
 
 def pick_records(split, number: int) -> list[dict]:
-    """The first pictures with the most classes, which show most."""
+    """The first images with the most classes, which show most."""
     counts = np.asarray(split["image_labels"]).sum(axis=1)
     return [split[int(index)] for index in np.argsort(-counts, kind="stable")[:number]]
 
@@ -149,10 +149,10 @@ def run_demo(options: argparse.Namespace, extra: list[str]) -> None:
     _, data_args, _ = parse_arguments(["--config", options.config, "--output_dir", str(folder), *extra])
     clear(folder)
 
-    say("1/4 Training on generated pictures with image labels only")
+    say("1/4 Training on generated images with image labels only")
     train(options.config, folder, extra)
 
-    say("2/4 Evaluating the segmentation, each branch's CAM and baselines on pictures with known masks")
+    say("2/4 Evaluating the segmentation, each branch's CAM and baselines on images with known masks")
     splits = load_wsss_dataset(
         data_args.dataset,
         data_args.data_dir,
@@ -174,8 +174,8 @@ def run_demo(options: argparse.Namespace, extra: list[str]) -> None:
         baselines=True,
     )
 
-    say("3/4 Predicting one picture")
-    records = pick_records(splits["validation"], options.num_pictures)
+    say("3/4 Predicting one image")
+    records = pick_records(splits["validation"], options.num_images)
     predict_one(model, processor, records[0], folder)
 
     say("4/4 Drawing the figure")
@@ -186,7 +186,7 @@ def run_demo(options: argparse.Namespace, extra: list[str]) -> None:
     figure_panels(rows, panel_size=(144, 144)).save(figure)
 
     number = results["segmentation"]["num_images"]
-    say(f"Results on {number} pictures, in percent, after {(time.monotonic() - start) / 60:.1f} minutes")
+    say(f"Results on {number} images, in percent, after {(time.monotonic() - start) / 60:.1f} minutes")
     print_scores(results)
     print(f"\nSaved model: {folder}\nFigure:      {figure}")
 
@@ -195,8 +195,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code."""
     options, extra = parse_options(argv)
     try:
-        if options.num_pictures < 1:
-            raise InvalidArguments(f"--num_pictures is {options.num_pictures}; give at least 1.")
+        if options.num_images < 1:
+            raise InvalidArguments(f"--num_images is {options.num_images}; give at least 1.")
         run_demo(options, extra)
     except InvalidArguments as error:
         print(f"error: {error}", file=sys.stderr)

@@ -30,13 +30,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument(
         "--image_labels", help="source of the image labels: a npz, json or csv file, annotations or masks"
     )
-    data.add_argument("--validation_split", help="list of pictures to evaluate on, such as val")
-    data.add_argument("--image_column", help="column of the pictures in a table or Hub data set")
+    data.add_argument("--validation_split", help="list of images to evaluate on, such as val")
+    data.add_argument("--image_column", help="column of the images in a table or Hub data set")
     data.add_argument("--label_column", help="column of the labels")
     data.add_argument("--mask_column", help="column of the masks")
     data.add_argument("--on_bad_image", choices=("raise", "skip"), help="refuse unusable records, or leave them out")
     data.add_argument("--classes", nargs="+", help="classes that the means are taken over")
-    data.add_argument("--max_samples", type=int, help="score the first so many pictures only")
+    data.add_argument("--max_samples", type=int, help="score the first so many images only")
     kinds = parser.add_argument_group("what to score")
     kinds.add_argument("--multi_scale", action="store_true", default=True, help="multi-scale segmentation (default)")
     kinds.add_argument("--no_multi_scale", dest="multi_scale", action="store_false", help="plain segmentation only")
@@ -56,9 +56,9 @@ def load_split(
     """
     Load and check the split to evaluate on, alone in a dictionary; also return its class names, background first.
 
-    Pictures of one's own that come without a class list get that of the model, `id2label`, so that their labels are
+    Images of one's own that come without a class list get that of the model, `id2label`, so that their labels are
     read by name. The loaders give all splits at once, so the lists and image labels of the training split must be
-    there too where there is one; none of its pictures is opened.
+    there too where there is one; none of its images is opened.
     """
     name_own_classes(data_args, id2label)
     splits = load_data(data_args)
@@ -75,7 +75,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if not (args.run / "config.json").is_file():
         raise ValueError(f"{args.run} holds no trained model (no config.json); give the folder of a finished run.")
     if args.max_samples is not None and args.max_samples < 1:
-        raise ValueError(f"--max_samples is {args.max_samples}; a positive number of pictures is expected.")
+        raise ValueError(f"--max_samples is {args.max_samples}; a positive number of images is expected.")
     if args.output is not None and args.output.is_dir():
         raise ValueError(f"--output {args.output} is a folder; give the name of a JSON file.")
     if args.output is not None:

@@ -1,4 +1,4 @@
-"""Segment pictures with a trained SynerNet: `python examples/predict.py RUN PICTURE…` writes masks and overlays."""
+"""Segment images with a trained SynerNet: `python examples/predict.py RUN IMAGE…` writes masks and overlays."""
 
 import argparse
 import functools
@@ -21,7 +21,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a trained model, such as runs/voc_animals")
-    parser.add_argument("pictures", type=Path, nargs="+", help="picture files")
+    parser.add_argument("images", type=Path, nargs="+", help="image files")
     parser.add_argument("--output_dir", type=Path, default=Path("predictions"), help="where results go")
     parser.add_argument("--scales", type=float, nargs="+", help="scales to look at (default: those of the model)")
     parser.add_argument("--flip", action="store_true", help="also look at the mirror of every scale")
@@ -29,16 +29,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_picture(path: Path) -> Image.Image:
-    """Decode a picture as RGB, turned upright as its EXIF orientation says."""
+def read_image(path: Path) -> Image.Image:
+    """Decode an image as RGB, turned upright as its EXIF orientation says."""
     if not path.is_file():
-        raise ValueError(f"There is no picture {path}; check the path.")
+        raise ValueError(f"There is no image {path}; check the path.")
     try:
         with Image.open(path) as image:
             return to_rgb(ImageOps.exif_transpose(image))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"The picture {path} cannot be decoded ({error}); give a valid JPEG, PNG or the like."
+            f"The image {path} cannot be decoded ({error}); give a valid JPEG, PNG or the like."
         ) from error
 
 
@@ -51,8 +51,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.output_dir.exists() and not args.output_dir.is_dir():
         raise ValueError(f"{args.output_dir} is a file; give a folder for the results.")
     seen = {}
-    for path in args.pictures:
-        read_picture(path)
+    for path in args.images:
+        read_image(path)
         if path.stem in seen:
             raise ValueError(f"{seen[path.stem]} and {path} would write the same results; segment them separately.")
         seen[path.stem] = path
@@ -60,14 +60,14 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def predict(args: argparse.Namespace) -> None:
-    """Segment every picture and write its results."""
+    """Segment every image and write its results."""
     crf = DenseCRF() if args.crf else None
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model, processor = load_model_folder(args.run)
     model = model.to(device).eval()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    for path in args.pictures:
-        image = read_picture(path)
+    for path in args.images:
+        image = read_image(path)
         pixel_values = processor(images=image, return_tensors="pt")["pixel_values"].to(device)
         logits = model.multi_scale_logits(pixel_values, scales=args.scales, flip=args.flip).float()
         size = (image.height, image.width)
@@ -78,8 +78,8 @@ def predict(args: argparse.Namespace) -> None:
         label_map = scores.argmax(axis=0)
         mask_path = args.output_dir / f"{path.stem}_mask.png"
         overlay_path = args.output_dir / f"{path.stem}_overlay.png"
-        for picture, target in ((palette_image(label_map), mask_path), (overlay(image, label_map), overlay_path)):
-            replace_file(target, functools.partial(picture.save, format="PNG"))
+        for drawn, target in ((palette_image(label_map), mask_path), (overlay(image, label_map), overlay_path)):
+            replace_file(target, functools.partial(drawn.save, format="PNG"))
         ids, counts = np.unique(label_map, return_counts=True)
         found = (
             f"{model.config.id2label[int(i)]} {100 * n / label_map.size:.1f} %"

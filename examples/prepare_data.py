@@ -1,9 +1,9 @@
 """
 Look at a data set before training on it: `python examples/prepare_data.py --data_dir path/to/VOCdevkit`.
 
-Prints pictures per class, sizes, and what is worth a look: files that do not decode, pictures without a class, exact
-duplicates, classes without pictures. With --output, writes the report and a contact sheet; with --parquet, also the
-data itself with the pictures inside, as `push_to_hub` would.
+Prints images per class, sizes, and what is worth a look: files that do not decode, images without a class, exact
+duplicates, classes without images. With --output, writes the report and a contact sheet; with --parquet, also the
+data itself with the images inside, as `push_to_hub` would.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 from synernet_hf.data import class_names, inspect_dataset, self_describing, write_parquet
 from synernet_hf.data.files import replace_file
 from synernet_hf.data.report import DatasetReport
-from synernet_hf.data.transforms import open_picture, to_rgb
+from synernet_hf.data.transforms import open_image, to_rgb
 from synernet_hf.training.data_options import SourceArguments, read_data_arguments, unset_data_options
 from synernet_hf.training.validation import check_data, load_data
 from synernet_hf.visualization import figure_panels
@@ -36,7 +36,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder for report.json and contact_sheet.png")
     parser.add_argument("--parquet", action="store_true", help="also write the data to OUTPUT/data as parquet files")
     parser.add_argument("--push_to_hub", metavar="REPO", help="also upload the data as this data set, such as me/pets")
-    parser.add_argument("--pictures_per_class", type=int, default=6, help="width of the contact sheet (default: 6)")
+    parser.add_argument("--images_per_class", type=int, default=6, help="width of the contact sheet (default: 6)")
     parser.add_argument("--num_threads", type=int, default=2, help="threads that decode (default: 2)")
     unset_data_options(parser)
     return parser.parse_args(argv)
@@ -48,13 +48,13 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--parquet needs --output: name the folder that the files go to.")
     if args.output is not None and args.output.exists() and not args.output.is_dir():
         raise ValueError(f"--output {args.output} is a file; give a folder.")
-    for name in ("pictures_per_class", "num_threads"):
+    for name in ("images_per_class", "num_threads"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; a positive number is expected.")
 
 
-def contact_sheet(splits: datasets.DatasetDict, report: DatasetReport, pictures_per_class: int) -> Image.Image:
-    """One row per class that the first split shows, with its first pictures."""
+def contact_sheet(splits: datasets.DatasetDict, report: DatasetReport, images_per_class: int) -> Image.Image:
+    """One row per class that the first split shows, with its first images."""
     split_name = next(iter(splits))
     split = splits[split_name].select_columns(["image", "image_id", "image_labels"])
     split = split.cast_column("image", datasets.Image(decode=False))
@@ -62,21 +62,21 @@ def contact_sheet(splits: datasets.DatasetDict, report: DatasetReport, pictures_
     faulty = set(report.splits[split_name].undecodable) | set(report.splits[split_name].bad_labels)
     rows = []
     for column, name in enumerate(class_names(splits)[1:]):
-        shown = [i for i, vector in enumerate(labels) if ids[i] not in faulty and vector[column]][:pictures_per_class]
+        shown = [i for i, vector in enumerate(labels) if ids[i] not in faulty and vector[column]][:images_per_class]
         if shown:
             rows.append([(f"{name}: {ids[i]}", thumbnail(split[i]["image"])) for i in shown])
     if not rows:
-        raise ValueError(f"No picture of the split {split_name!r} has a class; there is nothing to draw.")
+        raise ValueError(f"No image of the split {split_name!r} has a class; there is nothing to draw.")
     return figure_panels(rows, panel_size=(144, 108))
 
 
 def thumbnail(image: dict) -> Image.Image:
-    """An upright picture of about 144 pixels; a JPEG is not decoded at its full size."""
-    picture = open_picture(image)
-    picture.draft("RGB", (144, 144))
-    picture = to_rgb(ImageOps.exif_transpose(picture))
-    picture.thumbnail((144, 144))
-    return picture
+    """An upright image of about 144 pixels; a JPEG is not decoded at its full size."""
+    opened = open_image(image)
+    opened.draft("RGB", (144, 144))
+    opened = to_rgb(ImageOps.exif_transpose(opened))
+    opened.thumbnail((144, 144))
+    return opened
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -92,7 +92,7 @@ def prepare(args: argparse.Namespace) -> None:
         args.output.mkdir(parents=True, exist_ok=True)
         text = json.dumps(report.to_dict(), indent=2) + "\n"
         replace_file(args.output / "report.json", lambda path: path.write_text(text, encoding="utf-8"))
-        sheet = contact_sheet(splits, report, args.pictures_per_class)
+        sheet = contact_sheet(splits, report, args.images_per_class)
         replace_file(args.output / "contact_sheet.png", lambda path: sheet.save(path, format="PNG"))
         print(f"\nwritten: {args.output / 'report.json'}, {args.output / 'contact_sheet.png'}")
     if args.parquet or args.push_to_hub:

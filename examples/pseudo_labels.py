@@ -2,7 +2,7 @@
 Write the pseudo-labels of a whole data set: `accelerate launch examples/pseudo_labels.py RUN --output DIR`.
 
 DIR/masks/IMAGE_ID.png are palette masks (0 background, 255 undecided), DIR/manifest.parquet lists them, the least
-confident picture first. The pictures are shared over the processes; called again after an interruption, what is
+confident image first. The images are shared over the processes; called again after an interruption, what is
 finished is kept. The data set is the one RUN was trained on unless another one is named.
 """
 
@@ -40,19 +40,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("run", help="folder or Hub id of a trained model, such as runs/voc_animals")
     parser.add_argument("--output", type=Path, required=True, help="folder of the masks and their manifest")
     parser.add_argument("--split", default="train", help="split to label (default: train)")
-    parser.add_argument("--max_samples", type=int, help="label the first so many pictures only")
+    parser.add_argument("--max_samples", type=int, help="label the first so many images only")
     parser.add_argument(
         "--map",
         choices=MAPS,
         default="pseudo_label",
         help="pseudo_label: the fused, refined CAM with undecided pixels (default); segmentation: the decoders' "
-        "segmentation, limited to the picture's classes",
+        "segmentation, limited to the image's classes",
     )
     parser.add_argument(
         "--classes_from",
         choices=LABEL_SOURCES,
         default="auto",
-        help="the picture's given labels, those the classifier predicts, or predicted where none is given (auto)",
+        help="the image's given labels, those the classifier predicts, or predicted where none is given (auto)",
     )
     parser.add_argument("--scales", type=float, nargs="+", help="scales to look at (default: those of the model)")
     parser.add_argument("--flip", action="store_true", default=None, help="also look at the mirror of every scale")
@@ -74,8 +74,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--output {args.output} is a file; give a folder.")
 
 
-def label_pictures(args: argparse.Namespace) -> None:
-    """Load the run and the data, write what is missing, and name the pictures to look at first."""
+def label_images(args: argparse.Namespace) -> None:
+    """Load the run and the data, write what is missing, and name the images to look at first."""
     check_arguments(args)
     options = PseudoLabelOptions(args.map, args.classes_from, args.scales and tuple(args.scales), args.flip)
     data_args = read_data_arguments(args, args.run)
@@ -104,8 +104,8 @@ def label_pictures(args: argparse.Namespace) -> None:
         progress=True,
     )
     if accelerator.is_main_process:
-        print(f"{len(manifest)} of {len(split)} pictures have a mask in {args.output / 'masks'}")
-        print(f"manifest: {args.output / 'manifest.parquet'}; the first pictures to review:")
+        print(f"{len(manifest)} of {len(split)} images have a mask in {args.output / 'masks'}")
+        print(f"manifest: {args.output / 'manifest.parquet'}; the first images to review:")
         for row in manifest.slice(0, NUM_SHOWN).to_pylist():
             missing = f", not found: {', '.join(row['missing_classes'])}" if row["missing_classes"] else ""
             print(
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code."""
     args = parse_arguments(argv)
     try:
-        label_pictures(args)
+        label_images(args)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -46,12 +46,12 @@ class SegmenterArguments:
     model_config: str | None = field(
         default=None, metadata={"help": "Configuration of a model with random weights, as JSON with a model_type."}
     )
-    size: int = field(default=512, metadata={"help": "Height and width that pictures are resized to."})
-    min_confidence: float = field(default=0.0, metadata={"help": "Leave out pictures that are less confident."})
+    size: int = field(default=512, metadata={"help": "Height and width that images are resized to."})
+    min_confidence: float = field(default=0.0, metadata={"help": "Leave out images that are less confident."})
 
 
 class SegmentationDataset(torch.utils.data.Dataset):
-    """Pictures and masks of one size; `mirror` turns every other picture round, drawn anew each time."""
+    """Images and masks of one size; `mirror` turns every other image round, drawn anew each time."""
 
     def __init__(self, dataset: datasets.Dataset, processor: SegformerImageProcessorPil, mirror: bool = False) -> None:
         self.dataset = dataset.select_columns(["image", "mask"])
@@ -84,7 +84,7 @@ def build_model(args: SegmenterArguments, names: list[str]) -> PreTrainedModel:
 
 
 def build_processor(args: SegmenterArguments) -> SegformerImageProcessorPil:
-    """Resizes and normalises pictures, resizes masks; with the colours' mean and deviation of the model."""
+    """Resizes and normalises images, resizes masks; with the colours' mean and deviation of the model."""
     colours = {}
     if args.model is not None:
         try:
@@ -125,11 +125,11 @@ class Scores:
 
 
 def train(data_args: Any, args: SegmenterArguments, training_args: TrainingArguments) -> None:
-    """Join pictures and pseudo-labels, train, score, save."""
+    """Join images and pseudo-labels, train, score, save."""
     data_args = read_data_arguments(data_args)
     splits = check_data(load_data(data_args), data_args.on_bad_image)
     names = class_names(splits)
-    pictures = with_pseudo_labels(splits["train"], args.pseudo_labels, args.min_confidence)
+    images = with_pseudo_labels(splits["train"], args.pseudo_labels, args.min_confidence)
     model = build_model(args, names)
     processor = build_processor(args)
     scored = "validation" in splits and "mask" in splits["validation"].column_names
@@ -137,13 +137,13 @@ def train(data_args: Any, args: SegmenterArguments, training_args: TrainingArgum
     trainer = Trainer(
         model=model,
         args=training_args,
-        train_dataset=SegmentationDataset(pictures, processor, mirror=True),
+        train_dataset=SegmentationDataset(images, processor, mirror=True),
         eval_dataset=SegmentationDataset(splits["validation"], processor) if scored else None,
         processing_class=processor,
         compute_metrics=Scores(len(names)),
         preprocess_logits_for_metrics=predicted_ids,
     )
-    print(f"{len(pictures)} of {len(splits['train'])} pictures have a pseudo-label to train on")
+    print(f"{len(images)} of {len(splits['train'])} images have a pseudo-label to train on")
     trainer.train()
     trainer.save_model()
     if scored:

@@ -24,7 +24,7 @@ from synernet_hf.model_card import published_card
 
 
 CARD_FILE = "README.md"
-PICTURES_FILE = "pictures.png"
+IMAGES_FILE = "images.png"
 
 
 def without_projection_head(model: SynerNetForWeaklySupervisedSegmentation) -> SynerNetForWeaklySupervisedSegmentation:
@@ -56,7 +56,7 @@ def write_folder(run: Path, folder: Path, args: argparse.Namespace) -> None:
     Args:
         run (`Path`): Folder with a model, its processor and a card.
         folder (`Path`): Folder to write to.
-        args (`argparse.Namespace`): `repo_id`, `license`, `no_projection_head` and `no_pictures`.
+        args (`argparse.Namespace`): `repo_id`, `license`, `no_projection_head` and `no_images`.
 
     Raises:
         OSError: If the run lacks a file.
@@ -75,10 +75,10 @@ def write_folder(run: Path, folder: Path, args: argparse.Namespace) -> None:
     )
     segmenter.save_pretrained(folder)
     text = (run / CARD_FILE).read_text(encoding="utf-8")
-    if args.no_pictures:
-        text = "\n".join(line for line in text.split("\n") if f"]({PICTURES_FILE})" not in line)
-    elif (run / PICTURES_FILE).is_file():
-        (folder / PICTURES_FILE).write_bytes((run / PICTURES_FILE).read_bytes())
+    if args.no_images:
+        text = "\n".join(line for line in text.split("\n") if f"]({IMAGES_FILE})" not in line)
+    elif (run / IMAGES_FILE).is_file():
+        (folder / IMAGES_FILE).write_bytes((run / IMAGES_FILE).read_bytes())
     published_card(text, args.repo_id, args.license).save(folder / CARD_FILE)
 
 
@@ -133,7 +133,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="push the inference-only form (with_projection_head=False); training cannot go on from it as it was",
     )
-    parser.add_argument("--no_pictures", action="store_true", help="leave the picture grid out of the card")
+    parser.add_argument("--no_images", action="store_true", help="leave the image grid out of the card")
     return parser.parse_args(argv)
 
 

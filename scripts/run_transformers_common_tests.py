@@ -6,7 +6,7 @@
 The suites are not in the wheel: the source distribution of the installed version is fetched with pip (or given), its
 test files are unpacked into a temporary folder beside `tests/hf_common/suites.py`, and pytest runs there. Empty
 stand-ins take the place of the files that the source distribution lacks: the mixin of the exporters' tests, that of
-text generation, and the one that fetches pictures from the Hub. Needs `pytest`, `accelerate` and `parameterized`.
+text generation, and the one that fetches images from the Hub. Needs `pytest`, `accelerate` and `parameterized`.
 
 Exit code: 0 if nothing failed but the tests of POLICY, 1 if something did, 2 if the suites cannot be had.
 """

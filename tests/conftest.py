@@ -1,4 +1,4 @@
-"""What every test relies on: no network, few threads, and tiny models and pictures made on the spot."""
+"""What every test relies on: no network, few threads, and tiny models and images made on the spot."""
 
 import os
 import tempfile
@@ -60,7 +60,7 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def tiny_run_folder(tiny_config, tmp_path_factory) -> Path:
-    """A folder as a training run leaves it behind: model, processor, and one picture in `picture.png`."""
+    """A folder as a training run leaves it behind: model, processor, and one image in `image.png`."""
     from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 
     folder = tmp_path_factory.mktemp("run")
@@ -68,5 +68,5 @@ def tiny_run_folder(tiny_config, tmp_path_factory) -> Path:
     SynerNetForWeaklySupervisedSegmentation(tiny_config).save_pretrained(folder)
     SynerNetImageProcessor().save_pretrained(folder)
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(folder / "picture.png")
+    Image.fromarray(pixels).save(folder / "image.png")
     return folder

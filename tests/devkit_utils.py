@@ -19,7 +19,7 @@ DEVKIT_CLASSES = ("cat", "dog", "person")
 
 @dataclass
 class Devkit:
-    """A devkit on disk: `root` is the VOCdevkit folder, `labels` the class names of each picture."""
+    """A devkit on disk: `root` is the VOCdevkit folder, `labels` the class names of each image."""
 
     root: Path
     labels: dict[str, list[str]]
@@ -41,9 +41,9 @@ def write_voc_devkit(
 ) -> Devkit:
     """
     Writes `VOCdevkit/VOC2012` below `folder`: noisy JPEGs with one coloured rectangle for each class, palette masks
-    in SegmentationClassAug for every picture, XML annotations, and the lists `train_list` and `val`.
+    in SegmentationClassAug for every image, XML annotations, and the lists `train_list` and `val`.
 
-    `size` is (width, height) in pixels; pictures hold one or two of the classes cat, dog and person.
+    `size` is (width, height) in pixels; images hold one or two of the classes cat, dog and person.
     """
     rng = np.random.default_rng(seed)
     voc = folder / "VOCdevkit" / "VOC2012"
@@ -55,8 +55,8 @@ def write_voc_devkit(
         first = DEVKIT_CLASSES[index % len(DEVKIT_CLASSES)]
         second = DEVKIT_CLASSES[(index + 1) % len(DEVKIT_CLASSES)]
         labels[image_id] = [first, second] if index % 2 else [first]
-        picture, mask = draw_picture(labels[image_id], size, rng)
-        Image.fromarray(picture).save(voc / "JPEGImages" / f"{image_id}.jpg", quality=90)
+        image, mask = draw_image(labels[image_id], size, rng)
+        Image.fromarray(image).save(voc / "JPEGImages" / f"{image_id}.jpg", quality=90)
         save_mask(mask, voc / "SegmentationClassAug" / f"{image_id}.png")
         write_annotation(voc / "Annotations" / f"{image_id}.xml", labels[image_id])
     lists = {train_list: ids[:num_train], "val": ids[num_train:]}
@@ -65,31 +65,31 @@ def write_voc_devkit(
     return Devkit(voc.parent, labels, lists[train_list], lists["val"])
 
 
-def draw_picture(names: list[str], size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Picture `(H, W, 3)` uint8 and mask `(H, W)` uint8 (VOC ids, a rim of 255), classes side by side."""
+def draw_image(names: list[str], size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Image `(H, W, 3)` uint8 and mask `(H, W)` uint8 (VOC ids, a rim of 255), classes side by side."""
     width, height = size
-    picture = rng.integers(60, 120, (height, width, 3), dtype=np.uint8)
+    image = rng.integers(60, 120, (height, width, 3), dtype=np.uint8)
     mask = np.zeros((height, width), dtype=np.uint8)
     share = width // len(names)
     for place, name in enumerate(names):
         rows, columns = slice(height // 4, -height // 4), slice(place * share + 3, (place + 1) * share - 3)
         mask[height // 4 - 1 : -height // 4 + 1, place * share + 2 : (place + 1) * share - 2] = 255
         mask[rows, columns] = VOC_NAMES.index(name)
-        picture[rows, columns] = 40
-        picture[rows, columns, DEVKIT_CLASSES.index(name)] = 220
-    return picture, mask
+        image[rows, columns] = 40
+        image[rows, columns, DEVKIT_CLASSES.index(name)] = 220
+    return image, mask
 
 
 def save_mask(mask: np.ndarray, path: Path) -> None:
     """Saves ids as a palette PNG, as the benchmark does."""
-    picture = Image.fromarray(mask).convert("P")
-    picture.putdata(mask.ravel().tolist())
-    picture.putpalette(np.random.default_rng(0).integers(0, 256, 768).tolist())
-    picture.save(path)
+    image = Image.fromarray(mask).convert("P")
+    image.putdata(mask.ravel().tolist())
+    image.putpalette(np.random.default_rng(0).integers(0, 256, 768).tolist())
+    image.save(path)
 
 
 def write_annotation(path: Path, names: list[str]) -> None:
-    """Writes the XML of one picture: an object for each name, the first twice, each with a part."""
+    """Writes the XML of one image: an object for each name, the first twice, each with a part."""
     root = ElementTree.Element("annotation")
     for name in [*names, *names[:1]]:
         node = ElementTree.SubElement(root, "object")

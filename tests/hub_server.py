@@ -292,7 +292,7 @@ class HubHandler(BaseHTTPRequestHandler):
     def on_page(self, repo: Repo) -> None:
         header, text = self._card(repo.commit_at(self.query.get("revision", "main")))
         body = markdown.markdown(text, extensions=["tables", "fenced_code"])
-        # pictures of the card lie beside it
+        # images of the card lie beside it
         prefix = f"/{'datasets/' if repo.kind == 'datasets' else ''}{repo.repo_id}/resolve/main/"
         body = re.sub(r'src="(?![a-z]+:|/)', f'src="{prefix}', body)
         tags = ", ".join(map(str, (header or {}).get("tags") or []))

@@ -110,7 +110,7 @@ def test_the_authors_row_is_their_recipe_whatever_ours_says(ablation, tmp_path):
     model_args, _, _ = ablation.row_arguments(base, ablation.ROWS["authors"], 0, tmp_path)
     theirs = SynerNetConfig(**ablation.read_recipe(ablation.RECIPES / "voc12_authors.yaml")["model_config"])
     ours = SynerNetConfig(**model_args.model_config)
-    # what belongs to a size of picture
+    # what belongs to a size of image
     changed = {name for name in MODEL_FIELDS if getattr(theirs, name) != getattr(ours, name)}
     assert changed <= {
         "cam_scales",
@@ -269,10 +269,10 @@ def test_means_and_deviations(ablation):
 
 def test_figures_of_the_split_and_of_a_file(figures, finished, tmp_path, capsys):
     run = finished / "runs" / "class_prior-seed0"
-    picture = tmp_path / "mine.png"
+    image = tmp_path / "mine.png"
     pixels = np.random.default_rng(0).integers(0, 256, (30, 46, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(picture)
-    words = [str(run), "--pictures", "validation_000001", str(picture), "--output", str(tmp_path / "out")]
+    Image.fromarray(pixels).save(image)
+    words = [str(run), "--images", "validation_000001", str(image), "--output", str(tmp_path / "out")]
     assert figures.main([*words, "--panel_size", "64"]) == 0
     drawn = [Image.open(line).convert("RGB") for line in capsys.readouterr().out.split()]
     assert [Path(path).name for path in sorted((tmp_path / "out").iterdir())] == ["mine.png", "validation_000001.png"]
@@ -292,7 +292,7 @@ def test_figures_show_what_the_model_sees_in_evaluation(figures, finished):
     model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(run).eval()
     processor = SynerNetImageProcessor.from_pretrained(run, do_resize=True, size={"shortest_edge": 24})
     image = Image.fromarray(np.random.default_rng(2).integers(0, 256, (48, 72, 3), dtype=np.uint8))
-    seen = figures.inspect_picture(model, processor, image, None)
+    seen = figures.inspect_image(model, processor, image, None)
     pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
     assert pixel_values.shape[-2:] == (24, 36)
     with torch.no_grad():
@@ -310,7 +310,7 @@ def test_what_a_figure_shows(figures, finished):
     processor = SynerNetImageProcessor.from_pretrained(run)
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 48, 3), dtype=np.uint8))
     image_labels = [1.0, 0.0, 1.0, 0.0, 0.0]
-    seen = figures.inspect_picture(model, processor, image, image_labels)
+    seen = figures.inspect_image(model, processor, image, image_labels)
     # the labels of the figure are those of training
     pixel_values = processor(images=image, do_resize=False, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
@@ -321,8 +321,8 @@ def test_what_a_figure_shows(figures, finished):
     assert set(np.unique(seen["votes"]["broad", "aux"])) <= {0, 1, 3, 255}
     truth = np.zeros((32, 48), dtype=np.int64)
     truth[:16] = 2
-    assert figures.picture_iou(truth, truth, 6) == 1.0
-    assert figures.picture_iou(np.full_like(truth, 255), truth, 6) == pytest.approx(0.25)
+    assert figures.image_iou(truth, truth, 6) == 1.0
+    assert figures.image_iou(np.full_like(truth, 255), truth, 6) == pytest.approx(0.25)
 
 
 def test_unknown_classes_are_refused(figures, tmp_path):
@@ -361,10 +361,10 @@ def test_the_loader_is_timed_beside_the_bare_work(tmp_path, capsys, monkeypatch)
     # the other processes look the module up by its name
     monkeypatch.setitem(sys.modules, data_loading.__name__, data_loading)
     words = ["--dataset", "shapes", "--dataset_options", '{"num_train": 6, "num_validation": 1, "image_size": 32}']
-    words += ["--workers", "1", "--num_pictures", "8", "--rounds", "2", "--batch_size", "4", "--crop_size", "24"]
+    words += ["--workers", "1", "--num_images", "8", "--rounds", "2", "--batch_size", "4", "--crop_size", "24"]
     assert data_loading.main([*words, "--output", str(tmp_path / "rates.json")]) == 0
-    # pictures without loss have no reduced size
-    assert "No picture is decoded at a reduced size" in capsys.readouterr().out
+    # images without loss have no reduced size
+    assert "No image is decoded at a reduced size" in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "rates.json").read_text())["rates"]
     low, high = row["loader / bare, range"]
     assert row["loader"] > 0 and low <= row["loader / bare"] <= high
@@ -382,10 +382,10 @@ def test_ratios_are_those_of_a_round():
 
 def test_the_bare_work_uses_the_factors_of_training():
     data_loading = load_benchmark("data_loading")
-    picture = Image.new("RGB", (400, 300), "white")
+    image = Image.new("RGB", (400, 300), "white")
     transform = data_loading.TrainTransform(2000, (0.5, 2.0), seed=data_loading.SEED)
     for position in range(5):
-        record = {"image": picture, "image_id": "one", "image_labels": [1]}
+        record = {"image": image, "image_id": "one", "image_labels": [1]}
         top, bottom, left, right = transform(record, position)["valid_box"].tolist()
-        resized = data_loading.decode_and_resize(picture, data_loading.factor_of(position, (0.5, 2.0)), False)
+        resized = data_loading.decode_and_resize(image, data_loading.factor_of(position, (0.5, 2.0)), False)
         assert resized.size == (right - left, bottom - top)

@@ -25,13 +25,13 @@ def test_defaults_are_the_authors_values():
     }
 
 
-def test_noise_is_cleaned_along_the_contour_of_the_picture():
+def test_noise_is_cleaned_along_the_contour_of_the_image():
     pytest.importorskip("pydensecrf", reason="the optional extra `crf` is not installed")
     height, width = 24, 32
     truth = np.zeros((height, width), dtype=int)
     truth[:, width // 2 :] = 1
     image = np.where(truth[..., None] == 1, 200, 40).astype(np.uint8).repeat(3, axis=2)
-    image.flags.writeable = False  # as arrays of PIL pictures are
+    image.flags.writeable = False  # as arrays of PIL images are
     noisy = np.where(np.random.default_rng(0).random(truth.shape) < 0.2, 1 - truth, truth)
     probabilities = np.stack([np.where(noisy == 0, 0.7, 0.3), np.where(noisy == 1, 0.7, 0.3)]).astype(np.float32)
     refined = DenseCRF()(image, probabilities)
@@ -45,7 +45,7 @@ def test_noise_is_cleaned_along_the_contour_of_the_picture():
     ("image", "probabilities", "sentence"),
     [
         (np.zeros((4, 5, 3)), np.ones((2, 4, 5)), "uint8"),
-        (np.zeros((4, 5, 3), np.uint8), np.ones((2, 5, 4)), "height and width of the picture"),
+        (np.zeros((4, 5, 3), np.uint8), np.ones((2, 5, 4)), "height and width of the image"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(image, probabilities, sentence, monkeypatch):

@@ -83,7 +83,7 @@ def test_train_refuses_an_unknown_key_of_a_recipe(capsys, monkeypatch, tmp_path)
 
 @pytest.mark.parametrize("script", ["evaluate.py", "predict.py"])
 def test_a_folder_without_a_model_is_refused(script, capsys, monkeypatch, tmp_path):
-    words = [str(tmp_path / "empty"), "picture.png"][: 1 if script == "evaluate.py" else 2]
+    words = [str(tmp_path / "empty"), "image.png"][: 1 if script == "evaluate.py" else 2]
     result = run_script(script, *words, capsys=capsys, monkeypatch=monkeypatch)
     assert_refused(result, str(tmp_path / "empty"), "config.json")
 
@@ -99,15 +99,15 @@ def test_demo_never_removes_a_folder_that_is_no_run(capsys, monkeypatch, tmp_pat
 def test_predict_writes_a_mask_and_an_overlay(tiny_run_folder, capsys, monkeypatch, tmp_path):
     from PIL import Image
 
-    words = [str(tiny_run_folder), str(tiny_run_folder / "picture.png"), "--output_dir", str(tmp_path)]
+    words = [str(tiny_run_folder), str(tiny_run_folder / "image.png"), "--output_dir", str(tmp_path)]
     status, output, errors = run_script("predict.py", *words, capsys=capsys, monkeypatch=monkeypatch)
     assert status == 0, errors
-    with Image.open(tmp_path / "picture_mask.png") as mask:
+    with Image.open(tmp_path / "image_mask.png") as mask:
         assert (mask.mode, mask.size) == ("P", (64, 48))
         assert set(np.unique(mask)) <= {0, 1, 2}
-    with Image.open(tmp_path / "picture_overlay.png") as overlay:
+    with Image.open(tmp_path / "image_overlay.png") as overlay:
         assert overlay.size == (64, 48)
-    assert str(tmp_path / "picture_mask.png") in output
+    assert str(tmp_path / "image_mask.png") in output
 
 
 def test_the_figure_of_the_demo_names_its_colours():
@@ -120,7 +120,7 @@ def test_the_figure_of_the_demo_names_its_colours():
 @pytest.mark.slow
 def test_the_demo_from_end_to_end(tmp_path):
     command = [sys.executable, str(EXAMPLES / "demo.py"), "--output_dir", str(tmp_path / "demo"), "--max_steps", "8"]
-    command += ["--num_pictures", "2", "--dataset_options", "{num_train: 32, num_validation: 4}"]
+    command += ["--num_images", "2", "--dataset_options", "{num_train: 32, num_validation: 4}"]
     for attempt in range(2):
         done = subprocess.run(command, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr[-2000:]

@@ -19,7 +19,7 @@ def model():
     return SynerNetModelTester().model()
 
 
-def pictures(batch_size, height, width):
+def images(batch_size, height, width):
     return torch.randn(batch_size, 3, height, width, generator=torch.Generator().manual_seed(height))
 
 
@@ -32,7 +32,7 @@ def expected_logits(model, pixel_values, branches=None):
 @pytest.mark.parametrize("family", ["vit", "dinov2_with_registers", "dinov3_vit"])
 def test_the_graph_gives_the_logits_of_the_model(family, size, branches):
     model = SynerNetModelTester(family).model()
-    pixel_values = pictures(*size)
+    pixel_values = images(*size)
     with torch.no_grad():
         found = SynerNetInferenceGraph(model, branches)(pixel_values)
     assert found.shape == (size[0], 4, *size[1:])
@@ -42,7 +42,7 @@ def test_the_graph_gives_the_logits_of_the_model(family, size, branches):
 @pytest.mark.parametrize("branches", ["both", "precise"])
 def test_the_graph_has_the_prior_of_the_class_tokens(branches, tmp_path):
     model = SynerNetModelTester(with_class_token_head=True).model()
-    pixel_values = pictures(2, 37, 45)
+    pixel_values = images(2, 37, 45)
     with torch.no_grad():
         found = SynerNetInferenceGraph(model, branches)(pixel_values)
     expected = expected_logits(model, pixel_values, branches)
@@ -57,7 +57,7 @@ def test_the_graph_has_the_prior_of_the_class_tokens(branches, tmp_path):
 @pytest.mark.parametrize("branches", ["both", "precise"])
 def test_the_graph_has_the_shared_blocks(branches):
     model = SynerNetModelTester("dinov3_vit", shared_encoder_layers=2).model()
-    pixel_values = pictures(2, 37, 45)
+    pixel_values = images(2, 37, 45)
     with torch.no_grad():
         found = SynerNetInferenceGraph(model, branches)(pixel_values)
     assert (found - expected_logits(model, pixel_values, branches)).abs().max() < 1e-5
@@ -78,8 +78,8 @@ def test_one_branch_runs_one_encoder(model):
     ]
     try:
         with torch.no_grad():
-            model(pictures(*SIZES[0]), inference_branches="precise")
-            model.multi_scale_logits(pictures(*SIZES[0]), scales=(1.0,), inference_branches="broad")
+            model(images(*SIZES[0]), inference_branches="precise")
+            model.multi_scale_logits(images(*SIZES[0]), scales=(1.0,), inference_branches="broad")
     finally:
         for hook in hooks:
             hook.remove()
@@ -94,7 +94,7 @@ def test_an_exported_program_takes_every_size(model, tmp_path):
     knows = "check_guards" in inspect.signature(loaded.module).parameters
     module = loaded.module(**{"check_guards": False} if knows else {})
     for size in SIZES:
-        pixel_values = pictures(*size)
+        pixel_values = images(*size)
         with torch.no_grad():
             assert (module(pixel_values) - expected_logits(model, pixel_values, "precise")).abs().max() < 1e-5
 
@@ -103,7 +103,7 @@ def test_inference_is_one_graph_for_the_compiler(model):
     torch.compiler.reset()
     # capturing is what can fail; code for the graph is not written here
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    pixel_values = pictures(*SIZES[1])
+    pixel_values = images(*SIZES[1])
     with torch.no_grad():
         assert torch.allclose(compiled(pixel_values).logits, model(pixel_values).logits, atol=1e-5)
     torch.compiler.reset()
@@ -113,7 +113,7 @@ def test_inference_is_one_graph_for_the_compiler(model):
 def test_compiled_code_gives_the_same_logits(model):
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True)
-    pixel_values = pictures(*SIZES[1])
+    pixel_values = images(*SIZES[1])
     with torch.no_grad():
         assert torch.allclose(compiled(pixel_values).logits, model(pixel_values).logits, atol=1e-4)
     torch.compiler.reset()
@@ -138,7 +138,7 @@ def test_onnxruntime_gives_the_logits_at_every_size(model, onnx_file):
         ("pixel_values", ["batch", 3, "height", "width"])
     ]
     for size in SIZES:
-        pixel_values = pictures(*size)
+        pixel_values = images(*size)
         (found,) = session.run(["logits"], {"pixel_values": pixel_values.numpy()})
         assert (torch.from_numpy(found) - expected_logits(model, pixel_values)).abs().max() < 1e-4
     metadata = session.get_modelmeta().custom_metadata_map
@@ -196,7 +196,7 @@ def test_what_cannot_be_exported_is_told_in_a_sentence(model, tmp_path, monkeypa
 def test_int8_weights_change_the_logits_little(model):
     pytest.importorskip("torchao")
     quantized = quantize_weights(model)
-    pixel_values = pictures(*SIZES[1])
+    pixel_values = images(*SIZES[1])
     with torch.no_grad():
         expected, found = model(pixel_values).logits, quantized(pixel_values).logits
         unchanged = model(pixel_values).logits

@@ -64,10 +64,10 @@ def test_the_header_is_valid_and_holds_the_results():
 @pytest.mark.parametrize(
     "row",
     [
-        r"\| data \| voc2012, 3131 training pictures, image-level labels \|",
+        r"\| data \| voc2012, 3131 training images, image-level labels \|",
         r"\| encoder \| deit-tiny, pretrained \|",
         r"\| steps \| 1200 \|",
-        r"\| pictures per step \| 24 \|",
+        r"\| images per step \| 24 \|",
         r"\| crop \| 224 px \|",
         r"\| seed \| 5, one run \|",
         r"\| precision \| mixed, bf16 \|",
@@ -76,7 +76,7 @@ def test_the_header_is_valid_and_holds_the_results():
         r"\| software \| torch 2.13.0 \|",
         r"\| segmentation \| 61.2 \| 70.0 \| 80.0 \| 40.0 \|",
         r"\| B-CAM \| 50.0 \| 70.0 \| 80.0 \| 40.0 \|",
-        r"On 17 pictures .* the 2 classes background, cat\.",
+        r"On 17 images .* the 2 classes background, cat\.",
         r"0 background, 1 cat, 2 dog",
         r"\| class \| segmentation \| B-CAM \|",
         r"\| cat \| 42.0 \| 42.0 \|",
@@ -84,7 +84,7 @@ def test_the_header_is_valid_and_holds_the_results():
         r"- It knows 2 classes;",
         r"- It is one run with one seed \(5\)",
         r"- Weights: no licence has been chosen for them yet. They start from deit-tiny",
-        r"- Data: PASCAL VOC 2012; its pictures come from Flickr",
+        r"- Data: PASCAL VOC 2012; its images come from Flickr",
         r"@article\{synernet2026,",
     ],
 )
@@ -101,11 +101,11 @@ def test_no_folder_of_this_machine_is_told():
 @pytest.mark.parametrize(
     ("dataset", "data_dir", "told"),
     [
-        ("/home/somebody/pictures", None, "image_folder"),
-        ("~/somebody/pictures.csv", None, "image_folder"),
-        ("C:\\home\\somebody\\pictures", None, "image_folder"),
+        ("/home/somebody/images", None, "image_folder"),
+        ("~/somebody/images.csv", None, "image_folder"),
+        ("C:\\home\\somebody\\images", None, "image_folder"),
         ("here/somebody", None, "image_folder"),
-        ("image_folder", "/home/somebody/pictures", "image_folder"),
+        ("image_folder", "/home/somebody/images", "image_folder"),
         ("hub", "/home/somebody/parquet", "image_folder"),
         ("hub", "owner/pets", "owner/pets"),
         ("owner/pets", None, "owner/pets"),
@@ -124,8 +124,8 @@ def test_data_is_told_by_its_id_and_never_by_its_folder(tmp_path, monkeypatch, d
     data = card_data(settings=card_data().settings | changes)
     text = str(generate_model_card(data))
     assert "home" not in text and "somebody" not in text
-    assert f"image-level labels only: {told} pictures" in text
-    assert f"| data | {told}, 3131 training pictures" in text
+    assert f"image-level labels only: {told} images" in text
+    assert f"| data | {told}, 3131 training images" in text
     assert data.recipe()["dataset"] == told
     assert data.recipe()["dataset_options"] == {"files": ["a.csv"], "class_names": ["background", "cat/dog"]}
     card = ModelCard(text)
@@ -172,16 +172,16 @@ def test_weak_classes_and_unknown_terms_are_told():
     settings = card_data().settings | {"dataset": "mine", "backbone": "google/vit-base-patch16-224"}
     text = str(generate_model_card(card_data(settings=settings, results={"segmentation": weak})))
     assert "below 30 % for cat." in text
-    assert "- Data: the terms of the pictures are not known" in text
+    assert "- Data: the terms of the images are not known" in text
     assert "whose terms are told at <https://huggingface.co/google/vit-base-patch16-224>." in text
     assert "below 30 %" not in str(generate_model_card(card_data()))
 
 
-def test_pictures_stand_in_the_card_where_there_are_some():
+def test_images_stand_in_the_card_where_there_are_some():
     assert "![" not in str(generate_model_card(card_data()))
-    text = str(generate_model_card(card_data(pictures="pictures.png", num_pictures=4)))
-    assert "](pictures.png)" in text
-    assert "The first 4 pictures of the validation split, not chosen" in text
+    text = str(generate_model_card(card_data(images="images.png", num_images=4)))
+    assert "](images.png)" in text
+    assert "The first 4 images of the validation split, not chosen" in text
 
 
 @pytest.mark.parametrize("backbone", [None, "google/vit-base-patch16-224", "/home/somebody/weights/deit-tiny"])
@@ -212,7 +212,7 @@ def test_the_snippet_of_the_card_runs(tiny_run_folder, monkeypatch):
     monkeypatch.chdir(tiny_run_folder)
     assert len([line for line in snippet.splitlines() if line.strip()]) == 10
     names = {}
-    exec(snippet.replace("path/to/this/folder", ".").replace("picture.jpg", "picture.png"), names)
+    exec(snippet.replace("path/to/this/folder", ".").replace("image.jpg", "image.png"), names)
     image, label_map = names["image"], names["label_map"]
     assert tuple(label_map.shape) == (image.height, image.width)
     assert set(label_map.unique().tolist()) <= set(names["model"].config.id2label)

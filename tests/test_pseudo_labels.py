@@ -34,7 +34,7 @@ NAMES = ["background", "class 1", "class 2", "class 3"]
 SHAPES = '{"num_train": 40, "num_validation": 2, "image_size": 32}'
 
 
-def pictures(count: int = 5, seed: int = 0) -> list[Image.Image]:
+def some_images(count: int = 5, seed: int = 0) -> list[Image.Image]:
     rng = np.random.default_rng(seed)
     sizes = [(40, 33), (32, 32), (50, 24), (24, 50), (31, 47)]
     return [
@@ -44,7 +44,7 @@ def pictures(count: int = 5, seed: int = 0) -> list[Image.Image]:
 
 
 def split_of(images, labels, ids=None):
-    ids = ids or [f"picture_{index}" for index in range(len(images))]
+    ids = ids or [f"image_{index}" for index in range(len(images))]
     return build_split(images, ids, np.array(labels), NAMES)
 
 
@@ -94,7 +94,7 @@ def run_script(*words: str) -> int:
 
 
 def test_a_mask_is_the_refined_fused_map(model, processor):
-    image = pictures(1)[0]
+    image = some_images(1)[0]
     label_map, content = PseudoLabeler(model, processor)(image, [1, 0, 1])
     assert label_map.shape == (33, 40) and label_map.dtype == np.uint8
     assert set(np.unique(label_map)) <= {0, 1, 3, 255}
@@ -111,11 +111,11 @@ def test_given_labels_need_no_prior(processor):
     model = SynerNetModelTester(with_class_token_head=True).model()
     with torch.no_grad():
         for branch in (model.synernet.broad_branch, model.synernet.precise_branch):
-            # sure of the first class, whatever the picture shows
+            # sure of the first class, whatever the image shows
             branch.class_token_head.bias.copy_(torch.tensor([5.0, -5.0, -5.0]))
             for parameter in branch.decode_head.parameters():
                 parameter.normal_()
-    image, options = pictures(1)[0], PseudoLabelOptions(map="segmentation", scales=(1.0,))
+    image, options = some_images(1)[0], PseudoLabelOptions(map="segmentation", scales=(1.0,))
     seen = {}
     for weight in (0.0, 4.0):
         model.config.class_prior_weight = weight
@@ -124,8 +124,8 @@ def test_given_labels_need_no_prior(processor):
     assert set(np.unique(seen[4.0])) & {2, 3}
 
 
-def test_the_segmentation_shows_no_class_but_the_pictures_own(model, processor):
-    image = pictures(1)[0]
+def test_the_segmentation_shows_no_class_but_the_images_own(model, processor):
+    image = some_images(1)[0]
     options = PseudoLabelOptions(map="segmentation", scales=(1.0,))
     label_map, content = PseudoLabeler(model, processor, options)(image, [0, 1, 0])
     logits = model.multi_scale_logits(processor(images=image, return_tensors="pt")["pixel_values"], scales=(1.0,))[0]
@@ -136,7 +136,7 @@ def test_the_segmentation_shows_no_class_but_the_pictures_own(model, processor):
 
 
 def test_given_labels_or_those_of_the_classifier(model, processor):
-    image = pictures(1)[0]
+    image = some_images(1)[0]
     pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         found = (model(pixel_values).classification_logits[0] > 0).nonzero()[:, 0] + 1
@@ -153,8 +153,8 @@ def test_given_labels_or_those_of_the_classifier(model, processor):
             assert (label_map == 0).all()
 
 
-def test_large_pictures_get_masks_of_their_size(model, processor, monkeypatch):
-    monkeypatch.setattr("synernet_hf.pseudo_labels.shrink", lambda picture: shrink(picture, 400))
+def test_large_images_get_masks_of_their_size(model, processor, monkeypatch):
+    monkeypatch.setattr("synernet_hf.pseudo_labels.shrink", lambda image: shrink(image, 400))
     seen = []
 
     def spy(images, **options):
@@ -162,14 +162,14 @@ def test_large_pictures_get_masks_of_their_size(model, processor, monkeypatch):
         return processor(images=images, **options)
 
     for kind in ("pseudo_label", "segmentation"):
-        label_map, content = PseudoLabeler(model, spy, PseudoLabelOptions(kind))(pictures(1)[0], [1, 1, 1])
+        label_map, content = PseudoLabeler(model, spy, PseudoLabelOptions(kind))(some_images(1)[0], [1, 1, 1])
         assert label_map.shape == (33, 40) == (content["height"], content["width"])
         assert set(np.unique(label_map)) <= {0, 1, 2, 3, 255}
-    assert seen == [(22, 18)] * 2, "the model sees a bounded picture"
+    assert seen == [(22, 18)] * 2, "the model sees a bounded image"
 
 
-def test_other_pictures_of_the_same_name_get_masks_of_their_own(model, processor, tmp_path):
-    first, second = (split_of(pictures(2, seed), LABELS[:2]) for seed in (0, 1))
+def test_other_images_of_the_same_name_get_masks_of_their_own(model, processor, tmp_path):
+    first, second = (split_of(some_images(2, seed), LABELS[:2]) for seed in (0, 1))
     write_pseudo_labels(model, processor, first, tmp_path / "out")
     write_pseudo_labels(model, processor, second, tmp_path / "out")
     write_pseudo_labels(model, processor, second, tmp_path / "fresh")
@@ -177,17 +177,17 @@ def test_other_pictures_of_the_same_name_get_masks_of_their_own(model, processor
 
 
 def test_masks_are_not_joined_under_other_class_names(model, processor, tmp_path):
-    split = split_of(pictures(2), LABELS[:2])
+    split = split_of(some_images(2), LABELS[:2])
     write_pseudo_labels(model, processor, split, tmp_path, PseudoLabelOptions(image_labels="predicted"))
     swapped = ["background", "class 2", "class 1", "class 3"]
-    other = build_split(pictures(2), split["image_id"], np.array(LABELS[:2]), swapped)
+    other = build_split(some_images(2), split["image_id"], np.array(LABELS[:2]), swapped)
     with pytest.raises(ValueError, match="are not those of the masks"):
         with_pseudo_labels(other, tmp_path)
     other.info.description = ""
     assert json.loads(with_pseudo_labels(other, tmp_path).info.description)["class_names"] == NAMES
 
 
-def test_pictures_of_16_bits_are_not_white(model, processor, tmp_path, monkeypatch):
+def test_images_of_16_bits_are_not_white(model, processor, tmp_path, monkeypatch):
     grey = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
     Image.fromarray(grey).save(tmp_path / "deep.png")
     means = []
@@ -203,34 +203,34 @@ def test_pictures_of_16_bits_are_not_white(model, processor, tmp_path, monkeypat
 
 def test_the_folder_and_its_manifest(model, processor, tmp_path):
     model.train()
-    table = write_pseudo_labels(model, processor, split_of(pictures(), LABELS), tmp_path / "out")
+    table = write_pseudo_labels(model, processor, split_of(some_images(), LABELS), tmp_path / "out")
     assert model.training
     model.eval()
     assert pq.read_table(tmp_path / "out" / "manifest.parquet").equals(table)
     rows = table.to_pylist()
-    assert sorted(row["image_id"] for row in rows) == [f"picture_{index}" for index in range(5)]
+    assert sorted(row["image_id"] for row in rows) == [f"image_{index}" for index in range(5)]
     assert [row["confidence"] for row in rows] == sorted(row["confidence"] for row in rows)
     for row in rows:
         index = int(row["image_id"][-1])
         with Image.open(tmp_path / "out" / row["mask"]) as mask:
-            assert mask.mode == "P" and mask.size == (row["width"], row["height"]) == pictures()[index].size
+            assert mask.mode == "P" and mask.size == (row["width"], row["height"]) == some_images()[index].size
             assert np.array_equal(np.array(mask.getpalette()).reshape(-1, 3), voc_palette())
             ids = np.array(mask)
         assert row["coverage"] == pytest.approx((ids != 255).mean(), abs=1e-6)
         if row["label_source"] == "given":
             assert row["classes"] == [NAMES[i + 1] for i, value in enumerate(LABELS[index]) if value]
         assert row["missing_classes"] == [name for name in row["classes"] if NAMES.index(name) not in ids]
-    assert [row["image_id"] for row in rows if row["label_source"] == "predicted"] == ["picture_2"]
+    assert [row["image_id"] for row in rows if row["label_source"] == "predicted"] == ["image_2"]
 
 
-def test_finished_pictures_are_kept_and_others_made(model, processor, tmp_path):
-    split = split_of(pictures(), LABELS)
+def test_finished_images_are_kept_and_others_made(model, processor, tmp_path):
+    split = split_of(some_images(), LABELS)
     write_pseudo_labels(model, processor, split, tmp_path / "whole")
     write_pseudo_labels(model, processor, split.select([0, 1, 2]), tmp_path / "parts")
     masks = tmp_path / "parts" / "masks"
     before = {path.name: path.stat().st_mtime_ns for path in masks.iterdir()}
     # what an interruption may leave: a half-written neighbour, no manifest
-    (masks / ".picture_3.png.123.tmp").write_bytes(b"half")
+    (masks / ".image_3.png.123.tmp").write_bytes(b"half")
     (tmp_path / "parts" / "manifest.parquet").unlink()
     write_pseudo_labels(model, processor, split, tmp_path / "parts")
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
@@ -238,16 +238,16 @@ def test_finished_pictures_are_kept_and_others_made(model, processor, tmp_path):
 
 
 def test_a_mask_is_made_again_for_other_image_labels(model, processor, tmp_path):
-    write_pseudo_labels(model, processor, split_of(pictures(), LABELS), tmp_path / "out")
+    write_pseudo_labels(model, processor, split_of(some_images(), LABELS), tmp_path / "out")
     changed = [[0, 1, 0], *LABELS[1:]]
-    table = write_pseudo_labels(model, processor, split_of(pictures(), changed), tmp_path / "out")
-    assert {row["image_id"]: row["classes"] for row in table.to_pylist()}["picture_0"] == ["class 2"]
-    write_pseudo_labels(model, processor, split_of(pictures(), changed), tmp_path / "fresh")
+    table = write_pseudo_labels(model, processor, split_of(some_images(), changed), tmp_path / "out")
+    assert {row["image_id"]: row["classes"] for row in table.to_pylist()}["image_0"] == ["class 2"]
+    write_pseudo_labels(model, processor, split_of(some_images(), changed), tmp_path / "fresh")
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
 def test_other_models_and_options_are_refused(model, processor, tmp_path):
-    split = split_of(pictures(2), LABELS[:2])
+    split = split_of(some_images(2), LABELS[:2])
     write_pseudo_labels(model, processor, split, tmp_path)
     before = contents(tmp_path)
     with pytest.raises(ValueError, match="made with another map, scales"):
@@ -261,17 +261,17 @@ def test_other_models_and_options_are_refused(model, processor, tmp_path):
 
 
 def test_bad_input_gets_a_sentence(model, processor, tmp_path):
-    good = split_of(pictures(2), LABELS[:2])
+    good = split_of(some_images(2), LABELS[:2])
     with pytest.raises(ValueError, match="'both'; one of pseudo_label, segmentation"):
         PseudoLabelOptions(map="both")
     with pytest.raises(ValueError, match="positive factors"):
         PseudoLabelOptions(scales=(1.0, 0.0))
     for ids, words in ((["a", "a"], "occurs twice"), (["../a", "b"], "can not name a mask")):
         with pytest.raises(ValueError, match=words):
-            write_pseudo_labels(model, processor, split_of(pictures(2), LABELS[:2], ids), tmp_path / "new")
+            write_pseudo_labels(model, processor, split_of(some_images(2), LABELS[:2], ids), tmp_path / "new")
     with pytest.raises(ValueError, match="is empty"):
         write_pseudo_labels(model, processor, good.select([]), tmp_path / "new")
-    other = build_split(pictures(1), ["a"], np.array([[1, 0, 0]]), ["background", "cat", "dog", "cow"])
+    other = build_split(some_images(1), ["a"], np.array([[1, 0, 0]]), ["background", "cat", "dog", "cow"])
     with pytest.raises(ValueError, match="are not the model's"):
         write_pseudo_labels(model, processor, other, tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -282,20 +282,20 @@ def test_bad_input_gets_a_sentence(model, processor, tmp_path):
     assert contents(tmp_path / "mine") == {"thesis.txt": b"keep"}
 
 
-def test_pictures_that_do_not_decode(model, processor, tmp_path, capsys):
-    images = [pictures(1)[0], {"bytes": b"no picture", "path": None}]
+def test_images_that_do_not_decode(model, processor, tmp_path, capsys):
+    images = [some_images(1)[0], {"bytes": b"no image", "path": None}]
     split = split_of(images, LABELS[:2], ["good", "broken"])
-    with pytest.raises(ValueError, match="picture broken does not decode"):
+    with pytest.raises(ValueError, match="image broken does not decode"):
         write_pseudo_labels(model, processor, split, tmp_path)
     table = write_pseudo_labels(model, processor, split, tmp_path, on_bad_image="skip")
     assert table["image_id"].to_pylist() == ["good"]
     assert "broken" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="None of the 1 pictures decodes"):
+    with pytest.raises(ValueError, match="None of the 1 images decodes"):
         write_pseudo_labels(model, processor, split.select([1]), tmp_path, on_bad_image="skip")
 
 
-def test_pictures_in_subfolders_and_their_masks(model, processor, tmp_path):
-    split = split_of(pictures(2), LABELS[:2], ["cats/1", "dogs/1"])
+def test_images_in_subfolders_and_their_masks(model, processor, tmp_path):
+    split = split_of(some_images(2), LABELS[:2], ["cats/1", "dogs/1"])
     table = write_pseudo_labels(model, processor, split, tmp_path)
     joined = with_pseudo_labels(split, tmp_path)
     assert joined["image_id"][:] == ["cats/1", "dogs/1"]
@@ -304,7 +304,7 @@ def test_pictures_in_subfolders_and_their_masks(model, processor, tmp_path):
         assert (tmp_path / "masks" / f"{record['image_id']}.png").is_file()
     confident = max(table["confidence"].to_pylist())
     assert len(with_pseudo_labels(split, tmp_path, min_confidence=confident)) == 1
-    with pytest.raises(ValueError, match="None of the 2 pictures"):
+    with pytest.raises(ValueError, match="None of the 2 images"):
         with_pseudo_labels(split, tmp_path, min_confidence=1.1)
     with pytest.raises(FileNotFoundError, match="manifest.parquet"):
         with_pseudo_labels(split, tmp_path / "masks")
@@ -315,7 +315,7 @@ def test_one_process_two_processes_and_a_killed_one_give_the_same_bytes(shapes_r
     two = start_script(*words, str(tmp_path / "two"), processes=2)
     killed = start_script(*words, str(tmp_path / "killed"))
     assert run_script(*words, str(tmp_path / "one")) == 0
-    assert "40 of 40 pictures have a mask" in capsys.readouterr().out
+    assert "40 of 40 images have a mask" in capsys.readouterr().out
     whole = contents(tmp_path / "one")
     assert len(whole) == 42
     masks = tmp_path / "killed" / "masks"
@@ -336,7 +336,7 @@ def test_the_scripts_options(shapes_run, tmp_path, capsys):
     words = [str(shapes_run), "--split", "validation", "--map", "segmentation", "--classes_from", "predicted"]
     assert run_script(*words, "--output", str(tmp_path / "out"), "--max_samples", "1") == 0
     output = capsys.readouterr().out
-    assert "1 of 1 pictures have a mask" in output and "validation_000000: confidence" in output
+    assert "1 of 1 images have a mask" in output and "validation_000000: confidence" in output
     settings = json.loads((tmp_path / "out" / "pseudo_labels.json").read_text())
     assert (settings["map"], settings["image_labels"]) == ("segmentation", "predicted")
     for more, expected in (
@@ -375,7 +375,7 @@ def test_the_stock_trainer_learns_from_the_masks(shapes_run, tmp_path, capsys):
     words += ["--use_cpu", "True", "--save_strategy", "no", "--disable_tqdm", "True", "--pseudo_labels"]
     assert script["main"]([*words, str(tmp_path / "masks"), "--model_config", json.dumps(config)]) == 0
     output = capsys.readouterr().out
-    assert "4 of 6 pictures have a pseudo-label" in output and "mean IoU at 32 px" in output
+    assert "4 of 6 images have a pseudo-label" in output and "mean IoU at 32 px" in output
     trained = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "run")
     assert trained.config.id2label[0] == "background" and trained.config.num_labels == 6
     assert script["main"]([*words, str(tmp_path / "masks")]) == 2

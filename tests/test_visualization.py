@@ -26,7 +26,7 @@ def test_palette_is_that_of_pascal_voc():
     assert len({tuple(color) for color in palette}) == 256
 
 
-def test_palette_picture_keeps_ids_and_shows_colours(tmp_path):
+def test_palette_image_keeps_ids_and_shows_colours(tmp_path):
     palette_image(LABEL_MAP).save(tmp_path / "mask.png")
     with Image.open(tmp_path / "mask.png") as mask:
         assert mask.mode == "P"
@@ -35,12 +35,12 @@ def test_palette_picture_keeps_ids_and_shows_colours(tmp_path):
 
 
 def test_overlay_leaves_background_and_blends_the_rest():
-    picture = np.full((2, 3, 3), 100, dtype=np.uint8)
-    result = np.asarray(overlay(picture, LABEL_MAP, alpha=0.5)).astype(int)
+    image = np.full((2, 3, 3), 100, dtype=np.uint8)
+    result = np.asarray(overlay(image, LABEL_MAP, alpha=0.5)).astype(int)
     assert (result[0, 0] == 100).all()
     assert result[0, 1].tolist() == [114, 50, 50]
-    assert np.array_equal(np.asarray(overlay(picture, LABEL_MAP, alpha=0.0)), picture)
-    opaque = np.asarray(overlay(Image.fromarray(picture), LABEL_MAP, alpha=1.0))
+    assert np.array_equal(np.asarray(overlay(image, LABEL_MAP, alpha=0.0)), image)
+    opaque = np.asarray(overlay(Image.fromarray(image), LABEL_MAP, alpha=1.0))
     assert np.array_equal(opaque[1], np.asarray(colorize(LABEL_MAP))[1])
 
 
@@ -50,10 +50,10 @@ def test_heat_map_grows_lighter_with_the_value_and_clips():
     assert heat[0] == heat[1] and heat[-1] == heat[-2]
 
 
-def test_heat_map_over_a_picture_lets_it_show_through():
-    picture = np.zeros((1, 1, 3), dtype=np.uint8)
+def test_heat_map_over_a_image_lets_it_show_through():
+    image = np.zeros((1, 1, 3), dtype=np.uint8)
     plain = np.asarray(heat_map(np.ones((1, 1)))).astype(int)
-    over = np.asarray(heat_map(np.ones((1, 1)), picture, alpha=0.5)).astype(int)
+    over = np.asarray(heat_map(np.ones((1, 1)), image, alpha=0.5)).astype(int)
     assert np.abs(over - plain / 2).max() <= 1
 
 

@@ -36,7 +36,7 @@ EARLY_TERMS = {"cls": 1.0, "cls_aux": 1.0, "patch_contrast": 0.2}
 
 def tiny_backbone_config(family: str = "vit", **overrides) -> PreTrainedConfig:
     """
-    A random encoder of 3 narrow layers and patch 8, made for 32-pixel pictures.
+    A random encoder of 3 narrow layers and patch 8, made for 32-pixel images.
 
     Args:
         family (`str`, *optional*, defaults to `"vit"`): `"vit"`, `"deit"`, `"dinov2"`, `"dinov2_with_registers"` or
@@ -105,7 +105,7 @@ class SynerNetModelTester:
         return model
 
     def inputs(self, batch_size: int = 2, height: int = 32, width: int = 32, seed: int = 0) -> dict[str, torch.Tensor]:
-        """`pixel_values` `(B, 3, H, W)` and multi-hot `labels` `(B, C)`, each picture with one class at least."""
+        """`pixel_values` `(B, 3, H, W)` and multi-hot `labels` `(B, C)`, each image with one class at least."""
         generator = torch.Generator().manual_seed(seed)
         labels = (torch.rand(batch_size, self.num_classes, generator=generator) > 0.5).float()
         labels[torch.arange(batch_size), torch.arange(batch_size) % self.num_classes] = 1.0

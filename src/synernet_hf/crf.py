@@ -9,7 +9,7 @@ import numpy as np
 class DenseCRF:
     """
     Fully connected conditional random field (Krähenbühl and Koltun, 2011) that snaps class probabilities to the
-    contours of a picture. The defaults are the authors' values for PASCAL VOC.
+    contours of an image. The defaults are the authors' values for PASCAL VOC.
 
     Args:
         num_iterations (`int`, *optional*, defaults to 10):
@@ -48,11 +48,11 @@ class DenseCRF:
 
     def __call__(self, image: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
         """
-        Refine the class probabilities of one picture.
+        Refine the class probabilities of one image.
 
         Args:
             image (`np.ndarray` of dtype uint8 and shape `(height, width, 3)`):
-                The RGB picture.
+                The RGB image.
             probabilities (`np.ndarray` of dtype float32 and shape `(num_labels, height, width)`):
                 Class probabilities in [0, 1], summing to 1 over the classes.
 
@@ -60,23 +60,23 @@ class DenseCRF:
             `np.ndarray` of dtype float32 and shape `(num_labels, height, width)`: Refined probabilities.
 
         Raises:
-            ValueError: If the picture is not uint8 RGB or the sizes differ.
+            ValueError: If the image is not uint8 RGB or the sizes differ.
         """
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(
-                f"Got a picture of shape {image.shape} and dtype {image.dtype}; uint8 (height, width, 3) is expected."
+                f"Got an image of shape {image.shape} and dtype {image.dtype}; uint8 (height, width, 3) is expected."
             )
         if probabilities.ndim != 3 or probabilities.shape[1:] != image.shape[:2]:
             raise ValueError(
-                f"Got probabilities of shape {probabilities.shape} for a picture of shape {image.shape}; "
-                "(num_labels, height, width) with the height and width of the picture is expected."
+                f"Got probabilities of shape {probabilities.shape} for an image of shape {image.shape}; "
+                "(num_labels, height, width) with the height and width of the image is expected."
             )
         num_labels, height, width = probabilities.shape
         field = _densecrf_class()(width, height, num_labels)
         unary = -np.log(np.clip(probabilities, 1e-5, 1.0)).reshape(num_labels, -1)  # (num_labels, height * width)
         field.setUnaryEnergy(np.ascontiguousarray(unary, dtype=np.float32))
         field.addPairwiseGaussian(sxy=self.gaussian_sxy, compat=self.gaussian_compat)
-        # a copy, because the arrays of PIL pictures are read-only and the extension refuses those
+        # a copy, because the arrays of PIL images are read-only and the extension refuses those
         field.addPairwiseBilateral(
             sxy=self.bilateral_sxy,
             srgb=self.bilateral_srgb,

@@ -2,8 +2,8 @@
 
     python -m synernet_hf.export MODEL --onnx OUT
 
-The graph takes `pixel_values`, float32 of shape `(batch, 3, height, width)`, normalised pictures of any size, and gives
-`logits` of shape `(batch, num_labels, height, width)`, at the size of the pictures.
+The graph takes `pixel_values`, float32 of shape `(batch, 3, height, width)`, normalised images of any size, and gives
+`logits` of shape `(batch, num_labels, height, width)`, at the size of the images.
 """
 
 import argparse
@@ -51,7 +51,7 @@ class SynerNetInferenceGraph(nn.Module):
         self.class_prior_weight = float(model.config.class_prior_weight)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(B, 3, H, W)` normalised pictures → logits `(B, K, H, W)`."""
+        """`(B, 3, H, W)` normalised images → logits `(B, K, H, W)`."""
         height, width = pixel_values.shape[-2:]
         padded = F.pad(pixel_values, (0, -width % self.patch_size, 0, -height % self.patch_size))
         shared_states = None if self.shared_encoder is None else self.shared_encoder(padded)
@@ -170,7 +170,7 @@ def export_onnx(
 
 
 def _compare(graph: nn.Module, path: Path, patch_size: int) -> dict[tuple[int, ...], float]:
-    """Largest difference of a logit between the graph and its ONNX form: square, odd, and narrow pictures."""
+    """Largest difference of a logit between the graph and its ONNX form: square, odd, and narrow images."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -14,7 +14,7 @@ from synernet_hf.model import SynerNetConfig, SynerNetForWeaklySupervisedSegment
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PROCESSOR = "preprocessor_config.json"
-# pixels of a side that a picture may be resized, cropped or padded to
+# pixels of a side that an image may be resized, cropped or padded to
 MAX_SIDE = 16_384
 MAX_JSON_BYTES = 20_000_000
 # that of the safetensors library

@@ -21,7 +21,7 @@ from synernet_hf.data.checks import DECODING_ERRORS
 from synernet_hf.data.files import replace_file
 from synernet_hf.data.label_files import name_some
 from synernet_hf.data.schema import check_on_bad_image, class_names, describe
-from synernet_hf.data.transforms import open_picture, shrink, to_rgb
+from synernet_hf.data.transforms import open_image, shrink, to_rgb
 from synernet_hf.model.refinement_synernet import SynerNetPixelAdaptiveRefinement, refine_pseudo_labels
 from synernet_hf.visualization import palette_image
 
@@ -60,19 +60,19 @@ MANIFEST_SCHEMA = pa.schema(
 @dataclass(frozen=True)
 class PseudoLabelOptions:
     """
-    Which label map is made of a picture.
+    Which label map is made of an image.
 
     Args:
         map (`str`, *optional*, defaults to `"pseudo_label"`):
-            `"pseudo_label"`: the fused CAM under two background hypotheses, refined by the picture's colours, 255
+            `"pseudo_label"`: the fused CAM under two background hypotheses, refined by the image's colours, 255
             where they leave a pixel open. `"segmentation"`: the decoders' multi-scale segmentation, no class but
-            those of the picture and background; every pixel is decided.
+            those of the image and background; every pixel is decided.
         image_labels (`str`, *optional*, defaults to `"auto"`):
-            Which classes a picture may show: `"given"`, those of its record (none: all background); `"predicted"`,
+            Which classes an image may show: `"given"`, those of its record (none: all background); `"predicted"`,
             those that the classifier finds (a logit above 0); `"auto"`, given where the record has one at least,
             predicted elsewhere.
         scales (`tuple[float, ...]`, *optional*):
-            Scales at which a picture is seen; `config.cam_scales` or `config.inference_scales` when not given.
+            Scales at which an image is seen; `config.cam_scales` or `config.inference_scales` when not given.
         flip (`bool`, *optional*):
             Also see the mirror of every scale; `config.cam_flip` for pseudo-labels and `False` for segmentation when
             not given.
@@ -96,13 +96,13 @@ class PseudoLabelOptions:
 
 class PseudoLabeler:
     """
-    Makes the pseudo-label of one picture.
+    Makes the pseudo-label of one image.
 
     Args:
         model ([`SynerNetForWeaklySupervisedSegmentation`]):
             The model, unwrapped, on its device, in evaluation mode.
         processor ([`SynerNetImageProcessor`]):
-            Turns a picture into normalised pixel values, resized if it is set to.
+            Turns an image into normalised pixel values, resized if it is set to.
         options ([`PseudoLabelOptions`], *optional*):
             What to make.
     """
@@ -122,12 +122,12 @@ class PseudoLabeler:
         self, image: Image.Image, image_labels: Sequence[int] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """
-        Labels the pixels of one picture, alone in its forward passes, so that no other picture has an influence.
+        Labels the pixels of one image, alone in its forward passes, so that no other image has an influence.
 
         Args:
             image (`PIL.Image.Image`):
-                Upright RGB picture of any size. One of more than a million pixels is seen smaller, and its label map
-                enlarged, so that memory does not grow with the picture.
+                Upright RGB image of any size. One of more than a million pixels is seen smaller, and its label map
+                enlarged, so that memory does not grow with the image.
             image_labels (`Sequence[int]`, *optional*):
                 Multi-hot labels over the foreground classes.
 
@@ -193,7 +193,7 @@ class PseudoLabeler:
 
 
 def label_source(options: PseudoLabelOptions, image_labels: Sequence[int] | None) -> str:
-    """`"given"` or `"predicted"`: whose classes the options choose for a picture with these multi-hot labels."""
+    """`"given"` or `"predicted"`: whose classes the options choose for an image with these multi-hot labels."""
     if options.image_labels == "auto":
         return "given" if image_labels is not None and any(image_labels) else "predicted"
     return options.image_labels
@@ -210,9 +210,9 @@ def write_pseudo_labels(
     progress: bool = False,
 ) -> pa.Table:
     """
-    Writes the pseudo-label of every picture and a manifest of them; called again, does what is not there yet.
+    Writes the pseudo-label of every image and a manifest of them; called again, does what is not there yet.
 
-    What is there is told from the picture's file and labels: a mask of another picture of the same name is made again.
+    What is there is told from the image's file and labels: a mask of another image of the same name is made again.
     The folder holds `masks/IMAGE_ID.png` (VOC palette, 255 = undecided), `manifest.parquet` and `pseudo_labels.json`
     (what made them). Every file appears whole or not at all. Files are the same, byte for byte, for any number of
     processes and after any interruption, on one kind of device and with the same number of threads per process.
@@ -230,20 +230,20 @@ def write_pseudo_labels(
         options ([`PseudoLabelOptions`], *optional*):
             What to make.
         accelerator (`accelerate.Accelerator`, *optional*):
-            Shares the pictures over its processes, all of which must call this function.
+            Shares the images over its processes, all of which must call this function.
         on_bad_image (`str`, *optional*, defaults to `"raise"`):
-            `"raise"` stops at the first picture that does not decode, `"skip"` names and leaves out such pictures.
+            `"raise"` stops at the first image that does not decode, `"skip"` names and leaves out such images.
         progress (`bool`, *optional*, defaults to `False`):
             Shows a progress bar on the first process.
 
     Returns:
-        `pyarrow.Table`: the manifest, least confident picture first: `image_id`, `mask` (path in the folder), `width`,
+        `pyarrow.Table`: the manifest, least confident image first: `image_id`, `mask` (path in the folder), `width`,
         `height`, `classes` (names of the classes it could show), `missing_classes` (those of them it does not show),
         `label_source`, `confidence`, `coverage` and `foreground`, see [`PseudoLabeler`].
 
     Raises:
         ValueError: The split lacks a column, is empty, has other classes than the model, or an identifier that is no
-            file name or occurs twice; the folder was made with another model or other options; or a picture does not
+            file name or occurs twice; the folder was made with another model or other options; or an image does not
             decode.
     """
     output_dir, options = Path(output_dir), options or PseudoLabelOptions()
@@ -257,7 +257,7 @@ def write_pseudo_labels(
         _prepare_folder(output_dir, settings)
     _wait(accelerator)
     first, step = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    pictures = dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
+    images = dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
     labeler = PseudoLabeler(model, processor, options)
     was_training = model.training
     model.eval()
@@ -265,23 +265,23 @@ def write_pseudo_labels(
         for record in tqdm(records[first::step], desc="pseudo-labels", disable=not progress or first > 0):
             path = output_dir / record["mask"]
             try:
-                content = _file_content(pictures[record["index"]]["image"])
+                content = _file_content(images[record["index"]]["image"])
                 digest = hashlib.sha256(content).hexdigest()
                 if _is_current(_mask_record(path), record, digest, options):
                     continue
                 image = _upright(content)
             except DECODING_ERRORS as error:
-                fault = f"The picture {record['image_id']} does not decode ({error})"
+                fault = f"The image {record['image_id']} does not decode ({error})"
                 if on_bad_image == "raise":
                     raise ValueError(
-                        f"{fault}: repair it, or leave such pictures out (on_bad_image='skip', on the command line "
+                        f"{fault}: repair it, or leave such images out (on_bad_image='skip', on the command line "
                         "--on_bad_image skip)."
                     ) from error
                 tqdm.write(f"{fault}: it gets no mask.")
                 path.unlink(missing_ok=True)
                 continue
             label_map, found = labeler(image, record["image_labels"])
-            _write_mask(path, label_map, found | {"picture": digest})
+            _write_mask(path, label_map, found | {"image": digest})
     finally:
         model.train(was_training)
     _wait(accelerator)
@@ -291,7 +291,7 @@ def write_pseudo_labels(
 
         [manifest] = broadcast_object_list([manifest])
     if len(manifest) == 0:
-        raise ValueError(f"None of the {len(records)} pictures decodes; there is nothing to label.")
+        raise ValueError(f"None of the {len(records)} images decodes; there is nothing to label.")
     if main:
         replace_file(output_dir / MANIFEST_FILE, lambda path: pq.write_table(manifest, path))
     _wait(accelerator)
@@ -300,7 +300,7 @@ def write_pseudo_labels(
 
 def with_pseudo_labels(dataset: datasets.Dataset, folder: str | Path, min_confidence: float = 0.0) -> datasets.Dataset:
     """
-    Joins pictures with the pseudo-labels made of them, for training any segmentation model.
+    Joins images with the pseudo-labels made of them, for training any segmentation model.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -308,7 +308,7 @@ def with_pseudo_labels(dataset: datasets.Dataset, folder: str | Path, min_confid
         folder (`str` or `Path`):
             What [`write_pseudo_labels`] wrote.
         min_confidence (`float`, *optional*, defaults to 0.0):
-            Leaves out pictures whose `confidence` in the manifest is below.
+            Leaves out images whose `confidence` in the manifest is below.
 
     Returns:
         `datasets.Dataset`: the records that have a pseudo-label, with it in the column `mask`; they carry the class
@@ -335,7 +335,7 @@ def with_pseudo_labels(dataset: datasets.Dataset, folder: str | Path, min_confid
     chosen = [index for index, image_id in enumerate(dataset["image_id"]) if image_id in masks]
     if not chosen:
         raise ValueError(
-            f"None of the {len(dataset)} pictures has a pseudo-label in {folder} with a confidence of {min_confidence} "
+            f"None of the {len(dataset)} images has a pseudo-label in {folder} with a confidence of {min_confidence} "
             "or more: give the data set that they were made of, or a lower bound."
         )
     dataset = dataset.remove_columns("mask") if "mask" in dataset.column_names else dataset
@@ -379,9 +379,9 @@ def _file_content(image: dict) -> bytes:
 
 
 def _upright(content: bytes) -> Image.Image:
-    picture = open_picture({"bytes": content, "path": None})
-    picture.load()
-    return to_rgb(ImageOps.exif_transpose(picture))
+    image = open_image({"bytes": content, "path": None})
+    image.load()
+    return to_rgb(ImageOps.exif_transpose(image))
 
 
 def _check_classes(model, dataset: datasets.Dataset, options: PseudoLabelOptions) -> None:
@@ -404,7 +404,7 @@ def _check_classes(model, dataset: datasets.Dataset, options: PseudoLabelOptions
 
 
 def _wanted_records(dataset: datasets.Dataset, options: PseudoLabelOptions) -> list[dict[str, Any]]:
-    """What is known of each picture before it is opened: `index`, `image_id`, `mask` (path), `image_labels`."""
+    """What is known of each image before it is opened: `index`, `image_id`, `mask` (path), `image_labels`."""
     image_ids = dataset["image_id"][:]
     use_labels = options.image_labels != "predicted" and "image_labels" in dataset.column_names
     labels = dataset["image_labels"][:] if use_labels else [None] * len(image_ids)
@@ -414,10 +414,10 @@ def _wanted_records(dataset: datasets.Dataset, options: PseudoLabelOptions) -> l
         parts = PurePosixPath(image_id).parts
         if not image_id.strip("/") or image_id.startswith("/") or "\\" in image_id or {".", ".."} & set(parts):
             raise ValueError(
-                f"The picture identifier {image_id!r} can not name a mask: rename it without a leading / or `..`."
+                f"The image identifier {image_id!r} can not name a mask: rename it without a leading / or `..`."
             )
         if image_id in seen:
-            raise ValueError(f"The picture identifier {image_id!r} occurs twice: identifiers name the masks.")
+            raise ValueError(f"The image identifier {image_id!r} occurs twice: identifiers name the masks.")
         seen.add(image_id)
         mask = f"{MASK_FOLDER}/{image_id}.png"
         records.append({"index": index, "image_id": image_id, "mask": mask, "image_labels": vector})
@@ -435,7 +435,7 @@ def _mask_record(path: Path) -> dict[str, Any] | None:
 
 def _is_current(content: dict[str, Any] | None, record: dict, digest: str, options: PseudoLabelOptions) -> bool:
     """Whether a mask was made of this file, for these image labels."""
-    if content is None or content.get("picture") != digest:
+    if content is None or content.get("image") != digest:
         return False
     source = label_source(options, record["image_labels"])
     wanted = [index + 1 for index, value in enumerate(record["image_labels"] or ()) if value]
@@ -443,7 +443,7 @@ def _is_current(content: dict[str, Any] | None, record: dict, digest: str, optio
 
 
 def _settings(model, processor, options: PseudoLabelOptions) -> dict[str, Any]:
-    """What decides the masks, beside the pictures and their labels."""
+    """What decides the masks, beside the images and their labels."""
     digest = hashlib.sha256()
     for content in (model.config.to_dict(), processor.to_dict()):
         digest.update(json.dumps(_without_names(content), sort_keys=True, default=str).encode())

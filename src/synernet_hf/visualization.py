@@ -35,7 +35,7 @@ def _checked_label_map(label_map: np.ndarray) -> np.ndarray:
         )
     if label_map.size and not (0 <= label_map.min() and label_map.max() <= 255):
         raise ValueError(
-            f"Got label ids from {label_map.min()} to {label_map.max()}; a palette picture holds ids from 0 to 255."
+            f"Got label ids from {label_map.min()} to {label_map.max()}; a palette image holds ids from 0 to 255."
         )
     return label_map.astype(np.uint8)
 
@@ -46,7 +46,7 @@ def _as_rgb(image: "Image.Image | np.ndarray") -> Image.Image:
     array = np.asarray(image)
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
         raise ValueError(
-            f"Got a picture of shape {array.shape} and dtype {array.dtype}; uint8 of shape (height, width) or "
+            f"Got an image of shape {array.shape} and dtype {array.dtype}; uint8 of shape (height, width) or "
             "(height, width, 3) is expected."
         )
     return Image.fromarray(array).convert("RGB")
@@ -54,14 +54,14 @@ def _as_rgb(image: "Image.Image | np.ndarray") -> Image.Image:
 
 def palette_image(label_map: np.ndarray) -> Image.Image:
     """
-    A label map as a palette picture, the file format of PASCAL VOC masks: the stored values are the ids themselves.
+    A label map as a palette image, the file format of PASCAL VOC masks: the stored values are the ids themselves.
 
     Args:
         label_map (`np.ndarray` of integers and shape `(height, width)`):
             Class ids, 0 to 255.
 
     Returns:
-        `PIL.Image.Image`: Picture of mode `"P"` with the VOC palette.
+        `PIL.Image.Image`: Image of mode `"P"` with the VOC palette.
 
     Raises:
         ValueError: If the map is not two-dimensional, not integer or holds ids outside 0 to 255.
@@ -80,7 +80,7 @@ def colorize(label_map: np.ndarray) -> Image.Image:
             Class ids, 0 to 255.
 
     Returns:
-        `PIL.Image.Image`: RGB picture of the same size.
+        `PIL.Image.Image`: RGB image of the same size.
 
     Raises:
         ValueError: As in [`palette_image`].
@@ -90,34 +90,34 @@ def colorize(label_map: np.ndarray) -> Image.Image:
 
 def overlay(image: "Image.Image | np.ndarray", label_map: np.ndarray, alpha: float = 0.5) -> Image.Image:
     """
-    Lay the coloured classes over a picture; background (id 0) stays as it is.
+    Lay the coloured classes over an image; background (id 0) stays as it is.
 
     Args:
         image (`PIL.Image.Image` or `np.ndarray` of dtype uint8 and shape `(height, width, 3)`):
-            The picture.
+            The image.
         label_map (`np.ndarray` of integers and shape `(height, width)`):
-            Class ids, 0 to 255, of the size of the picture.
+            Class ids, 0 to 255, of the size of the image.
         alpha (`float`, *optional*, defaults to 0.5):
             Opacity of the colours in [0, 1].
 
     Returns:
-        `PIL.Image.Image`: RGB picture of the same size.
+        `PIL.Image.Image`: RGB image of the same size.
 
     Raises:
         ValueError: If the sizes differ or `alpha` is outside [0, 1].
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"`alpha` is {alpha}; an opacity between 0 and 1 is expected.")
-    picture = np.asarray(_as_rgb(image), dtype=np.float32)
+    pixels = np.asarray(_as_rgb(image), dtype=np.float32)
     label_map = _checked_label_map(label_map)
-    if picture.shape[:2] != label_map.shape:
+    if pixels.shape[:2] != label_map.shape:
         raise ValueError(
-            f"The picture is {picture.shape[0]} x {picture.shape[1]} (height x width), the label map "
+            f"The image is {pixels.shape[0]} x {pixels.shape[1]} (height x width), the label map "
             f"{label_map.shape[0]} x {label_map.shape[1]}; equal sizes are expected: resize the map first."
         )
     colored = voc_palette()[label_map].astype(np.float32)
     opacity = np.where(label_map == 0, 0.0, alpha)[..., None]  # (height, width, 1)
-    return Image.fromarray(np.rint(picture * (1 - opacity) + colored * opacity).astype(np.uint8))
+    return Image.fromarray(np.rint(pixels * (1 - opacity) + colored * opacity).astype(np.uint8))
 
 
 def heat_map(values: np.ndarray, image: "Image.Image | np.ndarray | None" = None, alpha: float = 0.6) -> Image.Image:
@@ -128,12 +128,12 @@ def heat_map(values: np.ndarray, image: "Image.Image | np.ndarray | None" = None
         values (`np.ndarray` of floats and shape `(height, width)`):
             Values in [0, 1]; what lies outside is clipped.
         image (`PIL.Image.Image` or `np.ndarray` of dtype uint8 and shape `(height, width, 3)`, *optional*):
-            Picture of the same size to show through. None paints the plain heat map.
+            Image of the same size to show through. None paints the plain heat map.
         alpha (`float`, *optional*, defaults to 0.6):
             Opacity of the heat map over `image` in [0, 1].
 
     Returns:
-        `PIL.Image.Image`: RGB picture of the same size.
+        `PIL.Image.Image`: RGB image of the same size.
 
     Raises:
         ValueError: If `values` is not two-dimensional or the sizes differ.
@@ -145,13 +145,13 @@ def heat_map(values: np.ndarray, image: "Image.Image | np.ndarray | None" = None
     channels = np.asarray(_HEAT_COLORS, dtype=np.float32).T
     heat = np.stack([np.interp(values, stops, channel) for channel in channels], axis=-1)  # (height, width, 3)
     if image is not None:
-        picture = np.asarray(_as_rgb(image), dtype=np.float32)
-        if picture.shape[:2] != values.shape:
+        pixels = np.asarray(_as_rgb(image), dtype=np.float32)
+        if pixels.shape[:2] != values.shape:
             raise ValueError(
-                f"The picture is {picture.shape[0]} x {picture.shape[1]} (height x width), the values "
+                f"The image is {pixels.shape[0]} x {pixels.shape[1]} (height x width), the values "
                 f"{values.shape[0]} x {values.shape[1]}; equal sizes are expected."
             )
-        heat = (1 - alpha) * picture + alpha * heat
+        heat = (1 - alpha) * pixels + alpha * heat
     return Image.fromarray(np.rint(heat).astype(np.uint8))
 
 
@@ -159,14 +159,14 @@ def figure_panels(
     rows: "Sequence[Sequence[tuple[str, Image.Image | np.ndarray]]]", panel_size: tuple[int, int] = (224, 224)
 ) -> Image.Image:
     """
-    Pictures in a grid, each with its title above.
+    Images in a grid, each with its title above.
 
     Args:
         rows (`Sequence[Sequence[tuple[str, PIL.Image.Image or np.ndarray]]]`):
-            One sequence of (title, picture) per row; rows may differ in length. Arrays are uint8 of shape
+            One sequence of (title, image) per row; rows may differ in length. Arrays are uint8 of shape
             `(height, width)` or `(height, width, 3)`.
         panel_size (`tuple[int, int]`, *optional*, defaults to `(224, 224)`):
-            Width and height in pixels that every picture is fitted into, its proportions kept.
+            Width and height in pixels that every image is fitted into, its proportions kept.
 
     Returns:
         `PIL.Image.Image`: RGB figure on white.
@@ -175,7 +175,7 @@ def figure_panels(
         ValueError: If there is no panel.
     """
     if not any(len(row) for row in rows):
-        raise ValueError("Got no panel; at least one (title, picture) pair is expected.")
+        raise ValueError("Got no panel; at least one (title, image) pair is expected.")
     width, height = panel_size
     margin = 8
     font = ImageFont.load_default(size=13)

@@ -1,4 +1,4 @@
-"""Pictures, masks and tables as they come in bulk: each is handled as one would expect, or named in one sentence."""
+"""Images, masks and tables as they come in bulk: each is handled as one would expect, or named in one sentence."""
 
 import logging
 
@@ -29,8 +29,8 @@ def write_table(root, rows, header="file_name,labels"):
     return root
 
 
-def only_picture(root, name):
-    """The checked training crop of a folder with one picture: `(S, S, 3)` uint8, and its box of real pixels."""
+def only_image(root, name):
+    """The checked training crop of a folder with one image: `(S, S, 3)` uint8, and its box of real pixels."""
     write_table(root, [f"{name},cat"])
     loaded = load_image_labels(root)
     check_dataset(loaded)
@@ -67,7 +67,7 @@ def test_corrupt_jpeg(tmp_path, caplog):
 def test_one_pixel(tmp_path):
     (tmp_path / "data").mkdir()
     Image.new("RGB", (1, 1), GREEN).save(tmp_path / "data" / "a.png")
-    crop, box = only_picture(tmp_path / "data", "a.png")
+    crop, box = only_image(tmp_path / "data", "a.png")
     assert real_pixels(crop, box).tolist() == [list(GREEN)]
     # also where a training scale would leave less than a pixel
     record = {"image": Image.new("RGB", (1, 1), GREEN), "image_id": "a", "image_labels": [1]}
@@ -91,7 +91,7 @@ def test_twelve_thousand_by_nine_thousand(tmp_path):
 def test_cmyk(tmp_path):
     (tmp_path / "data").mkdir()
     Image.new("RGB", (20, 20), GREEN).convert("CMYK").save(tmp_path / "data" / "a.jpg", quality=95)
-    crop, box = only_picture(tmp_path / "data", "a.jpg")
+    crop, box = only_image(tmp_path / "data", "a.jpg")
     assert np.abs(real_pixels(crop, box).astype(int) - GREEN).max() < 6
 
 
@@ -99,20 +99,20 @@ def test_sixteen_bit_png_keeps_its_shades(tmp_path):
     (tmp_path / "data").mkdir()
     values = np.repeat(np.array([[0, 20_000, 65_535]], dtype=np.uint16), 9, axis=0).repeat(3, axis=1)
     Image.fromarray(values).save(tmp_path / "data" / "a.png")
-    with Image.open(tmp_path / "data" / "a.png") as picture:
-        assert picture.mode == "I;16"
-        assert sorted(set(np.asarray(to_rgb(picture))[..., 0].ravel().tolist())) == [0, 20_000 // 256, 255]
-    crop, box = only_picture(tmp_path / "data", "a.png")
+    with Image.open(tmp_path / "data" / "a.png") as image:
+        assert image.mode == "I;16"
+        assert sorted(set(np.asarray(to_rgb(image))[..., 0].ravel().tolist())) == [0, 20_000 // 256, 255]
+    crop, box = only_image(tmp_path / "data", "a.png")
     shades = real_pixels(crop, box)
     assert {0, 78, 255} <= set(shades[:, 0].tolist()) and (shades == shades[:, :1]).all()
 
 
 def test_palette_png(tmp_path):
     (tmp_path / "data").mkdir()
-    picture = Image.new("P", (9, 9), 3)
-    picture.putpalette([0, 0, 0, 1, 1, 1, 2, 2, 2, *GREEN])
-    picture.save(tmp_path / "data" / "a.png")
-    crop, box = only_picture(tmp_path / "data", "a.png")
+    image = Image.new("P", (9, 9), 3)
+    image.putpalette([0, 0, 0, 1, 1, 1, 2, 2, 2, *GREEN])
+    image.save(tmp_path / "data" / "a.png")
+    crop, box = only_image(tmp_path / "data", "a.png")
     assert set(map(tuple, real_pixels(crop, box).tolist())) == {GREEN}
 
 
@@ -121,28 +121,28 @@ def test_exif_rotation(tmp_path):
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     Image.new("RGB", (24, 10), GREEN).save(tmp_path / "data" / "a.jpg", exif=exif)
-    _, (top, bottom, left, right) = only_picture(tmp_path / "data", "a.jpg")
+    _, (top, bottom, left, right) = only_image(tmp_path / "data", "a.jpg")
     assert (bottom - top, right - left) == (24, 10)
 
 
-def test_animated_gif_is_its_first_picture(tmp_path):
+def test_animated_gif_is_its_first_image(tmp_path):
     (tmp_path / "data").mkdir()
     frames = [Image.new("RGB", (9, 9), color) for color in (GREEN, (250, 0, 0), (0, 0, 250))]
     frames[0].save(tmp_path / "data" / "a.gif", save_all=True, append_images=frames[1:], duration=50)
-    crop, box = only_picture(tmp_path / "data", "a.gif")
+    crop, box = only_image(tmp_path / "data", "a.gif")
     assert set(map(tuple, real_pixels(crop, box).tolist())) == {GREEN}
 
 
-def test_empty_label_is_a_picture_without_classes(tmp_path, caplog):
+def test_empty_label_is_a_image_without_classes(tmp_path, caplog):
     root = write_table(tmp_path / "data", ["a.png,cat", "b.png,", "c.png, "])
     for name in "abc":
         Image.new("RGB", (8, 8)).save(root / f"{name}.png")
     loaded = load_image_labels(root)
     assert loaded["train"]["image_labels"][:] == [[1], [0], [0]]
-    assert "2 pictures of the split 'train' have no label (b, c)" in caplog.text
+    assert "2 images of the split 'train' have no label (b, c)" in caplog.text
     check_dataset(loaded)
     write_table(root, ["a.png,", "b.png,"])
-    with pytest.raises(ValueError, match="No picture has a label"):
+    with pytest.raises(ValueError, match="No image has a label"):
         load_image_labels(root)
 
 
@@ -164,12 +164,12 @@ def test_mask_of_another_size(tmp_path):
     (root / "masks").mkdir()
     Image.new("L", (6, 8)).save(root / "masks" / "b.png")
     loaded = load_image_labels(root)
-    with pytest.raises(ValueError, match=r"mask of b \(.*masks/b.png\) is 6 x 8 .* its picture 8 x 6 pixels"):
+    with pytest.raises(ValueError, match=r"mask of b \(.*masks/b.png\) is 6 x 8 .* its image 8 x 6 pixels"):
         check_dataset(loaded)
     kept = drop_bad_records(loaded)
     assert len(kept["validation"]) == 0 and len(kept["train"]) == 1
     with pytest.raises(ValueError, match="The split 'validation' is empty"):
-        check_dataset(kept, decode_pictures=False)
+        check_dataset(kept, decode_images=False)
 
 
 def test_two_files_with_one_stem(tmp_path, devkit):
@@ -178,11 +178,11 @@ def test_two_files_with_one_stem(tmp_path, devkit):
         Image.new("RGB", (8, 8)).save(root / name)
     with pytest.raises(ValueError, match=r"labels.csv, row 2, names 'a', which may be a.jpg or a.png: write the path"):
         load_image_labels(root)
-    # named with their suffixes they are two pictures with two ids
+    # named with their suffixes they are two images with two ids
     write_table(root, ["a.png,cat", "a.jpg,dog"])
     assert load_image_labels(root)["train"]["image_id"][:] == ["a.png", "a.jpg"]
     Image.new("RGB", (8, 8)).save(devkit.voc / "JPEGImages" / f"{devkit.train_ids[0]}.png")
-    with pytest.raises(ValueError, match=rf"1 pictures .* more than once \({devkit.train_ids[0]}.jpg, .*.png in"):
+    with pytest.raises(ValueError, match=rf"1 images .* more than once \({devkit.train_ids[0]}.jpg, .*.png in"):
         load_voc2012(devkit.root)
 
 
@@ -198,19 +198,19 @@ def test_csv_that_is_not_utf8(tmp_path):
 def test_csv_with_a_missing_file(tmp_path, caplog):
     root = write_table(tmp_path / "data", ["a.png,cat", "lost.png,cat"])
     Image.new("RGB", (8, 8)).save(root / "a.png")
-    with pytest.raises(FileNotFoundError, match=r"labels.csv, row 3: there is no picture lost.png below"):
+    with pytest.raises(FileNotFoundError, match=r"labels.csv, row 3: there is no image lost.png below"):
         load_image_labels(root)
     loaded = load_image_labels(root, on_bad_image="skip")
     assert loaded["train"]["image_id"][:] == ["a"]
-    assert "row 3: there is no picture lost.png" in skipped_records(loaded)["train"][0]
+    assert "row 3: there is no image lost.png" in skipped_records(loaded)["train"][0]
     assert "1 records are left out" in caplog.text
-    # a second pass over the pictures keeps what was listed before
+    # a second pass over the images keeps what was listed before
     assert skipped_records(drop_bad_records(loaded)) == skipped_records(loaded)
 
 
-def test_listed_voc_pictures_that_are_missing(devkit):
+def test_listed_voc_images_that_are_missing(devkit):
     (devkit.voc / "JPEGImages" / f"{devkit.train_ids[1]}.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match="names 1 pictures that are not in"):
+    with pytest.raises(FileNotFoundError, match="names 1 images that are not in"):
         load_voc2012(devkit.root)
     loaded = load_voc2012(devkit.root, on_bad_image="skip")
     assert loaded["train"]["image_id"][:] == [name for name in devkit.train_ids if name != devkit.train_ids[1]]
@@ -221,7 +221,7 @@ def test_listed_voc_pictures_that_are_missing(devkit):
     ("text", "sentence"),
     [
         ("file_name,labels\na.png,cat,dog\n", "row 2, has 3 cells, but 2 are expected"),
-        ("file_name,labels\n,cat\n", "row 2, names no picture"),
+        ("file_name,labels\n,cat\n", "row 2, names no image"),
         ("file_name,labels\n", "has no rows"),
         ('{"file_name": "a.png"\n', "row 1, is not JSON"),
         ("[1]\n", "row 1, is not a JSON object"),

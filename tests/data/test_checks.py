@@ -13,7 +13,7 @@ NAMES = ["background", "cat", "dog"]
 
 
 def split_of(labels):
-    ids = [f"picture_{index}" for index in range(len(labels))]
+    ids = [f"image_{index}" for index in range(len(labels))]
     return build_split([f"{name}.jpg" for name in ids], ids, np.array(labels).reshape(-1, 2), NAMES)
 
 
@@ -37,43 +37,41 @@ def test_label_vector_of_wrong_length():
     info = split.info.copy()
     table = split.to_dict() | {"image_labels": [[1, 0], [0, 1, 0]]}
     wrong = datasets.Dataset.from_dict(table, features=split.features, info=info)
-    with pytest.raises(
-        ValueError, match="picture_1 in the split 'train' has the length 3, but there are 2 foreground"
-    ):
+    with pytest.raises(ValueError, match="image_1 in the split 'train' has the length 3, but there are 2 foreground"):
         check_dataset(datasets.DatasetDict(train=wrong))
 
 
 def test_label_values_other_than_zero_and_one():
-    with pytest.raises(ValueError, match="picture_1 in the split 'train' holds values other than 0 and 1"):
+    with pytest.raises(ValueError, match="image_1 in the split 'train' holds values other than 0 and 1"):
         check_dataset(datasets.DatasetDict(train=split_of([[1, 0], [0, 3]])))
 
 
 def test_no_positive_label_at_all():
-    with pytest.raises(ValueError, match="No picture of the split 'train' has a positive label"):
+    with pytest.raises(ValueError, match="No image of the split 'train' has a positive label"):
         check_dataset(datasets.DatasetDict(train=split_of([[0, 0], [0, 0]])))
 
 
-def test_class_without_pictures_is_only_reported(caplog):
+def test_class_without_images_is_only_reported(caplog):
     with caplog.at_level(logging.WARNING):
-        check_dataset(datasets.DatasetDict(train=split_of([[0, 1]])), decode_pictures=False)
-    assert "No training picture shows cat" in caplog.text
+        check_dataset(datasets.DatasetDict(train=split_of([[0, 1]])), decode_images=False)
+    assert "No training image shows cat" in caplog.text
 
 
 @pytest.mark.parametrize("broken", ["text", "truncated", "missing"])
-def test_picture_that_does_not_decode(devkit, broken):
+def test_image_that_does_not_decode(devkit, broken):
     loaded = load_voc2012(devkit.root)
     path = devkit.voc / "JPEGImages" / f"{devkit.train_ids[2]}.jpg"
     content = path.read_bytes()
     if broken == "missing":
         path.unlink()
     else:
-        path.write_bytes(b"no picture" if broken == "text" else content[: len(content) // 2])
+        path.write_bytes(b"no image" if broken == "text" else content[: len(content) // 2])
     sentence = (
-        f"1 of 6 records of the split 'train' can not be used: the picture {devkit.train_ids[2]} .* does not decode"
+        f"1 of 6 records of the split 'train' can not be used: the image {devkit.train_ids[2]} .* does not decode"
     )
     with pytest.raises(ValueError, match=sentence):
         check_dataset(loaded)
-    check_dataset(loaded, decode_pictures=False)
+    check_dataset(loaded, decode_images=False)
 
 
 def test_mask_of_another_size_or_broken(devkit):
@@ -87,21 +85,21 @@ def test_mask_of_another_size_or_broken(devkit):
         check_dataset(loaded)
 
 
-def checked(picture, mask):
+def checked(image, mask):
     """What the checks say about one validation record; both are stored as they are."""
     labels = np.array([[1, 0]])
-    split = build_split([picture], ["picture_0"], labels, NAMES, [mask])
+    split = build_split([image], ["image_0"], labels, NAMES, [mask])
     check_dataset(datasets.DatasetDict(validation=split))
 
 
 @pytest.mark.parametrize(
     ("mask", "sentence"),
     [
-        (Image.new("P", (12, 10), 40), r"mask of picture_0 holds the ids 40; 0 to 2 and 255 \(ignore\) are expected"),
-        (Image.new("L", (12, 10), 3), "mask of picture_0 holds the ids 3;"),
-        (Image.new("RGB", (12, 10)), "mask of picture_0 has mode RGB; a palette or greyscale picture"),
-        (Image.new("LA", (12, 10)), "mask of picture_0 has mode LA;"),
-        (None, "mask of picture_0 is missing"),
+        (Image.new("P", (12, 10), 40), r"mask of image_0 holds the ids 40; 0 to 2 and 255 \(ignore\) are expected"),
+        (Image.new("L", (12, 10), 3), "mask of image_0 holds the ids 3;"),
+        (Image.new("RGB", (12, 10)), "mask of image_0 has mode RGB; a palette or greyscale image"),
+        (Image.new("LA", (12, 10)), "mask of image_0 has mode LA;"),
+        (None, "mask of image_0 is missing"),
     ],
 )
 def test_mask_that_could_not_be_scored(mask, sentence):
@@ -121,15 +119,15 @@ def test_masks_of_class_ids_pass(mode):
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tiff"])
-def test_mask_is_compared_with_the_upright_picture(tmp_path, suffix, orientation):
+def test_mask_is_compared_with_the_upright_image(tmp_path, suffix, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = str(tmp_path / f"picture_0.{suffix}")
+    path = str(tmp_path / f"image_0.{suffix}")
     Image.new("RGB", (12, 10)).save(path, exif=exif)
     stored, turned = Image.new("P", (12, 10)), Image.new("P", (10, 12))
     right, wrong = (turned, stored) if orientation in (6, 8) else (stored, turned)
     checked(path, right)
-    with pytest.raises(ValueError, match="mask of picture_0 is .* turned as their EXIF orientation says"):
+    with pytest.raises(ValueError, match="mask of image_0 is .* turned as their EXIF orientation says"):
         checked(path, wrong)
     wrong.save(tmp_path / "mask.png", exif=exif)
     if orientation in (6, 8):

@@ -22,7 +22,7 @@ def square(left, top, side):
 
 
 def write_coco(root, split="val2014", entries=(), categories=CATEGORIES, extra_images=(), size=(20, 16)):
-    """`entries`: (image id, category id, segmentation, is a crowd); pictures are `size` = (width, height)."""
+    """`entries`: (image id, category id, segmentation, is a crowd); images are `size` = (width, height)."""
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     (root / split).mkdir(exist_ok=True)
     images = []
@@ -61,7 +61,7 @@ def test_classes_labels_and_ids(coco):
     assert loaded["train"]["image_id"][:] == ["COCO_train2014_000000000003", "COCO_train2014_000000000005"]
     assert loaded["train"]["image_labels"][:] == [[1, 0, 0], [0, 1, 0]]
     assert loaded["train"].column_names == ["image", "image_id", "image_labels"]
-    # picture 8 has no annotation; a crowd of persons is a label of picture 7
+    # image 8 has no annotation; a crowd of persons is a label of image 7
     assert loaded["validation"]["image_labels"][:] == [[1, 1, 1], [1, 0, 0]]
     check_dataset(loaded)
 
@@ -131,9 +131,9 @@ def test_annotations_never_stand_in_memory_as_a_tree(tmp_path, monkeypatch):
     assert len(loaded["validation"]) == 20
 
 
-def test_missing_pictures_are_refused_or_left_out(coco, caplog):
+def test_missing_images_are_refused_or_left_out(coco, caplog):
     (coco / "val2014" / "COCO_val2014_000000000007.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"names 1 of 2 pictures .*000000000007.jpg.*on_bad_image='skip'"):
+    with pytest.raises(FileNotFoundError, match=r"names 1 of 2 images .*000000000007.jpg.*on_bad_image='skip'"):
         load_coco2014(coco)
     loaded = load_coco2014(coco, on_bad_image="skip")
     assert loaded["validation"]["image_id"][:] == ["COCO_val2014_000000000009"]
@@ -143,7 +143,7 @@ def test_missing_pictures_are_refused_or_left_out(coco, caplog):
         load_coco2014(coco, on_bad_image="ignore")
 
 
-def test_a_picture_of_another_size_than_its_annotations(coco):
+def test_a_image_of_another_size_than_its_annotations(coco):
     Image.new("RGB", (16, 20)).save(coco / "val2014" / "COCO_val2014_000000000009.jpg")
     with pytest.raises(
         ValueError, match="mask of COCO_val2014_000000000009 is drawn from annotations for 20 x 16 .* has 16 x 20"
@@ -163,7 +163,7 @@ def test_a_picture_of_another_size_than_its_annotations(coco):
         (lambda c: c.pop("images"), "not in COCO's format"),
         (lambda c: c["annotations"][0].pop("segmentation"), "not in COCO's format"),
     ],
-    ids=["category", "picture", "categories", "images", "segmentation"],
+    ids=["category", "image", "categories", "images", "segmentation"],
 )
 def test_annotation_files_with_a_mistake(coco, change, sentence):
     path = coco / "annotations" / "instances_val2014.json"

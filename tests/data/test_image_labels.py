@@ -1,4 +1,4 @@
-"""Anybody's pictures: folders with a table, class folders, parquet files; columns, separators and class lists."""
+"""Anybody's images: folders with a table, class folders, parquet files; columns, separators and class lists."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from synernet_hf.data import check_dataset, class_names, load_image_labels, load
 from synernet_hf.data.class_lists import LabelReader
 
 
-def save_picture(path, size=(10, 8), color=(200, 60, 40)):
+def save_image(path, size=(10, 8), color=(200, 60, 40)):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, color).save(path)
     return path
@@ -27,10 +27,10 @@ def save_ids(path, ids, size=(10, 8)):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Four pictures, the last in a subfolder, without a table yet."""
+    """Four images, the last in a subfolder, without a table yet."""
     root = tmp_path / "pets"
     for name in ("a.jpg", "b.jpg", "c.png", "more/d.jpg"):
-        save_picture(root / name)
+        save_image(root / name)
     return root
 
 
@@ -143,30 +143,30 @@ def test_splits_by_column_with_masks(folder):
 def test_class_folders_with_splits_and_masks_beside(tmp_path):
     root = tmp_path / "scenes"
     for path in ("train/cat/1.jpg", "train/dog/1.jpg", "train/background/7.jpg", "val/dog/9.jpg"):
-        save_picture(root / path)
+        save_image(root / path)
     save_ids(root / "val" / "masks" / "dog" / "9.png", [2])
     loaded = load_image_labels(root)
     assert class_names(loaded) == ["background", "cat", "dog"]
-    # two pictures share the name 1.jpg, so their ids hold the folder
+    # two images share the name 1.jpg, so their ids hold the folder
     assert labels_of(loaded) == {"background__7": [], "cat__1": ["cat"], "dog__1": ["dog"]}
     assert labels_of(loaded, "validation") == {"9": ["dog"]}
     check_dataset(loaded)
-    save_picture(root / "val" / "cow" / "3.jpg")
+    save_image(root / "val" / "cow" / "3.jpg")
     with pytest.raises(ValueError, match="the folder .*val/cow: Unknown class name 'cow'"):
         load_image_labels(root)
 
 
 def test_class_folders_without_splits_and_a_class_called_train(tmp_path):
     for name in ("bus", "train"):
-        save_picture(tmp_path / "vehicles" / name / f"{name}_1.png")
+        save_image(tmp_path / "vehicles" / name / f"{name}_1.png")
     loaded = load_image_labels(tmp_path / "vehicles")
     assert class_names(loaded) == ["background", "bus", "train"]
     assert list(loaded) == ["train"] and len(loaded["train"]) == 2
-    save_picture(tmp_path / "vehicles" / "loose.jpg")
-    with pytest.raises(ValueError, match="1 pictures lie in .*vehicles itself .loose.jpg"):
+    save_image(tmp_path / "vehicles" / "loose.jpg")
+    with pytest.raises(ValueError, match="1 images lie in .*vehicles itself .loose.jpg"):
         load_image_labels(tmp_path / "vehicles")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="neither a table .* nor pictures in subfolders"):
+    with pytest.raises(ValueError, match="neither a table .* nor images in subfolders"):
         load_image_labels(tmp_path / "empty")
 
 
@@ -181,21 +181,21 @@ def test_the_class_list_is_that_of_the_training_split_or_the_given_one(folder):
         load_image_labels(folder, class_names=["dog", "ant"])
 
 
-def embedded(picture):
+def embedded(image):
     stream = io.BytesIO()
-    picture.save(stream, format="PNG")
+    image.save(stream, format="PNG")
     return {"bytes": stream.getvalue(), "path": None}
 
 
 def write_parquet(root, values, feature, column="label"):
     """A folder as `push_to_hub` makes it: four training records, and the first again with a mask to evaluate on."""
     (root / "data").mkdir(parents=True)
-    features = {"picture": datasets.Image(), column: feature, "segmentation": datasets.Image()}
-    picture = embedded(Image.new("RGB", (6, 5), (10, 200, 30)))
+    features = {"image": datasets.Image(), column: feature, "segmentation": datasets.Image()}
+    image = embedded(Image.new("RGB", (6, 5), (10, 200, 30)))
     mask = embedded(Image.fromarray(np.array([[1, 0] * 3] * 5, dtype=np.uint8)))
     for split, part in (("train", values), ("validation", values[:1])):
         masks = {"segmentation": mask if split == "validation" else None}
-        rows = [{"picture": picture, column: value} | masks for value in part]
+        rows = [{"image": image, column: value} | masks for value in part]
         made = datasets.Dataset.from_list(rows, features=datasets.Features(features))
         made.to_parquet(root / "data" / f"{split}-00000-of-00001.parquet")
     return root
@@ -258,14 +258,14 @@ def test_a_source_that_numbers_its_classes_keeps_its_order(tmp_path):
 
 def test_columns_and_splits_that_are_not_there(tmp_path):
     root = write_parquet(tmp_path / "data", [[0], [1]], datasets.List(LABEL), column="things")
-    with pytest.raises(ValueError, match="columns picture, things, segmentation, none .*: name it with label_column"):
+    with pytest.raises(ValueError, match="columns image, things, segmentation, none .*: name it with label_column"):
         load_image_labels(root)
-    with pytest.raises(ValueError, match=r"no column 'label' \(label_column\): it has picture, things"):
+    with pytest.raises(ValueError, match=r"no column 'label' \(label_column\): it has image, things"):
         load_image_labels(root, label_column="label")
     with pytest.raises(ValueError, match="no split 'test': it has train, validation"):
         load_image_labels(root, label_column="things", mask_column="segmentation", validation_split="test")
     with pytest.raises(ValueError, match="The column 'segmentation' holds .*, which is no label"):
-        load_image_labels(root, image_column="picture", label_column="segmentation")
+        load_image_labels(root, image_column="image", label_column="segmentation")
     with pytest.raises(FileNotFoundError, match="no folder .*nowhere/at/all"):
         load_image_labels(tmp_path / "nowhere/at/all")
     with pytest.raises((FileNotFoundError, ValueError), match="someone/pets can not be opened"):

@@ -18,13 +18,13 @@ TEXT = datasets.Value("string")
 
 @pytest.fixture
 def folder(tmp_path):
-    """Pictures a to d, without a table yet."""
+    """Images a to d, without a table yet."""
     root = tmp_path / "pets"
-    save_pictures(root, "a.jpg", "b.jpg", "c.jpg", "d.jpg")
+    save_images(root, "a.jpg", "b.jpg", "c.jpg", "d.jpg")
     return root
 
 
-def save_pictures(root, *paths):
+def save_images(root, *paths):
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (6, 5), (200, 60, 40)).save(root / path)
@@ -47,7 +47,7 @@ def vectors(loaded, split="train"):
 
 
 def save_columns(root, feature, column="labels", **splits):
-    """What `save_to_disk` writes: pictures with the values of one column of labels."""
+    """What `save_to_disk` writes: images with the values of one column of labels."""
     made = {}
     for name, values in splits.items():
         rows = [{"image": Image.new("RGB", (6, 5)), column: value} for value in values]
@@ -64,7 +64,7 @@ def test_a_number_that_is_no_class_is_not_taken_for_an_id_where_classes_are_call
 
 
 @pytest.mark.parametrize("empty", [[], None, ""])
-def test_an_empty_row_among_label_vectors_is_a_picture_without_classes(folder, tmp_path, empty):
+def test_an_empty_row_among_label_vectors_is_a_image_without_classes(folder, tmp_path, empty):
     json_lines(folder, empty, [0, 1, 1], [1, 0, 0])
     loaded = load_image_labels(folder)
     assert class_names(loaded) == ["background", "class_1", "class_2", "class_3"]
@@ -88,7 +88,7 @@ def test_vectors_of_one_class(folder, tmp_path):
     assert vectors(load_image_labels(folder, class_names=["background", "cat", "dog"])) == [[1, 0], [1, 0]]
 
 
-def test_vectors_in_several_rows_of_one_picture_are_joined(folder):
+def test_vectors_in_several_rows_of_one_image_are_joined(folder):
     rows = [("a", [1, 0, 0]), ("a", [0, 0, 1]), ("b", [0, 1, 0])]
     text = "".join(json.dumps({"file_name": name, "labels": label}) + "\n" for name, label in rows)
     (folder / "metadata.jsonl").write_text(text)
@@ -152,13 +152,13 @@ def test_texts_of_a_column_are_never_taken_apart_at_spaces(tmp_path):
 def test_whether_spaces_separate_is_decided_once_for_all_splits(tmp_path):
     root = tmp_path / "streets"
     for split, rows in (("train", "a,traffic light; car\nb,car"), ("validation", "c,traffic light")):
-        save_pictures(root / split, "a.jpg", "b.jpg", "c.jpg")
+        save_images(root / split, "a.jpg", "b.jpg", "c.jpg")
         (root / split / "labels.csv").write_text(f"file_name,labels\n{rows}\n")
     loaded = load_image_labels(root)
     assert class_names(loaded) == ["background", "car", "traffic light"]
     assert vectors(loaded, "validation") == [[0, 1]]
     (tmp_path / "one").mkdir()
-    save_pictures(tmp_path / "one", "a.jpg", "b.jpg")
+    save_images(tmp_path / "one", "a.jpg", "b.jpg")
     (tmp_path / "one" / "labels.csv").write_text(
         "file_name,labels,split\na,traffic light; car,train\nb,traffic light,val\n"
     )
@@ -181,39 +181,39 @@ def test_names_of_a_given_class_list_are_found_before_anything_is_taken_apart(fo
 
 def test_a_class_called_masks_is_not_lost(tmp_path):
     root = tmp_path / "safety"
-    save_pictures(root, "gloves/1.jpg", "helmets/2.jpg", "masks/3.jpg")
-    with pytest.raises(ValueError, match="safety/masks .* is named after a picture .*: "):
+    save_images(root, "gloves/1.jpg", "helmets/2.jpg", "masks/3.jpg")
+    with pytest.raises(ValueError, match="safety/masks .* is named after an image .*: "):
         load_image_labels(root)
 
 
-def test_one_mask_is_never_that_of_two_pictures(tmp_path):
+def test_one_mask_is_never_that_of_two_images(tmp_path):
     root = tmp_path / "pets"
-    save_pictures(root / "train", "cat/1.jpg", "dog/2.jpg")
-    save_pictures(root / "val", "cat/1.jpg", "dog/1.jpg", "dog/2.jpg")
+    save_images(root / "train", "cat/1.jpg", "dog/2.jpg")
+    save_images(root / "val", "cat/1.jpg", "dog/1.jpg", "dog/2.jpg")
     save_mask(root / "val" / "masks" / "1.png", 1)
     save_mask(root / "val" / "masks" / "2.png", 2)
-    with pytest.raises(FileNotFoundError, match="2 of 3 pictures of the split 'validation' have no mask .*masks/cat/"):
+    with pytest.raises(FileNotFoundError, match="2 of 3 images of the split 'validation' have no mask .*masks/cat/"):
         load_image_labels(root)
     for name, value in (("cat", 1), ("dog", 2)):
         save_mask(root / "val" / "masks" / name / "1.png", value)
     loaded = load_image_labels(root)["validation"]
-    # the bare name still does where it is that of one picture
+    # the bare name still does where it is that of one image
     assert [np.asarray(mask).max() for mask in loaded["mask"]] == [1, 2, 2]
     # two suffixes, one mask
-    save_pictures(root / "val", "dog/2.png")
-    with pytest.raises(FileNotFoundError, match="2 of 4 pictures"):
+    save_images(root / "val", "dog/2.png")
+    with pytest.raises(FileNotFoundError, match="2 of 4 images"):
         load_image_labels(root)
 
 
-def test_a_mask_under_the_path_of_a_picture_is_its_own_whatever_others_are_called(folder):
-    save_pictures(folder, "more/a.jpg")
+def test_a_mask_under_the_path_of_a_image_is_its_own_whatever_others_are_called(folder):
+    save_images(folder, "more/a.jpg")
     save_mask(folder / "masks" / "a.png", 1)
     save_mask(folder / "masks" / "more" / "a.png", 2)
     (folder / "labels.csv").write_text("file_name,labels,split\nb,cat;dog,train\na.jpg,cat,val\nmore/a.jpg,dog,val\n")
     masks = load_image_labels(folder)["validation"]["mask"]
     assert [np.asarray(mask).max() for mask in masks] == [1, 2]
     (folder / "masks" / "more" / "a.png").unlink()
-    with pytest.raises(FileNotFoundError, match="1 of 2 pictures"):
+    with pytest.raises(FileNotFoundError, match="1 of 2 images"):
         load_image_labels(folder)
 
 
@@ -235,7 +235,7 @@ def test_identifiers_are_unique_whatever_the_paths(tmp_path):
     assert unique_ids(["x/a/1.jpg", "x/b/1.jpg"], "x") == ["a__1", "b__1"]
 
 
-def test_one_picture_by_two_kinds_of_path_is_one_picture(folder, monkeypatch):
+def test_one_image_by_two_kinds_of_path_is_one_image(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     (folder / "labels.csv").write_text(f"file_name,label\na.jpg,cat\n{folder / 'a.jpg'},dog\n")
     assert vectors(load_image_labels("pets")) == [[1, 1]]
@@ -252,15 +252,15 @@ def test_nothing_is_written_into_a_saved_data_set(folder, tmp_path):
         assert sorted(path for path in (tmp_path / name).rglob("*")) == before
 
 
-def test_a_column_that_holds_no_pictures(tmp_path):
+def test_a_column_that_holds_no_images(tmp_path):
     rows = {"image": [1, 2], "labels": [["cat"], ["dog"]], "path": ["a.jpg", "b.jpg"]}
     root = tmp_path / "numbers"
     datasets.DatasetDict(train=datasets.Dataset.from_dict(rows)).save_to_disk(root)
     for name in ("image", "labels"):
-        with pytest.raises(ValueError, match=f"The column '{name}' holds .*, which is no picture: .*image_column"):
+        with pytest.raises(ValueError, match=f"The column '{name}' holds .*, which is no image: .*image_column"):
             load_image_labels(root, image_column=name, label_column="labels")
-    # the path of a picture is one
-    save_pictures(tmp_path, "a.jpg", "b.jpg")
+    # the path of an image is one
+    save_images(tmp_path, "a.jpg", "b.jpg")
     rows["path"] = [str(tmp_path / name) for name in rows["path"]]
     datasets.DatasetDict(train=datasets.Dataset.from_dict(rows)).save_to_disk(tmp_path / "paths")
     loaded = load_image_labels(tmp_path / "paths", image_column="path")

@@ -70,10 +70,10 @@ def test_everything_wrong_is_found(faulty):
     assert set(validation.unusable_masks) == {"f", "g", "h"}
     assert "77" in validation.unusable_masks["h"] and "missing" in validation.unusable_masks["g"]
     text = report.text()
-    for words in ("c: cannot identify", "1 of 5 pictures have no class (b)", "1 of 3 classes are in no picture (cow)"):
+    for words in ("c: cannot identify", "1 of 5 images have no class (b)", "1 of 3 classes are in no image (cow)"):
         assert words in text
     assert "train/a = train/d = validation/e" in text and "in more than one split" in text
-    assert json.loads(json.dumps(report.to_dict()))["splits"]["train"]["num_pictures"] == 5
+    assert json.loads(json.dumps(report.to_dict()))["splits"]["train"]["num_images"] == 5
 
 
 def test_wrong_label_vectors_are_named():
@@ -84,8 +84,8 @@ def test_wrong_label_vectors_are_named():
 
 def test_nothing_is_found_where_nothing_is_wrong(devkit):
     report = inspect_dataset(load_voc2012(devkit.root))
-    assert [problem for problem in report.problems() if "classes are in no picture" not in problem] == []
-    assert report.splits["train"].num_pictures == 6
+    assert [problem for problem in report.problems() if "classes are in no image" not in problem] == []
+    assert report.splits["train"].num_images == 6
     files = [devkit.voc / "JPEGImages" / f"{image_id}.jpg" for image_id in devkit.train_ids]
     assert report.splits["train"].num_bytes == sum(path.stat().st_size for path in files)
 
@@ -95,9 +95,9 @@ def test_training_masks_are_not_opened():
     assert inspect_dataset(datasets.DatasetDict(train=split)).splits["train"].unusable_masks == {}
 
 
-def test_parquet_files_hold_pictures_and_classes(devkit, tmp_path):
+def test_parquet_files_hold_images_and_classes(devkit, tmp_path):
     splits = load_voc2012(devkit.root)
-    paths = write_parquet(self_describing(splits), tmp_path / "out", pictures_per_file=4)
+    paths = write_parquet(self_describing(splits), tmp_path / "out", images_per_file=4)
     assert [path.name for path in paths] == [
         "train-00000-of-00002.parquet",
         "train-00001-of-00002.parquet",
@@ -116,9 +116,9 @@ def test_parquet_files_hold_pictures_and_classes(devkit, tmp_path):
     assert loaded["train"][0]["mask"] is None
     assert loaded["validation"][0]["mask"].mode == "P"
     with pytest.raises(ValueError, match="other parquet files, such as train-00000-of-00002"):
-        write_parquet(self_describing(splits), tmp_path / "out", pictures_per_file=100)
-    with pytest.raises(ValueError, match="pictures_per_file is 0"):
-        write_parquet(splits, tmp_path, pictures_per_file=0)
+        write_parquet(self_describing(splits), tmp_path / "out", images_per_file=100)
+    with pytest.raises(ValueError, match="images_per_file is 0"):
+        write_parquet(splits, tmp_path, images_per_file=0)
 
 
 def run(*words):
@@ -139,7 +139,7 @@ def test_the_script_reports_draws_and_writes(devkit, tmp_path, capsys, monkeypat
     ]
     assert run(*words) == 0
     output = capsys.readouterr().out
-    assert "train: 6 pictures" in output and "2 parquet files" in output and "uploaded: me/pets" in output
+    assert "train: 6 images" in output and "2 parquet files" in output and "uploaded: me/pets" in output
     assert uploaded["me/pets"]["train"].features["labels"].feature.names[7] == "cat"
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     shown = [count for count in report["splits"]["train"]["class_counts"].values() if count]
@@ -148,7 +148,7 @@ def test_the_script_reports_draws_and_writes(devkit, tmp_path, capsys, monkeypat
         assert len(shown) == 3 and sheet.height > 3 * 60 and np.asarray(sheet).std() > 5
 
 
-def test_the_script_keeps_undecodable_pictures_out(devkit, tmp_path, capsys):
+def test_the_script_keeps_undecodable_images_out(devkit, tmp_path, capsys):
     (devkit.voc / "JPEGImages" / f"{devkit.train_ids[2]}.jpg").write_bytes(b"none")
     words = ["--data_dir", str(devkit.root), "--output", str(tmp_path / "out"), "--parquet"]
     assert run(*words) == 2
@@ -171,7 +171,7 @@ def test_the_script_refuses_bad_options(tmp_path, capsys):
         assert errors.count("error:") == 1 and expected in errors
 
 
-def test_generated_pictures_are_shared_too(tmp_path):
+def test_generated_images_are_shared_too(tmp_path):
     splits = load_shapes(3, 2, image_size=32)
     write_parquet(self_describing(splits), tmp_path / "out")
     loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))

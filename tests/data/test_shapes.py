@@ -29,18 +29,18 @@ def test_labels_are_the_classes_in_the_mask():
         assert 1 <= present.sum() <= 3
 
 
-def test_same_seed_same_pictures_and_a_larger_set_starts_with_the_smaller():
+def test_same_seed_same_images_and_a_larger_set_starts_with_the_smaller():
     small, large, other = (
         list(generate_shapes(number, 40, seed, "train")) for number, seed in ((3, 1), (6, 1), (3, 2))
     )
-    for (picture, mask), (same_picture, same_mask) in zip(small, large, strict=False):
-        assert (picture == same_picture).all() and (mask == same_mask).all()
+    for (image, mask), (same_image, same_mask) in zip(small, large, strict=False):
+        assert (image == same_image).all() and (mask == same_mask).all()
     assert not any((one == two).all() for (one, _), (two, _) in zip(small, other, strict=True))
 
 
-def test_train_and_validation_share_no_picture():
-    pictures = [picture for split in ("train", "validation") for picture, _ in generate_shapes(10, 40, 0, split)]
-    assert len({picture.tobytes() for picture in pictures}) == 20
+def test_train_and_validation_share_no_image():
+    images = [image for split in ("train", "validation") for image, _ in generate_shapes(10, 40, 0, split)]
+    assert len({image.tobytes() for image in images}) == 20
 
 
 def test_all_classes_occur_often_and_objects_have_many_sizes(drawn):
@@ -65,8 +65,8 @@ def test_objects_often_touch(drawn):
 
 def test_a_part_of_an_object_is_strongly_textured_and_most_of_it_is_plain(drawn):
     shares = []
-    for picture, mask in drawn:
-        values = picture.max(axis=-1).astype(float)
+    for image, mask in drawn:
+        values = image.max(axis=-1).astype(float)
         steps = np.abs(np.diff(values, axis=1, prepend=values[:, :1]))
         inner = (mask > 0) & (np.roll(mask, 1, axis=1) == mask) & (np.roll(mask, -1, axis=1) == mask)
         shares.append((steps[inner] > 40).mean() if inner.any() else 0.0)
@@ -75,7 +75,7 @@ def test_a_part_of_an_object_is_strongly_textured_and_most_of_it_is_plain(drawn)
 
 def test_heads_have_the_hue_of_their_class(drawn):
     for class_id in range(1, 6):
-        strong = np.concatenate([picture[(mask == class_id)] for picture, mask in drawn]) / 255
+        strong = np.concatenate([image[(mask == class_id)] for image, mask in drawn]) / 255
         hues = [colorsys.rgb_to_hsv(*pixel) for pixel in strong[:: max(1, len(strong) // 2000)]]
         vivid = np.array([hue for hue, saturation, value in hues if saturation > 0.8 and value > 0.8])
         distance = np.abs((vivid - (class_id - 1) / 5 + 0.5) % 1 - 0.5)
@@ -86,8 +86,8 @@ def test_clutter_goes_with_its_class(drawn):
     assert CLUTTER_WITH_CLASS > 3 * CLUTTER_WITHOUT_CLASS
     # turquoise bars: the clutter of dots, a hue that no head, body or distractor of that strength has
     with_class, without = [], []
-    for picture, mask in drawn:
-        pixels = picture.astype(float)[mask == 0]
+    for image, mask in drawn:
+        pixels = image.astype(float)[mask == 0]
         low, high = pixels.min(axis=1), pixels.max(axis=1)
         turquoise = (pixels[:, 0] < 0.75 * high) & (np.abs(pixels[:, 1] - pixels[:, 2]) < 0.2 * high)
         share = (turquoise & (high - low > 40)).mean()

@@ -20,19 +20,19 @@ from synernet_hf.data import (
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def record(picture, labels=(1, 0)):
-    return {"image": picture, "image_id": "one", "image_labels": list(labels)}
+def record(image, labels=(1, 0)):
+    return {"image": image, "image_id": "one", "image_labels": list(labels)}
 
 
-def smooth_picture(width=60, height=44):
+def smooth_image(width=60, height=44):
     rows, columns = np.mgrid[0:height, 0:width]
     channels = (40 + 3 * columns, 50 + 4 * rows, 128 + 60 * np.sin(columns / 9) * np.cos(rows / 7))
     return Image.fromarray(np.stack(channels, axis=-1).clip(1, 255).astype(np.uint8))
 
 
-def encoded(picture, **options):
+def encoded(image, **options):
     stream = io.BytesIO()
-    picture.save(stream, **options)
+    image.save(stream, **options)
     return {"bytes": stream.getvalue(), "path": None}
 
 
@@ -50,7 +50,7 @@ def test_padding_is_black_and_the_box_holds_real_pixels(scale_range):
 
 
 def test_sample_has_the_promised_types_and_shapes():
-    sample = TrainTransform(32)(record(smooth_picture(), (0, 1, 1)), 5)
+    sample = TrainTransform(32)(record(smooth_image(), (0, 1, 1)), 5)
     assert sample["image"].shape == (3, 32, 32) and sample["image"].dtype == torch.uint8
     assert sample["valid_box"].shape == (4,) and sample["valid_box"].dtype == torch.int64
     assert sample["labels"].dtype == torch.float32 and sample["labels"].tolist() == [0, 1, 1]
@@ -58,21 +58,21 @@ def test_sample_has_the_promised_types_and_shapes():
 
 
 def test_same_position_gives_the_same_crop_and_others_differ():
-    picture = smooth_picture()
+    image = smooth_image()
     one, same = TrainTransform(40, seed=3), TrainTransform(40, seed=3)
-    crops = [one(record(picture), position)["image"] for position in range(8)]
+    crops = [one(record(image), position)["image"] for position in range(8)]
     for position in reversed(range(8)):
-        assert (same(record(picture), position)["image"] == crops[position]).all()
+        assert (same(record(image), position)["image"] == crops[position]).all()
     assert sum((crops[0] == crop).all().item() for crop in crops) == 1
-    assert not (TrainTransform(40, seed=4)(record(picture), 0)["image"] == crops[0]).all()
+    assert not (TrainTransform(40, seed=4)(record(image), 0)["image"] == crops[0]).all()
 
 
-def test_crop_is_a_window_of_the_whole_rescaled_picture():
-    picture = smooth_picture()
+def test_crop_is_a_window_of_the_whole_rescaled_image():
+    image = smooth_image()
     transform = TrainTransform(50, (1.5, 1.5), flip=False)
-    whole = np.asarray(picture.resize((90, 66), Image.Resampling.BILINEAR)).astype(int)
+    whole = np.asarray(image.resize((90, 66), Image.Resampling.BILINEAR)).astype(int)
     for position in range(10):
-        crop = transform(record(picture), position)["image"].permute(1, 2, 0).numpy().astype(int)
+        crop = transform(record(image), position)["image"].permute(1, 2, 0).numpy().astype(int)
         differences = [
             np.abs(whole[y : y + 50, x : x + 50] - crop).max() for y in range(66 - 50 + 1) for x in range(90 - 50 + 1)
         ]
@@ -80,24 +80,24 @@ def test_crop_is_a_window_of_the_whole_rescaled_picture():
 
 
 def test_mirror_reverses_columns_half_of_the_time():
-    picture = smooth_picture(48, 48)
-    pixels = np.asarray(picture).astype(int)
+    image = smooth_image(48, 48)
+    pixels = np.asarray(image).astype(int)
     transform = TrainTransform(48, (1.0, 1.0))
     mirrored = 0
     for position in range(200):
-        crop = transform(record(picture), position)["image"].permute(1, 2, 0).numpy().astype(int)
+        crop = transform(record(image), position)["image"].permute(1, 2, 0).numpy().astype(int)
         same, flipped = np.abs(crop - pixels).max(), np.abs(crop - pixels[:, ::-1]).max()
         assert min(same, flipped) == 0
         mirrored += flipped == 0
     assert 70 <= mirrored <= 130
 
 
-def test_mirrored_windows_show_every_part_of_a_wide_picture():
+def test_mirrored_windows_show_every_part_of_a_wide_image():
     columns = np.broadcast_to(np.arange(1, 201, dtype=np.uint8), (20, 200))
-    picture = Image.fromarray(np.stack([columns] * 3, axis=-1))
+    image = Image.fromarray(np.stack([columns] * 3, axis=-1))
     seen, directions = set(), set()
     for position in range(300):
-        row = TrainTransform(20, (1.0, 1.0))(record(picture), position)["image"][0, 0].int()
+        row = TrainTransform(20, (1.0, 1.0))(record(image), position)["image"][0, 0].int()
         steps = set((row[1:] - row[:-1]).tolist())
         assert steps in ({1}, {-1})
         directions |= steps
@@ -105,56 +105,56 @@ def test_mirrored_windows_show_every_part_of_a_wide_picture():
     assert directions == {1, -1} and min(seen) <= 5 and max(seen) >= 196
 
 
-def test_small_pictures_land_anywhere_in_the_crop():
+def test_small_images_land_anywhere_in_the_crop():
     tops = {
-        TrainTransform(32, (0.5, 0.5))(record(smooth_picture(16, 16)), position)["valid_box"][0].item()
+        TrainTransform(32, (0.5, 0.5))(record(smooth_image(16, 16)), position)["valid_box"][0].item()
         for position in range(200)
     }
     assert min(tops) == 0 and max(tops) == 24
 
 
 def test_jpeg_decoded_small_looks_like_the_whole_one():
-    picture = smooth_picture(60, 44).resize((480, 352), Image.Resampling.BICUBIC)
+    image = smooth_image(60, 44).resize((480, 352), Image.Resampling.BICUBIC)
     transform = TrainTransform(64, (0.2, 0.4))
     for position in range(10):
-        small = transform(record(encoded(picture, format="JPEG", quality=95)), position)
-        whole = transform(record(encoded(picture, format="PNG")), position)
+        small = transform(record(encoded(image, format="JPEG", quality=95)), position)
+        whole = transform(record(encoded(image, format="PNG")), position)
         assert (small["valid_box"] == whole["valid_box"]).all()
         assert (small["image"].int() - whole["image"].int()).abs().float().mean() < 4
 
 
-def test_no_picture_is_decoded_below_the_size_needed(monkeypatch):
+def test_no_image_is_decoded_below_the_size_needed(monkeypatch):
     decoded = []
     resize = Image.Image.resize
 
-    def watched(picture, size, *arguments, **options):
-        decoded.append((picture.size, size))
-        return resize(picture, size, *arguments, **options)
+    def watched(image, size, *arguments, **options):
+        decoded.append((image.size, size))
+        return resize(image, size, *arguments, **options)
 
-    picture = encoded(smooth_picture(10, 10), format="JPEG")
+    image = encoded(smooth_image(10, 10), format="JPEG")
     monkeypatch.setattr(Image.Image, "resize", watched)
-    # 5.6 pixels are rounded to 6: half of the picture would be 5
-    TrainTransform(6, (0.56, 0.56))(record(picture), 0)
-    TrainTransform(5, (0.5, 0.5))(record(picture), 0)
+    # 5.6 pixels are rounded to 6: half of the image would be 5
+    TrainTransform(6, (0.56, 0.56))(record(image), 0)
+    TrainTransform(5, (0.5, 0.5))(record(image), 0)
     assert decoded == [((10, 10), (6, 6)), ((5, 5), (5, 5))]
 
 
-def test_paths_bytes_and_pictures_give_the_same_crop(tmp_path):
-    picture = smooth_picture()
-    picture.save(tmp_path / "one.png")
-    forms = [picture, encoded(picture, format="PNG"), str(tmp_path / "one.png"), tmp_path / "one.png"]
+def test_paths_bytes_and_images_give_the_same_crop(tmp_path):
+    image = smooth_image()
+    image.save(tmp_path / "one.png")
+    forms = [image, encoded(image, format="PNG"), str(tmp_path / "one.png"), tmp_path / "one.png"]
     crops = [TrainTransform(32)(record(form), 7)["image"] for form in forms]
     assert all((crop == crops[0]).all() for crop in crops)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
 def test_other_modes_become_rgb(mode):
-    form = encoded(smooth_picture().convert(mode), format="TIFF")
+    form = encoded(smooth_image().convert(mode), format="TIFF")
     assert TrainTransform(32)(record(form), 0)["image"].shape == (3, 32, 32)
 
 
 def test_exif_rotation_is_undone():
-    upright = smooth_picture(60, 40)
+    upright = smooth_image(60, 40)
     exif = Image.Exif()
     exif[0x0112] = 6
     stored = encoded(
@@ -167,10 +167,10 @@ def test_exif_rotation_is_undone():
         assert (turned["image"].int() - plain["image"].int()).abs().float().mean() < 4
 
 
-def test_broken_picture_is_named():
-    whole = encoded(smooth_picture(), format="JPEG")["bytes"]
-    for broken in (b"no picture", whole[: len(whole) // 2]):
-        with pytest.raises(ValueError, match="The picture one does not decode"):
+def test_broken_image_is_named():
+    whole = encoded(smooth_image(), format="JPEG")["bytes"]
+    for broken in (b"no image", whole[: len(whole) // 2]):
+        with pytest.raises(ValueError, match="The image one does not decode"):
             TrainTransform(32)(record({"bytes": broken, "path": None}), 0)
 
 
@@ -223,9 +223,9 @@ def test_loader_gives_the_same_batches_for_any_number_of_workers(num_workers):
 
 
 def test_train_dataset_never_reads_a_mask():
-    picture = encoded(smooth_picture(), format="PNG")
+    image = encoded(smooth_image(), format="PNG")
     broken = {"bytes": b"no mask", "path": None}
-    split = build_split([picture], ["one"], np.ones((1, 1)), ["background", "cat"], masks=[broken])
+    split = build_split([image], ["one"], np.ones((1, 1)), ["background", "cat"], masks=[broken])
     dataset = TrainDataset(split, TrainTransform(32))
     assert "mask" not in dataset.dataset.column_names
     assert dataset[0, 0]["image"].shape == (3, 32, 32)
@@ -250,7 +250,7 @@ def test_each_photometric_step_does_its_own_thing():
     assert (blurred.std(dim=(1, 2, 3)) < (images / 255).std(dim=(1, 2, 3))).all()
     jittered = PhotometricAugmentation(**plain | {"color_jitter": 1.0})(images)
     changes = (jittered - images / 255).abs().mean(dim=(1, 2, 3))
-    assert (changes > 0.005).all() and changes.unique().numel() == 4, "every picture gets its own change"
+    assert (changes > 0.005).all() and changes.unique().numel() == 4, "every image gets its own change"
 
 
 def test_photometry_follows_the_global_generator_and_keeps_the_range():

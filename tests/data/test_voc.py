@@ -100,9 +100,9 @@ def test_training_needs_no_mask(devkit, tmp_path):
     assert "mask" not in loaded["validation"].column_names
 
 
-def test_loading_opens_no_picture(devkit):
+def test_loading_opens_no_image(devkit):
     for path in [*(devkit.voc / "JPEGImages").iterdir(), *(devkit.voc / "SegmentationClassAug").iterdir()]:
-        path.write_bytes(b"not a picture")
+        path.write_bytes(b"not an image")
     assert len(load_voc2012(devkit.root)["train"]) == 6
 
 
@@ -142,18 +142,18 @@ def test_missing_and_empty_list(devkit):
         load_voc2012(devkit.root)
 
 
-def test_id_without_picture_or_mask_or_annotation(devkit):
+def test_id_without_image_or_mask_or_annotation(devkit):
     first, second = devkit.validation_ids[:2]
     (devkit.voc / "Annotations" / f"{first}.xml").unlink()
-    with pytest.raises(FileNotFoundError, match=rf"1 of 3 pictures have no annotation in .* \({first}\)"):
+    with pytest.raises(FileNotFoundError, match=rf"1 of 3 images have no annotation in .* \({first}\)"):
         load_voc2012(devkit.root)
     (devkit.voc / "SegmentationClassAug" / f"{second}.png").unlink()
-    with pytest.raises(FileNotFoundError, match=rf"1 of the 3 pictures of the split 'val' have no mask.*\({second}\)"):
+    with pytest.raises(FileNotFoundError, match=rf"1 of the 3 images of the split 'val' have no mask.*\({second}\)"):
         load_voc2012(devkit.root, "masks")
     for image_id in devkit.train_ids[:5]:
         (devkit.voc / "JPEGImages" / f"{image_id}.jpg").unlink()
     named = ", ".join(devkit.train_ids[:3])
-    with pytest.raises(FileNotFoundError, match=rf"'train_aug' names 5 pictures .*\({named} and 2 more\)"):
+    with pytest.raises(FileNotFoundError, match=rf"'train_aug' names 5 images .*\({named} and 2 more\)"):
         load_voc2012(devkit.root)
 
 
@@ -174,9 +174,7 @@ def test_label_file_without_ids_of_the_split(devkit, tmp_path):
     kept = {image_id: devkit.labels[image_id] for image_id in [devkit.train_ids[0], *devkit.validation_ids]}
     path = write_labels_json(tmp_path / "labels.json", kept)
     named = ", ".join(devkit.train_ids[1:4])
-    with pytest.raises(
-        ValueError, match=rf"lacks 5 of the 6 pictures of the split 'train_aug' \({named} and 2 more\)"
-    ):
+    with pytest.raises(ValueError, match=rf"lacks 5 of the 6 images of the split 'train_aug' \({named} and 2 more\)"):
         load_voc2012(devkit.root, path)
 
 
@@ -261,7 +259,7 @@ def test_load_by_name(devkit):
 def test_real_devkit_and_real_label_file(root):
     shared = root.parent / "shared" / "data"
     if not shared.is_dir():
-        pytest.skip("the real pictures are not beside the checkout")
+        pytest.skip("the real images are not beside the checkout")
     loaded = load_voc2012(shared / "VOCdevkit", shared / "voc2012_image_labels.npz")
     assert (len(loaded["train"]), len(loaded["validation"])) == (3131, 300)
     from_masks = load_voc2012(shared / "VOCdevkit", "masks", train_split="train")

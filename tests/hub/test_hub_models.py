@@ -23,21 +23,21 @@ def logits(repo_id, **options):
     model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(repo_id, **options)
     processor = SynerNetImageProcessor.from_pretrained(repo_id, **options)
     with torch.no_grad():
-        return model(**processor(Image.open({picture!r}), return_tensors="pt")).logits
+        return model(**processor(Image.open({image!r}), return_tensors="pt")).logits
 """
 
 
 @pytest.fixture(scope="module")
 def logits_code(tiny_run_folder) -> str:
-    """Defines `logits(repo_id)`, those of the picture in the run's folder."""
-    return LOGITS.format(picture=str(tiny_run_folder / "picture.png"))
+    """Defines `logits(repo_id)`, those of the image in the run's folder."""
+    return LOGITS.format(image=str(tiny_run_folder / "image.png"))
 
 
 @pytest.fixture(scope="module")
 def expected(tiny_run_folder) -> torch.Tensor:
     model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(tiny_run_folder)
     inputs = SynerNetImageProcessor.from_pretrained(tiny_run_folder)(
-        Image.open(tiny_run_folder / "picture.png"), return_tensors="pt"
+        Image.open(tiny_run_folder / "image.png"), return_tensors="pt"
     )
     with torch.no_grad():
         return model(**inputs).logits
@@ -274,11 +274,11 @@ model = AutoModelForSemanticSegmentation.from_pretrained(repo_id, trust_remote_c
 processor = AutoImageProcessor.from_pretrained(repo_id, trust_remote_code=True)
 base = AutoModel.from_pretrained(repo_id, trust_remote_code=True)
 assert type(base).__name__ == "SynerNetModel"
-picture = Image.open({str(tiny_run_folder / "picture.png")!r})
+image = Image.open({str(tiny_run_folder / "image.png")!r})
 with torch.no_grad():
-    logits = model(**processor(picture, return_tensors="pt")).logits
-segments = pipeline(model=repo_id, trust_remote_code=True)(picture, scales=(1.0, 1.25))
-assert segments[0]["mask"].size == picture.size
+    logits = model(**processor(image, return_tensors="pt")).logits
+segments = pipeline(model=repo_id, trust_remote_code=True)(image, scales=(1.0, 1.25))
+assert segments[0]["mask"].size == image.size
 save_file({{"logits": logits}}, "logits.safetensors")
 """
     environment = client_environment(hub, tmp_path / "home")

@@ -47,12 +47,12 @@ def run_folder(tiny_run_folder) -> Path:
             hardware="cpu",
             versions={"torch": "2.13.0"},
             results={"segmentation": SCORES | {"per_class_iou": {"background": 0.9, "cat": 0.1, "dog": None}}},
-            pictures="pictures.png",
-            num_pictures=3,
+            images="images.png",
+            num_images=3,
         )
     )
     card.save(tiny_run_folder / "README.md")
-    (tiny_run_folder / "pictures.png").write_bytes((tiny_run_folder / "picture.png").read_bytes())
+    (tiny_run_folder / "images.png").write_bytes((tiny_run_folder / "image.png").read_bytes())
     (tiny_run_folder / "training_args.json").write_text(json.dumps({"data_dir": "a/private/folder"}))
     return tiny_run_folder
 
@@ -76,7 +76,7 @@ def test_one_commit_holds_weights_processor_code_and_card(hub, run_folder, tmp_p
     commit = repo.commit_at("main")
     assert [repo.commits[oid].title for oid in repo.commits] == ["initial commit", "First release"]
     code = {path.name for path in (SCRIPT.parents[1] / "src" / "synernet_hf" / "model").glob("*_synernet.py")}
-    others = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "pictures.png"}
+    others = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "images.png"}
     assert set(commit.files) == code | others | {".gitattributes"}
     assert commit.files["model.safetensors"].sha256 == _sha256(run_folder / "model.safetensors")
 
@@ -86,13 +86,13 @@ def test_one_commit_holds_weights_processor_code_and_card(hub, run_folder, tmp_p
     assert card.data.license == "apache-2.0"
     assert "- Weights: apache-2.0. They start from encoder" in card.text
     assert 'name = "owner/one_commit"' in card.text
-    assert "](pictures.png)" in card.text
+    assert "](images.png)" in card.text
     assert [result.metric_value for result in card.data.eval_results] == [0.5]
 
 
 def test_private_branch_inference_only_form_and_pull_request(hub, run_folder, tmp_path):
     repo_id = "owner/inference_only"
-    words = ["--private", "--revision", "small", "--no_projection_head", "--no_pictures"]
+    words = ["--private", "--revision", "small", "--no_projection_head", "--no_images"]
     done = run_script(hub, tmp_path, str(run_folder), repo_id, *words)
     assert done.returncode == 0, done.stderr[-2000:]
     repo = hub.repos["models", repo_id]
@@ -103,8 +103,8 @@ def test_private_branch_inference_only_form_and_pull_request(hub, run_folder, tm
     assert names
     assert not any("projection_head" in name or "prototypes" in name for name in names)
     assert json.loads(files["config.json"].path.read_text())["with_projection_head"] is False
-    assert "pictures.png" not in files
-    assert "](pictures.png)" not in files["README.md"].path.read_text(encoding="utf-8")
+    assert "images.png" not in files
+    assert "](images.png)" not in files["README.md"].path.read_text(encoding="utf-8")
 
     repo.private = False
     done = run_script(hub, tmp_path, str(run_folder), repo_id, "--create_pr", token="hf_guest")

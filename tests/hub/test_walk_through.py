@@ -78,8 +78,8 @@ for attempt in $(seq 100); do (exec 3<> /dev/tcp/127.0.0.1/{port}) 2> /dev/null 
 
     page = (here / "runs" / "card.html").read_text(encoding="utf-8")
     assert "<h1>tiny</h1>" in page
-    assert '<img alt="Pictures' in page
-    assert 'src="/owner/synernet-tiny/resolve/main/pictures.png"' in page
+    assert '<img alt="Images' in page
+    assert 'src="/owner/synernet-tiny/resolve/main/images.png"' in page
     assert page.count("<table>") >= 3
     assert "Weights: apache-2.0." in page
     assert "name = &quot;owner/synernet-tiny&quot;" in page

@@ -39,7 +39,7 @@ def test_a_perfect_prediction_scores_one_and_a_wrong_one_zero():
         assert (perfect[name], wrong[name]) == (1.0, 0.0)
 
 
-def test_streaming_picture_by_picture_equals_one_batch():
+def test_streaming_image_by_image_equals_one_batch():
     predictions, references = random_maps(1)
     batch = MeanIoU(4).update(predictions, references)
     stream = MeanIoU(4)
@@ -113,7 +113,7 @@ def test_bad_settings_are_refused():
         MeanIoU(300, ignore_index=255)
 
 
-def test_local_evaluate_module_agrees_and_takes_pictures_of_several_sizes(tmp_path, monkeypatch):
+def test_local_evaluate_module_agrees_and_takes_images_of_several_sizes(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     evaluate = pytest.importorskip("evaluate")
     folder = Path(synernet_hf.metrics.__file__).parent / "mean_iou"

@@ -82,7 +82,7 @@ def test_crop_to_input_is_resize_then_crop():
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 40), (30, 45), (7, 5)])
 @pytest.mark.parametrize("flip", [True, False])
-def test_multi_scale_cams_fit_the_picture(model, size, flip):
+def test_multi_scale_cams_fit_the_image(model, size, flip):
     pixel_values = torch.randn(2, 3, *size)
     cams = multi_scale_cams(model, pixel_values, scales=(1.0, 0.5, 1.25), flip=flip)
     assert set(cams) == {"broad", "precise"}
@@ -103,7 +103,7 @@ def test_only_the_classes_of_the_labels_are_computed_and_equal_masking_afterward
             torch.testing.assert_close(actual, mask_absent_classes(maps, labels))
 
 
-def test_mirrored_pictures_have_mirrored_cams(model):
+def test_mirrored_images_have_mirrored_cams(model):
     # sides and scaled sides are multiples of the patch, so that nothing is cut or padded at one side
     pixel_values = torch.randn(1, 3, 32, 48)
     straight = multi_scale_cams(model, pixel_values, scales=(1.0, 0.5, 1.5), flip=True)
@@ -129,7 +129,7 @@ def test_scales_are_summed_before_normalising(model):
     )
 
 
-def test_a_picture_has_the_same_cams_alone_and_in_a_batch(model):
+def test_a_image_has_the_same_cams_alone_and_in_a_batch(model):
     pixel_values, labels = torch.randn(3, 3, 32, 32), torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]])
     together = multi_scale_cams(model, pixel_values, labels, scales=(1.0,))["precise"][0]
     for index in range(3):
@@ -140,7 +140,7 @@ def test_a_picture_has_the_same_cams_alone_and_in_a_batch(model):
 
 @settings(max_examples=20, deadline=None)
 @given(SEEDS, st.floats(0.02, 2.0))
-def test_propagated_maps_are_means_over_the_picture(seed, temperature):
+def test_propagated_maps_are_means_over_the_image(seed, temperature):
     cams, features = seeded(seed, 2, 3, 4, 5) * 4 - 1, seeded(seed + 1, 2, 6, 4, 5) - 0.5
     spread = propagate_cams(cams, features, temperature)
     cut = cams.relu()
@@ -304,7 +304,7 @@ def test_label_bands_by_hand():
     assert cams_to_pseudo_labels(cams, labels, LOW, HIGH, boxes, -1).flatten().tolist() == [0, -1, -1, -1]
 
 
-def test_a_picture_without_classes_is_background():
+def test_a_image_without_classes_is_background():
     assert not cams_to_pseudo_labels(torch.rand(1, 3, 4, 4), torch.zeros(1, 3), LOW, HIGH).any()
 
 
@@ -418,19 +418,19 @@ def test_the_agreed_label_wins_whatever_the_cams_say(seed, low, high, share):
 
 
 def test_no_row_or_column_of_a_scaled_view_is_lost(monkeypatch):
-    # at 0.75 a 32-pixel picture gives 24 pixels, one and a half patches of 16
+    # at 0.75 a 32-pixel image gives 24 pixels, one and a half patches of 16
     tester = SynerNetModelTester()
     config = tester.config()
     config.backbone_config.patch_size = 16
     torch.manual_seed(0)
     model = SynerNetForWeaklySupervisedSegmentation(config).eval()
-    picture = torch.randn(1, 3, 32, 32)
-    changed = picture.clone()
+    image = torch.randn(1, 3, 32, 32)
+    changed = image.clone()
     changed[..., -6:, -6:] += 3
     difference = {}
     for floor in (False, True):
         model.config.floor_scaled_views = floor
-        before, after = (multi_scale_cams(model, x, None, (0.75,), False)["broad"][0] for x in (picture, changed))
+        before, after = (multi_scale_cams(model, x, None, (0.75,), False)["broad"][0] for x in (image, changed))
         difference[floor] = (before - after).abs().max().item()
     assert difference[False] > 1e-3
     assert difference[True] == 0

@@ -1,4 +1,4 @@
-"""The classifier of the class token: its loss, the class scores of a picture, the prior on the segmentation."""
+"""The classifier of the class token: its loss, the class scores of an image, the prior on the segmentation."""
 
 import numpy as np
 import pytest
@@ -77,7 +77,7 @@ def test_the_prior_lowers_each_class_by_its_distance_to_the_likeliest(size, bran
     moved = logits[2.0] - logits[0.0]
     assert torch.equal(moved[:, 0], torch.zeros_like(moved[:, 0]))
     torch.testing.assert_close(moved[:, 1:], 2 * prior[:, :, None, None].expand_as(moved[:, 1:]))
-    # none gains, and one class of each picture keeps what it has
+    # none gains, and one class of each image keeps what it has
     assert (moved <= 0).all()
     assert (moved[:, 1:].amax(dim=1) == 0).all()
 
@@ -141,7 +141,7 @@ def test_the_prior_is_left_out_where_the_classes_are_known():
     with torch.no_grad():
         for name in ("broad", "precise"):
             branch = model.synernet.branch(name)
-            # sure of the first class, whatever the picture shows
+            # sure of the first class, whatever the image shows
             branch.class_token_head.bias.copy_(torch.tensor([5.0, -5.0, -5.0]))
             for parameter in branch.decode_head.parameters():
                 parameter.normal_()

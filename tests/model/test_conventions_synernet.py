@@ -61,8 +61,8 @@ def test_the_stock_pipeline_for_features_runs(model):
     extractor = pipeline(
         "image-feature-extraction", model=model.synernet, image_processor=SynerNetImageProcessor(), return_tensors=True
     )
-    picture = Image.fromarray(np.zeros((16, 24, 3), dtype=np.uint8))
-    assert extractor(picture).shape == (1, 1 + 2 * 3, 2 * 16)
+    image = Image.fromarray(np.zeros((16, 24, 3), dtype=np.uint8))
+    assert extractor(image).shape == (1, 1 + 2 * 3, 2 * 16)
 
 
 @pytest.mark.parametrize("wanted", [[0, 3], [-1], 2])

@@ -11,7 +11,7 @@ from synernet_hf import SynerNetImageProcessor
 from synernet_hf.model.modeling_synernet import SynerNetSegmenterOutput
 
 
-def random_picture(height, width, seed=0):
+def random_image(height, width, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -21,31 +21,31 @@ def random_mask(height, width, seed=0):
     return mask
 
 
-def test_a_picture_keeps_its_size_and_is_normalised():
-    picture = random_picture(37, 45)
-    inputs = SynerNetImageProcessor()(picture, return_tensors="pt")
+def test_a_image_keeps_its_size_and_is_normalised():
+    image = random_image(37, 45)
+    inputs = SynerNetImageProcessor()(image, return_tensors="pt")
     assert list(inputs) == ["pixel_values"]
     values = inputs["pixel_values"]
     assert values.shape == (1, 3, 37, 45) and values.dtype == torch.float32
-    expected = (np.asarray(picture) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    expected = (np.asarray(image) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     assert np.abs(values[0].permute(1, 2, 0).numpy() - expected).max() < 1e-5
 
 
 def test_all_kinds_of_input_give_the_same_values(tmp_path):
-    picture = random_picture(20, 30)
-    picture.save(tmp_path / "picture.png")
-    array = np.asarray(picture)
+    image = random_image(20, 30)
+    image.save(tmp_path / "image.png")
+    array = np.asarray(image)
     processor = SynerNetImageProcessor()
-    expected = processor(picture, return_tensors="pt")["pixel_values"]
+    expected = processor(image, return_tensors="pt")["pixel_values"]
     tensor = torch.from_numpy(array.transpose(2, 0, 1).copy())
-    path = tmp_path / "picture.png"
-    kinds = [array, array.transpose(2, 0, 1), tensor, str(path), path, [picture], (path,)]
+    path = tmp_path / "image.png"
+    kinds = [array, array.transpose(2, 0, 1), tensor, str(path), path, [image], (path,)]
     for kind in kinds:
         assert torch.equal(processor(kind, return_tensors="pt")["pixel_values"], expected)
-    batches = [np.stack([array, array]), torch.stack([tensor, tensor]), [picture, str(path)], [array, tensor]]
+    batches = [np.stack([array, array]), torch.stack([tensor, tensor]), [image, str(path)], [array, tensor]]
     for batch in batches:
         assert torch.equal(processor(batch, return_tensors="pt")["pixel_values"], expected.expand(2, -1, -1, -1))
-    numpy_values = processor(picture, return_tensors="np")["pixel_values"]
+    numpy_values = processor(image, return_tensors="np")["pixel_values"]
     assert np.array_equal(numpy_values, expected.numpy())
 
 
@@ -60,32 +60,32 @@ def served(tmp_path):
         server.shutdown()
 
 
-def test_pictures_come_from_addresses_too(served):
+def test_images_come_from_addresses_too(served):
     folder, address = served
-    picture = random_picture(20, 30)
-    picture.save(folder / "picture.png")
+    image = random_image(20, 30)
+    image.save(folder / "image.png")
     processor = SynerNetImageProcessor()
-    expected = processor(picture, return_tensors="pt")["pixel_values"]
-    assert torch.equal(processor(f"{address}/picture.png", return_tensors="pt")["pixel_values"], expected)
+    expected = processor(image, return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor(f"{address}/image.png", return_tensors="pt")["pixel_values"], expected)
     with pytest.raises(ValueError, match="cannot be read; expected is the path or URL"):
-        processor([f"{address}/picture.png", f"{address}/none.png"])
+        processor([f"{address}/image.png", f"{address}/none.png"])
     with pytest.raises(ValueError, match="none.png' cannot be read"):
         processor(str(folder / "none.png"))
 
 
 def test_files_are_turned_upright(tmp_path):
-    picture = random_picture(20, 30)
-    exif = picture.getexif()
+    image = random_image(20, 30)
+    exif = image.getexif()
     exif[0x0112] = 6  # to be turned by 90 degrees
-    picture.save(tmp_path / "picture.png", exif=exif)
-    assert SynerNetImageProcessor()(tmp_path / "picture.png", return_tensors="pt")["pixel_values"].shape[-2:] == (
+    image.save(tmp_path / "image.png", exif=exif)
+    assert SynerNetImageProcessor()(tmp_path / "image.png", return_tensors="pt")["pixel_values"].shape[-2:] == (
         30,
         20,
     )
 
 
 def test_greyscale_arrays_become_rgb():
-    array = np.asarray(random_picture(20, 30))[..., 0]
+    array = np.asarray(random_image(20, 30))[..., 0]
     processor = SynerNetImageProcessor()
     expected = processor(Image.fromarray(array), return_tensors="pt")["pixel_values"]
     for kind in (array, torch.from_numpy(array.copy()), [array]):
@@ -93,16 +93,16 @@ def test_greyscale_arrays_become_rgb():
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
-def test_pictures_of_other_modes_become_rgb(mode):
-    picture = random_picture(9, 7).convert(mode)
-    values = SynerNetImageProcessor()(picture, return_tensors="pt")["pixel_values"]
-    assert torch.equal(values, SynerNetImageProcessor()(picture.convert("RGB"), return_tensors="pt")["pixel_values"])
+def test_images_of_other_modes_become_rgb(mode):
+    image = random_image(9, 7).convert(mode)
+    values = SynerNetImageProcessor()(image, return_tensors="pt")["pixel_values"]
+    assert torch.equal(values, SynerNetImageProcessor()(image.convert("RGB"), return_tensors="pt")["pixel_values"])
 
 
 def test_masks_keep_their_ids_and_are_not_called_labels():
     mask = random_mask(21, 33)
-    inputs = SynerNetImageProcessor()(random_picture(21, 33), mask, return_tensors="pt")
-    assert set(inputs) == {"pixel_values", "mask"}  # the model's `labels` are those of whole pictures
+    inputs = SynerNetImageProcessor()(random_image(21, 33), mask, return_tensors="pt")
+    assert set(inputs) == {"pixel_values", "mask"}  # the model's `labels` are those of whole images
     assert inputs["mask"].dtype == torch.int64
     assert np.array_equal(inputs["mask"][0].numpy(), np.asarray(mask))
 
@@ -112,26 +112,26 @@ def test_masks_of_every_kind_are_equal(tmp_path):
     mask.save(tmp_path / "mask.png")
     ids = np.array(mask)
     for kind in (mask, ids, ids.astype(np.int64), torch.from_numpy(ids), tmp_path / "mask.png", [mask]):
-        found = SynerNetImageProcessor()(random_picture(21, 33), kind, return_tensors="pt")["mask"]
+        found = SynerNetImageProcessor()(random_image(21, 33), kind, return_tensors="pt")["mask"]
         assert np.array_equal(found[0].numpy(), ids)
 
 
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (random_picture(21, 33), "expected are ids of shape"),
-        (random_mask(21, 32), "its picture \\(21, 33\\); the two must agree"),
+        (random_image(21, 33), "expected are ids of shape"),
+        (random_mask(21, 32), "its image \\(21, 33\\); the two must agree"),
         ("none.png", "segmentation map 'none.png' cannot be read"),
     ],
 )
 def test_masks_that_do_not_fit_are_refused(mask, message):
     with pytest.raises(ValueError, match=message):
-        SynerNetImageProcessor()(random_picture(21, 33), mask, return_tensors="pt")
+        SynerNetImageProcessor()(random_image(21, 33), mask, return_tensors="pt")
 
 
-def test_a_crop_larger_than_the_picture_is_filled_with_what_is_ignored():
+def test_a_crop_larger_than_the_image_is_filled_with_what_is_ignored():
     processor = SynerNetImageProcessor(do_center_crop=True, crop_size={"height": 10, "width": 12})
-    inputs = processor(random_picture(6, 8), random_mask(6, 8), return_tensors="pt")
+    inputs = processor(random_image(6, 8), random_mask(6, 8), return_tensors="pt")
     assert inputs["mask"].shape == (1, 10, 12) and inputs["pixel_values"].shape == (1, 3, 10, 12)
     inner = inputs["mask"][0, 2:8, 2:10]
     assert np.array_equal(inner.numpy(), np.asarray(random_mask(6, 8)))
@@ -140,7 +140,7 @@ def test_a_crop_larger_than_the_picture_is_filled_with_what_is_ignored():
 
 def test_resizing_invents_no_mask_id():
     inputs = SynerNetImageProcessor(do_resize=True, size={"height": 32, "width": 24})(
-        random_picture(21, 33), random_mask(21, 33), return_tensors="pt"
+        random_image(21, 33), random_mask(21, 33), return_tensors="pt"
     )
     assert inputs["pixel_values"].shape == (1, 3, 32, 24) and inputs["mask"].shape == (1, 32, 24)
     assert set(inputs["mask"].unique().tolist()) <= {0, 1, 2, 255}
@@ -148,44 +148,44 @@ def test_resizing_invents_no_mask_id():
 
 @pytest.mark.parametrize("size", [40, {"shortest_edge": 40}])
 def test_shortest_edge_keeps_proportions(size):
-    values = SynerNetImageProcessor()(random_picture(20, 30), do_resize=True, size=size, return_tensors="pt")
+    values = SynerNetImageProcessor()(random_image(20, 30), do_resize=True, size=size, return_tensors="pt")
     assert values["pixel_values"].shape == (1, 3, 40, 60)
 
 
 def test_padding_reaches_the_patch_multiple_and_is_told_apart():
-    pictures, masks = [random_picture(20, 33), random_picture(10, 12)], [random_mask(20, 33), random_mask(10, 12)]
+    images, masks = [random_image(20, 33), random_image(10, 12)], [random_mask(20, 33), random_mask(10, 12)]
     processor = SynerNetImageProcessor()
-    inputs = processor(pictures, masks, do_pad=True, size_divisor=8, return_tensors="pt")
+    inputs = processor(images, masks, do_pad=True, size_divisor=8, return_tensors="pt")
     assert inputs["pixel_values"].shape == (2, 3, 24, 40)
-    for i, (picture, mask) in enumerate(zip(pictures, masks, strict=True)):
+    for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
         real = torch.zeros(24, 40, dtype=torch.int64)
-        real[: picture.height, : picture.width] = 1
+        real[: image.height, : image.width] = 1
         assert torch.equal(inputs["pixel_mask"][i], real)
         assert (inputs["pixel_values"][i][:, real == 0] == 0).all()
         assert (inputs["mask"][i][real == 0] == 255).all()
         assert np.array_equal(inputs["mask"][i][: mask.height, : mask.width].numpy(), np.asarray(mask))
-        alone = processor(picture, return_tensors="pt")["pixel_values"][0]
-        assert torch.equal(inputs["pixel_values"][i][:, : picture.height, : picture.width], alone)
+        alone = processor(image, return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(inputs["pixel_values"][i][:, : image.height, : image.width], alone)
 
 
 def test_padding_to_no_multiple_is_refused():
     with pytest.raises(ValueError, match="`size_divisor` must be positive"):
-        SynerNetImageProcessor()(random_picture(8, 8), do_pad=True, size_divisor=0, return_tensors="pt")
+        SynerNetImageProcessor()(random_image(8, 8), do_pad=True, size_divisor=0, return_tensors="pt")
 
 
-def test_pictures_of_several_sizes_are_a_list_or_a_clear_error():
-    pictures = [random_picture(20, 33), random_picture(10, 12)]
-    assert [values.shape for values in SynerNetImageProcessor()(pictures)["pixel_values"]] == [
+def test_images_of_several_sizes_are_a_list_or_a_clear_error():
+    images = [random_image(20, 33), random_image(10, 12)]
+    assert [values.shape for values in SynerNetImageProcessor()(images)["pixel_values"]] == [
         (3, 20, 33),
         (3, 10, 12),
     ]
     with pytest.raises(ValueError, match="one tensor needs one size"):
-        SynerNetImageProcessor()(pictures, return_tensors="pt")
+        SynerNetImageProcessor()(images, return_tensors="pt")
 
 
-def test_one_mask_per_picture_is_demanded():
-    with pytest.raises(ValueError, match="2 pictures and 1 segmentation maps"):
-        SynerNetImageProcessor()([random_picture(8, 8)] * 2, [random_mask(8, 8)], return_tensors="pt")
+def test_one_mask_per_image_is_demanded():
+    with pytest.raises(ValueError, match="2 images and 1 segmentation maps"):
+        SynerNetImageProcessor()([random_image(8, 8)] * 2, [random_mask(8, 8)], return_tensors="pt")
 
 
 def test_saved_and_loaded_processor_is_the_same(tmp_path):
@@ -193,9 +193,9 @@ def test_saved_and_loaded_processor_is_the_same(tmp_path):
     processor.save_pretrained(tmp_path)
     loaded = SynerNetImageProcessor.from_pretrained(tmp_path)
     assert loaded.to_dict() == processor.to_dict()
-    picture = random_picture(31, 50)
+    image = random_image(31, 50)
     assert torch.equal(
-        processor(picture, return_tensors="pt")["pixel_values"], loaded(picture, return_tensors="pt")["pixel_values"]
+        processor(image, return_tensors="pt")["pixel_values"], loaded(image, return_tensors="pt")["pixel_values"]
     )
 
 
@@ -242,11 +242,11 @@ def test_cams_at_or_below_the_threshold_are_background():
 
 def test_16_bit_greyscale_keeps_its_shades(tmp_path):
     shades = np.linspace(0, 65535, 20 * 30).reshape(20, 30).astype(np.uint16)
-    picture = Image.fromarray(shades)
-    assert picture.mode == "I;16"
-    picture.save(tmp_path / "grey.png")
+    image = Image.fromarray(shades)
+    assert image.mode == "I;16"
+    image.save(tmp_path / "grey.png")
     processor = SynerNetImageProcessor(do_normalize=False)
     expected = np.repeat((shades // 256)[None] / 255, 3, axis=0)
-    for given in (picture, [picture], str(tmp_path / "grey.png"), tmp_path / "grey.png"):
+    for given in (image, [image], str(tmp_path / "grey.png"), tmp_path / "grey.png"):
         (values,) = processor(given, return_tensors="np")["pixel_values"]
         assert np.abs(values - expected).max() < 1e-6

@@ -127,7 +127,7 @@ def test_patch_contrast_leaves_ignored_tokens_alone():
     assert gradient[:, :, 0].any()
 
 
-def test_patch_contrast_does_not_compare_pictures():
+def test_patch_contrast_does_not_compare_images():
     features, labels = torch.randn(2, 5, 2, 2), torch.zeros(2, 2, 2, dtype=torch.long)
     swapped = labels.clone()
     swapped[1] = 1
@@ -234,7 +234,7 @@ def step_by_step(embeddings, class_ids, prototypes, momentum=0.01, temperature=0
 
 
 @pytest.mark.parametrize("ids", [[0, 1, 2, 0], [1, 1, 1, 1], [-1, 2, -1, 2], [0, -1, -1, -1]])
-def test_prototype_contrast_takes_pictures_one_after_another(ids):
+def test_prototype_contrast_takes_images_one_after_another(ids):
     embeddings, prototypes = torch.randn(4, 6), torch.zeros(3, 6)
     prototypes[2] = F.normalize(torch.randn(6), dim=0)
     before = prototypes.clone()
@@ -253,7 +253,7 @@ def test_prototype_contrast_order_matters():
     assert not torch.allclose(loss, other_loss)
 
 
-def test_prototypes_stay_normalised_and_untouched_where_no_picture_is():
+def test_prototypes_stay_normalised_and_untouched_where_no_image_is():
     prototypes = torch.zeros(4, 6)
     for seed in range(5):
         embeddings = torch.randn(3, 6, generator=torch.Generator().manual_seed(seed)) * 3
@@ -262,7 +262,7 @@ def test_prototypes_stay_normalised_and_untouched_where_no_picture_is():
     assert not prototypes[[1, 3]].any()
 
 
-def test_prototype_contrast_without_any_picture_is_zero():
+def test_prototype_contrast_without_any_image_is_zero():
     ids = torch.tensor([-1, -1])
     loss, gradient = gradient_of(
         lambda embeddings: prototype_contrast_loss(embeddings, ids, torch.zeros(3, 4))[0], torch.randn(2, 4)

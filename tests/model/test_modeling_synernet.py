@@ -69,7 +69,7 @@ def test_prefix_tokens_are_left_out_of_the_maps(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_token_map_follows_the_picture(family):
+def test_a_token_map_follows_the_image(family):
     # patch embedding and position are all that tells tokens apart before the first block
     tester = SynerNetModelTester(family, auxiliary_layer_index=0)
     model = tester.model()
@@ -163,7 +163,7 @@ def test_other_sizes_are_padded_resized_and_cropped(family, size):
     torch.testing.assert_close(output.classification_logits, expected.classification_logits)
 
 
-def test_the_last_row_and_column_of_any_picture_count(tester, model):
+def test_the_last_row_and_column_of_any_image_count(tester, model):
     pixel_values = tester.inputs(1, 33, 41)["pixel_values"]
     changed = pixel_values.clone()
     changed[..., 32, 40] += 3.0
@@ -348,7 +348,7 @@ def test_the_spatial_loss_moves_the_last_classifier_only(tester, model):
 
 @pytest.mark.parametrize("rows", [[[0, 0, 0]], [[1, 1, 1]], [[0, 0, 0], [1, 1, 1]], [[0, 0, 0], [0, 0, 0]]])
 @pytest.mark.parametrize("progress", [0.0, 1.0])
-def test_pictures_with_no_and_with_every_class(tester, model, rows, progress):
+def test_images_with_no_and_with_every_class(tester, model, rows, progress):
     labels = torch.tensor(rows)
     pixel_values = tester.inputs(len(rows), 32, 40)["pixel_values"]
     output = model.train()(pixel_values, labels=labels, loss_weights=ALL_TERMS, training_progress=progress)
@@ -369,7 +369,7 @@ def test_boxes_are_ignored_outside_and_may_be_empty(tester, model):
     assert (output.pseudo_labels[1] == 255).all()
 
 
-def test_a_constant_picture_trains(tester, model):
+def test_a_constant_image_trains(tester, model):
     inputs = tester.inputs(1)
     output = model(torch.zeros_like(inputs["pixel_values"]), labels=inputs["labels"], loss_weights=ALL_TERMS)
     output.loss.backward()

@@ -30,7 +30,7 @@ def segmenter(tiny_config):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return [
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8))
         for i, (height, width) in enumerate(SIZES)
@@ -46,44 +46,44 @@ def as_label_map(segments, config):
     return label_map
 
 
-def test_masks_partition_the_picture_and_agree_with_the_model(segmenter, pictures):
-    segments = segmenter(pictures[1])
+def test_masks_partition_the_image_and_agree_with_the_model(segmenter, images):
+    segments = segmenter(images[1])
     assert isinstance(segmenter, SynerNetSegmentationPipeline)
     assert all(set(segment) == {"label", "mask", "score"} for segment in segments)
     assert all(segment["mask"].size == (51, 29) and segment["mask"].mode == "L" for segment in segments)
     assert all(1 / 3 <= segment["score"] <= 1 for segment in segments)
-    pixel_values = SynerNetImageProcessor()(pictures[1], return_tensors="pt")["pixel_values"]
+    pixel_values = SynerNetImageProcessor()(images[1], return_tensors="pt")["pixel_values"]
     expected = segmenter.model.multi_scale_logits(pixel_values, scales=(1.0,))[0].argmax(dim=0)
     assert np.array_equal(as_label_map(segments, segmenter.model.config), expected.numpy())
     assert len(segments) > 1
 
 
-def test_batches_of_several_sizes_equal_single_pictures(segmenter, pictures):
-    single = [as_label_map(segmenter(picture), segmenter.model.config) for picture in pictures]
+def test_batches_of_several_sizes_equal_single_images(segmenter, images):
+    single = [as_label_map(segmenter(image), segmenter.model.config) for image in images]
     for batch_size in (2, 4):
-        batched = segmenter(pictures, batch_size=batch_size)
+        batched = segmenter(images, batch_size=batch_size)
         for expected, segments in zip(single, batched, strict=True):
             assert (as_label_map(segments, segmenter.model.config) == expected).mean() > 0.999
 
 
-def test_scales_and_flip_reach_the_model(segmenter, pictures):
-    pixel_values = SynerNetImageProcessor()(pictures[0], return_tensors="pt")["pixel_values"]
-    segments = segmenter(pictures[0], scales=[0.5, 1.5], flip=True)
+def test_scales_and_flip_reach_the_model(segmenter, images):
+    pixel_values = SynerNetImageProcessor()(images[0], return_tensors="pt")["pixel_values"]
+    segments = segmenter(images[0], scales=[0.5, 1.5], flip=True)
     expected = segmenter.model.multi_scale_logits(pixel_values, scales=(0.5, 1.5), flip=True)[0].argmax(dim=0).numpy()
     assert np.array_equal(as_label_map(segments, segmenter.model.config), expected)
-    plain = as_label_map(segmenter(pictures[0]), segmenter.model.config)
+    plain = as_label_map(segmenter(images[0]), segmenter.model.config)
     assert not np.array_equal(plain, expected)
 
 
-def test_known_image_labels_exclude_the_other_classes(segmenter, pictures):
-    assert {segment["label"] for segment in segmenter(pictures[0], image_labels=["dog"])} <= {"background", "dog"}
-    only_background = segmenter(pictures[0], image_labels=[])
+def test_known_image_labels_exclude_the_other_classes(segmenter, images):
+    assert {segment["label"] for segment in segmenter(images[0], image_labels=["dog"])} <= {"background", "dog"}
+    only_background = segmenter(images[0], image_labels=[])
     assert [(segment["label"], segment["score"]) for segment in only_background] == [("background", 1.0)]
 
 
-def test_image_labels_of_records_and_of_the_classifiers(segmenter, pictures):
-    records = [{"image": pictures[0], "image_labels": [0, 1]}, {"image": pictures[1], "image_labels": ["cat"]}]
-    by_name = [segmenter(pictures[0], image_labels=["dog"]), segmenter(pictures[1], image_labels=["cat"])]
+def test_image_labels_of_records_and_of_the_classifiers(segmenter, images):
+    records = [{"image": images[0], "image_labels": [0, 1]}, {"image": images[1], "image_labels": ["cat"]}]
+    by_name = [segmenter(images[0], image_labels=["dog"]), segmenter(images[1], image_labels=["cat"])]
     for batch_size in (1, 2):
         for expected, segments in zip(
             by_name, segmenter(records, image_labels="known", batch_size=batch_size), strict=True
@@ -92,29 +92,29 @@ def test_image_labels_of_records_and_of_the_classifiers(segmenter, pictures):
             assert (as_label_map(segments, config) == as_label_map(expected, config)).mean() > 0.999
     # a record's labels are used on request only
     config = segmenter.model.config
-    assert np.array_equal(as_label_map(segmenter(records[0]), config), as_label_map(segmenter(pictures[0]), config))
+    assert np.array_equal(as_label_map(segmenter(records[0]), config), as_label_map(segmenter(images[0]), config))
 
-    pixel_values = SynerNetImageProcessor()(pictures[0], return_tensors="pt")["pixel_values"]
+    pixel_values = SynerNetImageProcessor()(images[0], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         seen = (segmenter.model(pixel_values).classification_logits[0] > 0).tolist()
     names = [config.id2label[index + 1] for index, is_seen in enumerate(seen) if is_seen]
-    answer = segmenter(pictures[0], image_labels="predicted", return_cams=True)
+    answer = segmenter(images[0], image_labels="predicted", return_cams=True)
     assert list(answer["cams"]) == names
-    expected = segmenter(pictures[0], image_labels=names)
+    expected = segmenter(images[0], image_labels=names)
     assert np.array_equal(as_label_map(answer["segments"], config), as_label_map(expected, config))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_cams_confidence_and_scores_are_those_of_the_model(segmenter, pictures, batch_size):
+def test_cams_confidence_and_scores_are_those_of_the_model(segmenter, images, batch_size):
     options = {"return_cams": True, "return_confidence": True, "return_scores": True}
-    answer = segmenter(pictures, image_labels=["dog"], batch_size=batch_size, **options)[1]
+    answer = segmenter(images, image_labels=["dog"], batch_size=batch_size, **options)[1]
     assert set(answer) == {"segments", "cams", "confidence", "scores"}
-    pixel_values = SynerNetImageProcessor()(pictures[1], return_tensors="pt")["pixel_values"]
+    pixel_values = SynerNetImageProcessor()(images[1], return_tensors="pt")["pixel_values"]
     expected = segmenter.model.generate_cams(pixel_values, labels=torch.tensor([[0.0, 1.0]]))
     assert list(answer["cams"]) == ["dog"]
     np.testing.assert_allclose(answer["cams"]["dog"], expected.fused_cams[0, 1].numpy(), atol=1e-5)
     np.testing.assert_allclose(answer["confidence"], expected.confidence[0, 0].numpy(), atol=1e-5)
-    assert answer["confidence"].shape == pictures[1].size[::-1]
+    assert answer["confidence"].shape == images[1].size[::-1]
     total = sum(answer["scores"].values())
     np.testing.assert_allclose(total, np.ones_like(total), atol=1e-5)
     assert (answer["scores"]["cat"] == 0).all()
@@ -123,52 +123,50 @@ def test_cams_confidence_and_scores_are_those_of_the_model(segmenter, pictures, 
         assert segment["score"] == pytest.approx(answer["scores"][segment["label"]][where].mean(), abs=1e-5)
 
 
-def test_one_option_alone_gives_its_entry_alone(segmenter, pictures):
-    assert set(segmenter(pictures[0], return_confidence=True)) == {"segments", "confidence"}
-    assert set(segmenter(pictures[0], return_cams=True)["cams"]) == {"cat", "dog"}
-    assert set(segmenter(pictures[0], return_scores=True)["scores"]) == {"background", "cat", "dog"}
+def test_one_option_alone_gives_its_entry_alone(segmenter, images):
+    assert set(segmenter(images[0], return_confidence=True)) == {"segments", "confidence"}
+    assert set(segmenter(images[0], return_cams=True)["cams"]) == {"cat", "dog"}
+    assert set(segmenter(images[0], return_scores=True)["scores"]) == {"background", "cat", "dog"}
 
 
-def test_a_crf_gets_picture_and_probabilities_and_decides(segmenter, pictures):
+def test_a_crf_gets_image_and_probabilities_and_decides(segmenter, images):
     seen = []
 
     def everything_is_cat(image, probabilities):
         seen.append((image.dtype, image.shape, probabilities.dtype, probabilities.shape))
-        assert np.array_equal(image, np.asarray(pictures[1]))
+        assert np.array_equal(image, np.asarray(images[1]))
         np.testing.assert_allclose(probabilities.sum(axis=0), 1.0, atol=1e-5)
         refined = np.full_like(probabilities, 0.1)
         refined[1] = 0.8
         return refined
 
-    segments = segmenter(pictures[1], crf=everything_is_cat)
+    segments = segmenter(images[1], crf=everything_is_cat)
     assert seen == [(np.uint8, (29, 51, 3), np.float32, (3, 29, 51))]
     assert [(segment["label"], round(segment["score"], 3)) for segment in segments] == [("cat", 0.8)]
     # what is known not to be there stays out
-    assert {segment["label"] for segment in segmenter(pictures[1], crf=everything_is_cat, image_labels=["dog"])} <= {
+    assert {segment["label"] for segment in segmenter(images[1], crf=everything_is_cat, image_labels=["dog"])} <= {
         "background",
         "dog",
     }
 
 
-def test_the_dense_crf_serves_as_crf(segmenter, pictures):
+def test_the_dense_crf_serves_as_crf(segmenter, images):
     pytest.importorskip("pydensecrf", reason="the crf extra is not installed")
     from synernet_hf.crf import DenseCRF
 
     crf = DenseCRF(num_iterations=2)
-    scores = segmenter(pictures[1], return_scores=True)["scores"]
-    expected = crf(np.asarray(pictures[1]), np.stack(list(scores.values()))).argmax(axis=0)
-    assert np.array_equal(as_label_map(segmenter(pictures[1], crf=crf), segmenter.model.config), expected)
+    scores = segmenter(images[1], return_scores=True)["scores"]
+    expected = crf(np.asarray(images[1]), np.stack(list(scores.values()))).argmax(axis=0)
+    assert np.array_equal(as_label_map(segmenter(images[1], crf=crf), segmenter.model.config), expected)
 
 
-def test_data_sets_and_generators_are_read_as_they_are_answered(segmenter, pictures):
+def test_data_sets_and_generators_are_read_as_they_are_answered(segmenter, images):
     datasets = pytest.importorskip("datasets")
     from transformers.pipelines.pt_utils import KeyDataset
 
     config = segmenter.model.config
-    expected = [as_label_map(segmenter(picture), config) for picture in pictures[:3]]
-    table = datasets.Dataset.from_dict(
-        {"image": pictures[:3]}, features=datasets.Features({"image": datasets.Image()})
-    )
+    expected = [as_label_map(segmenter(image), config) for image in images[:3]]
+    table = datasets.Dataset.from_dict({"image": images[:3]}, features=datasets.Features({"image": datasets.Image()}))
     for inputs in (table, KeyDataset(table, "image"), table.to_iterable_dataset()):
         answers = [as_label_map(segments, config) for segments in segmenter(inputs, batch_size=2)]
         assert len(answers) == 3
@@ -179,42 +177,42 @@ def test_data_sets_and_generators_are_read_as_they_are_answered(segmenter, pictu
     def endless():
         while True:
             drawn.append(1)
-            yield pictures[0]
+            yield images[0]
 
     answers = segmenter(endless())
-    assert as_label_map(next(iter(answers)), config).shape == pictures[0].size[::-1]
+    assert as_label_map(next(iter(answers)), config).shape == images[0].size[::-1]
     assert len(drawn) < 5
 
 
-def test_a_processor_that_resizes_or_pads_gives_masks_of_the_picture(segmenter, pictures):
+def test_a_processor_that_resizes_or_pads_gives_masks_of_the_image(segmenter, images):
     for processor in (
         SynerNetImageProcessor(do_pad=True, size_divisor=32),
         SynerNetImageProcessor(do_resize=True, size={"shortest_edge": 24}),
     ):
         changed = SynerNetSegmentationPipeline(model=segmenter.model, image_processor=processor)
-        answer = changed(pictures[1], return_cams=True, return_confidence=True)
-        assert answer["segments"][0]["mask"].size == pictures[1].size
+        answer = changed(images[1], return_cams=True, return_confidence=True)
+        assert answer["segments"][0]["mask"].size == images[1].size
         assert answer["cams"]["cat"].shape == answer["confidence"].shape == (29, 51)
     padded = SynerNetSegmentationPipeline(
         model=segmenter.model, image_processor=SynerNetImageProcessor(do_pad=True, size_divisor=32)
     )
     config = segmenter.model.config
-    assert np.array_equal(as_label_map(padded(pictures[1]), config), as_label_map(segmenter(pictures[1]), config))
+    assert np.array_equal(as_label_map(padded(images[1]), config), as_label_map(segmenter(images[1]), config))
 
 
-def test_wrong_options_are_refused_in_a_sentence(segmenter, pictures):
+def test_wrong_options_are_refused_in_a_sentence(segmenter, images):
     with pytest.raises(ValueError, match="'wolf'.*not classes of the model"):
-        segmenter(pictures[0], image_labels=["wolf"])
+        segmenter(images[0], image_labels=["wolf"])
     with pytest.raises(ValueError, match="'wolf'.*not classes of the model"):
-        segmenter(pictures[0], image_labels="wolf")
+        segmenter(images[0], image_labels="wolf")
     with pytest.raises(ValueError, match="positive scale"):
-        segmenter(pictures[0], scales=[0.0])
-    with pytest.raises(ValueError, match="A picture has no `image_labels`"):
-        segmenter(pictures[0], image_labels="known")
+        segmenter(images[0], scales=[0.0])
+    with pytest.raises(ValueError, match="An image has no `image_labels`"):
+        segmenter(images[0], image_labels="known")
     with pytest.raises(ValueError, match=r"Got the image labels \[1, 2\].*each of the 2 classes"):
-        segmenter({"image": pictures[0], "image_labels": [1, 2]}, image_labels="known")
+        segmenter({"image": images[0], "image_labels": [1, 2]}, image_labels="known")
     with pytest.raises(ValueError, match="`crf` is True; a function"):
-        segmenter(pictures[0], crf=True)
+        segmenter(images[0], crf=True)
 
 
 @pytest.mark.parametrize("with_pipeline_code", [False, True])
@@ -247,11 +245,11 @@ def test_a_folder_serves_our_task_and_the_stock_one(
     finally:
         logging.remove_handler(handler)
     assert messages == []
-    picture = str(tiny_run_folder / "picture.png")
+    image = str(tiny_run_folder / "image.png")
     assert type(ours) is SynerNetSegmentationPipeline
     assert type(ours.model) is type(stock.model) is SynerNetForWeaklySupervisedSegmentation
     config = ours.model.config
-    assert np.array_equal(as_label_map(ours(picture), config), as_label_map(stock(picture), config))
+    assert np.array_equal(as_label_map(ours(image), config), as_label_map(stock(image), config))
 
 
 def test_the_pipelines_code_travels_with_its_folder(segmenter, tmp_path):
@@ -269,11 +267,11 @@ def test_the_pipelines_code_travels_with_its_folder(segmenter, tmp_path):
 
 def test_16_bit_greyscale_keeps_its_shades(segmenter, tmp_path):
     shades = np.linspace(0, 65535, 32 * 40).reshape(32, 40).astype(np.uint16)
-    picture = Image.fromarray(shades)
-    picture.save(tmp_path / "grey.png")
+    image = Image.fromarray(shades)
+    image.save(tmp_path / "grey.png")
     expected = np.repeat((shades // 256)[..., None], 3, axis=2)
     given = segmenter.preprocess(Image.fromarray(expected.astype(np.uint8)))
-    for source in (picture, str(tmp_path / "grey.png")):
+    for source in (image, str(tmp_path / "grey.png")):
         found = segmenter.preprocess(source)
         assert np.array_equal(np.asarray(found["image"][0]), expected)
         assert torch.equal(found["pixel_values"][0], given["pixel_values"][0])

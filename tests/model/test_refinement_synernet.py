@@ -41,7 +41,7 @@ def test_constant_maps_stay_constant(value, iterations, height, width, seed):
     torch.testing.assert_close(refined, torch.full_like(refined, value * 1.01**iterations))
 
 
-def test_a_flat_picture_has_finite_weights():
+def test_a_flat_image_has_finite_weights():
     refined = SynerNetPixelAdaptiveRefinement((1, 2), 3)(torch.full((1, 3, 5, 5), 0.4), torch.rand(1, 2, 5, 5))
     assert refined.isfinite().all()
 
@@ -77,7 +77,7 @@ def test_equal_to_loops_over_pixels():
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_maps_of_another_size_are_resized_to_the_picture():
+def test_maps_of_another_size_are_resized_to_the_image():
     refinement = SynerNetPixelAdaptiveRefinement((1,), 1)
     images, maps = torch.rand(1, 3, 8, 6), torch.rand(1, 2, 4, 3)
     resized = torch.nn.functional.interpolate(maps, size=(8, 6), mode="bilinear", align_corners=False)
@@ -124,12 +124,12 @@ def test_labels_are_own_classes_background_or_ignored(num_classes, size):
     assert label.shape == (3, *size)
     assert label.dtype == torch.int64
     assert (label[1] == 0).all()
-    for picture in range(3):
-        allowed = {0, 255} | {index + 1 for index in range(num_classes) if labels[picture, index]}
-        assert set(label[picture].unique().tolist()) <= allowed
+    for image in range(3):
+        allowed = {0, 255} | {index + 1 for index in range(num_classes) if labels[image, index]}
+        assert set(label[image].unique().tolist()) <= allowed
 
 
-def test_a_picture_is_refined_alone_and_in_a_batch_alike():
+def test_a_image_is_refined_alone_and_in_a_batch_alike():
     generator = torch.Generator().manual_seed(0)
     images, cams = torch.rand(3, 3, 20, 24, generator=generator), torch.rand(3, 4, 20, 24, generator=generator)
     labels = torch.tensor([[1.0, 0, 0, 0], [0, 1, 1, 1], [0, 0, 0, 0]])
@@ -175,7 +175,7 @@ def test_another_ignore_index():
     assert (label == -100).all()
 
 
-def test_a_picture_of_one_pixel():
+def test_a_image_of_one_pixel():
     label = refine_pseudo_labels(torch.rand(1, 3, 1, 1), torch.ones(1, 1, 1, 1), torch.ones(1, 1), LOW, HIGH)
     assert label.tolist() == [[[1]]]
 

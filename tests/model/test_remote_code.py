@@ -44,13 +44,13 @@ config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForSemanticSegmentation.from_pretrained(folder, trust_remote_code=True).eval()
 processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
 assert type(model.config).__name__ == type(config).__name__ == "SynerNetConfig"
-picture = Image.open(folder + "/picture.png")
-inputs = processor(picture, return_tensors="pt")
+image = Image.open(folder + "/image.png")
+inputs = processor(image, return_tensors="pt")
 with torch.no_grad():
     logits = model(**inputs).logits
     base = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
     features = base(**inputs).precise.features
-segments = pipeline(model=folder, trust_remote_code=True)(picture)
+segments = pipeline(model=folder, trust_remote_code=True)(image)
 cams = model.generate_cams(**inputs).fused_cams
 masks = torch.stack([torch.frombuffer(bytearray(s["mask"].tobytes()), dtype=torch.uint8) for s in segments])
 assert not any(name.split(".")[0] == "synernet_hf" for name in sys.modules)
@@ -69,7 +69,7 @@ folder, out = sys.argv[1:]
 model, info = SynerNetForWeaklySupervisedSegmentation.from_pretrained(folder, output_loading_info=True)
 assert not model.training
 assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-inputs = SynerNetImageProcessor.from_pretrained(folder)(Image.open(folder + "/picture.png"), return_tensors="pt")
+inputs = SynerNetImageProcessor.from_pretrained(folder)(Image.open(folder + "/image.png"), return_tensors="pt")
 with torch.no_grad():
     logits = model(**inputs).logits
 tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -100,23 +100,23 @@ def noisy_model(tiny_config):
 
 
 @pytest.fixture
-def picture() -> Image.Image:
+def image() -> Image.Image:
     gradient = Image.linear_gradient("L").resize((45, 37))
     return Image.merge("RGB", (gradient, gradient.rotate(180), gradient))
 
 
-def test_saved_folder_gives_the_same_logits_without_the_package(noisy_model, picture, tmp_path):
+def test_saved_folder_gives_the_same_logits_without_the_package(noisy_model, image, tmp_path):
     folder = tmp_path / "model"
     processor = SynerNetImageProcessor()
     segmenter = SynerNetSegmentationPipeline(
         model=noisy_model, image_processor=processor, task="weakly-supervised-segmentation"
     )
-    inputs = processor(picture, return_tensors="pt")
+    inputs = processor(image, return_tensors="pt")
     with torch.no_grad():
         logits = noisy_model(**inputs).logits
-    segments = segmenter(picture)
+    segments = segmenter(image)
     segmenter.save_pretrained(folder)
-    picture.save(folder / "picture.png")
+    image.save(folder / "image.png")
 
     config = json.loads((folder / "config.json").read_text())
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForSemanticSegmentation"}
@@ -132,28 +132,28 @@ def test_saved_folder_gives_the_same_logits_without_the_package(noisy_model, pic
     assert [bytes(mask.numpy()) for mask in loaded["masks"]] == [segment["mask"].tobytes() for segment in segments]
 
 
-def test_a_folder_saved_without_the_pipeline_carries_the_code_too(noisy_model, picture, tmp_path):
+def test_a_folder_saved_without_the_pipeline_carries_the_code_too(noisy_model, image, tmp_path):
     folder = tmp_path / "model"
     noisy_model.save_pretrained(folder)
     SynerNetImageProcessor().save_pretrained(folder)
     needed = {path.name for path in CODE.glob("*_synernet.py")} - {"pipeline_synernet.py"}
     assert {path.name for path in folder.glob("*.py")} == needed
     code = LOAD_WITHOUT_PACKAGE.replace("pipeline(model=folder", 'pipeline("image-segmentation", model=folder')
-    picture.save(folder / "picture.png")
+    image.save(folder / "image.png")
     run_python(HIDE_PACKAGE + code, folder, tmp_path / "out.safetensors", hidden_home=tmp_path)
     with torch.no_grad():
-        logits = noisy_model(**SynerNetImageProcessor()(picture, return_tensors="pt")).logits
+        logits = noisy_model(**SynerNetImageProcessor()(image, return_tensors="pt")).logits
     torch.testing.assert_close(load_file(tmp_path / "out.safetensors")["logits"], logits)
 
 
-def test_every_tensor_survives_saving_and_loading_in_a_new_process(noisy_model, picture, tmp_path):
+def test_every_tensor_survives_saving_and_loading_in_a_new_process(noisy_model, image, tmp_path):
     folder = tmp_path / "model"
     noisy_model.save_pretrained(folder)
     processor = SynerNetImageProcessor()
     processor.save_pretrained(folder)
-    picture.save(folder / "picture.png")
+    image.save(folder / "image.png")
     with torch.no_grad():
-        logits = noisy_model(**processor(picture, return_tensors="pt")).logits
+        logits = noisy_model(**processor(image, return_tensors="pt")).logits
 
     run_python(LOAD_WITH_PACKAGE, folder, tmp_path / "out.safetensors", hidden_home=tmp_path)
     loaded = load_file(tmp_path / "out.safetensors")

@@ -87,7 +87,7 @@ def test_tokens_outside_the_box_are_ignored():
 
 
 @pytest.mark.parametrize("boxes", [None, torch.tensor([[0, 30, 0, 45]])])
-def test_tokens_reaching_past_the_picture_are_ignored(boxes):
+def test_tokens_reaching_past_the_image_are_ignored(boxes):
     config = make_config()
     tokens = label_tokens(config, torch.ones(1, 3, 30, 45), torch.tensor([[0.0, 1, 0]]), boxes)
     assert tokens.shape == (1, 4, 6)
@@ -202,7 +202,7 @@ def test_spatial_branches_are_the_configured_ones():
 
 
 def test_pseudo_labels_are_the_refined_fused_cams():
-    # classes at different places, one picture with all, one with none
+    # classes at different places, one image with all, one with none
     labels = torch.tensor([[0.0, 1, 1], [1, 0, 0], [1, 1, 1], [0, 0, 0]])
     config = make_config(semantic_loss_ignore_index=77)
     images, boxes = torch.rand(4, 3, 32, 32), torch.tensor([[0, 24, 8, 32]] * 4)
@@ -244,7 +244,7 @@ def test_instance_classes_fall_back_on_the_image_labels(filling):
     assert min(counts[1:3]) > 230
 
 
-def test_a_picture_without_any_class_gets_minus_one():
+def test_a_image_without_any_class_gets_minus_one():
     label_map = torch.zeros(3, 2, 2, dtype=torch.long)
     label_map[1, 0, 0] = 2
     drawn = pick_instance_classes(label_map, torch.tensor([[0.0, 0, 0], [0, 0, 0], [0, 0, 1]]))
@@ -263,7 +263,7 @@ def test_an_absent_class_is_never_drawn(rows):
         assert class_id in classes if classes else class_id == -1
 
 
-def test_the_affinity_is_built_once_per_picture(monkeypatch):
+def test_the_affinity_is_built_once_per_image(monkeypatch):
     calls = []
     original = SynerNetPixelAdaptiveRefinement.affinity
 

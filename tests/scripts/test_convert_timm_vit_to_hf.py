@@ -20,7 +20,7 @@ def fixed_seed():
 
 
 def timm_weights(distilled=False, head=True, qkv_bias=True):
-    """Random weights under timm's names, for 16-pixel pictures."""
+    """Random weights under timm's names, for 16-pixel images."""
     prefix_tokens = 2 if distilled else 1
     shapes = {
         "cls_token": (1, 1, WIDTH),

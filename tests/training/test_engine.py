@@ -1,4 +1,4 @@
-"""The training loop on a few 32-pixel pictures: what it leaves behind, resuming, refusing, stopping."""
+"""The training loop on a few 32-pixel images: what it leaves behind, resuming, refusing, stopping."""
 
 import json
 import math
@@ -140,9 +140,9 @@ def test_a_run_leaves_a_complete_folder(finished):
     assert results["training"]["minutes"] > 0
     card = (folder / "README.md").read_text()
     assert "| steps | 4 |" in card
-    assert "](pictures.png)" in card
-    # two validation pictures, four panels each
-    width, height = Image.open(folder / "pictures.png").size
+    assert "](images.png)" in card
+    # two validation images, four panels each
+    width, height = Image.open(folder / "images.png").size
     assert width > 4 * 160
     assert 2 * 160 < height < 3 * 160
 
@@ -550,7 +550,7 @@ def test_settings_without_influence_may_change_on_resume(finished, tmp_path, cap
 
 
 def voc_folder(root: Path) -> Path:
-    """A devkit of four training and two validation pictures with masks for all of them."""
+    """A devkit of four training and two validation images with masks for all of them."""
     voc, rng = root / "VOCdevkit" / "VOC2012", np.random.default_rng(0)
     for name in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
         (voc / name).mkdir(parents=True)
@@ -568,7 +568,7 @@ def voc_folder(root: Path) -> Path:
     return voc
 
 
-def test_training_never_opens_a_mask_of_its_pictures(tmp_path):
+def test_training_never_opens_a_mask_of_its_images(tmp_path):
     voc = voc_folder(tmp_path)
     data = {
         "dataset": "voc2012",

@@ -22,8 +22,8 @@ NAMES = ["background", "cat", "dog"]
 SCALES = (1.0, 1.5)
 
 
-def picture_of(label_map):
-    """A picture whose red channel tells the class of every pixel, so that an oracle can read it."""
+def image_of(label_map):
+    """An image whose red channel tells the class of every pixel, so that an oracle can read it."""
     return Image.fromarray(np.stack([label_map * 100, label_map * 0, label_map * 0], axis=-1).astype(np.uint8))
 
 
@@ -32,8 +32,8 @@ def make_split(label_maps, ignored=0):
     for mask in masks:
         mask[:ignored] = 255
     labels = np.array([[int((label_map == c).any()) for c in (1, 2)] for label_map in label_maps])
-    ids = [f"picture_{i}" for i in range(len(masks))]
-    return build_split([picture_of(m) for m in label_maps], ids, labels, NAMES, [Image.fromarray(m) for m in masks])
+    ids = [f"image_{i}" for i in range(len(masks))]
+    return build_split([image_of(m) for m in label_maps], ids, labels, NAMES, [Image.fromarray(m) for m in masks])
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_classes_are_matched_by_name_and_not_by_position(label_maps):
     swapped = [np.array([0, 2, 1])[label_map] for label_map in label_maps]
     model = OracleModel(shift=1)
     expected = score(model, make_split(label_maps, ignored=1))
-    # the same pictures, but a source that counts dog as 1 and cat as 2
+    # the same images, but a source that counts dog as 1 and cat as 2
     split = make_split(label_maps, ignored=1)
     columns = {"image": split["image"][:], "image_id": split["image_id"][:]}
     masks = [np.where(np.asarray(mask) == 255, 255, ids) for mask, ids in zip(split["mask"][:], swapped, strict=True)]
@@ -194,21 +194,21 @@ def test_counts_are_summed_as_integers(label_maps):
 
 
 @pytest.mark.parametrize("orientation", [1, 6, 8])
-def test_a_turned_picture_passes_the_check_and_is_scored_upright(label_maps, tmp_path, orientation):
+def test_a_turned_image_passes_the_check_and_is_scored_upright(label_maps, tmp_path, orientation):
     (label_map, *_) = label_maps
     turns = {1: 0, 6: 1, 8: 3}[orientation]  # counter-clockwise, undone by showing
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = tmp_path / "picture.png"
-    picture_of(np.rot90(label_map, turns)).save(path, exif=exif)
+    path = tmp_path / "image.png"
+    image_of(np.rot90(label_map, turns)).save(path, exif=exif)
     labels = np.array([[int((label_map == c).any()) for c in (1, 2)]])
     mask = Image.fromarray(label_map.astype(np.uint8))
-    split = build_split([str(path)], ["picture"], labels, NAMES, [mask])
+    split = build_split([str(path)], ["image"], labels, NAMES, [mask])
     check_dataset(DatasetDict(validation=split))
     assert score(OracleModel(), split)["segmentation"]["mean_iou"] == 1.0
 
 
-def test_max_samples_takes_the_first_pictures(label_maps):
+def test_max_samples_takes_the_first_images(label_maps):
     split = make_split(label_maps)
     assert score(OracleModel(shift=1), split, max_samples=2) == score(OracleModel(shift=1), split.select(range(2)))
 
@@ -230,7 +230,7 @@ def test_the_real_model_is_scored_at_native_size(tiny_config, label_maps):
     results = score(model, make_split(big), multi_scale=True, baselines=True)
     metric, cam_metric = MeanIoU(3), MeanIoU(3)
     for label_map in big:
-        pixel_values = SynerNetImageProcessor()(picture_of(label_map), return_tensors="pt")["pixel_values"]
+        pixel_values = SynerNetImageProcessor()(image_of(label_map), return_tensors="pt")["pixel_values"]
         metric.update(model.multi_scale_logits(pixel_values, scales=(1.0,))[0].argmax(dim=0), label_map)
         labels = torch.tensor([[(label_map == c).any() for c in (1, 2)]]).float()
         values, ids = model.generate_cams(pixel_values, labels=labels).precise_cams[0].max(dim=0)
@@ -261,12 +261,12 @@ def with_colours(split):
     [
         (without_mask, {}, r"lacks the columns \['mask'\]"),
         (lambda split: split.select([]), {}, "is empty"),
-        (with_wrong_id, {}, r"mask of picture picture_0 holds the ids 7; 0 to 2 and 255 \(ignore\)"),
-        (with_wrong_size, {}, "mask of picture picture_0 is 3 x 3"),
-        (with_colours, {}, "mask of picture picture_0 has mode RGB"),
+        (with_wrong_id, {}, r"mask of image image_0 holds the ids 7; 0 to 2 and 255 \(ignore\)"),
+        (with_wrong_size, {}, "mask of image image_0 is 3 x 3"),
+        (with_colours, {}, "mask of image image_0 has mode RGB"),
         (None, {"metric_classes": ["wolf"]}, r"hold \['wolf'\]"),
         (None, {"metric_classes": []}, "are an empty list"),
-        (None, {"max_samples": 0}, "positive number of pictures"),
+        (None, {"max_samples": 0}, "positive number of images"),
         (None, {"class_names": ["background", "cat", "horse"]}, "does not know the data set's classes horse"),
     ],
 )
@@ -310,7 +310,7 @@ def shapes_run(tiny_config, tmp_path):
     return tmp_path / "run"
 
 
-def test_predictions_of_resized_pictures_are_scored_at_the_pictures_size():
+def test_predictions_of_resized_images_are_scored_at_the_images_size():
     plain = [np.full((12, 20), 1), np.full((18, 10), 2)]
     model = OracleModel()
     processor = SynerNetImageProcessor(do_resize=True, size={"shortest_edge": 31})
@@ -396,7 +396,7 @@ def test_a_broken_run_is_told_in_a_sentence(root, shapes_run, tiny_run_folder, t
     break_run(shapes_run, broken)
     words = [str(shapes_run)]
     if script == "predict":
-        words += [str(tiny_run_folder / "picture.png"), "--output_dir", str(tmp_path / "out")]
+        words += [str(tiny_run_folder / "image.png"), "--output_dir", str(tmp_path / "out")]
     assert load_script(root, script).main(words) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(error) == 1 and str(shapes_run) in error[0] and "give the folder of a finished run" in error[0]
@@ -412,13 +412,13 @@ def test_evaluate_script_names_a_broken_record_of_the_run(root, shapes_run, caps
 
 def test_evaluate_script_checks_the_split_before_it_scores(root, shapes_run, tmp_path, capsys, monkeypatch):
     devkit = write_voc_devkit(tmp_path)
-    picture = devkit.voc / "JPEGImages" / f"{devkit.validation_ids[1]}.jpg"
-    picture.write_bytes(b"no picture")
+    image = devkit.voc / "JPEGImages" / f"{devkit.validation_ids[1]}.jpg"
+    image.write_bytes(b"no image")
     script = load_script(root, "evaluate")
     monkeypatch.setattr(script, "load_model_folder", lambda run: pytest.fail("the model was loaded before the check"))
     words = [str(shapes_run), "--dataset", "voc2012", "--data_dir", str(devkit.root)]
     assert script.main(words) == 2
-    sentence = f"the picture {devkit.validation_ids[1]} ("
+    sentence = f"the image {devkit.validation_ids[1]} ("
     assert sentence in capsys.readouterr().err
     with pytest.raises(pytest.fail.Exception, match="before the check"):
         script.main([*words, "--max_samples", "1"])  # the broken one is not asked for
@@ -428,7 +428,7 @@ def test_predict_script_says_what_cannot_be_written(root, tiny_run_folder, tmp_p
     (tmp_path / "file").write_text("no folder")
     words = [
         str(tiny_run_folder),
-        str(tiny_run_folder / "picture.png"),
+        str(tiny_run_folder / "image.png"),
         "--output_dir",
         str(tmp_path / "file" / "out"),
     ]
@@ -439,7 +439,7 @@ def test_predict_script_says_what_cannot_be_written(root, tiny_run_folder, tmp_p
 
 @pytest.mark.parametrize("scale", ["0", "-1", "nan", "inf"])
 def test_predict_script_refuses_scales_that_are_no_factors(root, tiny_run_folder, capsys, scale):
-    words = [str(tiny_run_folder), str(tiny_run_folder / "picture.png"), "--scales", "1.0", scale]
+    words = [str(tiny_run_folder), str(tiny_run_folder / "image.png"), "--scales", "1.0", scale]
     assert load_script(root, "predict").main(words) == 2
     assert "not all positive numbers" in capsys.readouterr().err
 
@@ -450,27 +450,27 @@ def test_predict_script_writes_masks_and_overlays(root, tiny_run_folder, tmp_pat
     exif[0x0112] = 6  # to be shown turned by 90 degrees
     Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=exif)
     script = load_script(root, "predict")
-    words = [str(tiny_run_folder), str(tiny_run_folder / "picture.png"), str(tmp_path / "turned.jpg")]
+    words = [str(tiny_run_folder), str(tiny_run_folder / "image.png"), str(tmp_path / "turned.jpg")]
     assert script.main([*words, "--output_dir", str(tmp_path / "out"), "--scales", "1.0", "0.5", "--flip"]) == 0
-    names = ["picture_mask.png", "picture_overlay.png", "turned_mask.png", "turned_overlay.png"]
+    names = ["image_mask.png", "image_overlay.png", "turned_mask.png", "turned_overlay.png"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     with Image.open(tmp_path / "out" / "turned_mask.png") as mask:
         assert mask.mode == "P" and mask.size == (20, 33)
     model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(tiny_run_folder).eval()
-    with Image.open(tiny_run_folder / "picture.png") as picture:
-        pixel_values = SynerNetImageProcessor()(picture, return_tensors="pt")["pixel_values"]
+    with Image.open(tiny_run_folder / "image.png") as image:
+        pixel_values = SynerNetImageProcessor()(image, return_tensors="pt")["pixel_values"]
     expected = model.multi_scale_logits(pixel_values, scales=(1.0, 0.5), flip=True)[0].argmax(dim=0)
-    with Image.open(tmp_path / "out" / "picture_mask.png") as mask:
+    with Image.open(tmp_path / "out" / "image_mask.png") as mask:
         assert np.array_equal(np.asarray(mask), expected.numpy())
     line = capsys.readouterr().out.splitlines()[0]
     assert all(f"{model.config.id2label[i]} " in line for i in expected.unique().tolist())
 
 
 @pytest.mark.parametrize("broken", ["missing", "undecodable", "truncated", "twins"])
-def test_predict_script_checks_every_picture_before_any_work(root, tiny_run_folder, tmp_path, capsys, broken):
-    good = tiny_run_folder / "picture.png"
-    bad = tmp_path / ("picture.png" if broken == "twins" else "bad.png")
-    content = {"undecodable": b"no picture", "truncated": good.read_bytes()[:2000], "twins": good.read_bytes()}
+def test_predict_script_checks_every_image_before_any_work(root, tiny_run_folder, tmp_path, capsys, broken):
+    good = tiny_run_folder / "image.png"
+    bad = tmp_path / ("image.png" if broken == "twins" else "bad.png")
+    content = {"undecodable": b"no image", "truncated": good.read_bytes()[:2000], "twins": good.read_bytes()}
     if broken != "missing":
         bad.write_bytes(content[broken])
     words = [str(tiny_run_folder), str(good), str(bad), "--output_dir", str(tmp_path / "out")]

@@ -1,4 +1,4 @@
-"""The picture grid of a model card."""
+"""The image grid of a model card."""
 
 import numpy as np
 import pytest
@@ -7,38 +7,38 @@ from PIL import Image
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.data import class_names, id2label_from, load_shapes
-from synernet_hf.training.reporting import _panels, write_picture_grid
+from synernet_hf.training.reporting import _panels, write_image_grid
 
 
-def test_the_grid_shows_the_first_pictures_and_leaves_the_model_as_it_was(tiny_config, tmp_path):
+def test_the_grid_shows_the_first_images_and_leaves_the_model_as_it_was(tiny_config, tmp_path):
     splits = load_shapes(num_train=1, num_validation=3, image_size=48)
     config = type(tiny_config).from_dict(tiny_config.to_dict() | {"id2label": id2label_from(class_names(splits))})
     model = SynerNetForWeaklySupervisedSegmentation(config).train()
-    path = tmp_path / "pictures.png"
-    assert write_picture_grid(path, model, SynerNetImageProcessor(do_pad=True), splits["validation"], 2) == 2
+    path = tmp_path / "images.png"
+    assert write_image_grid(path, model, SynerNetImageProcessor(do_pad=True), splits["validation"], 2) == 2
     assert model.training
-    assert [item.name for item in tmp_path.iterdir()] == ["pictures.png"]
+    assert [item.name for item in tmp_path.iterdir()] == ["images.png"]
     two = Image.open(path)
-    assert write_picture_grid(path, model, SynerNetImageProcessor(), splits["validation"], 9) == 3
+    assert write_image_grid(path, model, SynerNetImageProcessor(), splits["validation"], 9) == 3
     three = Image.open(path)
     assert three.height > two.height
     rows = np.asarray(two)
-    # the first rows are the same pictures, masks and segmentations
+    # the first rows are the same images, masks and segmentations
     assert np.array_equal(rows, np.asarray(three)[: rows.shape[0]])
     assert torch.is_grad_enabled()
 
 
-def test_16_bit_pictures_are_shown_with_their_shades(tiny_config):
+def test_16_bit_images_are_shown_with_their_shades(tiny_config):
     shades = np.linspace(0, 65535, 32 * 40).reshape(32, 40).astype(np.uint16)
     record = {"image": Image.fromarray(shades), "mask": Image.new("L", (40, 32))}
     record["image_labels"] = [1] + [0] * (tiny_config.num_labels - 2)
     model = SynerNetForWeaklySupervisedSegmentation(tiny_config).eval()
-    picture = dict(_panels(model, SynerNetImageProcessor(), record))["picture"]
-    assert np.array_equal(np.asarray(picture)[..., 0], shades // 256)
+    image = dict(_panels(model, SynerNetImageProcessor(), record))["image"]
+    assert np.array_equal(np.asarray(image)[..., 0], shades // 256)
 
 
-def test_training_mode_is_restored_when_a_picture_fails(tiny_config, tmp_path):
+def test_training_mode_is_restored_when_a_image_fails(tiny_config, tmp_path):
     model = SynerNetForWeaklySupervisedSegmentation(tiny_config).train()
     with pytest.raises(KeyError):
-        write_picture_grid(tmp_path / "pictures.png", model, SynerNetImageProcessor(), [{}], 1)
+        write_image_grid(tmp_path / "images.png", model, SynerNetImageProcessor(), [{}], 1)
     assert model.training and not list(tmp_path.iterdir())

@@ -37,7 +37,7 @@ LOADERS = {
 DATA_DIR_HINTS = {
     "voc2012": "give the VOCdevkit folder that holds VOC2012",
     "coco2014": "give the folder that holds annotations, train2014 and val2014",
-    "image_folder": "give the folder of the pictures",
+    "image_folder": "give the folder of the images",
     "hub": "give a Hub id owner/name, or a folder of parquet files",
 }
 
@@ -63,15 +63,15 @@ def load_wsss_dataset(
         image_labels (`str` or `Path`, *optional*):
             Source of the image-level labels, see [`load_voc2012`]; not for the others.
         train_split (`str`, *optional*):
-            List or split of training pictures, the loader's default where it is not given; not for `"shapes"`.
+            List or split of training images, the loader's default where it is not given; not for `"shapes"`.
         validation_split (`str`, *optional*):
-            List or split of evaluation pictures, the loader's default where it is not given; not for `"shapes"`.
+            List or split of evaluation images, the loader's default where it is not given; not for `"shapes"`.
         dataset_options (`dict`, *optional*):
             Further arguments of the loader, for example `{"num_train": 500}` for `"shapes"` or `{"class_names":
-            ["background", "cat", "dog"]}` for pictures of your own. `on_bad_image` may be given for every source.
+            ["background", "cat", "dog"]}` for images of your own. `on_bad_image` may be given for every source.
 
     Returns:
-        `datasets.DatasetDict`: the splits `train` and `validation`, of one's own pictures as far as they are there;
+        `datasets.DatasetDict`: the splits `train` and `validation`, of one's own images as far as they are there;
         [`class_names`] reads their class list.
 
     Raises:
@@ -99,7 +99,7 @@ def load_wsss_dataset(
     known = [key for key, value in inspect.signature(loader).parameters.items() if value.kind != value.VAR_KEYWORD]
     known += ColumnNames.__annotations__ if loader is load_image_labels else ()
     if loader is load_shapes:
-        # generated pictures are never bad
+        # generated images are never bad
         arguments.pop("on_bad_image", None)
     unknown = [key for key in arguments if key not in known]
     if unknown:

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from synernet_hf.data.label_files import name_some
 from synernet_hf.data.polygon_mask import IGNORE_INDEX, PolygonMask
 from synernet_hf.data.schema import class_names, describe, skipped_records
-from synernet_hf.data.transforms import ORIENTATION_TAG, TRANSPOSED_ORIENTATIONS, open_picture
+from synernet_hf.data.transforms import ORIENTATION_TAG, TRANSPOSED_ORIENTATIONS, open_image
 
 
 logger = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombErro
 
 
 def check_dataset(
-    dataset_dict: datasets.DatasetDict, decode_pictures: bool = True, num_threads: int = 2
+    dataset_dict: datasets.DatasetDict, decode_images: bool = True, num_threads: int = 2
 ) -> dict[str, dict[str, int]]:
     """
     Checks every split and says in one sentence what is wrong.
@@ -29,26 +29,26 @@ def check_dataset(
     Args:
         dataset_dict (`datasets.DatasetDict`):
             What a loader of this package returned.
-        decode_pictures (`bool`, *optional*, defaults to `True`):
-            Decodes every picture, JPEGs at an eighth of their size, so that a truncated file is found now and not in
-            the middle of a run, and every mask; `False` leaves pictures and masks unopened.
+        decode_images (`bool`, *optional*, defaults to `True`):
+            Decodes every image, JPEGs at an eighth of their size, so that a truncated file is found now and not in
+            the middle of a run, and every mask; `False` leaves images and masks unopened.
         num_threads (`int`, *optional*, defaults to 2):
             Threads that decode.
 
     Returns:
-        `dict[str, dict[str, int]]`: for each split and foreground class, the number of pictures with that class.
+        `dict[str, dict[str, int]]`: for each split and foreground class, the number of images with that class.
 
     Raises:
         ValueError: No split, an empty split, a label vector of the wrong length or with values other than 0 and 1, no
-            positive label in the training split, a picture that does not decode, or, outside the training split, a
-            mask that is missing, does not decode, is no palette or greyscale picture, has another size than its
-            picture (both turned as their EXIF orientation says), or holds an id that is neither a class nor 255.
+            positive label in the training split, an image that does not decode, or, outside the training split, a
+            mask that is missing, does not decode, is no palette or greyscale image, has another size than its
+            image (both turned as their EXIF orientation says), or holds an id that is neither a class nor 255.
     """
     if not dataset_dict:
         raise ValueError("The data set has no split: a 'train' split is needed for training, 'validation' for scores.")
     empty = [name for name, split in dataset_dict.items() if len(split) == 0]
     if empty:
-        raise ValueError(f"The split {empty[0]!r} is empty: give at least one picture.")
+        raise ValueError(f"The split {empty[0]!r} is empty: give at least one image.")
     names = class_names(dataset_dict)[1:]
     counts = {}
     for split_name, split in dataset_dict.items():
@@ -58,20 +58,20 @@ def check_dataset(
             absent = [name for name, count in counts["train"].items() if count == 0]
             if len(absent) == len(names):
                 raise ValueError(
-                    "No picture of the split 'train' has a positive label: training from image-level labels needs "
-                    "pictures with classes, so check the label source."
+                    "No image of the split 'train' has a positive label: training from image-level labels needs "
+                    "images with classes, so check the label source."
                 )
             if absent:
-                logger.warning("No training picture shows %s: these classes can not be learned.", ", ".join(absent))
-    if decode_pictures:
+                logger.warning("No training image shows %s: these classes can not be learned.", ", ".join(absent))
+    if decode_images:
         for split_name, split in dataset_dict.items():
-            _check_pictures(split, split_name, len(names) + 1, num_threads)
+            _check_images(split, split_name, len(names) + 1, num_threads)
     return counts
 
 
 def drop_bad_records(dataset_dict: datasets.DatasetDict, num_threads: int = 2) -> datasets.DatasetDict:
     """
-    Leaves out the records that [`check_dataset`] would refuse for their picture or mask.
+    Leaves out the records that [`check_dataset`] would refuse for their image or mask.
 
     Args:
         dataset_dict (`datasets.DatasetDict`):
@@ -103,9 +103,9 @@ def mask_ids(
 
     Args:
         mask (`PIL.Image.Image`):
-            Palette or greyscale picture of ids, upright.
+            Palette or greyscale image of ids, upright.
         size (`tuple[int, int]`):
-            Width and height of its picture, upright.
+            Width and height of its image, upright.
         num_labels (`int`):
             Number of classes, background included.
         ignore_index (`int`, *optional*, defaults to 255):
@@ -120,12 +120,12 @@ def mask_ids(
     """
     if mask.size != size:
         raise ValueError(
-            f"is {mask.size[0]} x {mask.size[1]} (width x height), its picture {size[0]} x {size[1]} pixels; equal "
+            f"is {mask.size[0]} x {mask.size[1]} (width x height), its image {size[0]} x {size[1]} pixels; equal "
             "sizes are expected, after both are turned as their EXIF orientation says"
         )
     ids = np.asarray(mask)
     if ids.ndim != 2 or ids.dtype.kind not in "bui":
-        raise ValueError(f"has mode {mask.mode}; a palette or greyscale picture of class ids is expected")
+        raise ValueError(f"has mode {mask.mode}; a palette or greyscale image of class ids is expected")
     scored = ids[ids != ignore_index]
     if scored.size and not 0 <= int(scored.min()) <= int(scored.max()) < num_labels:
         outside = [int(i) for i in np.unique(scored) if not 0 <= i < num_labels]
@@ -138,7 +138,7 @@ def mask_ids(
 
 def undecoded(split: datasets.Dataset, columns: list[str]) -> datasets.Dataset:
     """
-    Columns of a split with pictures and masks as they are stored.
+    Columns of a split with images and masks as they are stored.
 
     Args:
         split (`datasets.Dataset`):
@@ -156,25 +156,25 @@ def undecoded(split: datasets.Dataset, columns: list[str]) -> datasets.Dataset:
     return split
 
 
-def decode_size(picture: Image.Image) -> tuple[int, int]:
+def decode_size(image: Image.Image) -> tuple[int, int]:
     """
-    Decodes a picture to see whether it does, a JPEG at an eighth of its size.
+    Decodes an image to see whether it does, a JPEG at an eighth of its size.
 
     Args:
-        picture (`PIL.Image.Image`):
-            As [`open_picture`] gives it.
+        image (`PIL.Image.Image`):
+            As [`open_image`] gives it.
 
     Returns:
-        `tuple[int, int]`: width and height of the upright picture.
+        `tuple[int, int]`: width and height of the upright image.
 
     Raises:
         One of `DECODING_ERRORS`: It does not decode.
     """
-    size = picture.size
-    picture.draft("RGB", (max(1, size[0] // 8), max(1, size[1] // 8)))
-    picture.load()
+    size = image.size
+    image.draft("RGB", (max(1, size[0] // 8), max(1, size[1] // 8)))
+    image.load()
     # asked after loading: a TIFF is turned by loading, and a PNG may have its EXIF after the pixels
-    return size[::-1] if picture.getexif().get(ORIENTATION_TAG) in TRANSPOSED_ORIENTATIONS else size
+    return size[::-1] if image.getexif().get(ORIENTATION_TAG) in TRANSPOSED_ORIENTATIONS else size
 
 
 def examine_mask(cell: dict | None, size: tuple[int, int], num_labels: int) -> tuple[str | None, np.ndarray | None]:
@@ -185,7 +185,7 @@ def examine_mask(cell: dict | None, size: tuple[int, int], num_labels: int) -> t
         cell (`dict`, *optional*):
             What [`undecoded`] gives.
         size (`tuple[int, int]`):
-            Width and height of its picture, upright.
+            Width and height of its image, upright.
         num_labels (`int`):
             Number of classes, background included.
 
@@ -200,12 +200,12 @@ def examine_mask(cell: dict | None, size: tuple[int, int], num_labels: int) -> t
         if (cell["width"], cell["height"]) == size:
             return None, None
         return (
-            f"is drawn from annotations for {cell['width']} x {cell['height']} pixels (width x height), its picture "
+            f"is drawn from annotations for {cell['width']} x {cell['height']} pixels (width x height), its image "
             f"has {size[0]} x {size[1]}",
             None,
         )
     try:
-        mask = open_picture(cell)
+        mask = open_image(cell)
         mask.load()
         mask = ImageOps.exif_transpose(mask)
     except DECODING_ERRORS as error:
@@ -235,7 +235,7 @@ def _check_labels(split: datasets.Dataset, split_name: str, num_classes: int) ->
     return labels.sum(axis=0)
 
 
-def _check_pictures(split: datasets.Dataset, split_name: str, num_labels: int, num_threads: int) -> None:
+def _check_images(split: datasets.Dataset, split_name: str, num_labels: int, num_threads: int) -> None:
     complaints = [complaint for complaint in _complaints(split, split_name, num_labels, num_threads) if complaint]
     if complaints:
         raise ValueError(
@@ -266,9 +266,9 @@ def _complaints(split: datasets.Dataset, split_name: str, num_labels: int, num_t
 def _examine(record: dict, num_labels: int) -> tuple[str | None, bool]:
     """What is wrong with a record, and whether its mask shows a class that its labels do not name."""
     path = record["image"].get("path")
-    name = f"the picture {record['image_id']}" + (f" ({path})" if path else "")
+    name = f"the image {record['image_id']}" + (f" ({path})" if path else "")
     try:
-        size = decode_size(open_picture(record["image"]))
+        size = decode_size(open_image(record["image"]))
     except DECODING_ERRORS as error:
         return f"{name} does not decode ({error})", False
     if "mask" not in record:

@@ -77,11 +77,11 @@ class LabelReader:
 
     def vector(self, cells: Sequence[Any], class_names: Sequence[str], place: str) -> np.ndarray:
         """
-        The multi-hot vector of one picture.
+        The multi-hot vector of one image.
 
         Args:
             cells (`Sequence[Any]`):
-                Its cells, one for each row that the picture has.
+                Its cells, one for each row that the image has.
             class_names (`Sequence[str]`):
                 C + 1 class names, background first.
             place (`str`):
@@ -98,13 +98,13 @@ class LabelReader:
         vectors = [vector_from_numbers(cell, len(class_names) - 1, place) for cell in cells if not is_empty(cell)]
         return np.max(vectors, axis=0) if vectors else np.zeros(len(class_names) - 1, dtype=np.uint8)
 
-    def infer_class_names(self, pictures: Iterable[tuple[Sequence[Any], str]]) -> list[str]:
+    def infer_class_names(self, images: Iterable[tuple[Sequence[Any], str]]) -> list[str]:
         """
         The class list of labels that come without one.
 
         Args:
-            pictures (`Iterable[tuple[Sequence[Any], str]]`):
-                Cells of each picture of the training split, and where they stand.
+            images (`Iterable[tuple[Sequence[Any], str]]`):
+                Cells of each image of the training split, and where they stand.
 
         Returns:
             `list[str]`: class names, `"background"` first.
@@ -114,7 +114,7 @@ class LabelReader:
         """
         if self.vector_length is not None:
             return numbered_names(self.vector_length)
-        return infer_class_names([[n for cell in cells for n in self.names(cell, place)] for cells, place in pictures])
+        return infer_class_names([[n for cell in cells for n in self.names(cell, place)] for cells, place in images])
 
     def _parts(self, text: str, separators: Sequence[str]) -> list[str]:
         text = text.strip()
@@ -182,7 +182,7 @@ def infer_class_names(labels: Sequence[Sequence[str]]) -> list[str]:
 
     Args:
         labels (`Sequence[Sequence[str]]`):
-            Class names of each picture.
+            Class names of each image.
 
     Returns:
         `list[str]`: class names, `"background"` first.
@@ -190,9 +190,9 @@ def infer_class_names(labels: Sequence[Sequence[str]]) -> list[str]:
     Raises:
         ValueError: There is no label.
     """
-    names = {name for picture in labels for name in picture} - {"background"}
+    names = {name for image in labels for name in image} - {"background"}
     if not names:
-        raise ValueError("No picture has a label: fill in the labels, or check which column holds them.")
+        raise ValueError("No image has a label: fill in the labels, or check which column holds them.")
     by_size = all(name.isdecimal() for name in names)
     return ["background", *sorted(names, key=lambda name: (int(name), name) if by_size else name)]
 
@@ -231,7 +231,7 @@ def checked_class_names(given: Sequence[str] | None, own: Sequence[str] | None, 
 
 def vector_from_names(names: Sequence[str], class_names: Sequence[str], place: str) -> np.ndarray:
     """
-    Turns the labels of one picture into a vector.
+    Turns the labels of one image into a vector.
 
     Args:
         names (`Sequence[str]`):

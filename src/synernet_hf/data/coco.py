@@ -27,34 +27,34 @@ def load_coco2014(
     streaming: bool = False,
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """
-    Loads COCO 2014, or any folder in its layout, without decoding a picture.
+    Loads COCO 2014, or any folder in its layout, without decoding an image.
 
-    Read are `annotations/instances_<split>.json` and the pictures in `<split>/`. The classes are the categories of the
+    Read are `annotations/instances_<split>.json` and the images in `<split>/`. The classes are the categories of the
     file in the order of their ids, numbered from 1 without gaps: for the official files the 80 of `COCO_CLASSES`. A
-    class is an image-level label of a picture if any object or crowd of it is annotated there; pictures without an
-    annotation are left out, as is usual in this field (82,081 and 40,137 pictures remain of the official splits).
+    class is an image-level label of an image if any object or crowd of it is annotated there; images without an
+    annotation are left out, as is usual in this field (82,081 and 40,137 images remain of the official splits).
     Masks of the validation split are drawn from the polygons when a record is opened, see [`PolygonMask`]; crowds are
     255 (ignore). Polygons of the training split are thrown away while its file is read, and no file is ever held in
     memory as a tree of objects.
 
     Args:
         data_dir (`str` or `Path`):
-            The folder that holds `annotations` and the folders of pictures.
+            The folder that holds `annotations` and the folders of images.
         train_split (`str`, *optional*, defaults to `"train2014"`):
-            Name of the training pictures' folder and of their annotation file.
+            Name of the training images' folder and of their annotation file.
         validation_split (`str`, *optional*, defaults to `"val2014"`):
-            The same of the pictures to evaluate on.
+            The same of the images to evaluate on.
         on_bad_image (`str`, *optional*, defaults to `"raise"`):
-            What to do about annotated pictures that are not there: `"raise"`, or `"skip"` to leave them out and list
+            What to do about annotated images that are not there: `"raise"`, or `"skip"` to leave them out and list
             them ([`skipped_records`]).
         streaming (`bool`, *optional*, defaults to `False`):
-            Gives an `IterableDatasetDict` to go through; not for training, which draws pictures at random.
+            Gives an `IterableDatasetDict` to go through; not for training, which draws images at random.
 
     Returns:
         `datasets.DatasetDict` or `datasets.IterableDatasetDict`: `train` (`image`, `image_id`, `image_labels`) and `validation` (the same and `mask`).
 
     Raises:
-        FileNotFoundError: A folder, an annotation file or a picture is missing.
+        FileNotFoundError: A folder, an annotation file or an image is missing.
         ValueError: An annotation file is not in COCO's format, it has more than 254 categories, or the two files do not
             list the same categories.
     """
@@ -81,13 +81,13 @@ def load_coco2014(
 class _AnnotationReader:
     """
     Reads an annotation file in one pass. The JSON reader hands over each object as soon as it is complete, so that
-    only what is needed stays: the class ids of each picture, and its segmentations as text where masks are wanted.
+    only what is needed stays: the class ids of each image, and its segmentations as text where masks are wanted.
     """
 
     def __init__(self, path: Path, keep_polygons: bool) -> None:
         self.path = path
         self.keep_polygons = keep_polygons
-        # picture id → [(category id, is a crowd, segmentation as JSON text)]
+        # image id → [(category id, is a crowd, segmentation as JSON text)]
         self.annotations: dict[int, list[tuple[int, bool, str | None]]] = {}
         if not path.is_file():
             found = sorted(other.name for other in path.parent.glob("instances_*.json"))
@@ -131,7 +131,7 @@ class _AnnotationReader:
         orphans = [str(image_id) for image_id in self.annotations if image_id not in self.images]
         if orphans:
             raise ValueError(
-                f"The annotation file {self.path} annotates {len(orphans)} pictures that it does not list "
+                f"The annotation file {self.path} annotates {len(orphans)} images that it does not list "
                 f"({name_some(orphans)}): list them under images."
             )
         used = {category_id for items in self.annotations.values() for category_id, _, _ in items}
@@ -143,13 +143,13 @@ class _AnnotationReader:
             )
 
     def labels(self, image_id: int) -> np.ndarray:
-        """Multi-hot labels of a picture, `(C,)` uint8."""
+        """Multi-hot labels of an image, `(C,)` uint8."""
         vector = np.zeros(len(self.class_ids), dtype=np.uint8)
         vector[[self.class_ids[category_id] - 1 for category_id, _, _ in self.annotations[image_id]]] = 1
         return vector
 
     def pop_mask(self, image_id: int) -> dict[str, Any]:
-        """The cell of a picture in the mask column; its annotations are given up."""
+        """The cell of an image in the mask column; its annotations are given up."""
         _, height, width = self.images[image_id]
         objects = (
             f"[{IGNORE_INDEX if is_crowd else self.class_ids[category_id]},{text}]"
@@ -160,24 +160,24 @@ class _AnnotationReader:
 
 def _build(folder: Path, reader: _AnnotationReader, on_bad_image: str) -> datasets.Dataset:
     if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder} with the pictures of {reader.path.name}.")
+        raise FileNotFoundError(f"There is no folder {folder} with the images of {reader.path.name}.")
     there = set(os.listdir(folder))
     annotated = sorted(reader.annotations)
     if len(annotated) < len(reader.images):
         without = len(reader.images) - len(annotated)
-        logger.info("%s: %d pictures without annotations are left out.", reader.path, without)
+        logger.info("%s: %d images without annotations are left out.", reader.path, without)
     missing = [reader.images[image_id][0] for image_id in annotated if reader.images[image_id][0] not in there]
     if missing and on_bad_image == "raise":
         raise FileNotFoundError(
-            f"{reader.path} names {len(missing)} of {len(annotated)} pictures that are not in {folder} "
+            f"{reader.path} names {len(missing)} of {len(annotated)} images that are not in {folder} "
             f"({name_some(missing)}): add them, or leave them out with on_bad_image='skip' (--on_bad_image skip)."
         )
     kept = [image_id for image_id in annotated if reader.images[image_id][0] in there]
     if not kept:
         raise ValueError(
-            f"None of the pictures of {reader.path} is in {folder} and annotated: there is nothing to load."
+            f"None of the images of {reader.path} is in {folder} and annotated: there is nothing to load."
         )
-    skipped = [f"the picture {file} is not in {folder}" for file in missing]
+    skipped = [f"the image {file} is not in {folder}" for file in missing]
     # in parts, so that an annotation is in memory either as text or in the table
     parts = [_build_part(folder, reader, kept[i : i + PART_SIZE]) for i in range(0, len(kept), PART_SIZE)]
     return describe(datasets.concatenate_datasets(parts), reader.class_names, skipped)

@@ -113,7 +113,7 @@ def open_dataset(source: str | Path, streaming: bool = False) -> dict[str, Any]:
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         raise kind(
             f"The data set {source} can not be opened ({reason}): give a Hub id, a folder of "
-            "parquet files, or a folder of pictures."
+            "parquet files, or a folder of images."
         ) from error
 
 
@@ -125,7 +125,7 @@ def load_columns(
     streaming: bool,
 ) -> dict[str, Any]:
     """
-    Loads a data set with named columns; no picture is opened.
+    Loads a data set with named columns; no image is opened.
 
     Args:
         source (`str` or `Path`):
@@ -145,7 +145,7 @@ def load_columns(
 
     Raises:
         FileNotFoundError: There is no such data set.
-        ValueError: A split or column is missing or of a kind that holds no pictures or labels, or a label is not in
+        ValueError: A split or column is missing or of a kind that holds no images or labels, or a label is not in
             the class list.
     """
     splits = _choose_splits(open_dataset(source, streaming), source, wanted)
@@ -205,17 +205,17 @@ def _choose_splits(
 def _choose_columns(
     features: datasets.Features, source: str | Path, columns: dict[str, str | None]
 ) -> tuple[str, str, str | None]:
-    """Names of the picture, label and mask column."""
+    """Names of the image, label and mask column."""
     for argument, name in columns.items():
         if name is not None and name not in features:
             raise ValueError(
                 f"The data set {source} has no column {name!r} ({argument}): it has {', '.join(features)}."
             )
-    pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     mask = columns.get("mask_column") or ("mask" if "mask" in features else None)
-    pictures = [name for name in pictures if name != mask]
-    image = columns.get("image_column") or next((name for name in IMAGE_HEADERS if name in pictures), None)
-    image = image or (pictures[0] if len(pictures) == 1 else None)
+    images = [name for name in images if name != mask]
+    image = columns.get("image_column") or next((name for name in IMAGE_HEADERS if name in images), None)
+    image = image or (images[0] if len(images) == 1 else None)
     label = columns.get("label_column") or next((name for name in LABEL_HEADERS if name in features), None)
     for argument, name in (("image_column", image), ("label_column", label)):
         if name is None:
@@ -224,15 +224,15 @@ def _choose_columns(
                 f"name it with {argument}."
             )
     for argument, name in (("image_column", image), ("mask_column", mask)):
-        if name is not None and not _holds_pictures(features[name]):
+        if name is not None and not _holds_images(features[name]):
             raise ValueError(
-                f"The column {name!r} holds {features[name]}, which is no picture: an Image, or the path or bytes of "
+                f"The column {name!r} holds {features[name]}, which is no image: an Image, or the path or bytes of "
                 f"one, is expected; name another column with {argument}."
             )
     return image, label, mask
 
 
-def _holds_pictures(feature: Any) -> bool:
+def _holds_images(feature: Any) -> bool:
     if isinstance(feature, datasets.Value):
         return "string" in feature.dtype or "binary" in feature.dtype
     if isinstance(feature, datasets.List | datasets.LargeList):
@@ -262,7 +262,7 @@ def _with_labels(
     split = split.add_column("image_labels", labels, feature=LABEL_FEATURE)
     features = record_features(with_mask="mask" in chosen.values())
     split = split.select_columns(list(features))
-    # a cast writes a copy of the pictures beside a data set that was saved
+    # a cast writes a copy of the images beside a data set that was saved
     return split if split.features == features else split.cast(features)
 
 

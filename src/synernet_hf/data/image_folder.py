@@ -1,4 +1,4 @@
-"""A folder of pictures with a table of labels, or with one subfolder for each class → columns of records."""
+"""A folder of images with a table of labels, or with one subfolder for each class → columns of records."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from synernet_hf.data.label_files import PICTURE_SUFFIXES, name_some, strip_picture_suffix
+from synernet_hf.data.label_files import IMAGE_SUFFIXES, name_some, strip_image_suffix
 
 
 TABLE_NAMES = ("labels.csv", "metadata.csv", "metadata.jsonl")
@@ -27,15 +27,15 @@ SPLIT_HEADER = "split"
 
 
 @dataclass
-class LabelledPictures:
+class LabelledImages:
     """
-    Pictures of one split before their labels become vectors.
+    Images of one split before their labels become vectors.
 
     Args:
         paths (`list[str]`): the files.
         image_ids (`list[str]`): unique names.
-        labels (`list[list[Any]]`): what the rows of each picture hold: a text, a number or a list.
-        places (`list[str]`): where each picture's labels stand, for error sentences.
+        labels (`list[list[Any]]`): what the rows of each image hold: a text, a number or a list.
+        places (`list[str]`): where each image's labels stand, for error sentences.
         masks (`list[str | None]`): mask files, `None` where there is none.
         class_names (`list[str]`, *optional*): class list that the source itself gives, background first.
         label_column (`str`, *optional*): name of the column of labels.
@@ -74,9 +74,9 @@ def split_folders(root: Path, train_split: str | None, validation_split: str | N
         root (`Path`):
             The folder of the data set.
         train_split (`str`, *optional*):
-            Folder of the training pictures, `train` where it is not given.
+            Folder of the training images, `train` where it is not given.
         validation_split (`str`, *optional*):
-            Folder of the pictures to evaluate on; `validation`, `val` or `test` where it is not given.
+            Folder of the images to evaluate on; `validation`, `val` or `test` where it is not given.
 
     Returns:
         `dict[str, Path]` or `None`: folders of `train` and `validation`, as far as they are there; `None` if `root`
@@ -102,15 +102,15 @@ def split_folders(root: Path, train_split: str | None, validation_split: str | N
     return {split: root / name for split, name in found.items() if name in folders}
 
 
-class PictureIndex:
+class ImageIndex:
     """
-    The pictures below a folder, found by path, file name or name without suffix.
+    The images below a folder, found by path, file name or name without suffix.
 
     Args:
         folder (`Path`):
             The folder; its subfolder `masks` and hidden files are not looked into.
         left_out (`Iterable[str]`, *optional*):
-            Paths below the folder that are no pictures, such as masks.
+            Paths below the folder that are no images, such as masks.
     """
 
     def __init__(self, folder: Path, left_out: Iterable[str] = ()) -> None:
@@ -124,18 +124,18 @@ class PictureIndex:
             folders[:] = sorted(name for name in folders if not name.startswith(".") and name != MASK_FOLDER)
             for file in sorted(files):
                 path = (Path(parent) / file).relative_to(folder).as_posix()
-                is_picture = not file.startswith(".") and Path(file).suffix.lower() in PICTURE_SUFFIXES
-                if is_picture and path not in left_out:
+                is_image = not file.startswith(".") and Path(file).suffix.lower() in IMAGE_SUFFIXES
+                if is_image and path not in left_out:
                     self.paths.append(path)
                     mask = Path(path).with_suffix(".png")
                     self.mask_paths[mask] += 1
                     self.mask_names[mask.name] += 1
-                    for key in {path, file, strip_picture_suffix(file)}:
+                    for key in {path, file, strip_image_suffix(file)}:
                         self.by_key.setdefault(key, []).append(path)
 
     def find(self, name: str) -> str | None:
         """
-        Finds a picture.
+        Finds an image.
 
         Args:
             name (`str`):
@@ -145,7 +145,7 @@ class PictureIndex:
             `str` or `None`: the file, `None` where there is none.
 
         Raises:
-            ValueError: Several pictures have that name. The message is a predicate: the caller says where.
+            ValueError: Several images have that name. The message is a predicate: the caller says where.
         """
         name = posixpath.normpath(name.strip().replace("\\", "/"))
         if Path(name).is_absolute():
@@ -159,19 +159,19 @@ class PictureIndex:
         chosen = name if name in found else next(iter(found), None)
         return None if chosen is None else str(self.folder / chosen)
 
-    def mask_of(self, picture: str) -> str | None:
+    def mask_of(self, image: str) -> str | None:
         """
-        Finds the mask of a picture in the subfolder `masks`.
+        Finds the mask of an image in the subfolder `masks`.
 
         Args:
-            picture (`str`):
-                File of the picture.
+            image (`str`):
+                File of the image.
 
         Returns:
-            `str` or `None`: the PNG file under the path of the picture or else under its bare name, unless it might
-            just as well be that of another picture.
+            `str` or `None`: the PNG file under the path of the image or else under its bare name, unless it might
+            just as well be that of another image.
         """
-        path = Path(os.path.relpath(picture, self.folder)).with_suffix(".png")
+        path = Path(os.path.relpath(image, self.folder)).with_suffix(".png")
         masks = self.folder / MASK_FOLDER
         for mask, sharing in ((masks / path, self.mask_paths[path]), (masks / path.name, self.mask_names[path.name])):
             if sharing <= 1 and mask.is_file():
@@ -181,7 +181,7 @@ class PictureIndex:
 
 def unique_ids(paths: Sequence[str], root: Path) -> list[str]:
     """
-    Names pictures: by file name without suffix, or where two share it, by their path.
+    Names images: by file name without suffix, or where two share it, by their path.
 
     Args:
         paths (`Sequence[str]`):
@@ -192,7 +192,7 @@ def unique_ids(paths: Sequence[str], root: Path) -> list[str]:
     Returns:
         `list[str]`: N names, without slashes.
     """
-    stems = [strip_picture_suffix(path) for path in paths]
+    stems = [strip_image_suffix(path) for path in paths]
     if len(set(stems)) == len(stems):
         return stems
     relative = [os.path.relpath(path, root).replace(os.sep, "/") for path in paths]
@@ -207,43 +207,43 @@ def unique_ids(paths: Sequence[str], root: Path) -> list[str]:
     return ids
 
 
-def read_class_folders(folder: Path) -> LabelledPictures:
+def read_class_folders(folder: Path) -> LabelledImages:
     """
-    Reads a folder in which each subfolder holds the pictures of one class; those of `background` have no class.
+    Reads a folder in which each subfolder holds the images of one class; those of `background` have no class.
 
     Args:
         folder (`Path`):
             The folder.
 
     Returns:
-        [`LabelledPictures`]: in the order of the paths.
+        [`LabelledImages`]: in the order of the paths.
 
     Raises:
-        ValueError: There is no picture in a subfolder, pictures lie beside the subfolders, or the folder `masks` holds
+        ValueError: There is no image in a subfolder, images lie beside the subfolders, or the folder `masks` holds
             no mask of them.
     """
-    index = PictureIndex(folder)
+    index = ImageIndex(folder)
     if not index.paths:
         raise ValueError(
-            f"The folder {folder} has neither a table ({', '.join(TABLE_NAMES)}) nor pictures in subfolders named "
+            f"The folder {folder} has neither a table ({', '.join(TABLE_NAMES)}) nor images in subfolders named "
             "after their classes: add one of them."
         )
     loose = [path for path in index.paths if "/" not in path]
     if loose:
         raise ValueError(
-            f"{len(loose)} pictures lie in {folder} itself ({name_some(loose)}): add a table ({TABLE_NAMES[0]}), or "
-            "put every picture into the subfolder of its class."
+            f"{len(loose)} images lie in {folder} itself ({name_some(loose)}): add a table ({TABLE_NAMES[0]}), or "
+            "put every image into the subfolder of its class."
         )
     names = [path.split("/")[0] for path in index.paths]
     paths = [str(folder / path) for path in index.paths]
     masks = [index.mask_of(path) for path in paths]
-    in_masks = PictureIndex(folder / MASK_FOLDER).paths
+    in_masks = ImageIndex(folder / MASK_FOLDER).paths
     if in_masks and not any(masks):
         raise ValueError(
-            f"None of the {len(in_masks)} files in {folder / MASK_FOLDER} ({name_some(in_masks)}) is named after a "
-            "picture (masks/FOLDER/NAME.png): name them so if they are masks, or rename the folder if it is a class."
+            f"None of the {len(in_masks)} files in {folder / MASK_FOLDER} ({name_some(in_masks)}) is named after an "
+            "image (masks/FOLDER/NAME.png): name them so if they are masks, or rename the folder if it is a class."
         )
-    return LabelledPictures(
+    return LabelledImages(
         paths=paths,
         image_ids=unique_ids(paths, folder),
         labels=[[] if name == "background" else [[name]] for name in names],
@@ -258,15 +258,15 @@ def read_table(
     label_column: str | None = None,
     mask_column: str | None = None,
     ignore_splits: bool = False,
-) -> dict[str, LabelledPictures]:
+) -> dict[str, LabelledImages]:
     """
-    Reads a table of labels and finds its pictures.
+    Reads a table of labels and finds its images.
 
     Args:
         path (`Path`):
-            A `.csv` (also separated by `;` or tabulators) or `.jsonl` file beside the pictures.
+            A `.csv` (also separated by `;` or tabulators) or `.jsonl` file beside the images.
         image_column (`str`, *optional*):
-            Column of the pictures; the first with a usual name (`file_name`, `image`, `id`, ...) or else the first.
+            Column of the images; the first with a usual name (`file_name`, `image`, `id`, ...) or else the first.
         label_column (`str`, *optional*):
             Column of the labels; the first with a usual name (`labels`, `label`, `class`, ...), else the only one
             left, else all that are left if they hold 0 and 1 only.
@@ -276,8 +276,8 @@ def read_table(
             Takes all rows for one split.
 
     Returns:
-        `dict[str, LabelledPictures]`: by the value of the column `split`, `""` where there is none. Rows of one
-        picture are taken together. Pictures that are not there are in `skipped`.
+        `dict[str, LabelledImages]`: by the value of the column `split`, `""` where there is none. Rows of one
+        image are taken together. Images that are not there are in `skipped`.
 
     Raises:
         ValueError: The table can not be read, a column is missing, or a row is ambiguous; the sentence names file and
@@ -302,52 +302,52 @@ def read_table(
                 f"{path} has no column of labels among {', '.join(headers)}: name it with label_column, or give one "
                 "column of 0 and 1 for each class."
             )
-    splits: dict[str, LabelledPictures] = {}
+    splits: dict[str, LabelledImages] = {}
     masks = (str(row[mask_column]).strip() for _, row in rows if row.get(mask_column))
-    index, seen = PictureIndex(path.parent, left_out=masks), {}
+    index, seen = ImageIndex(path.parent, left_out=masks), {}
     for number, row in rows:
         place = f"{path}, row {number}"
         split = "" if ignore_splits or not split_column else str(row.get(split_column) or "").strip()
-        pictures = splits.setdefault(split, LabelledPictures(label_column=label_column))
+        images = splits.setdefault(split, LabelledImages(label_column=label_column))
         if class_columns:
-            pictures.class_names = ["background", *class_columns]
+            images.class_names = ["background", *class_columns]
             names = [name for name in class_columns if str(row[name]).strip() == "1"]
         else:
             names = row.get(label_column)
-        _add(pictures, index, (place, row.get(image_column), names, row.get(mask_column)), seen)
-    for pictures in splits.values():
-        pictures.image_ids = unique_ids(pictures.paths, path.parent)
+        _add(images, index, (place, row.get(image_column), names, row.get(mask_column)), seen)
+    for images in splits.values():
+        images.image_ids = unique_ids(images.paths, path.parent)
     return splits
 
 
-def _add(pictures: LabelledPictures, index: PictureIndex, row: tuple, seen: dict[str, tuple]) -> None:
-    """Adds a row to its split, or its labels to the picture's earlier row."""
+def _add(images: LabelledImages, index: ImageIndex, row: tuple, seen: dict[str, tuple]) -> None:
+    """Adds a row to its split, or its labels to the image's earlier row."""
     place, name, names, mask = row
     if name is None or not str(name).strip():
-        raise ValueError(f"{place}, names no picture: fill it in or take the row out.")
+        raise ValueError(f"{place}, names no image: fill it in or take the row out.")
     try:
         found = index.find(str(name))
     except ValueError as error:
         raise ValueError(f"{place}, {error}.") from error
     if found is None:
-        pictures.skipped.append(f"{place}: there is no picture {name} below {index.folder}")
+        images.skipped.append(f"{place}: there is no image {name} below {index.folder}")
         return
     if found in seen:
         earlier, position = seen[found]
-        if earlier is not pictures:
-            raise ValueError(f"{place}, puts {name} into a second split: give a picture one split.")
-        pictures.labels[position].append(names)
+        if earlier is not images:
+            raise ValueError(f"{place}, puts {name} into a second split: give an image one split.")
+        images.labels[position].append(names)
         return
-    seen[found] = (pictures, len(pictures.paths))
+    seen[found] = (images, len(images.paths))
     mask_file = None
     if mask is not None and str(mask).strip():
         mask_file = str(index.folder / str(mask).strip())
         if not Path(mask_file).is_file():
             raise FileNotFoundError(f"{place}, names the mask {mask}, which is not there: add it or leave it empty.")
-    pictures.paths.append(found)
-    pictures.labels.append([names])
-    pictures.places.append(place)
-    pictures.masks.append(mask_file or index.mask_of(found))
+    images.paths.append(found)
+    images.labels.append([names])
+    images.places.append(place)
+    images.masks.append(mask_file or index.mask_of(found))
 
 
 def _column(path: Path, headers: Sequence[str], given: str | None, argument: str, usual: Sequence[str]) -> str | None:
@@ -371,7 +371,7 @@ def _read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
         ) from error
     rows = _read_json_lines(path, text) if path.suffix.lower() == ".jsonl" else _read_csv(path, text)
     if not rows:
-        raise ValueError(f"The table {path} has no rows: give at least one picture.")
+        raise ValueError(f"The table {path} has no rows: give at least one image.")
     return rows
 
 
@@ -386,7 +386,7 @@ def _read_json_lines(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, row {number}, is not JSON ({error}).") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, row {number}, is not a JSON object: write one in braces for each picture.")
+            raise ValueError(f"{path}, row {number}, is not a JSON object: write one in braces for each image.")
         rows.append((number, row))
     return rows
 
@@ -417,14 +417,14 @@ def _read_csv(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _header(place: str, cells: list[str]) -> list[str]:
-    """The first row, or the headers of a table that begins with a picture and its labels."""
-    is_picture = Path(cells[0]).suffix.lower() in PICTURE_SUFFIXES
+    """The first row, or the headers of a table that begins with an image and its labels."""
+    is_image = Path(cells[0]).suffix.lower() in IMAGE_SUFFIXES
     is_vector = len(cells) > 1 and set(cells[1:]) <= {"0", "1"} and cells[0].lower() not in IMAGE_HEADERS
-    if is_picture and len(cells) == 2:
+    if is_image and len(cells) == 2:
         return ["file_name", "labels"]
-    if is_picture or is_vector:
+    if is_image or is_vector:
         raise ValueError(
-            f"{place}, names a picture ({cells[0]}) where the headers are expected: give the first row the headers "
+            f"{place}, names an image ({cells[0]}) where the headers are expected: give the first row the headers "
             "file_name and, for columns of 0 and 1, the names of the classes."
         )
     repeated = sorted({name for name in cells if name and cells.count(name) > 1})
@@ -436,8 +436,8 @@ def _header(place: str, cells: list[str]) -> list[str]:
 
 
 __all__ = [
-    "LabelledPictures",
-    "PictureIndex",
+    "ImageIndex",
+    "LabelledImages",
     "find_table",
     "read_class_folders",
     "read_table",

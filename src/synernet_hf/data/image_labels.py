@@ -1,4 +1,4 @@
-"""Anybody's pictures with image-level labels: a folder with a table, class folders, a Hub data set, parquet files."""
+"""Anybody's images with image-level labels: a folder with a table, class folders, a Hub data set, parquet files."""
 
 import logging
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from synernet_hf.data.class_lists import LabelReader, checked_class_names
 from synernet_hf.data.image_columns import load_columns
 from synernet_hf.data.image_folder import (
     VALIDATION_NAMES,
-    LabelledPictures,
+    LabelledImages,
     find_table,
     read_class_folders,
     read_table,
@@ -33,11 +33,11 @@ class ColumnNames(TypedDict, total=False):
 
     Attributes:
         image_column (`str`, *optional*):
-            Pictures, or in a table their files. Found by itself where its name is a usual one (`image`, `file_name`).
+            Images, or in a table their files. Found by itself where its name is a usual one (`image`, `file_name`).
         label_column (`str`, *optional*):
             Labels. Found by itself where its name is a usual one (`labels`, `label`, `class`).
         mask_column (`str`, *optional*):
-            Masks of the pictures to evaluate on, or in a table their files; `mask` where there is such a column.
+            Masks of the images to evaluate on, or in a table their files; `mask` where there is such a column.
     """
 
     image_column: str | None
@@ -55,18 +55,18 @@ def load_image_labels(
     **columns: Unpack[ColumnNames],
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """
-    Loads pictures with image-level labels from wherever they are, without decoding one.
+    Loads images with image-level labels from wherever they are, without decoding one.
 
     - **A folder with a table** (`labels.csv`, `metadata.csv` or `metadata.jsonl`, or the table itself): a row for each
-      picture, with its file (or its name without suffix) and its labels; several labels are separated by `;`, `|` or
+      image, with its file (or its name without suffix) and its labels; several labels are separated by `;`, `|` or
       `,`, or stand in rows or in 0/1 columns of their own. The column `split` says what is `train` and `validation`.
     - **A folder with a subfolder for each class.**
     - **A folder with `train` and `validation`** (or `val`, `test`), each of one of these two kinds.
     - **A Hub data set, a folder of parquet files, or what `save_to_disk` wrote**: the label column is a `ClassLabel`,
       a name, a class id, or a list of these, or a list of one 0 or 1 for each class.
 
-    Masks for evaluation come from the mask column, or from `masks/NAME.png` beside the pictures of a folder
-    (`masks/FOLDER/NAME.png` where pictures share a name). Masks of the training split are not looked at.
+    Masks for evaluation come from the mask column, or from `masks/NAME.png` beside the images of a folder
+    (`masks/FOLDER/NAME.png` where images share a name). Masks of the training split are not looked at.
 
     Args:
         data_dir (`str` or `Path`):
@@ -80,11 +80,11 @@ def load_image_labels(
         validation_split (`str`, *optional*):
             Name of the split to evaluate on; `validation`, `val` or `test` where it is not given.
         on_bad_image (`str`, *optional*, defaults to `"raise"`):
-            What to do about pictures that a table names and that are not there: `"raise"`, or `"skip"` to leave them
+            What to do about images that a table names and that are not there: `"raise"`, or `"skip"` to leave them
             out and list them ([`skipped_records`]).
         streaming (`bool`, *optional*, defaults to `False`):
             Gives an `IterableDatasetDict` to go through; a Hub or parquet data set is read meanwhile. Not for
-            training, which draws pictures at random.
+            training, which draws images at random.
         columns ([`ColumnNames`]):
             `image_column`, `label_column` and `mask_column`.
 
@@ -93,8 +93,8 @@ def load_image_labels(
         `validation` (the same and, where there are masks, `mask`), as far as they are there.
 
     Raises:
-        FileNotFoundError: The source, a picture or a mask is missing; of a table, the row is named.
-        ValueError: A table that can not be read, an ambiguous picture, a column that is not there, a label that is not
+        FileNotFoundError: The source, an image or a mask is missing; of a table, the row is named.
+        ValueError: A table that can not be read, an ambiguous image, a column that is not there, a label that is not
             in the class list.
 
     Example:
@@ -128,7 +128,7 @@ def _holds_columns(folder: Path) -> bool:
 
 def _read_folder(
     path: Path, columns: ColumnNames, train_split: str | None, validation_split: str | None
-) -> dict[str, LabelledPictures]:
+) -> dict[str, LabelledImages]:
     table = path if path.is_file() else find_table(path)
     if table is not None:
         found = read_table(table, **columns)
@@ -136,7 +136,7 @@ def _read_folder(
             if validation_split or train_split:
                 raise ValueError(
                     f"{table} has no column 'split', so there is no split {validation_split or train_split!r}: add the "
-                    "column, or put the pictures into the folders train and validation with a table each."
+                    "column, or put the images into the folders train and validation with a table each."
                 )
             return {"train": found[""]}
         missing = [name for name in (train_split, validation_split) if name and name not in found]
@@ -163,7 +163,7 @@ def _read_folder(
     return {split: _read_part(folder, columns) for split, folder in (folders or {"train": path}).items()}
 
 
-def _read_part(folder: Path, columns: ColumnNames) -> LabelledPictures:
+def _read_part(folder: Path, columns: ColumnNames) -> LabelledImages:
     table = find_table(folder)
     given = [f"{argument}={name}" for argument, name in columns.items() if name is not None]
     if table is None and given:
@@ -174,52 +174,52 @@ def _read_part(folder: Path, columns: ColumnNames) -> LabelledPictures:
 
 
 def _build(
-    splits: dict[str, LabelledPictures], path: Path, class_names: Sequence[str] | None, on_bad_image: str
+    splits: dict[str, LabelledImages], path: Path, class_names: Sequence[str] | None, on_bad_image: str
 ) -> datasets.DatasetDict:
     first = next(iter(splits.values()))
     names = checked_class_names(class_names, first.class_names, str(path))
-    cells = (cell for pictures in splits.values() for picture in pictures.labels for cell in picture)
+    cells = (cell for images in splits.values() for image in images.labels for cell in image)
     reader = LabelReader(cells, first.label_column, names)
     if names is None:
         names = reader.infer_class_names(zip(first.labels, first.places, strict=True))
         logger.info("%s: %d classes: %s.", path, len(names) - 1, ", ".join(names[1:]))
     built = {}
-    for split, pictures in splits.items():
-        if pictures.skipped and on_bad_image == "raise":
+    for split, images in splits.items():
+        if images.skipped and on_bad_image == "raise":
             raise FileNotFoundError(
-                f"{len(pictures.skipped)} pictures are missing ({name_some(pictures.skipped)}): add them, take the "
+                f"{len(images.skipped)} images are missing ({name_some(images.skipped)}): add them, take the "
                 "rows out, or leave them out with on_bad_image='skip' (--on_bad_image skip)."
             )
         vectors = [
-            reader.vector(labels, names, place) for labels, place in zip(pictures.labels, pictures.places, strict=True)
+            reader.vector(labels, names, place) for labels, place in zip(images.labels, images.places, strict=True)
         ]
         labels = np.array(vectors, dtype=np.uint8).reshape(len(vectors), len(names) - 1)
-        unlabelled = [pictures.image_ids[index] for index in np.flatnonzero(~labels.any(axis=1))]
+        unlabelled = [images.image_ids[index] for index in np.flatnonzero(~labels.any(axis=1))]
         if unlabelled:
             logger.warning(
-                "%s: %d pictures of the split %r have no label (%s); they count as pictures of background alone.",
+                "%s: %d images of the split %r have no label (%s); they count as images of background alone.",
                 path,
                 len(unlabelled),
                 split,
                 name_some(unlabelled),
             )
-        masks = None if split == "train" else _masks(pictures, split, path)
-        built[split] = build_split(pictures.paths, pictures.image_ids, labels, names, masks, skipped=pictures.skipped)
+        masks = None if split == "train" else _masks(images, split, path)
+        built[split] = build_split(images.paths, images.image_ids, labels, names, masks, skipped=images.skipped)
     return datasets.DatasetDict(built)
 
 
-def _masks(pictures: LabelledPictures, split: str, path: Path) -> list[str] | None:
-    without = [place for place, mask in zip(pictures.places, pictures.masks, strict=True) if mask is None]
-    if len(without) == len(pictures.masks):
+def _masks(images: LabelledImages, split: str, path: Path) -> list[str] | None:
+    without = [place for place, mask in zip(images.places, images.masks, strict=True) if mask is None]
+    if len(without) == len(images.masks):
         logger.warning("%s: the split %r has no masks: it can not be scored.", path, split)
         return None
     if without:
         raise FileNotFoundError(
-            f"{len(without)} of {len(pictures.masks)} pictures of the split {split!r} have no mask "
-            f"({name_some(without)}): add them, under the path of the picture (as masks/cat/1.png) where two share a "
-            "name, or take the pictures out."
+            f"{len(without)} of {len(images.masks)} images of the split {split!r} have no mask "
+            f"({name_some(without)}): add them, under the path of the image (as masks/cat/1.png) where two share a "
+            "name, or take the images out."
         )
-    return list(pictures.masks)
+    return list(images.masks)
 
 
 __all__ = ["ColumnNames", "load_image_labels"]

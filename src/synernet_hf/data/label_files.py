@@ -1,4 +1,4 @@
-"""Image-level labels from a table: npz, json or csv, one multi-hot vector for each picture."""
+"""Image-level labels from a table: npz, json or csv, one multi-hot vector for each image."""
 
 import csv
 import json
@@ -13,10 +13,10 @@ import numpy as np
 from synernet_hf.data.schema import class_index
 
 
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
 
 
-def strip_picture_suffix(name: str) -> str:
+def strip_image_suffix(name: str) -> str:
     """
     Turns a file name or path into an identifier.
 
@@ -25,11 +25,11 @@ def strip_picture_suffix(name: str) -> str:
             For example `"2007_000032"`, `"2007_000032.jpg"` or `"/JPEGImages/2007_000032.jpg"`.
 
     Returns:
-        `str`: The name without folders and without a picture suffix, `"2007_000032"` in all three cases.
+        `str`: The name without folders and without an image suffix, `"2007_000032"` in all three cases.
     """
     name = name.strip().replace("\\", "/").rsplit("/", 1)[-1]
     path = Path(name)
-    return path.stem if path.suffix.lower() in PICTURE_SUFFIXES else name
+    return path.stem if path.suffix.lower() in IMAGE_SUFFIXES else name
 
 
 def name_some(items: Sequence[str], limit: int = 3) -> str:
@@ -84,7 +84,7 @@ def read_label_file(path: str | Path, class_names: Sequence[str]) -> dict[str, n
       1 + C columns (identifier; 0 or 1 for each class, in the order of the header's class names if it has them, else
       of `class_names[1:]`).
 
-    Identifiers may carry a picture suffix or a folder; both are dropped.
+    Identifiers may carry an image suffix or a folder; both are dropped.
 
     Args:
         path (`str` or `Path`):
@@ -134,7 +134,7 @@ def select_labels(table: dict[str, np.ndarray], image_ids: Sequence[str], source
     missing = [image_id for image_id in image_ids if image_id not in table]
     if missing:
         raise ValueError(
-            f"The label file {source} lacks {len(missing)} of the {len(image_ids)} pictures of the split {split!r} "
+            f"The label file {source} lacks {len(missing)} of the {len(image_ids)} images of the split {split!r} "
             f"({name_some(missing)}): add them to the file or take them out of the split."
         )
     return np.stack([table[image_id] for image_id in image_ids])
@@ -188,7 +188,7 @@ def _read_npz(path: Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
             f"The label file {path} holds ids of shape {ids.shape} and labels of shape {labels.shape}, but (N,) and "
             f"(N, {len(class_names) - 1}) are expected."
         )
-    names = [strip_picture_suffix(str(image_id)) for image_id in ids]
+    names = [strip_image_suffix(str(image_id)) for image_id in ids]
     if labels.shape[1] == len(class_names) - 1 and np.isin(labels, (0, 1)).all():
         return dict(zip(names, labels.astype(np.uint8), strict=True))
     return {name: _checked_vector(row, name, path, class_names) for name, row in zip(names, labels, strict=True)}
@@ -204,7 +204,7 @@ def _read_json(path: Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
     table = {}
     for key, values in entries.items():
         checked = _checked_names if all(isinstance(value, str) for value in values) else _checked_vector
-        table[strip_picture_suffix(key)] = checked(values, key, path, class_names)
+        table[strip_image_suffix(key)] = checked(values, key, path, class_names)
     return table
 
 
@@ -229,7 +229,7 @@ def _read_csv(path: Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
         order = np.argsort(columns)
     table = {}
     for row in rows:
-        image_id = strip_picture_suffix(row[0])
+        image_id = strip_image_suffix(row[0])
         if len(row) <= 2:
             names = [name for name in re.split(r"[\s;|]+", row[1] if len(row) == 2 else "") if name]
             table[image_id] = _checked_names(names, image_id, path, class_names)
@@ -238,4 +238,4 @@ def _read_csv(path: Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
     return table
 
 
-__all__ = ["multi_hot", "name_some", "read_label_file", "select_labels", "strip_picture_suffix"]
+__all__ = ["multi_hot", "name_some", "read_label_file", "select_labels", "strip_image_suffix"]

@@ -19,7 +19,7 @@ IGNORE_INDEX = 255
 @dataclass
 class PolygonMask:
     """
-    Feature of a `mask` column whose pictures are kept as annotations and drawn on access.
+    Feature of a `mask` column whose images are kept as annotations and drawn on access.
 
     A cell holds `height`, `width` and `objects`, JSON text of pairs `[class id, segmentation]`; the class id of a crowd
     is 255 (ignore), and a segmentation is what COCO allows: a list of polygons, or a run-length encoding. Crowds are
@@ -28,7 +28,7 @@ class PolygonMask:
 
     Args:
         decode (`bool`, *optional*, defaults to `True`):
-            Gives pictures (`PIL.Image.Image`, mode `L`); `False` gives the cell.
+            Gives images (`PIL.Image.Image`, mode `L`); `False` gives the cell.
 
     Raises:
         ValueError: On access, if a segmentation can not be drawn.
@@ -78,16 +78,16 @@ def draw_objects(objects: list[tuple[int, Any]], height: int, width: int) -> np.
         objects (`list[tuple[int, Any]]`):
             Class id (255 for a crowd) and COCO segmentation of each object.
         height (`int`):
-            Height of the picture.
+            Height of the image.
         width (`int`):
-            Width of the picture.
+            Width of the image.
 
     Returns:
         `np.ndarray`: `(height, width)` uint8.
 
     Raises:
-        ValueError: A class id is not between 1 and 255, or a segmentation is none of COCO's kinds or belongs to a
-            picture of another size.
+        ValueError: A class id is not between 1 and 255, or a segmentation is none of COCO's kinds or belongs to an
+            image of another size.
     """
     wrong = [class_id for class_id, _ in objects if not 1 <= class_id <= IGNORE_INDEX]
     if wrong:

@@ -13,7 +13,7 @@ import numpy as np
 from synernet_hf.data.checks import DECODING_ERRORS, decode_size, examine_mask, undecoded
 from synernet_hf.data.label_files import name_some
 from synernet_hf.data.schema import class_names
-from synernet_hf.data.transforms import open_picture
+from synernet_hf.data.transforms import open_image
 
 
 @dataclass
@@ -22,21 +22,21 @@ class SplitReport:
     What one split is like.
 
     Args:
-        num_pictures (`int`): records of the split.
-        num_bytes (`int`): size of the picture files together.
-        class_counts (`dict[str, int]`): per foreground class, the number of pictures that show it.
-        unlabelled (`list[str]`): identifiers of pictures without any class.
-        bad_labels (`list[str]`): identifiers of pictures whose label vector has a wrong length or other values than 0
+        num_images (`int`): records of the split.
+        num_bytes (`int`): size of the image files together.
+        class_counts (`dict[str, int]`): per foreground class, the number of images that show it.
+        unlabelled (`list[str]`): identifiers of images without any class.
+        bad_labels (`list[str]`): identifiers of images whose label vector has a wrong length or other values than 0
             and 1.
         repeated_ids (`list[str]`): identifiers that occur more than once.
-        undecodable (`dict[str, str]`): per picture that does not decode, why.
+        undecodable (`dict[str, str]`): per image that does not decode, why.
         unusable_masks (`dict[str, str]`): per mask that evaluation would refuse, why. Masks of `train` are not opened.
-        widths (`list[int]`, *optional*): smallest, median and largest width of the upright pictures, in pixels.
+        widths (`list[int]`, *optional*): smallest, median and largest width of the upright images, in pixels.
         heights (`list[int]`, *optional*): smallest, median and largest height, in pixels.
-        formats (`dict[str, int]`): pictures per file format and mode, such as `"JPEG RGB"`.
+        formats (`dict[str, int]`): images per file format and mode, such as `"JPEG RGB"`.
     """
 
-    num_pictures: int
+    num_images: int
     num_bytes: int
     class_counts: dict[str, int]
     unlabelled: list[str] = field(default_factory=list)
@@ -56,7 +56,7 @@ class DatasetReport:
 
     Args:
         splits (`dict[str, SplitReport]`): by name.
-        duplicates (`list[list[str]]`): groups of pictures whose files are equal byte for byte, each as
+        duplicates (`list[list[str]]`): groups of images whose files are equal byte for byte, each as
             `"split/image_id"`, over all splits.
     """
 
@@ -78,9 +78,7 @@ class DatasetReport:
                 ("have a mask that can not be used", [f"{key} {why}" for key, why in split.unusable_masks.items()]),
             ):
                 if items:
-                    found.append(
-                        f"{name}: {len(items)} of {split.num_pictures} pictures {fault} ({name_some(items)})."
-                    )
+                    found.append(f"{name}: {len(items)} of {split.num_images} images {fault} ({name_some(items)}).")
             if split.repeated_ids:
                 found.append(
                     f"{name}: {len(split.repeated_ids)} identifiers occur twice ({name_some(split.repeated_ids)})."
@@ -88,7 +86,7 @@ class DatasetReport:
             absent = [label for label, count in split.class_counts.items() if count == 0]
             if absent:
                 found.append(
-                    f"{name}: {len(absent)} of {len(split.class_counts)} classes are in no picture "
+                    f"{name}: {len(absent)} of {len(split.class_counts)} classes are in no image "
                     f"({name_some(absent)})."
                 )
             doubtful = _likely_misspelt(split.class_counts)
@@ -96,7 +94,7 @@ class DatasetReport:
                 found.append(f"{name}: rare classes with almost the name of a common one ({name_some(doubtful)}).")
         if self.duplicates:
             groups = [" = ".join(group) for group in self.duplicates]
-            found.append(f"{len(groups)} groups of pictures are equal, byte for byte ({name_some(groups)}).")
+            found.append(f"{len(groups)} groups of images are equal, byte for byte ({name_some(groups)}).")
             across = [group for group in self.duplicates if len({member.split("/", 1)[0] for member in group}) > 1]
             if across:
                 found.append(f"{len(across)} of these groups are in more than one split: scores would be too good.")
@@ -106,7 +104,7 @@ class DatasetReport:
         """The report to read: sizes and formats, a table of class counts, and the problems."""
         lines = []
         for name, split in self.splits.items():
-            lines.append(f"{name}: {split.num_pictures:,} pictures, {split.num_bytes / 1e6:,.1f} MB")
+            lines.append(f"{name}: {split.num_images:,} images, {split.num_bytes / 1e6:,.1f} MB")
             if split.widths:
                 lines.append(
                     f"  width {_range(split.widths)}, height {_range(split.heights)} (smallest, median, largest)"
@@ -136,7 +134,7 @@ def inspect_dataset(dataset_dict: datasets.DatasetDict, num_threads: int = 2) ->
     """
     Looks at every record of every split, and goes on where [`check_dataset`] would raise.
 
-    Every picture file is read and decoded once, JPEGs at an eighth of their size. The `mask` column of a split named
+    Every image file is read and decoded once, JPEGs at an eighth of their size. The `mask` column of a split named
     `train` is not touched.
 
     Args:
@@ -156,19 +154,19 @@ def inspect_dataset(dataset_dict: datasets.DatasetDict, num_threads: int = 2) ->
     for split_name, split in dataset_dict.items():
         ids = list(split["image_id"])
         report = _label_report(split, ids, names)
-        seen = _look_at_pictures(split, split_name, len(names), num_threads)
-        for image_id, picture in zip(ids, seen, strict=True):
-            if picture["digest"] is not None:
-                places.setdefault(picture["digest"], []).append(f"{split_name}/{image_id}")
-            if picture["fault"]:
-                report.undecodable[image_id] = picture["fault"]
-            if picture["mask_fault"]:
-                report.unusable_masks[image_id] = picture["mask_fault"]
-        good = [picture for picture in seen if not picture["fault"]]
-        report.num_bytes = sum(picture["num_bytes"] for picture in seen)
+        seen = _look_at_images(split, split_name, len(names), num_threads)
+        for image_id, image in zip(ids, seen, strict=True):
+            if image["digest"] is not None:
+                places.setdefault(image["digest"], []).append(f"{split_name}/{image_id}")
+            if image["fault"]:
+                report.undecodable[image_id] = image["fault"]
+            if image["mask_fault"]:
+                report.unusable_masks[image_id] = image["mask_fault"]
+        good = [image for image in seen if not image["fault"]]
+        report.num_bytes = sum(image["num_bytes"] for image in seen)
         if good:
-            report.widths, report.heights = (_three([picture["size"][axis] for picture in good]) for axis in (0, 1))
-        kinds = [picture["kind"] for picture in good]
+            report.widths, report.heights = (_three([image["size"][axis] for image in good]) for axis in (0, 1))
+        kinds = [image["kind"] for image in good]
         report.formats = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
         splits[split_name] = report
     return DatasetReport(splits, [group for group in places.values() if len(group) > 1])
@@ -190,7 +188,7 @@ def _label_report(split: datasets.Dataset, ids: list[str], names: list[str]) -> 
     return SplitReport(len(ids), 0, class_counts, unlabelled, bad, sorted(repeated))
 
 
-def _look_at_pictures(
+def _look_at_images(
     split: datasets.Dataset, split_name: str, num_labels: int, num_threads: int
 ) -> list[dict[str, Any]]:
     columns = ["image"] + ["mask"] * ("mask" in split.column_names and split_name != "train")
@@ -205,9 +203,9 @@ def _look_at(record: dict, num_labels: int) -> dict[str, Any]:
         content = record["image"]["bytes"]
         content = Path(record["image"]["path"]).read_bytes() if content is None else content
         seen |= {"digest": hashlib.sha256(content).digest(), "num_bytes": len(content)}
-        picture = open_picture({"bytes": content, "path": None})
-        seen["kind"] = f"{picture.format} {picture.mode}"
-        seen["size"] = decode_size(picture)
+        image = open_image({"bytes": content, "path": None})
+        seen["kind"] = f"{image.format} {image.mode}"
+        seen["size"] = decode_size(image)
     except DECODING_ERRORS as error:
         seen["fault"] = " ".join(str(error).split())
         return seen

@@ -99,7 +99,7 @@ def record_features(with_mask: bool, mask_feature: Any = None) -> datasets.Featu
         with_mask (`bool`):
             Adds the `mask` column, which evaluation splits have where masks exist and training splits never have.
         mask_feature (`Any`, *optional*, defaults to `datasets.Image()`):
-            Another feature that gives masks as pictures.
+            Another feature that gives masks as images.
 
     Returns:
         `datasets.Features`: `image` (`datasets.Image`), `image_id` (`string`), `image_labels` (list of int64,
@@ -126,11 +126,11 @@ def build_split(
     skipped: Sequence[str] = (),
 ) -> datasets.Dataset:
     """
-    Builds one split from columns; no picture is opened.
+    Builds one split from columns; no image is opened.
 
     Args:
         images (`Sequence`):
-            N paths, PIL pictures or `{"bytes": ..., "path": ...}` dictionaries.
+            N paths, PIL images or `{"bytes": ..., "path": ...}` dictionaries.
         image_ids (`Sequence[str]`):
             N identifiers.
         image_labels (`np.ndarray`):
@@ -154,7 +154,7 @@ def build_split(
     if image_labels.ndim != 2 or image_labels.shape[1] != len(class_names) - 1:
         raise ValueError(
             f"Image labels of shape {image_labels.shape} were given, but {len(class_names) - 1} foreground classes "
-            f"need (number of pictures, {len(class_names) - 1}): give one column for each foreground class."
+            f"need (number of images, {len(class_names) - 1}): give one column for each foreground class."
         )
     columns = {"image": list(images), "image_id": list(image_ids), "image_labels": image_labels.astype(int).tolist()}
     if masks is not None:

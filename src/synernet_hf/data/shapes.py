@@ -1,4 +1,4 @@
-"""The embedded default: generated multi-label pictures with known masks, no download."""
+"""The embedded default: generated multi-label images with known masks, no download."""
 
 import colorsys
 import io
@@ -30,23 +30,23 @@ def load_shapes(
     """
     Generates the embedded data set (our choice).
 
-    A picture shows one to three objects on a cluttered background. An object of each of the five classes has a small
+    An image shows one to three objects on a cluttered background. An object of each of the five classes has a small
     head with a texture and a strong colour of its own, the part a classifier finds, and a larger plain body in a pale
     colour near that of the head, the part it does not need. Objects have several sizes, often touch or cover one
     another, and plain bodies without a head lie around as background. Each class has its own kind of clutter, drawn
-    in 65 % of the pictures with the class and in 10 % of those without. A plain class activation map is therefore
+    in 65 % of the images with the class and in 10 % of those without. A plain class activation map is therefore
     partial (heads only) and leaky (clutter).
 
-    Picture i of a split depends on `seed`, the split, `image_size` and i alone, so that a larger data set starts with
-    the pictures of a smaller one.
+    Image i of a split depends on `seed`, the split, `image_size` and i alone, so that a larger data set starts with
+    the images of a smaller one.
 
     Args:
         num_train (`int`, *optional*, defaults to 2000):
-            Number of training pictures.
+            Number of training images.
         num_validation (`int`, *optional*, defaults to 200):
-            Number of validation pictures.
+            Number of validation images.
         image_size (`int`, *optional*, defaults to 64):
-            Height and width of a picture in pixels.
+            Height and width of an image in pixels.
         seed (`int`, *optional*, defaults to 0):
             Seed of all random choices.
         with_train_masks (`bool`, *optional*, defaults to `False`):
@@ -54,31 +54,31 @@ def load_shapes(
 
     Returns:
         `datasets.DatasetDict`: `train` (`image`, `image_id`, `image_labels`) and `validation` (the same and `mask`),
-        pictures and masks embedded as PNG.
+        images and masks embedded as PNG.
 
     Raises:
-        ValueError: A split would be empty, or the pictures are too small for the textures.
+        ValueError: A split would be empty, or the images are too small for the textures.
     """
     if num_train < 1 or num_validation < 1:
-        raise ValueError(f"{num_train} training and {num_validation} validation pictures: give at least one of each.")
+        raise ValueError(f"{num_train} training and {num_validation} validation images: give at least one of each.")
     if image_size < 32:
         raise ValueError(f"image_size is {image_size}, but the textures need at least 32 pixels.")
     splits = {}
     for split, number in (("train", num_train), ("validation", num_validation)):
-        pictures, ids, labels, masks = [], [], [], []
-        for index, (picture, mask) in enumerate(generate_shapes(number, image_size, seed, split)):
-            pictures.append(_encode_png(picture))
+        images, ids, labels, masks = [], [], [], []
+        for index, (image, mask) in enumerate(generate_shapes(number, image_size, seed, split)):
+            images.append(_encode_png(image))
             ids.append(f"{split}_{index:06d}")
             labels.append(np.isin(np.arange(1, len(SHAPES_CLASSES)), mask))
             masks.append(_encode_png(mask))
         keep_masks = split == "validation" or with_train_masks
-        splits[split] = build_split(pictures, ids, np.stack(labels), SHAPES_CLASSES, masks if keep_masks else None)
+        splits[split] = build_split(images, ids, np.stack(labels), SHAPES_CLASSES, masks if keep_masks else None)
     return datasets.DatasetDict(splits)
 
 
 def generate_shapes(number: int, image_size: int, seed: int, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """
-    Draws the pictures of one split.
+    Draws the images of one split.
 
     Args:
         number (`int`):
@@ -88,26 +88,26 @@ def generate_shapes(number: int, image_size: int, seed: int, split: str) -> Iter
         seed (`int`):
             Seed of all random choices.
         split (`str`):
-            `"train"` or `"validation"`; the two have no picture in common.
+            `"train"` or `"validation"`; the two have no image in common.
 
     Yields:
-        `tuple[np.ndarray, np.ndarray]`: picture `(S, S, 3)` uint8 and mask `(S, S)` uint8 with class ids, 0 =
+        `tuple[np.ndarray, np.ndarray]`: image `(S, S, 3)` uint8 and mask `(S, S)` uint8 with class ids, 0 =
         background.
     """
     grid = np.mgrid[0:image_size, 0:image_size].astype(np.float32)
     for index in range(number):
-        yield _draw_picture(grid, np.random.default_rng((seed, SPLIT_IDS[split], image_size, index)))
+        yield _draw_image(grid, np.random.default_rng((seed, SPLIT_IDS[split], image_size, index)))
 
 
-def _draw_picture(grid: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _draw_image(grid: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     size = grid.shape[-1]
     number = rng.choice([1, 2, 3], p=[0.3, 0.45, 0.25])
     classes = 1 + rng.choice(len(SHAPES_CLASSES) - 1, size=number, replace=rng.random() < 0.2)
-    picture = _draw_background(size, classes, rng)
+    image = _draw_background(size, classes, rng)
     if rng.random() < DISTRACTOR_PROBABILITY:
         pose = _random_pose(size, rng)
         body, _ = _object_coverage(grid, pose)
-        _paint(picture, body, _color(rng.random(), rng.uniform(0.15, 0.45), rng.uniform(0.5, 0.9)))
+        _paint(image, body, _color(rng.random(), rng.uniform(0.15, 0.45), rng.uniform(0.5, 0.9)))
 
     mask = np.zeros((size, size), dtype=np.uint8)
     # visible pixels and full area of what must stay in sight: the head and the whole of each object
@@ -118,13 +118,13 @@ def _draw_picture(grid: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarra
         if placed is None:
             continue
         anchor, body, head = placed
-        _draw_object(picture, grid, anchor, (body, head), int(class_id), rng)
+        _draw_object(image, grid, anchor, (body, head), int(class_id), rng)
         inside = np.maximum(body, head) > 0.5
         mask[inside] = class_id
         in_sight = [(visible & ~inside, area) for visible, area in in_sight]
         in_sight += [(inside, inside.sum()), (head > 0.5, (head > 0.5).sum())]
-    picture += rng.normal(0, 0.02, picture.shape)
-    return (picture.clip(0, 1) * 255).round().astype(np.uint8), mask
+    image += rng.normal(0, 0.02, image.shape)
+    return (image.clip(0, 1) * 255).round().astype(np.uint8), mask
 
 
 def _random_pose(size: int, rng: np.random.Generator, anchor: dict | None = None) -> dict[str, float]:
@@ -178,17 +178,17 @@ def _place_object(grid, in_sight, anchor, rng):
     return None
 
 
-def _draw_object(picture, grid, pose, parts, class_id, rng) -> None:
+def _draw_object(image, grid, pose, parts, class_id, rng) -> None:
     body, head = parts
     hue = (class_id - 1) / (len(SHAPES_CLASSES) - 1)
     body_color = _color(hue + rng.uniform(-0.05, 0.05), rng.uniform(0.35, 0.55), rng.uniform(0.55, 0.9))
-    _paint(picture, body, body_color)
+    _paint(image, body, body_color)
     along, across = _local_coordinates(grid, pose)
     period = max(4.0, grid.shape[-1] / 14) * rng.uniform(0.9, 1.15)
     texture = _texture(SHAPES_CLASSES[class_id], along - pose["half_length"], across, period)[..., None]
     head_hue = hue + rng.uniform(-0.03, 0.03)
     bright, dark = _color(head_hue, rng.uniform(0.8, 1.0), rng.uniform(0.85, 1.0)), _color(head_hue, 0.9, 0.2)
-    _paint(picture, head, texture * bright + (1 - texture) * dark)
+    _paint(image, head, texture * bright + (1 - texture) * dark)
 
 
 def _texture(name: str, along: np.ndarray, across: np.ndarray, period: float) -> np.ndarray:
@@ -220,7 +220,7 @@ def _draw_background(size: int, classes: np.ndarray, rng: np.random.Generator) -
 
 
 def _draw_clutter(pen: ImageDraw.ImageDraw, size: int, class_id: int, rng: np.random.Generator) -> None:
-    """About twenty small marks of the kind and colour that go with a class, in one region of the picture."""
+    """About twenty small marks of the kind and colour that go with a class, in one region of the image."""
     hue = (class_id - 0.5) / (len(SHAPES_CLASSES) - 1)
     centre = rng.uniform(0.1, 0.9, size=2) * size
     for x, y in rng.normal(centre, 0.22 * size, size=(20, 2)):
@@ -240,8 +240,8 @@ def _draw_clutter(pen: ImageDraw.ImageDraw, size: int, class_id: int, rng: np.ra
             pen.line((x, y - reach, x, y + reach), fill=color, width=max(1, size // 64))
 
 
-def _paint(picture: np.ndarray, coverage: np.ndarray, color: np.ndarray) -> None:
-    picture += coverage[..., None] * (color - picture)
+def _paint(image: np.ndarray, coverage: np.ndarray, color: np.ndarray) -> None:
+    image += coverage[..., None] * (color - image)
 
 
 def _color(hue: float, saturation: float, value: float) -> np.ndarray:

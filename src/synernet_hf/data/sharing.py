@@ -1,4 +1,4 @@
-"""Data sets that stand on their own: pictures inside the parquet files, class names in their schema."""
+"""Data sets that stand on their own: images inside the parquet files, class names in their schema."""
 
 import io
 from pathlib import Path
@@ -25,7 +25,7 @@ def self_describing(dataset_dict: datasets.DatasetDict) -> datasets.DatasetDict:
 
     Returns:
         `datasets.DatasetDict`: the same records with `labels`, a list of `datasets.ClassLabel` over the foreground
-        classes, in place of `image_labels`; `push_to_hub` keeps it, and puts the pictures into its files. Where one
+        classes, in place of `image_labels`; `push_to_hub` keeps it, and puts the images into its files. Where one
         split has a `mask` column all have it, empty in the others, because files are read with one schema. Masks that
         are kept as annotations are drawn and become PNG files in memory.
 
@@ -48,32 +48,32 @@ def self_describing(dataset_dict: datasets.DatasetDict) -> datasets.DatasetDict:
     return datasets.DatasetDict(described)
 
 
-def write_parquet(dataset_dict: datasets.DatasetDict, folder: str | Path, pictures_per_file: int = 1000) -> list[Path]:
+def write_parquet(dataset_dict: datasets.DatasetDict, folder: str | Path, images_per_file: int = 1000) -> list[Path]:
     """
-    Writes a data set as parquet files with the pictures in them, in the layout that `datasets.load_dataset(folder)`
-    and the Hub read. `Dataset.to_parquet` alone would write the paths of pictures that lie in files.
+    Writes a data set as parquet files with the images in them, in the layout that `datasets.load_dataset(folder)`
+    and the Hub read. `Dataset.to_parquet` alone would write the paths of images that lie in files.
 
     Args:
         dataset_dict (`datasets.DatasetDict`):
             Any splits, for example of [`self_describing`].
         folder (`str` or `Path`):
             Files are named `data/SPLIT-00000-of-00003.parquet` in it, each written under a temporary name first.
-        pictures_per_file (`int`, *optional*, defaults to 1000):
+        images_per_file (`int`, *optional*, defaults to 1000):
             The largest number of records of a file, all of which are in memory while it is written.
 
     Returns:
         `list[Path]`: the files.
 
     Raises:
-        ValueError: `pictures_per_file` is not positive, a split is empty, or the folder holds parquet files of another number.
+        ValueError: `images_per_file` is not positive, a split is empty, or the folder holds parquet files of another number.
     """
-    if pictures_per_file < 1:
-        raise ValueError(f"pictures_per_file is {pictures_per_file}; a positive number is expected.")
+    if images_per_file < 1:
+        raise ValueError(f"images_per_file is {images_per_file}; a positive number is expected.")
     empty = [name for name, split in dataset_dict.items() if len(split) == 0]
     if empty:
-        raise ValueError(f"The split {empty[0]!r} is empty: leave it out, or give at least one picture.")
+        raise ValueError(f"The split {empty[0]!r} is empty: leave it out, or give at least one image.")
     data = Path(folder) / "data"
-    counts = {name: -(-len(split) // pictures_per_file) for name, split in dataset_dict.items()}
+    counts = {name: -(-len(split) // images_per_file) for name, split in dataset_dict.items()}
     paths = {
         name: [data / f"{name}-{index:05d}-of-{count:05d}.parquet" for index in range(count)]
         for name, count in counts.items()

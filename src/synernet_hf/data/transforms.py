@@ -1,4 +1,4 @@
-"""Training pictures: geometry in the loader's workers (PIL), photometry on the training device (kornia)."""
+"""Training images: geometry in the loader's workers (PIL), photometry on the training device (kornia)."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -16,89 +16,87 @@ from torch.utils.data import Dataset, Sampler
 # Orientations of the EXIF standard that swap the axes.
 TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)
 ORIENTATION_TAG = 0x0112
-# larger pictures are shrunk to this many pixels before a model sees them whole, which bounds the memory
+# larger images are shrunk to this many pixels before a model sees them whole, which bounds the memory
 MAX_PIXELS = 2**20
 
 
-def open_picture(image: dict | str | Path | Image.Image) -> Image.Image:
+def open_image(image: dict | str | Path | Image.Image) -> Image.Image:
     """
-    Opens a picture without decoding its pixels.
+    Opens an image without decoding its pixels.
 
     Args:
         image (`dict`, `str`, `Path` or `PIL.Image.Image`):
-            What an undecoded `datasets.Image` column holds (`{"bytes": ..., "path": ...}`), a path, or a picture.
+            What an undecoded `datasets.Image` column holds (`{"bytes": ..., "path": ...}`), a path, or an image.
 
     Returns:
-        `PIL.Image.Image`: The picture in its stored mode and orientation.
+        `PIL.Image.Image`: The image in its stored mode and orientation.
 
     Raises:
         TypeError: `image` is none of these.
-        OSError: The file is missing or holds no picture.
+        OSError: The file is missing or holds no image.
     """
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, dict):
         image = io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
     if not isinstance(image, str | Path | io.BytesIO):
-        raise TypeError(
-            f"A picture, a path or a dictionary of bytes and path is expected, not {type(image).__name__}."
-        )
+        raise TypeError(f"An image, a path or a dictionary of bytes and path is expected, not {type(image).__name__}.")
     return Image.open(image)
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """
-    Gives a picture 8-bit colours.
+    Gives an image 8-bit colours.
 
     Args:
-        picture (`PIL.Image.Image`):
+        image (`PIL.Image.Image`):
             Any mode; of an animation, the frame that is shown. Grey values of 16 bits are divided by 256, for Pillow
-            alone would cut them off at 255 and leave a white picture.
+            alone would cut them off at 255 and leave a white image.
 
     Returns:
         `PIL.Image.Image`: mode `RGB`.
     """
-    if picture.mode.startswith("I;16"):
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    return picture.convert("RGB")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
-def shrink(picture: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def shrink(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
-    Bounds the number of pixels of a picture.
+    Bounds the number of pixels of an image.
 
     Args:
-        picture (`PIL.Image.Image`):
+        image (`PIL.Image.Image`):
             Any size, mode `RGB` or `L`.
         max_pixels (`int`, *optional*, defaults to 1048576):
             The bound.
 
     Returns:
-        `PIL.Image.Image`: the picture itself if it is within the bound, else a smaller one of the same shape.
+        `PIL.Image.Image`: the image itself if it is within the bound, else a smaller one of the same shape.
     """
-    factor = (max_pixels / (picture.width * picture.height)) ** 0.5
+    factor = (max_pixels / (image.width * image.height)) ** 0.5
     if factor >= 1:
-        return picture
-    size = (max(1, int(picture.width * factor)), max(1, int(picture.height * factor)))
-    return picture.resize(size, Image.Resampling.BOX)
+        return image
+    size = (max(1, int(image.width * factor)), max(1, int(image.height * factor)))
+    return image.resize(size, Image.Resampling.BOX)
 
 
 class TrainTransform:
     """
-    Random rescale, mirror and crop of one picture, as in the authors' family of code (AFA, ToCo, SynerNet).
+    Random rescale, mirror and crop of one image, as in the authors' family of code (AFA, ToCo, SynerNet).
 
-    The picture of h×w pixels is rescaled by one factor to h'×w' and put at a random place of a black canvas of
+    The image of h×w pixels is rescaled by one factor to h'×w' and put at a random place of a black canvas of
     max(h', S) × max(w', S) pixels; a random window of S×S pixels of the canvas is the crop. Only the pixels inside
-    the window are resampled, which gives the crop of the whole rescaled picture; a JPEG that is shrunk to half or
+    the window are resampled, which gives the crop of the whole rescaled image; a JPEG that is shrunk to half or
     less is decoded at half, a quarter or an eighth of its size, never below the size needed. That is faster and
-    slightly smoother than shrinking the whole picture (docs/data.md has figures).
+    slightly smoother than shrinking the whole image (docs/data.md has figures).
 
     Args:
         crop_size (`int`):
             Side S of the crop in pixels.
         scale_range (`tuple[float, float]`, *optional*, defaults to `(0.5, 2.0)`):
-            Range of the uniformly drawn rescale factor. The default belongs to crops of 448 pixels; for VOC pictures
-            and a crop of 224, half of it keeps as much of a picture in view (our choice).
+            Range of the uniformly drawn rescale factor. The default belongs to crops of 448 pixels; for VOC images
+            and a crop of 224, half of it keeps as much of an image in view (our choice).
         flip (`bool`, *optional*, defaults to `True`):
             Mirrors left and right with probability 0.5.
         seed (`int`, *optional*, defaults to 0):
@@ -128,7 +126,7 @@ class TrainTransform:
 
         Args:
             record (`dict`):
-                `image` (see [`open_picture`]), `image_id` and `image_labels`.
+                `image` (see [`open_image`]), `image_id` and `image_labels`.
             position (`int`):
                 Place of the sample in the training stream.
 
@@ -138,13 +136,13 @@ class TrainTransform:
             multi-hot) and `image_id`.
 
         Raises:
-            ValueError: The picture does not decode; the sentence names it.
+            ValueError: The image does not decode; the sentence names it.
         """
         rng = np.random.default_rng((self.seed, position))
         try:
-            crop, valid_box = self._crop(open_picture(record["image"]), rng)
+            crop, valid_box = self._crop(open_image(record["image"]), rng)
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"The picture {record['image_id']} does not decode: {error}") from error
+            raise ValueError(f"The image {record['image_id']} does not decode: {error}") from error
         return {
             "image": torch.from_numpy(crop),
             "valid_box": torch.tensor(valid_box, dtype=torch.int64),
@@ -152,32 +150,32 @@ class TrainTransform:
             "image_id": record["image_id"],
         }
 
-    def _crop(self, picture: Image.Image, rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+    def _crop(self, image: Image.Image, rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, int, int, int]]:
         size = self.crop_size
         factor, mirror = rng.uniform(*self.scale_range), self.flip and rng.random() < 0.5
-        orientation = picture.getexif().get(ORIENTATION_TAG, 1)
-        width, height = (max(1, round(side * factor)) for side in picture.size)
+        orientation = image.getexif().get(ORIENTATION_TAG, 1)
+        width, height = (max(1, round(side * factor)) for side in image.size)
         # a JPEG gives half, a quarter or an eighth of its size cheaply; never less than width x height
-        picture.draft("RGB", (width, height))
+        image.draft("RGB", (width, height))
         if orientation != 1:
-            picture = ImageOps.exif_transpose(picture)
-        picture = to_rgb(picture)
+            image = ImageOps.exif_transpose(image)
+        image = to_rgb(image)
         if orientation in TRANSPOSED_ORIENTATIONS:
             width, height = height, width
 
         top, bottom, row_start = _place(height, size, rng)
         left, right, column_start = _place(width, size, rng)
-        x_ratio, y_ratio = picture.width / width, picture.height / height
+        x_ratio, y_ratio = image.width / width, image.height / height
         if mirror:
-            # columns [column_start, column_start + right - left) of the mirrored picture
+            # columns [column_start, column_start + right - left) of the mirrored image
             column_start = width - column_start - (right - left)
         box = (
             column_start * x_ratio,
             row_start * y_ratio,
-            min((column_start + right - left) * x_ratio, picture.width),
-            min((row_start + bottom - top) * y_ratio, picture.height),
+            min((column_start + right - left) * x_ratio, image.width),
+            min((row_start + bottom - top) * y_ratio, image.height),
         )
-        window = picture.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=box)
+        window = image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=box)
         if mirror:
             window = window.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         crop = np.zeros((3, size, size), dtype=np.uint8)
@@ -188,7 +186,7 @@ class TrainTransform:
 
 
 def _place(length: int, size: int, rng: np.random.Generator) -> tuple[int, int, int]:
-    """Along one axis: first and last + 1 pixel of the picture in the window, first pixel of the picture shown."""
+    """Along one axis: first and last + 1 pixel of the image in the window, first pixel of the image shown."""
     canvas = max(length, size)
     offset = int(rng.integers(canvas - length + 1))
     start = int(rng.integers(canvas - size + 1))
@@ -203,7 +201,7 @@ class TrainDataset(Dataset):
 
     Args:
         dataset (`datasets.Dataset`):
-            A training split. A `mask` column, if there is one, is dropped unread; pictures are opened by the
+            A training split. A `mask` column, if there is one, is dropped unread; images are opened by the
             transform.
         transform ([`TrainTransform`]):
             Called as `transform(record, position)`.
@@ -279,7 +277,7 @@ class PhotometricAugmentation(nn.Module):
     """
     Colour jitter, greyscale and blur of a batch on its device, then the normalisation that the encoder expects.
 
-    The probabilities are the authors'; they are drawn for each picture from torch's global generator. With all three
+    The probabilities are the authors'; they are drawn for each image from torch's global generator. With all three
     at 0 the module only normalises.
 
     Args:
@@ -338,11 +336,11 @@ class PhotometricAugmentation(nn.Module):
             TypeError: `images` is not uint8.
         """
         if images.dtype != torch.uint8:
-            raise TypeError(f"Pictures of dtype {images.dtype} were given, but uint8 in 0..255 is expected.")
+            raise TypeError(f"Images of dtype {images.dtype} were given, but uint8 in 0..255 is expected.")
         pixels = images.float() / 255
         for step in self.steps:
             pixels = step(pixels)
         return (pixels.clamp(0, 1) - self.mean) / self.std
 
 
-__all__ = ["PhotometricAugmentation", "StreamBatchSampler", "TrainDataset", "TrainTransform", "open_picture", "to_rgb"]
+__all__ = ["PhotometricAugmentation", "StreamBatchSampler", "TrainDataset", "TrainTransform", "open_image", "to_rgb"]

@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image
 
 from synernet_hf.data.label_files import (
-    PICTURE_SUFFIXES,
+    IMAGE_SUFFIXES,
     multi_hot,
     name_some,
     read_label_file,
     select_labels,
-    strip_picture_suffix,
+    strip_image_suffix,
 )
 from synernet_hf.data.schema import VOC_CLASSES, as_streams, build_split, check_on_bad_image
 
@@ -35,7 +35,7 @@ def load_voc2012(
     streaming: bool = False,
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """
-    Loads PASCAL VOC 2012, or any folder in its layout, without decoding a picture.
+    Loads PASCAL VOC 2012, or any folder in its layout, without decoding an image.
 
     Read are `JPEGImages/`, `ImageSets/Segmentation/`, for the validation masks `SegmentationClassAug/` or else
     `SegmentationClass/`, and the image-level labels. The training split has no `mask` column and its masks are never
@@ -54,18 +54,18 @@ def load_voc2012(
         validation_split (`str`, *optional*, defaults to `"val"`):
             The list to evaluate on.
         on_bad_image (`str`, *optional*, defaults to `"raise"`):
-            What to do about listed pictures that are not there: `"raise"`, or `"skip"` to leave them out and list them
+            What to do about listed images that are not there: `"raise"`, or `"skip"` to leave them out and list them
             ([`skipped_records`]).
         streaming (`bool`, *optional*, defaults to `False`):
-            Gives an `IterableDatasetDict` to go through; not for training, which draws pictures at random.
+            Gives an `IterableDatasetDict` to go through; not for training, which draws images at random.
 
     Returns:
         `datasets.DatasetDict` or `datasets.IterableDatasetDict`: `train` (`image`, `image_id`, `image_labels`) and `validation` (the same and, where
         masks exist, `mask`).
 
     Raises:
-        FileNotFoundError: A folder, list, picture, annotation or mask is missing.
-        ValueError: An empty list, two pictures of one name, or labels that are missing, of the wrong length or of an
+        FileNotFoundError: A folder, list, image, annotation or mask is missing.
+        ValueError: An empty list, two images of one name, or labels that are missing, of the wrong length or of an
             unknown class.
     """
     check_on_bad_image(on_bad_image)
@@ -75,24 +75,24 @@ def load_voc2012(
     source = "annotations" if image_labels is None else image_labels
     table = None if source in ("annotations", "masks") else read_label_file(source, VOC_CLASSES)
 
-    pictures = _find_pictures(root / "JPEGImages")
+    images = _find_images(root / "JPEGImages")
     splits = {}
     for split, split_ids in ids.items():
         list_name = train_list if split == "train" else validation_split
-        missing = [image_id for image_id in split_ids if image_id not in pictures]
+        missing = [image_id for image_id in split_ids if image_id not in images]
         if missing and on_bad_image == "raise":
             raise FileNotFoundError(
-                f"The split {list_name!r} names {len(missing)} pictures that are not in {root / 'JPEGImages'} "
+                f"The split {list_name!r} names {len(missing)} images that are not in {root / 'JPEGImages'} "
                 f"({name_some(missing)}): add them or take them out of the list."
             )
-        split_ids = [image_id for image_id in split_ids if image_id in pictures]
+        split_ids = [image_id for image_id in split_ids if image_id in images]
         if not split_ids:
-            raise ValueError(f"None of the pictures of the split {list_name!r} is in {root / 'JPEGImages'}.")
-        doubled = [image_id for image_id in split_ids if len(pictures[image_id]) > 1]
+            raise ValueError(f"None of the images of the split {list_name!r} is in {root / 'JPEGImages'}.")
+        doubled = [image_id for image_id in split_ids if len(images[image_id]) > 1]
         if doubled:
             raise ValueError(
-                f"{len(doubled)} pictures of the split {list_name!r} are there more than once "
-                f"({name_some(pictures[doubled[0]])} in {root / 'JPEGImages'}): keep one file of each name."
+                f"{len(doubled)} images of the split {list_name!r} are there more than once "
+                f"({name_some(images[doubled[0]])} in {root / 'JPEGImages'}): keep one file of each name."
             )
         if source == "annotations":
             labels = _labels_from_annotations(root, split_ids)
@@ -101,7 +101,7 @@ def load_voc2012(
         else:
             labels = select_labels(table, split_ids, source, list_name)
         masks = _find_masks(root, split_ids, list_name) if split == "validation" else None
-        paths = [str(root / "JPEGImages" / pictures[image_id][0]) for image_id in split_ids]
+        paths = [str(root / "JPEGImages" / images[image_id][0]) for image_id in split_ids]
         skipped = [f"{image_id} of the list {list_name} is not in {root / 'JPEGImages'}" for image_id in missing]
         splits[split] = build_split(paths, split_ids, labels, VOC_CLASSES, masks, skipped=skipped)
     return as_streams(splits) if streaming else datasets.DatasetDict(splits)
@@ -115,7 +115,7 @@ def _find_root(data_dir: Path) -> Path:
         if not (root / needed).is_dir():
             raise FileNotFoundError(
                 f"The folder {root} has no {needed}: give the VOCdevkit folder that holds VOC2012, or VOC2012 itself; "
-                "pictures of your own are the data set image_folder (--dataset image_folder)."
+                "images of your own are the data set image_folder (--dataset image_folder)."
             )
     return root
 
@@ -124,13 +124,13 @@ def _list_folder(folder: Path) -> list[str]:
     return sorted(os.listdir(folder)) if folder.is_dir() else []
 
 
-def _find_pictures(folder: Path) -> dict[str, list[str]]:
+def _find_images(folder: Path) -> dict[str, list[str]]:
     """File names by identifier."""
-    pictures = {}
+    images = {}
     for name in _list_folder(folder):
-        if Path(name).suffix.lower() in PICTURE_SUFFIXES:
-            pictures.setdefault(Path(name).stem, []).append(name)
-    return pictures
+        if Path(name).suffix.lower() in IMAGE_SUFFIXES:
+            images.setdefault(Path(name).stem, []).append(name)
+    return images
 
 
 def _default_train_split(root: Path) -> str:
@@ -149,9 +149,9 @@ def _read_list(root: Path, name: str) -> list[str]:
             f"There is no list {path} for the split {name!r}: the folder has {', '.join(existing) or 'no lists'}."
         )
     # Lists of the field's repositories hold "/JPEGImages/ID.jpg /SegmentationClassAug/ID.png" instead of "ID".
-    ids = [strip_picture_suffix(line.split()[0]) for line in path.read_text().splitlines() if line.strip()]
+    ids = [strip_image_suffix(line.split()[0]) for line in path.read_text().splitlines() if line.strip()]
     if not ids:
-        raise ValueError(f"The list {path} of the split {name!r} is empty: give at least one picture.")
+        raise ValueError(f"The list {path} of the split {name!r} is empty: give at least one image.")
     return ids
 
 
@@ -169,7 +169,7 @@ def _find_masks(root: Path, image_ids: Sequence[str], split: str, required: bool
         return None
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} of the {len(image_ids)} pictures of the split {split!r} have no mask in "
+            f"{len(missing)} of the {len(image_ids)} images of the split {split!r} have no mask in "
             f"{' or '.join(MASK_FOLDERS)} of {root} ({name_some(missing)}): add them or take them out of the list."
         )
     return found
@@ -186,7 +186,7 @@ def _labels_from_annotations(root: Path, image_ids: Sequence[str]) -> np.ndarray
     missing = [image_id for image_id in image_ids if f"{image_id}.xml" not in files]
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(image_ids)} pictures have no annotation in {folder} ({name_some(missing)}): add "
+            f"{len(missing)} of {len(image_ids)} images have no annotation in {folder} ({name_some(missing)}): add "
             "them or give image_labels as the path of a label file."
         )
     vectors = []

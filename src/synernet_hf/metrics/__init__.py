@@ -1,4 +1,4 @@
-"""Segmentation metrics that stream: one confusion matrix, whatever the number of pictures."""
+"""Segmentation metrics that stream: one confusion matrix, whatever the number of images."""
 
 from .confusion_matrix import MeanIoU
 

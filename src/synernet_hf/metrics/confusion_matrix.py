@@ -23,7 +23,7 @@ class MeanIoU:
     """
     Streaming intersection over union, recall and precision of label maps.
 
-    Only a `(num_labels, num_labels)` matrix is kept, so the memory does not grow with the number of pictures. Rows are
+    Only a `(num_labels, num_labels)` matrix is kept, so the memory does not grow with the number of images. Rows are
     references, columns are predictions. Reference pixels equal to `ignore_index` are left out, whatever was predicted
     there (the rule of PASCAL VOC, and of the paper's evaluation on one confusion matrix of the whole split).
 
@@ -62,7 +62,7 @@ class MeanIoU:
 
     def update(self, predictions: "np.ndarray | torch.Tensor", references: "np.ndarray | torch.Tensor") -> "MeanIoU":
         """
-        Count the pixels of one picture or of a batch of equal size.
+        Count the pixels of one image or of a batch of equal size.
 
         Args:
             predictions (`np.ndarray` or `torch.Tensor` of integers and shape `([batch_size,] height, width)`):

@@ -163,7 +163,7 @@ class SynerNetBranch(nn.Module):
 
     @torch.no_grad()
     def cam_logits_of(self, output: SynerNetBranchOutput) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """What `cam_logits` gives for the pictures whose `output`, of `forward`, is there already; without gradient."""
+        """What `cam_logits` gives for the images whose `output`, of `forward`, is there already; without gradient."""
         grid = output.features.shape[-2:]
         earlier = [token_map(output.hidden_states[layer], grid) for layer in self.additional_cam_layers]
         maps = [output.cam_logits, output.auxiliary_cam_logits, *map(self.auxiliary_cam_head.cam_logits, earlier)]
@@ -177,7 +177,7 @@ class SynerNetBranch(nn.Module):
         shared_states: tuple[torch.Tensor, ...] | None = None,
         output_attentions: bool = False,
     ) -> SynerNetBranchOutput:
-        """`(B, 3, H, W)` pictures, sides multiples of the patch → everything the branch computes."""
+        """`(B, 3, H, W)` images, sides multiples of the patch → everything the branch computes."""
         tokens, hidden_states, attentions = self.encode(pixel_values, shared_states, output_attentions)
         features = patch_map(tokens, pixel_values, patch_size)
         auxiliary = patch_map(hidden_states[self.auxiliary_layer_index], pixel_values, patch_size)
@@ -201,11 +201,11 @@ class SynerNetBranch(nn.Module):
 
 def lower_unlikely_classes(logits: torch.Tensor, log_probabilities: torch.Tensor, weight: float) -> torch.Tensor:
     """
-    Segmentation logits, each class lowered by how much less likely it is in the picture than the likeliest (ours).
+    Segmentation logits, each class lowered by how much less likely it is in the image than the likeliest (ours).
 
     Args:
         logits (`torch.Tensor` of shape `(B, K, h, w)`): segmentation logits, background first.
-        log_probabilities (`torch.Tensor` of shape `(B, C)`): of each class in the picture, log σ of its score.
+        log_probabilities (`torch.Tensor` of shape `(B, C)`): of each class in the image, log σ of its score.
         weight (`float`): of the difference; 0 changes nothing.
 
     Returns:
@@ -256,7 +256,7 @@ def _forward_arguments(backbone: nn.Module) -> dict[str, bool]:
 
 
 def patch_map(tokens: torch.Tensor, pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Tokens `(B, prefix + h·w, D)` of padded pictures `(B, 3, h·p, w·p)` → `(B, D, h, w)`."""
+    """Tokens `(B, prefix + h·w, D)` of padded images `(B, 3, h·p, w·p)` → `(B, D, h, w)`."""
     return token_map(tokens, (pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size))
 
 

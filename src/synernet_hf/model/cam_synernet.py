@@ -53,7 +53,7 @@ def joint_features(*features: torch.Tensor) -> torch.Tensor:
 
 def normalize_cams(cams: torch.Tensor) -> torch.Tensor:
     """
-    Brings each picture's and class's non-negative map `(B, C, H, W)` into [0, 1]: minus its minimum, divided by its
+    Brings each image's and class's non-negative map `(B, C, H, W)` into [0, 1]: minus its minimum, divided by its
     then maximum + 1e-5 (authors' code).
     """
     cams = cams - cams.amin(dim=(-2, -1), keepdim=True)
@@ -67,11 +67,11 @@ def mask_absent_classes(cams: torch.Tensor, labels: torch.Tensor | None) -> torc
 
 def crop_to_input(maps: torch.Tensor, size: tuple[int, int], patch_size: int) -> torch.Tensor:
     """
-    Maps on a token grid, resized to pixels where the grid reaches past the picture.
+    Maps on a token grid, resized to pixels where the grid reaches past the image.
 
-    A picture of `size` that is no multiple of the patch is padded right and bottom before the encoder; the maps
+    An image of `size` that is no multiple of the patch is padded right and bottom before the encoder; the maps
     `(B, C, h, w)` are then resized bilinearly to the padded size and cropped to `size`. Otherwise they come back as
-    they are, on the token grid, which covers the picture exactly.
+    they are, on the token grid, which covers the image exactly.
     """
     padded = (maps.shape[-2] * patch_size, maps.shape[-1] * patch_size)
     if padded == tuple(size):
@@ -81,7 +81,7 @@ def crop_to_input(maps: torch.Tensor, size: tuple[int, int], patch_size: int) ->
 
 
 def _view_logits(model, pixel_values, scale, flip, known_logits) -> dict[str, tuple[torch.Tensor, ...]]:
-    """CAM logits of the views of one scale, those of the picture as it is taken from `known_logits` if given."""
+    """CAM logits of the views of one scale, those of the image as it is taken from `known_logits` if given."""
     patch_size, floor = model.config.patch_size, model.config.floor_scaled_views
     if known_logits is None or scale != 1:
         return model.cam_logits(_scaled_views(pixel_values, scale, flip, patch_size, floor))
@@ -123,20 +123,20 @@ def multi_scale_cams(
     """
     CAMs of both branches summed over scales, without gradient (authors' code).
 
-    Per scale the picture is resized, seen as it is and mirrored in one batch, both CAM logits are resized to the
-    picture, the mirrored one is mirrored back, the larger of the two kept and cut at 0. The sum over scales is
-    normalised per picture and class. With `config.precise_consensus` the precise branch's CAM of the last layer then is,
+    Per scale the image is resized, seen as it is and mirrored in one batch, both CAM logits are resized to the
+    image, the mirrored one is mirrored back, the larger of the two kept and cut at 0. The sum over scales is
+    normalised per image and class. With `config.precise_consensus` the precise branch's CAM of the last layer then is,
     pixel by pixel, the least of those of its voting layers: what one of them takes for background is not foreground
     (paper: such pixels are pushed to the background; the minimum is ours).
 
     Args:
         model ([`SynerNetForWeaklySupervisedSegmentation`] or [`SynerNetModel`]): gives the `cam_logits` of both branches.
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised pictures.
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised images.
         labels (`torch.Tensor` of shape `(B, C)`, *optional*): multi-hot; classes not in it are zeroed afterwards.
         scales (`tuple[float, ...]`, *optional*, defaults to `(1.0, 0.5, 0.75, 1.5)`): factors of height and width.
-        flip (`bool`, *optional*, defaults to `True`): whether to use the mirrored picture too.
+        flip (`bool`, *optional*, defaults to `True`): whether to use the mirrored image too.
         known_logits (`dict[str, tuple[torch.Tensor, ...]]`, *optional*): what `model.cam_logits(pixel_values)` gives,
-            where it has been computed already; the encoders then do not see the picture at scale 1 again (ours).
+            where it has been computed already; the encoders then do not see the image at scale 1 again (ours).
 
     Returns:
         `dict[str, tuple[torch.Tensor, ...]]`: for `"broad"` and `"precise"` the CAMs of the last layer, the auxiliary
@@ -215,7 +215,7 @@ def cams_to_pseudo_labels(
 
 def area_shares(cams: torch.Tensor, labels: torch.Tensor, coverage: float, low: float, high: float) -> torch.Tensor:
     """
-    Share of the picture each class should cover: its certain pixels plus `coverage` times the uncertain ones, split
+    Share of the image each class should cover: its certain pixels plus `coverage` times the uncertain ones, split
     evenly among the classes that have certain pixels (authors' code). Shares count every pixel, padding included.
 
     Args:
@@ -239,7 +239,7 @@ def area_shares(cams: torch.Tensor, labels: torch.Tensor, coverage: float, low: 
 
 def layer_confidence(votes: torch.Tensor, ignore_index: int = 255) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Agreement of several label maps of one picture, for example of layers and branches (paper; counting is ours).
+    Agreement of several label maps of one image, for example of layers and branches (paper; counting is ours).
 
     Args:
         votes (`torch.Tensor` of shape `(V, B, H, W)`): int64 label maps; `ignore_index` is an uncertain vote.

@@ -83,19 +83,19 @@ class SynerNetConfig(PreTrainedConfig):
             Which of the encoder's hidden states (embeddings first, so -3 of 12 blocks is the output of the 10th)
             feeds the auxiliary classifier. [authors]
         shared_encoder_layers (`int`, *optional*, defaults to 0):
-            Blocks, counted from the picture, that both branches share: less memory and time, less difference between
+            Blocks, counted from the image, that both branches share: less memory and time, less difference between
             the branches. [ours; authors: none]
         decoder_hidden_size (`int`, *optional*, defaults to 512):
             Channels of the LargeFOV decoder. [authors]
         decoder_dilation (`int`, *optional*, defaults to 5):
             Dilation and padding of the decoder's two 3×3 convolutions, in tokens. [authors]
         with_class_token_head (`bool`, *optional*, defaults to `False`):
-            Whether each branch also classifies its class token, which in a pretrained encoder knows the picture's
+            Whether each branch also classifies its class token, which in a pretrained encoder knows the image's
             classes far better than pooled patches do. The scores then are the model's `classification_logits`, and
             part of its segmentation by `class_prior_weight`. [ours, measured in docs/experiment_log.md; authors and
             paper: none]
         class_prior_weight (`float`, *optional*, defaults to 4.0):
-            How much a class loses of its segmentation logits for being less likely in the picture than the likeliest
+            How much a class loses of its segmentation logits for being less likely in the image than the likeliest
             class, in log-probabilities of the class tokens, mixed as the logits are; 0 leaves them as they are, and
             so do image labels that are given. Only with `with_class_token_head`. [ours]
         with_projection_head (`bool`, *optional*, defaults to `True`):
@@ -107,7 +107,7 @@ class SynerNetConfig(PreTrainedConfig):
         prototype_size (`int`, *optional*, defaults to 1024):
             Width of a projected class token and of a class prototype. [authors]
         prototype_momentum (`float`, *optional*, defaults to 0.01):
-            Largest step γ of a prototype towards a new picture. [authors]
+            Largest step γ of a prototype towards a new image. [authors]
         prototype_temperature (`float`, *optional*, defaults to 0.5):
             Temperature of the prototype contrast. [authors]
         prototype_branches (`list[str]`, *optional*, defaults to `("broad", "precise")`):
@@ -166,7 +166,7 @@ class SynerNetConfig(PreTrainedConfig):
             Whether a branch's segmentation learns from fused labels; `False` lets each learn from its own CAM.
             [paper]
         refinement_dilations (`list[int]`, *optional*, defaults to `(1, 2, 4, 8, 12, 24)`):
-            Neighbour distances of pixel-adaptive refinement, in pixels of the half-resolution picture. [authors]
+            Neighbour distances of pixel-adaptive refinement, in pixels of the half-resolution image. [authors]
         refinement_iterations (`int`, *optional*, defaults to 10):
             Steps of pixel-adaptive refinement. [authors]
         broad_coverage (`float`, *optional*, defaults to 0.2):

@@ -1,4 +1,4 @@
-"""Image processor of SynerNet: pictures and masks to tensors, and the model's outputs back to label maps."""
+"""Image processor of SynerNet: images and masks to tensors, and the model's outputs back to label maps."""
 
 import os
 
@@ -34,25 +34,25 @@ class SynerNetImageProcessor(PilBackend):
     r"""
     Image processor of SynerNet on PIL and NumPy.
 
-    By default a picture keeps its native size, as in the authors' evaluation, and is scaled to [0, 1] and normalised
+    By default an image keeps its native size, as in the authors' evaluation, and is scaled to [0, 1] and normalised
     with the mean and standard deviation of ImageNet. The model itself pads what is not a multiple of its patch, so
-    neither resizing nor padding is needed for a single picture; a batch of pictures of several sizes needs one of the
+    neither resizing nor padding is needed for a single image; a batch of images of several sizes needs one of the
     two.
 
     Masks come back as `mask`, never as `labels`: `labels` are the model's image-level classes. `mask` is for scoring,
     and the model does not know it: take it out before `model(**inputs)` with `mask = inputs.pop("mask")`. Of
     `pixel_mask`, which `do_pad` adds, the model makes use with `labels` only: there it leaves the padding out of the
-    losses. `logits` and CAMs cover the padding as if it were picture, so cut it off the results: a label map of the
-    padded size is that of the picture in its first `height` rows and `width` columns.
+    losses. `logits` and CAMs cover the padding as if it were image, so cut it off the results: a label map of the
+    padded size is that of the image in its first `height` rows and `width` columns.
 
     Args:
         do_resize (`bool`, *optional*, defaults to `False`):
-            Resize the picture to `size`.
+            Resize the image to `size`.
         size (`dict[str, int]`, *optional*, defaults to `{"shortest_edge": 448}`):
             `{"shortest_edge": s}` keeps the proportions, `{"height": h, "width": w}` does not. 448 is the
             authors' crop.
         resample (`PIL.Image.Resampling`, *optional*, defaults to `BILINEAR`):
-            Filter for pictures; masks are always resized with `NEAREST`.
+            Filter for images; masks are always resized with `NEAREST`.
         do_rescale (`bool`, *optional*, defaults to `True`):
             Multiply the values by `rescale_factor`.
         rescale_factor (`float`, *optional*, defaults to `1/255`):
@@ -64,13 +64,13 @@ class SynerNetImageProcessor(PilBackend):
         image_std (`list[float]`, *optional*, defaults to `[0.229, 0.224, 0.225]`):
             Standard deviation of the red, green and blue channel.
         do_pad (`bool`, *optional*, defaults to `False`):
-            Pad pictures at the right and the bottom with 0 (after normalisation), masks with 255, up to the largest
+            Pad images at the right and the bottom with 0 (after normalisation), masks with 255, up to the largest
             height and width of the batch rounded up to a multiple of `size_divisor`, or up to `pad_size`. Adds
             `pixel_mask` to the result, for the model: see above.
         size_divisor (`int`, *optional*, defaults to 16):
             The multiple; the patch size of the model.
         do_convert_rgb (`bool`, *optional*, defaults to `True`):
-            Convert pictures to RGB first.
+            Convert images to RGB first.
 
     Example:
 
@@ -108,13 +108,13 @@ class SynerNetImageProcessor(PilBackend):
         **kwargs: Unpack[SynerNetImageProcessorKwargs],
     ) -> BatchFeature:
         """
-        Prepare pictures, and their masks when given, for the model.
+        Prepare images, and their masks when given, for the model.
 
         Args:
             images (`ImageInput`):
-                One picture or a list: PIL, `np.ndarray` or `torch.Tensor` of shape `(height, width, 3)`,
+                One image or a list: PIL, `np.ndarray` or `torch.Tensor` of shape `(height, width, 3)`,
                 `(3, height, width)` or `(height, width)` with values 0 to 255, a path or a URL; or one array or
-                tensor with a batch of pictures of equal size. 16-bit greyscale files and PIL pictures keep their
+                tensor with a batch of images of equal size. 16-bit greyscale files and PIL images keep their
                 shades, divided by 256; of a URL, the library keeps no more than 8 bits.
             segmentation_maps (`ImageInput`, *optional*):
                 One mask or a list, in the order and of the sizes of `images`: palette or greyscale PIL, the path of
@@ -126,10 +126,10 @@ class SynerNetImageProcessor(PilBackend):
             `BatchFeature`: `pixel_values`, float32 of shape `(batch_size, 3, height, width)`; with segmentation maps
             `mask`, int64 of shape `(batch_size, height, width)` (transformers' own processors say `labels`, which here
             are the image-level labels of the model; our choice), to be taken out before `model(**inputs)`; with
-            `do_pad` `pixel_mask`, int64 of shape `(batch_size, height, width)`, 1 on the picture and 0 on the padding.
+            `do_pad` `pixel_mask`, int64 of shape `(batch_size, height, width)`, 1 on the image and 0 on the padding.
 
         Raises:
-            ValueError: If a picture cannot be read, the number or the size of the masks is not that of the pictures,
+            ValueError: If an image cannot be read, the number or the size of the masks is not that of the images,
                 a mask has colours instead of ids, `size_divisor` is not positive, or `return_tensors` is set and the
                 sizes differ.
         """
@@ -147,7 +147,7 @@ class SynerNetImageProcessor(PilBackend):
             return super().fetch_images(os.fspath(source))
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"The picture {str(source)[:200]!r} cannot be read; expected is the path or URL of a picture file."
+                f"The image {str(source)[:200]!r} cannot be read; expected is the path or URL of an image file."
             ) from error
 
     def _preprocess_image_like_inputs(
@@ -160,7 +160,7 @@ class SynerNetImageProcessor(PilBackend):
         **kwargs,
     ) -> BatchFeature:
         images = self._prepare_image_like_inputs(
-            images=_each(images, _plain_picture), do_convert_rgb=do_convert_rgb, input_data_format=input_data_format
+            images=_each(images, _plain_image), do_convert_rgb=do_convert_rgb, input_data_format=input_data_format
         )
         data = self._preprocess(images, **kwargs)
         if segmentation_maps is not None:
@@ -177,7 +177,7 @@ class SynerNetImageProcessor(PilBackend):
         sizes = sorted({image.shape[-2:] for image in data["pixel_values"]})
         if return_tensors is not None and len(sizes) > 1:
             raise ValueError(
-                f"The pictures have {len(sizes)} sizes (height, width), such as {sizes[0]} and {sizes[-1]}, "
+                f"The images have {len(sizes)} sizes (height, width), such as {sizes[0]} and {sizes[-1]}, "
                 "but one tensor needs one size: pass them singly, set `do_pad=True`, or `do_resize=True` with a "
                 "height and a width."
             )
@@ -199,7 +199,7 @@ class SynerNetImageProcessor(PilBackend):
             if do_resize:
                 image = self.resize(image, size, kwargs["resample"])
             if kwargs["do_center_crop"]:
-                # the library fills with 0 where the crop is larger than the picture
+                # the library fills with 0 where the crop is larger than the image
                 shifted = image.astype(np.int64) - fill_value if fill_value else image
                 image = self.center_crop(shifted, kwargs["crop_size"]) + fill_value
             if kwargs["do_rescale"]:
@@ -263,7 +263,7 @@ class SynerNetImageProcessor(PilBackend):
 
         Args:
             cams (`torch.Tensor` of shape `(batch_size, num_labels - 1, height, width)`):
-                Maps of the foreground classes in [0, 1], zero for classes that are not in the picture.
+                Maps of the foreground classes in [0, 1], zero for classes that are not in the image.
             threshold (`float`, *optional*, defaults to 0.5):
                 A pixel whose largest value is at or below it is background. 0.5 is the authors' value for VOC, 0.45
                 for COCO (`config.background_threshold`).
@@ -289,7 +289,7 @@ class SynerNetImageProcessor(PilBackend):
             return list(maps)
         if len(maps) != len(target_sizes):
             raise ValueError(
-                f"Got {len(target_sizes)} target sizes for a batch of {len(maps)}; one per picture is expected."
+                f"Got {len(target_sizes)} target sizes for a batch of {len(maps)}; one per image is expected."
             )
         sizes = [(int(height), int(width)) for height, width in target_sizes]
         return [
@@ -298,20 +298,20 @@ class SynerNetImageProcessor(PilBackend):
         ]
 
 
-def eight_bit_rgb(picture: Image.Image) -> Image.Image:
+def eight_bit_rgb(image: Image.Image) -> Image.Image:
     """
-    Give a picture 8-bit colours.
+    Give an image 8-bit colours.
 
     Args:
-        picture (`PIL.Image.Image`):
+        image (`PIL.Image.Image`):
             Any mode. Grey values of 16 bits are divided by 256, for Pillow alone cuts them off at 255.
 
     Returns:
         `PIL.Image.Image`: Mode `RGB`.
     """
-    if picture.mode.startswith("I;16"):
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    return picture.convert("RGB")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _each(inputs, function):
@@ -319,15 +319,15 @@ def _each(inputs, function):
     return [_each(item, function) for item in inputs] if isinstance(inputs, list | tuple) else function(inputs)
 
 
-def _plain_picture(image):
-    """A greyscale array `(height, width)` → `(1, height, width)`; a 16-bit greyscale picture → 8 bits."""
+def _plain_image(image):
+    """A greyscale array `(height, width)` → `(1, height, width)`; a 16-bit greyscale image → 8 bits."""
     if isinstance(image, Image.Image) and image.mode.startswith("I;16"):
         return eight_bit_rgb(image)
     return image[None] if isinstance(image, np.ndarray | torch.Tensor) and image.ndim == 2 else image
 
 
 def _opened_mask(mask):
-    """A path → the picture in its own mode: the library would read it as RGB, and its ids would be lost."""
+    """A path → the image in its own mode: the library would read it as RGB, and its ids would be lost."""
     if not isinstance(mask, str | os.PathLike):
         return mask
     try:
@@ -336,24 +336,22 @@ def _opened_mask(mask):
     except OSError as error:
         raise ValueError(
             f"The segmentation map {str(mask)[:200]!r} cannot be read; expected is the path of a palette or greyscale "
-            "picture."
+            "image."
         ) from error
 
 
 def _check_masks(images: list[np.ndarray], masks: list[np.ndarray]) -> None:
     if len(masks) != len(images):
-        raise ValueError(
-            f"Got {len(images)} pictures and {len(masks)} segmentation maps; one per picture is expected."
-        )
+        raise ValueError(f"Got {len(images)} images and {len(masks)} segmentation maps; one per image is expected.")
     for index, (image, mask) in enumerate(zip(images, masks, strict=True)):
         if mask.shape[0] != 1:
             raise ValueError(
                 f"Segmentation map {index} has shape {mask.shape}, expected are ids of shape (height, width): give "
-                "palette pictures as they are, not converted to RGB."
+                "palette images as they are, not converted to RGB."
             )
         if mask.shape[-2:] != image.shape[-2:]:
             raise ValueError(
-                f"Segmentation map {index} has height and width {mask.shape[-2:]}, its picture {image.shape[-2:]}; "
+                f"Segmentation map {index} has height and width {mask.shape[-2:]}, its image {image.shape[-2:]}; "
                 "the two must agree."
             )
 

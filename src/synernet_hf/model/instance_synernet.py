@@ -1,4 +1,4 @@
-"""Instance learning: pictures with one class left in them, and their embeddings gathered from every process."""
+"""Instance learning: images with one class left in them, and their embeddings gathered from every process."""
 
 import torch
 from torch.nn import functional as F
@@ -8,7 +8,7 @@ from .refinement_synernet import box_mask
 
 def pick_instance_classes(pseudo_labels: torch.Tensor, labels: torch.Tensor, draw: bool = True) -> torch.Tensor:
     """
-    One class per picture for instance learning, drawn at random from those in its label map, or from its image-level
+    One class per image for instance learning, drawn at random from those in its label map, or from its image-level
     labels if the map holds none (authors' code, which mixes up class ids here).
 
     Args:
@@ -18,7 +18,7 @@ def pick_instance_classes(pseudo_labels: torch.Tensor, labels: torch.Tensor, dra
             that a loss in evaluation mode is the same every time (ours).
 
     Returns:
-        `torch.Tensor` of shape `(B,)`: int64, 0-based foreground class, −1 for a picture without any.
+        `torch.Tensor` of shape `(B,)`: int64, 0-based foreground class, −1 for an image without any.
     """
     num_classes = labels.shape[1]
     flat = pseudo_labels.flatten(1)
@@ -38,10 +38,10 @@ def cut_instances(
     ignore_index: int = 255,
 ) -> torch.Tensor:
     """
-    Pictures in which only one class and the undecided pixels inside the valid box are left (authors' code).
+    Images in which only one class and the undecided pixels inside the valid box are left (authors' code).
 
     Args:
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised pictures.
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised images.
         pseudo_labels (`torch.Tensor` of shape `(B, H, W)`): int64 label maps.
         class_ids (`torch.Tensor` of shape `(B,)`): int64, 0-based foreground class to keep.
         valid_boxes (`torch.Tensor` of shape `(B, 4)`, *optional*): [top, bottom, left, right) of real pixels.
@@ -60,16 +60,16 @@ def gather_in_rank_order(
     embeddings: torch.Tensor, class_ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, slice]:
     """
-    Every process's embeddings in rank order: prototypes must see all pictures, in one order, to stay equal everywhere.
+    Every process's embeddings in rank order: prototypes must see all images, in one order, to stay equal everywhere.
     With several processes all of them must call this together; their batches may differ in size.
 
     Args:
-        embeddings (`torch.Tensor` of shape `(n, P)`): of the own pictures.
-        class_ids (`torch.Tensor` of shape `(n,)`): int64, of the own pictures.
+        embeddings (`torch.Tensor` of shape `(n, P)`): of the own images.
+        class_ids (`torch.Tensor` of shape `(n,)`): int64, of the own images.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor, slice]`: embeddings `(N, P)`, with gradient for the own ones only; class ids
-        `(N,)`, −1 where a process has fewer pictures than another; and where the own ones lie.
+        `(N,)`, −1 where a process has fewer images than another; and where the own ones lie.
     """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):

@@ -14,7 +14,7 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
         logits (`torch.Tensor` of shape `(B, C)`): unnormalised. labels (`torch.Tensor` of shape `(B, C)`): multi-hot.
 
     Returns:
-        `torch.Tensor`: scalar, mean over pictures and classes.
+        `torch.Tensor`: scalar, mean over images and classes.
     """
     return F.multilabel_soft_margin_loss(logits.float(), labels.float())
 
@@ -41,7 +41,7 @@ def spatial_bce_loss(cam_logits: torch.Tensor, labels: torch.Tensor, area_shares
         area_shares (`torch.Tensor` of shape `(B, C)`): float, in [0, 1], the share r each class should cover.
 
     Returns:
-        `torch.Tensor`: scalar, mean over pictures.
+        `torch.Tensor`: scalar, mean over images.
     """
     logits = cam_logits.float().flatten(2)
     targets = _area_targets(logits.detach(), labels, area_shares)
@@ -59,7 +59,7 @@ def patch_token_contrast_loss(
     Patch-token contrast (ToCo): tokens of one label should look alike, tokens of different labels should not.
 
     ½ · (1 − Σ|cos| of equal pairs / (their number + 1)) + ½ · Σ|cos| of unequal pairs / (their number + 1), over all
-    ordered pairs of different tokens of one picture, neither ignored; sums run over the batch.
+    ordered pairs of different tokens of one image, neither ignored; sums run over the batch.
 
     Args:
         features (`torch.Tensor` of shape `(B, D, h, w)`): patch features.
@@ -122,8 +122,8 @@ def prototype_contrast_terms(
     temperature: float = 0.5,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The terms of [`prototype_contrast_loss`], one per picture `(B,)` (0 where the class id is negative), and the
-    prototypes after the last picture.
+    The terms of [`prototype_contrast_loss`], one per image `(B,)` (0 where the class id is negative), and the
+    prototypes after the last image.
     """
     prototypes, embeddings = prototypes.float(), embeddings.float()
     terms = []
@@ -151,20 +151,20 @@ def prototype_contrast_loss(
     temperature: float = 0.5,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Instance learning: a picture's embedding should match the prototype of its class (authors' code).
+    Instance learning: an image's embedding should match the prototype of its class (authors' code).
 
-    Pictures are taken one after another: the prototype of the picture's class moves first, by γ·|cos| of the way to
+    Images are taken one after another: the prototype of the image's class moves first, by γ·|cos| of the way to
     the embedding (at first sight it becomes the normalised embedding), then the loss −log(e^{z·m/τ} / (Σ e^{z·m_j/τ}
     + 1e-4)) is read with the prototypes as they then stand. Unseen classes are zero rows and count.
 
     Args:
         embeddings (`torch.Tensor` of shape `(B, P)`): projected class tokens z, not normalised here.
-        class_ids (`torch.Tensor` of shape `(B,)`): int64, 0-based foreground class; a negative id leaves a picture out.
+        class_ids (`torch.Tensor` of shape `(B,)`): int64, 0-based foreground class; a negative id leaves an image out.
         prototypes (`torch.Tensor` of shape `(C, P)`): normalised rows, or zeros for classes not seen yet; not edited.
         momentum (`float`, *optional*, defaults to 0.01): γ. temperature (`float`, *optional*, defaults to 0.5): τ.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: scalar mean over pictures that count (0 if none), and the new prototypes.
+        `tuple[torch.Tensor, torch.Tensor]`: scalar mean over images that count (0 if none), and the new prototypes.
     """
     terms, new_prototypes = prototype_contrast_terms(embeddings, class_ids, prototypes, momentum, temperature)
     return terms.sum() / (class_ids >= 0).sum().clamp(min=1), new_prototypes

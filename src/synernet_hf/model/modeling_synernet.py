@@ -105,7 +105,7 @@ class SynerNetModel(SynerNetPreTrainedModel):
             copy_encoder(backbone, self.branch(name).backbone, self.config.shared_encoder_layers)
 
     def shared_states(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
-        """States of the shared blocks for padded pictures `(B, 3, H, W)`, or `None` where none are shared."""
+        """States of the shared blocks for padded images `(B, 3, H, W)`, or `None` where none are shared."""
         return None if self.shared_encoder is None else self.shared_encoder(pixel_values)
 
     def cam_logits(self, pixel_values: torch.Tensor) -> dict[str, tuple[torch.Tensor, ...]]:
@@ -115,11 +115,11 @@ class SynerNetModel(SynerNetPreTrainedModel):
         the outputs of `forward`, which the losses act on, are always as the classifier gives them.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised pictures of any size.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised images of any size.
 
         Returns:
             `dict[str, tuple[torch.Tensor, ...]]`: for `"broad"` and `"precise"` the last, the auxiliary and the
-            `config.additional_cam_layers` layers' CAM logits, `(B, C, h, w)`, or `(B, C, H, W)` where the picture
+            `config.additional_cam_layers` layers' CAM logits, `(B, C, h, w)`, or `(B, C, H, W)` where the image
             had to be padded.
         """
         padded = self.pad(pixel_values)
@@ -132,8 +132,8 @@ class SynerNetModel(SynerNetPreTrainedModel):
         self, outputs: SynerNetModelOutput, size: tuple[int, int]
     ) -> dict[str, tuple[torch.Tensor, ...]] | None:
         """
-        What [`~SynerNetModel.cam_logits`] gives for pictures of `size` = (H, W) that `forward` has seen, out of its
-        `outputs` of both branches; `None` where the two see a picture differently, one cutting what the other pads.
+        What [`~SynerNetModel.cam_logits`] gives for images of `size` = (H, W) that `forward` has seen, out of its
+        `outputs` of both branches; `None` where the two see an image differently, one cutting what the other pads.
         """
         if self.config.floor_scaled_views and any(side % self.config.patch_size for side in size):
             return None
@@ -144,7 +144,7 @@ class SynerNetModel(SynerNetPreTrainedModel):
         self, read: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]], size: tuple[int, int]
     ) -> dict[str, tuple[torch.Tensor, ...]]:
         """
-        The CAM logits and features that the branches have `read`, layer by layer, as CAM logits for pictures of `size`:
+        The CAM logits and features that the branches have `read`, layer by layer, as CAM logits for images of `size`:
         propagated where a branch has a temperature, tokens being alike as far as both branches see them so.
         """
         logits, alike = {}, None
@@ -167,7 +167,7 @@ class SynerNetModel(SynerNetPreTrainedModel):
     ) -> SynerNetModelOutput:
         r"""
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): normalised pictures of any size; padded right
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): normalised images of any size; padded right
                 and bottom with 0 to multiples of the patch, so that maps have `ceil(H / p)` × `ceil(W / p)` tokens.
             branches (`tuple[str, ...]`, *optional*, defaults to both): which branches to run.
             output_hidden_states (`bool` or `list[int]`, *optional*): whether to return hidden states, or which of them;
@@ -278,10 +278,10 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         Multi-scale CAMs of both branches and their fusion, without gradient.
 
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): normalised pictures of any size.
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): normalised images of any size.
             labels (`torch.Tensor` of shape `(B, C)`, *optional*): multi-hot; absent classes are zeroed.
             scales (`tuple[float, ...]`, *optional*, defaults to `config.cam_scales`): factors of height and width.
-            flip (`bool`, *optional*, defaults to `config.cam_flip`): whether to use the mirrored picture too.
+            flip (`bool`, *optional*, defaults to `config.cam_flip`): whether to use the mirrored image too.
 
         Returns:
             [`SynerNetCamOutput`]
@@ -312,15 +312,15 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         class_prior_weight: float | None = None,
     ) -> torch.Tensor:
         r"""
-        Segmentation logits at the picture's size, the larger value over scales kept (authors' code).
+        Segmentation logits at the image's size, the larger value over scales kept (authors' code).
 
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): normalised pictures of any size.
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): normalised images of any size.
             scales (`tuple[float, ...]`, *optional*, defaults to `config.inference_scales`): factors of the sides.
-            flip (`bool`, *optional*, defaults to `False`): whether to use the mirrored picture too.
+            flip (`bool`, *optional*, defaults to `False`): whether to use the mirrored image too.
             inference_branches (`str`, *optional*): as in `forward`.
             class_prior_weight (`float`, *optional*, defaults to `config.class_prior_weight`):
-                How much of its logits a class loses for being unlikely in the picture; 0 where its classes are known.
+                How much of its logits a class loses for being unlikely in the image; 0 where its classes are known.
 
         Returns:
             `torch.Tensor` of shape `(B, K, H, W)`: float.
@@ -358,11 +358,11 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         r"""
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`):
-                Pictures normalised with `config.image_mean` and `config.image_std`, of any size.
+                Images normalised with `config.image_mean` and `config.image_std`, of any size.
             labels (`torch.Tensor` of shape `(B, num_labels - 1)`, *optional*):
                 Image-level labels, multi-hot over the foreground classes. With them the loss is computed.
             valid_boxes (`torch.LongTensor` of shape `(B, 4)`, *optional*):
-                [top, bottom, left, right) of the real pixels of each picture; the padding around teaches nothing.
+                [top, bottom, left, right) of the real pixels of each image; the padding around teaches nothing.
             loss_weights (`dict[str, float]`, *optional*, defaults to `config.loss_weights`):
                 Weight of each term: `cls`, `cls_aux`, `cls_token`, `spatial_bce`, `patch_contrast`,
                 `prototype_contrast`, `segmentation`. What weighs 0, or is not named, is not computed.
@@ -378,7 +378,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             [`SynerNetSegmenterOutput`]
 
         Raises:
-            ValueError: if `labels` do not have one row per picture and `config.num_foreground_labels` columns, a name
+            ValueError: if `labels` do not have one row per image and `config.num_foreground_labels` columns, a name
                 in `loss_weights` or `inference_branches` is not known, or `labels` come with a single branch.
             TypeError: if an argument is not known.
         """
@@ -426,7 +426,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         return SynerNetSegmenterOutput(**result)
 
     def _segment(self, outputs, branches: tuple[str, ...], size: tuple[int, int], prior_weight: float | None = None):
-        """Logits and class scores of pictures of `size` by the name of their field, out of `outputs` of `branches`."""
+        """Logits and class scores of images of `size` by the name of their field, out of `outputs` of `branches`."""
         logits = {name: crop_to_input(outputs[name].logits, size, self.config.patch_size) for name in branches}
         share = self.config.broad_inference_weight
         shares = {"broad": share, "precise": 1 - share} if len(branches) == 2 else {branches[0]: 1.0}
@@ -456,7 +456,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         expected = (pixel_values.shape[0], self.config.num_foreground_labels)
         if tuple(labels.shape) != expected:
             raise ValueError(
-                f"labels must be multi-hot, one row per picture and one column per class without background: {expected}, "
+                f"labels must be multi-hot, one row per image and one column per class without background: {expected}, "
                 f"got {tuple(labels.shape)}."
             )
 
@@ -506,7 +506,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         return total, {name: torch.stack(values).mean() for name, values in terms.items()}
 
     def _embed_instances(self, pixel_values, labels, valid_boxes, pseudo_labels: dict[str, torch.Tensor]):
-        """Per branch with instance learning: embeddings `(B, P)` of the cut pictures, and their class ids `(B,)`."""
+        """Per branch with instance learning: embeddings `(B, P)` of the cut images, and their class ids `(B,)`."""
         cut: dict[str, tuple] = {}
         embeddings = {}
         for name in self.config.prototype_branches:
@@ -515,17 +515,17 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             if source not in cut:
                 class_ids = pick_instance_classes(pseudo_labels[source], labels, draw=self.training)
                 ignore_index = self.config.semantic_loss_ignore_index
-                pictures = cut_instances(pixel_values, pseudo_labels[source], class_ids, valid_boxes, ignore_index)
-                pictures = self.synernet.pad(pictures)
-                cut[source] = pictures, self.synernet.shared_states(pictures), class_ids
-            pictures, shared_states, class_ids = cut[source]
+                images = cut_instances(pixel_values, pseudo_labels[source], class_ids, valid_boxes, ignore_index)
+                images = self.synernet.pad(images)
+                cut[source] = images, self.synernet.shared_states(images), class_ids
+            images, shared_states, class_ids = cut[source]
             branch = self.synernet.branch(name)
-            tokens = branch.encode(pictures, shared_states)[0]
+            tokens = branch.encode(images, shared_states)[0]
             embeddings[name] = branch.projection_head(tokens[:, 0]), class_ids
         return embeddings
 
     def _contrast(self, name: str, embeddings: torch.Tensor, class_ids: torch.Tensor) -> torch.Tensor:
-        """The prototype contrast of one branch; moves its prototypes while training, with all processes' pictures."""
+        """The prototype contrast of one branch; moves its prototypes while training, with all processes' images."""
         head = self.synernet.branch(name).projection_head
         gathered, gathered_ids, own = embeddings, class_ids, slice(None)
         if self.training:

@@ -74,13 +74,13 @@ class SynerNetSegmenterOutput(ModelOutput):
             `loss_segmentation`.
         logits (`torch.FloatTensor` of shape `(B, K, h, w)`):
             Segmentation scores of both branches mixed by `config.broad_inference_weight`, one per token; `(B, K, H, W)`
-            where the picture had to be padded because its height or width is no multiple of the patch. With a class
-            token head, classes that are not likely in the picture are lowered.
+            where the image had to be padded because its height or width is no multiple of the patch. With a class
+            token head, classes that are not likely in the image are lowered.
         broad_logits (`torch.FloatTensor`, *optional*):
             The broad branch's share of `logits`, as its decoder gives it; same shape.
         precise_logits (`torch.FloatTensor`, *optional*): the same of the precise branch.
         classification_logits (`torch.FloatTensor` of shape `(B, C)`):
-            Class scores of the picture, mean of the branches: the class tokens' where the model has heads for them, the
+            Class scores of the image, mean of the branches: the class tokens' where the model has heads for them, the
             pooled patches' otherwise.
         broad_cams (`torch.FloatTensor` of shape `(B, C, h, w)`):
             The broad branch's CAMs in [0, 1], not masked: single-scale and as the classifier gives them, on the grid of
@@ -112,7 +112,7 @@ class SynerNetSegmenterOutput(ModelOutput):
 @dataclass
 class SynerNetCamOutput(ModelOutput):
     """
-    Multi-scale CAMs at the picture's size, `(B, C, H, W)` float in [0, 1].
+    Multi-scale CAMs at the image's size, `(B, C, H, W)` float in [0, 1].
 
     Args:
         broad_cams (`torch.FloatTensor`): last layer of the broad branch.

@@ -1,4 +1,4 @@
-"""The pipeline task `weakly-supervised-segmentation`: pictures in, one mask per class out."""
+"""The pipeline task `weakly-supervised-segmentation`: images in, one mask per class out."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -19,7 +19,7 @@ from .image_processing_synernet import eight_bit_rgb
 
 
 TASK = "weakly-supervised-segmentation"
-# where the image labels of a picture come from, unless they are named: from its record, or from the classifiers
+# where the image labels of an image come from, unless they are named: from its record, or from the classifiers
 LABEL_SOURCES = ("known", "predicted")
 
 
@@ -27,7 +27,7 @@ class SynerNetSegmentationPipeline(Pipeline):
     """
     Semantic segmentation with the options of SynerNet, answering in the form of the stock `image-segmentation` task.
 
-    Pictures of a batch may differ in size: those of equal size go through the model together.
+    Images of a batch may differ in size: those of equal size go through the model together.
 
     Example:
 
@@ -35,7 +35,7 @@ class SynerNetSegmentationPipeline(Pipeline):
     >>> from transformers import pipeline
 
     >>> segmenter = pipeline("weakly-supervised-segmentation", model="runs/voc_animals")
-    >>> segments = segmenter("picture.jpg", scales=(1.0, 1.25, 1.5), flip=True)
+    >>> segments = segmenter("image.jpg", scales=(1.0, 1.25, 1.5), flip=True)
     >>> [segment["label"] for segment in segments]
     ['background', 'cat']
     ```
@@ -63,7 +63,7 @@ class SynerNetSegmentationPipeline(Pipeline):
             raise ValueError(f"`scales` is {scales}; at least one positive scale is expected, such as (1.0,).")
         if crf is not None and not callable(crf):
             raise ValueError(
-                f"`crf` is {crf!r}; a function of a picture and its class probabilities is expected, such as "
+                f"`crf` is {crf!r}; a function of an image and its class probabilities is expected, such as "
                 "`synernet_hf.crf.DenseCRF()`."
             )
         if isinstance(image_labels, str) and image_labels not in LABEL_SOURCES:
@@ -110,23 +110,23 @@ class SynerNetSegmentationPipeline(Pipeline):
 
     def __call__(self, inputs: Any, **kwargs: Any) -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
         """
-        Segment one picture or several.
+        Segment one image or several.
 
         Args:
             inputs (`str`, `PIL.Image.Image`, `dict`, a list of these, or a data set or generator of them):
-                Pictures, paths or URLs, or records that hold one of these as `image`. The EXIF orientation of files
+                Images, paths or URLs, or records that hold one of these as `image`. The EXIF orientation of files
                 is applied. A data set or generator is read as the answers are, one batch after another.
             scales (`tuple[float, ...]`, *optional*, defaults to `(1.0,)`):
-                Scales at which each picture is seen; the elementwise maximum of the logits decides. The authors'
+                Scales at which each image is seen; the elementwise maximum of the logits decides. The authors'
                 inference uses `model.config.inference_scales`.
             flip (`bool`, *optional*, defaults to `False`):
                 Also see the mirror of every scale.
             image_labels (`list[str]` or `str`, *optional*):
-                Classes that are in the pictures; no other class but background is predicted then. A list of names;
+                Classes that are in the images; no other class but background is predicted then. A list of names;
                 `"known"`, to take `image_labels` of each record (names, or 0 and 1 per foreground class); or
                 `"predicted"`, for the classes that the model's classifiers see, at the cost of one more pass.
             crf (`Callable[[np.ndarray, np.ndarray], np.ndarray]`, *optional*):
-                Refines the probabilities, such as `synernet_hf.crf.DenseCRF()`: takes the picture, uint8 of shape
+                Refines the probabilities, such as `synernet_hf.crf.DenseCRF()`: takes the image, uint8 of shape
                 `(height, width, 3)`, and class probabilities, float32 of shape `(num_labels, height, width)`, and
                 returns such probabilities.
             return_cams (`bool`, *optional*, defaults to `False`):
@@ -140,8 +140,8 @@ class SynerNetSegmentationPipeline(Pipeline):
                 Seconds to wait for a URL.
 
         Returns:
-            `list[dict]`, or a list of these for several pictures: One dictionary per class found, in the order of the
-            ids: `label` (`str`), `mask` (`PIL.Image.Image` of mode `"L"` and the size of the picture, 255 on the class
+            `list[dict]`, or a list of these for several images: One dictionary per class found, in the order of the
+            ids: `label` (`str`), `mask` (`PIL.Image.Image` of mode `"L"` and the size of the image, 255 on the class
             and 0 elsewhere) and `score` (`float`, mean probability of the class over its mask). With one of the
             `return_…` options a `dict` stands for this list, which is its entry `segments`; the others are those
             asked for: `cams` (by class name) and `confidence`, float32 of shape `(height, width)` in [0, 1], and
@@ -160,14 +160,14 @@ class SynerNetSegmentationPipeline(Pipeline):
         self, image: Any, image_labels: list[str] | str | None = None, timeout: float | None = None
     ) -> dict[str, list]:
         record = image if isinstance(image, dict) else {"image": image}
-        picture = _opened(record["image"], timeout)
-        # the model pads by itself; padding here would be stretched over the picture
-        inputs = self.image_processor(images=picture, do_center_crop=False, do_pad=False, return_tensors="pt")
+        opened = _opened(record["image"], timeout)
+        # the model pads by itself; padding here would be stretched over the image
+        inputs = self.image_processor(images=opened, do_center_crop=False, do_pad=False, return_tensors="pt")
         labels = None
         if image_labels == "known":
             if record.get("image_labels") is None:
                 raise ValueError(
-                    'A picture has no `image_labels`, but `image_labels="known"`; pass records with `image` and '
+                    'An image has no `image_labels`, but `image_labels="known"`; pass records with `image` and '
                     "`image_labels`, or name the classes."
                 )
             labels = self._multi_hot(record["image_labels"])
@@ -177,7 +177,7 @@ class SynerNetSegmentationPipeline(Pipeline):
         return {
             "pixel_values": [inputs["pixel_values"][0].to(self.dtype)],
             "labels": [labels],
-            "image": [picture],
+            "image": [opened],
         }
 
     def _forward(
@@ -189,13 +189,13 @@ class SynerNetSegmentationPipeline(Pipeline):
         return_cams: bool = False,
         return_confidence: bool = False,
     ) -> dict[str, list]:
-        pictures = _flattened(model_inputs["pixel_values"])
+        images = _flattened(model_inputs["pixel_values"])
         labels = _flattened(model_inputs["labels"])
-        outputs = {"logits": [None] * len(pictures), "image": _flattened(model_inputs["image"])}
-        cams, confidence = [None] * len(pictures), [None] * len(pictures)
-        for size in sorted({tuple(picture.shape[-2:]) for picture in pictures}):
-            members = [i for i, picture in enumerate(pictures) if tuple(picture.shape[-2:]) == size]
-            batch = torch.stack([pictures[i] for i in members])  # (batch_size, 3, height, width)
+        outputs = {"logits": [None] * len(images), "image": _flattened(model_inputs["image"])}
+        cams, confidence = [None] * len(images), [None] * len(images)
+        for size in sorted({tuple(image.shape[-2:]) for image in images}):
+            members = [i for i, image in enumerate(images) if tuple(image.shape[-2:]) == size]
+            batch = torch.stack([images[i] for i in members])  # (batch_size, 3, height, width)
             if predict_labels:
                 present = (self.model(batch).classification_logits > 0).float()
                 for i, row in zip(members, present, strict=True):
@@ -220,7 +220,7 @@ class SynerNetSegmentationPipeline(Pipeline):
         return_confidence: bool = False,
         return_scores: bool = False,
     ) -> list[dict[str, Any]] | dict[str, Any]:
-        # one picture of a batch comes with a leading dimension, a single one in a list
+        # one image of a batch comes with a leading dimension, a single one in a list
         item = {
             name: value[0] if isinstance(value, list | torch.Tensor) else value
             for name, value in model_outputs.items()
@@ -259,7 +259,7 @@ def _flattened(items: list) -> list:
 
 
 def _opened(image: Any, timeout: float | None) -> Image.Image:
-    """A path, URL or picture as an RGB picture; 16-bit greyscale, which the library turns white, keeps its shades."""
+    """A path, URL or image as an RGB image; 16-bit greyscale, which the library turns white, keeps its shades."""
     if isinstance(image, str) and os.path.isfile(image):
         with Image.open(image) as opened:
             return eight_bit_rgb(ImageOps.exif_transpose(opened))
@@ -269,7 +269,7 @@ def _opened(image: Any, timeout: float | None) -> Image.Image:
 
 
 def _resized(maps: torch.Tensor, image: Image.Image) -> torch.Tensor:
-    """Maps of one picture, `(channels, h, w)`, at its size in float32."""
+    """Maps of one image, `(channels, h, w)`, at its size in float32."""
     maps = maps[None].float()
     return F.interpolate(maps, size=(image.height, image.width), mode="bilinear", align_corners=False)[0]
 

@@ -14,7 +14,7 @@ _DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1,
 class SynerNetPixelAdaptiveRefinement(nn.Module):
     """
     Pixel-adaptive refinement (PAR) of AFA and ToCo: each step replaces a map by a weighted mean over 8 neighbours at
-    each of several dilations; the weights come from colour and distance and depend on the picture alone.
+    each of several dilations; the weights come from colour and distance and depend on the image alone.
 
     Args:
         dilations (`tuple[int, ...]`, *optional*, defaults to `(1, 2, 4, 8, 12, 24)`):
@@ -91,14 +91,14 @@ class SynerNetPixelAdaptiveRefinement(nn.Module):
 
 def own_classes(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The classes each picture has, packed to the front.
+    The classes each image has, packed to the front.
 
     Args:
         labels (`torch.Tensor` of shape `(B, C)`): multi-hot.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: class indices `(B, S)` int64, S the largest number of classes of a
-        picture in the batch (at least 1), and which of them the picture really has, `(B, S)` bool.
+        `tuple[torch.Tensor, torch.Tensor]`: class indices `(B, S)` int64, S the largest number of classes of an
+        image in the batch (at least 1), and which of them the image really has, `(B, S)` bool.
     """
     present = labels > 0
     slots = max(int(present.sum(dim=1).max()), 1)
@@ -118,16 +118,16 @@ def refine_pseudo_labels(
     refinement: SynerNetPixelAdaptiveRefinement | None = None,
 ) -> torch.Tensor:
     """
-    Label maps from CAMs under two background hypotheses, each refined by the picture (authors' code; PAR of AFA).
+    Label maps from CAMs under two background hypotheses, each refined by the image (authors' code; PAR of AFA).
 
-    For each of the constant background planes `high` and `low`, the plane and the CAMs of the picture's own classes
+    For each of the constant background planes `high` and `low`, the plane and the CAMs of the image's own classes
     go through a softmax at half resolution, refinement, and an argmax at full resolution. A pixel is a class where
     the `high` hypothesis says so, background where both say background, and ignored elsewhere.
 
     Args:
         images (`torch.Tensor` of shape `(B, 3, H, W)`): float, in [0, 1], full resolution.
         cams (`torch.Tensor` of shape `(B, C, H, W)` or `(M, B, C, H, W)`):
-            Float, in [0, 1]; M sets of CAMs of the same pictures share one affinity.
+            Float, in [0, 1]; M sets of CAMs of the same images share one affinity.
         labels (`torch.Tensor` of shape `(B, C)`): multi-hot image-level labels.
         low (`float`): lower background plane.
         high (`float`): upper background plane.
@@ -169,11 +169,11 @@ def refine_pseudo_labels(
 
 def ignore_outside(label_map: torch.Tensor, valid_boxes: torch.Tensor | None, ignore_index: int = 255) -> torch.Tensor:
     """
-    Sets everything outside each picture's valid box to `ignore_index`.
+    Sets everything outside each image's valid box to `ignore_index`.
 
     Args:
         label_map (`torch.Tensor` of shape `(B, H, W)`): int64 labels; left as they are.
-        valid_boxes (`torch.Tensor` of shape `(B, 4)`, *optional*): [top, bottom, left, right) per picture.
+        valid_boxes (`torch.Tensor` of shape `(B, 4)`, *optional*): [top, bottom, left, right) per image.
         ignore_index (`int`, *optional*, defaults to 255): the label to set.
 
     Returns:
@@ -194,7 +194,7 @@ def box_mask(valid_boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 def unit_images(pixel_values: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
     """
-    Normalised pictures `(B, 3, H, W)` back to [0, 1], float32, in steps of 1/255 rounded down (authors' uint8 pictures).
+    Normalised images `(B, 3, H, W)` back to [0, 1], float32, in steps of 1/255 rounded down (authors' uint8 images).
     """
     mean, std = (torch.tensor(values, device=pixel_values.device)[:, None, None] for values in (mean, std))
     return ((pixel_values.float() * std + mean) * 255).clamp(0, 255).trunc() / 255

@@ -158,7 +158,7 @@ def make_supervision(
     supervision = SynerNetSupervision()
     low, high = config.low_threshold, config.high_threshold
     ignore_index = config.semantic_loss_ignore_index
-    # a picture has few of the data set's classes: everything is counted on those alone
+    # an image has few of the data set's classes: everything is counted on those alone
     order, present = own_classes(labels)
     own = present.to(labels.dtype)
     cams = {branch: tuple(select_classes(maps, order) for maps in layers) for branch, layers in cams.items()}

@@ -94,26 +94,26 @@ class DataArguments:
         image_labels (`str`, *optional*):
             Where image-level labels come from; `None` is the data set's own source.
         train_split (`str`, *optional*):
-            List of training pictures; `None` is the data set's default.
+            List of training images; `None` is the data set's default.
         validation_split (`str`, *optional*):
-            List of pictures to evaluate on; `None` is the data set's default.
+            List of images to evaluate on; `None` is the data set's default.
         metric_classes (`list[str]`, *optional*):
             Classes that the reported means run over; `None` means all.
         max_eval_samples (`int`, *optional*):
-            Evaluate on the first so many pictures only; `None` means all.
+            Evaluate on the first so many images only; `None` means all.
         num_workers (`int`, *optional*, defaults to 2):
             Loader processes per training process; 0 loads in the training process.
         image_column (`str`, *optional*):
-            Column of the pictures in a table or a Hub data set; `None` finds it by its name.
+            Column of the images in a table or a Hub data set; `None` finds it by its name.
         label_column (`str`, *optional*):
             Column of the labels; `None` finds it by its name.
         mask_column (`str`, *optional*):
             Column of the masks to evaluate on; `None` is `mask`, where there is one.
         on_bad_image (`str`, *optional*, defaults to `"raise"`):
-            `"raise"` refuses data with a picture or mask that is missing or can not be used, `"skip"` leaves such
+            `"raise"` refuses data with an image or mask that is missing or can not be used, `"skip"` leaves such
             records out, counts and lists them.
         dataset_options (`dict`, *optional*, defaults to `{}`):
-            Further arguments of the loader, such as `num_train` of the generated shapes or `class_names` of pictures
+            Further arguments of the loader, such as `num_train` of the generated shapes or `class_names` of images
             of your own.
     """
 
@@ -122,20 +122,20 @@ class DataArguments:
     image_labels: str | None = field(
         default=None, metadata={"help": "Source of the image labels: a npz, json or csv file, annotations, or masks."}
     )
-    train_split: str | None = field(default=None, metadata={"help": "List of training pictures, such as train_aug."})
-    validation_split: str | None = field(default=None, metadata={"help": "List of pictures to evaluate on."})
+    train_split: str | None = field(default=None, metadata={"help": "List of training images, such as train_aug."})
+    validation_split: str | None = field(default=None, metadata={"help": "List of images to evaluate on."})
     metric_classes: list[str] | None = field(
         default=None, metadata={"help": "Names of the classes that the reported means run over (default: all)."}
     )
     max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Evaluate on the first so many pictures only (default: all)."}
+        default=None, metadata={"help": "Evaluate on the first so many images only (default: all)."}
     )
     num_workers: int = field(default=2, metadata={"help": "Loader processes per training process."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the pictures (own tables, Hub)."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images (own tables, Hub)."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels (own tables, Hub)."})
     mask_column: str | None = field(default=None, metadata={"help": "Column of the masks (own tables, Hub)."})
     on_bad_image: Literal["raise", "skip"] = field(
-        default="raise", metadata={"help": "Refuse data with unusable pictures or masks, or leave these out."}
+        default="raise", metadata={"help": "Refuse data with unusable images or masks, or leave these out."}
     )
     dataset_options: dict[str, Any] | str | None = field(
         default_factory=dict, metadata={"help": "Further arguments of the data set's loader, as JSON."}
@@ -169,7 +169,7 @@ class SynerNetTrainingArguments:
         crop_size (`int`, *optional*, defaults to 448):
             Side of the square training crop, in pixels.
         per_device_batch_size (`int`, *optional*, defaults to 12):
-            Pictures per process and forward pass.
+            Images per process and forward pass.
         gradient_accumulation_steps (`int`, *optional*, defaults to 1):
             Forward passes per optimizer step.
         learning_rate (`float`, *optional*, defaults to 6e-5):
@@ -203,24 +203,24 @@ class SynerNetTrainingArguments:
         report_to (`str`, *optional*, defaults to `"tensorboard"`):
             `"tensorboard"`, `"trackio"` or `"none"`. [ours]
         scale_range (`list[float]`, *optional*, defaults to `[0.5, 2.0]`):
-            Smallest and largest random rescaling of a training picture.
+            Smallest and largest random rescaling of a training image.
         flip (`bool`, *optional*, defaults to `True`):
-            Mirror half of the training pictures.
+            Mirror half of the training images.
         color_jitter (`float`, *optional*, defaults to 0.8):
             Probability of colour jitter.
         grayscale (`float`, *optional*, defaults to 0.2):
-            Probability of a grey picture.
+            Probability of a grey image.
         blur (`float`, *optional*, defaults to 1.0):
             Probability of Gaussian blur.
         inference_size (`int`, *optional*):
-            Shortest edge, in pixels, to which the saved image processor resizes pictures at evaluation and inference;
+            Shortest edge, in pixels, to which the saved image processor resizes images at evaluation and inference;
             `None` keeps their size. [authors: native size]
     """
 
     output_dir: str | None = field(default=None, metadata={"help": "Folder of the run; must not hold another one."})
     max_steps: int = field(default=8000, metadata={"help": "Optimizer steps; gates and warm-up scale with it."})
     crop_size: int = field(default=448, metadata={"help": "Side of the square training crop in pixels."})
-    per_device_batch_size: int = field(default=12, metadata={"help": "Pictures per process and forward pass."})
+    per_device_batch_size: int = field(default=12, metadata={"help": "Images per process and forward pass."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes per optimizer step."})
     learning_rate: float = field(default=6e-5, metadata={"help": "Base learning rate of AdamW."})
     encoder_lr_multiplier: float = field(default=2.0, metadata={"help": "Factor on the rate of the encoders."})
@@ -246,12 +246,12 @@ class SynerNetTrainingArguments:
     scale_range: list[float] = field(
         default_factory=lambda: [0.5, 2.0], metadata={"help": "Smallest and largest random rescaling."}
     )
-    flip: bool = field(default=True, metadata={"help": "Mirror half of the training pictures."})
+    flip: bool = field(default=True, metadata={"help": "Mirror half of the training images."})
     color_jitter: float = field(default=0.8, metadata={"help": "Probability of colour jitter."})
-    grayscale: float = field(default=0.2, metadata={"help": "Probability of a grey picture."})
+    grayscale: float = field(default=0.2, metadata={"help": "Probability of a grey image."})
     blur: float = field(default=1.0, metadata={"help": "Probability of Gaussian blur."})
     inference_size: int | None = field(
-        default=None, metadata={"help": "Shortest edge at evaluation and inference (default: the picture's own size)."}
+        default=None, metadata={"help": "Shortest edge at evaluation and inference (default: the image's own size)."}
     )
 
     def __post_init__(self):

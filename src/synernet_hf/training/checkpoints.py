@@ -21,11 +21,11 @@ ARGUMENTS_FILE = "training_args.json"
 STATE_FILE = "trainer_state.json"
 RESULTS_FILE = "eval_results.json"
 CARD_FILE = "README.md"
-PICTURES_FILE = "pictures.png"
+IMAGES_FILE = "images.png"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 # names under which this module writes what is not complete yet
 TEMPORARY_FOLDER = re.compile(r"(checkpoint-\d+|model)\.tmp")
-TEMPORARY_FILES = {f"{name}.tmp" for name in (ARGUMENTS_FILE, STATE_FILE, RESULTS_FILE, CARD_FILE, PICTURES_FILE)}
+TEMPORARY_FILES = {f"{name}.tmp" for name in (ARGUMENTS_FILE, STATE_FILE, RESULTS_FILE, CARD_FILE, IMAGES_FILE)}
 
 # settings that may change between a run and its continuation: no weight depends on them, or only through what is
 # compared as `run` (name of the backbone, fingerprint of the training split)
@@ -442,7 +442,7 @@ def save_model_folder(
 __all__ = [
     "ARGUMENTS_FILE",
     "CARD_FILE",
-    "PICTURES_FILE",
+    "IMAGES_FILE",
     "RESULTS_FILE",
     "STATE_FILE",
     "TrainerState",

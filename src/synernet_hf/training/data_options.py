@@ -92,11 +92,11 @@ def read_data_arguments(given: argparse.Namespace, run: str | Path | None = None
 
 def name_own_classes(data_args: DataArguments, id2label: dict[int, str]) -> None:
     """
-    Gives pictures of one's own that come without a class list that of a model, so that labels are read by name.
+    Gives images of one's own that come without a class list that of a model, so that labels are read by name.
 
     Args:
         data_args ([`DataArguments`]):
-            Changed in place; the public benchmarks and generated pictures have lists of their own.
+            Changed in place; the public benchmarks and generated images have lists of their own.
         id2label (`dict[int, str]`):
             Class names by id, background first.
     """

@@ -66,7 +66,7 @@ class TrainingRun:
         optimizer (`torch.optim.Optimizer`): AdamW, prepared.
         scheduler (`torch.optim.lr_scheduler.LRScheduler`): prepared; one step per optimizer step.
         loader (`DataLoader`): the rest of the training stream, this process's share.
-        augmentation ([`~synernet_hf.data.PhotometricAugmentation`]): uint8 pictures → normalised ones.
+        augmentation ([`~synernet_hf.data.PhotometricAugmentation`]): uint8 images → normalised ones.
         loss_weights ([`LossWeightSchedule`]): share of the run → weight of each loss.
         processor ([`SynerNetImageProcessor`]): saved with the model and used in evaluation.
         splits (`datasets.DatasetDict`): `train`, and `validation` where there is one.
@@ -114,7 +114,7 @@ def train(
     """
     Trains a SynerNet from image-level labels and leaves a complete folder behind: model, processor, model card,
     `training_args.json`, `eval_results.json` (where the validation split has masks), the best evaluated model in
-    `best/`, checkpoints and logs. No mask of a training picture is opened.
+    `best/`, checkpoints and logs. No mask of a training image is opened.
 
     Args:
         model_args ([`ModelArguments`]):
@@ -264,7 +264,7 @@ def build_run(
 
 
 def _make_processor(config, inference_size: int | None) -> SynerNetImageProcessor:
-    """The processor saved with the model; pictures keep their size unless one is named."""
+    """The processor saved with the model; images keep their size unless one is named."""
     resizing = {} if inference_size is None else {"do_resize": True, "size": {"shortest_edge": inference_size}}
     return SynerNetImageProcessor(
         image_mean=list(config.image_mean),
@@ -443,7 +443,7 @@ def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
     accelerator.log({f"eval/{name}": value for name, value in scores.items()}, step=state.step)
     if accelerator.is_main_process:
         listing = ", ".join(f"{kind} {100 * values['mean_iou']:.1f}" for kind, values in results.items())
-        tqdm.write(f"step {state.step}: mean IoU on {results['segmentation']['num_images']} pictures: {listing}")
+        tqdm.write(f"step {state.step}: mean IoU on {results['segmentation']['num_images']} images: {listing}")
     metric = results["segmentation"]["mean_iou"]
     if not math.isnan(metric) and (state.best_metric is None or metric > state.best_metric):
         state.best_metric, state.best_step = metric, state.step
@@ -461,7 +461,7 @@ def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
 
 def finish(run: TrainingRun) -> dict[str, dict[str, Any]]:
     """
-    Writes the final folder: model, processor, results, card and the pictures it shows.
+    Writes the final folder: model, processor, results, card and the images it shows.
 
     Args:
         run ([`TrainingRun`]):

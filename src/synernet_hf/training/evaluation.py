@@ -41,7 +41,7 @@ class PredictionKinds(TypedDict, total=False):
             classifier predicts, and a prediction of nothing but background.
         crf (`Callable[[np.ndarray, np.ndarray], np.ndarray]`, *optional*):
             Post-processing of the last segmentation listed, such as [`~synernet_hf.crf.DenseCRF`]: called with the
-            picture (uint8, `(height, width, 3)`) and class probabilities (float32, `(num_labels, height, width)`),
+            image (uint8, `(height, width, 3)`) and class probabilities (float32, `(num_labels, height, width)`),
             returns refined probabilities of the same shape. Adds a kind whose name ends in `_crf`.
         progress (`bool`, *optional*, defaults to `False`):
             Show a progress bar on the first process.
@@ -107,11 +107,11 @@ class _ClassOrder:
         image, mask = record["image"], record["mask"]
         name = record.get("image_id", "without id")
         if mask is None:
-            raise ValueError(f"Picture {name} has no mask; every picture to evaluate on needs one: leave it out.")
+            raise ValueError(f"Image {name} has no mask; every image to evaluate on needs one: leave it out.")
         try:
             ids = mask_ids(mask, image.size, self.num_given, self.ignore_index)
         except ValueError as error:
-            raise ValueError(f"The mask of picture {name} {error}.") from error
+            raise ValueError(f"The mask of image {name} {error}.") from error
         scored = ids != self.ignore_index
         ids[scored] = self.positions[ids[scored]]
         return ids
@@ -147,7 +147,7 @@ def segmentation_logits(
         model ([`SynerNetForWeaklySupervisedSegmentation`]):
             The model, in evaluation mode.
         pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`):
-            Normalised pictures.
+            Normalised images.
         multi_scale (`bool`, *optional*, defaults to `False`):
             Add `"segmentation_multi_scale"`: `config.inference_scales`, no mirror (the authors' inference).
         flip (`bool`, *optional*, defaults to `False`):
@@ -195,7 +195,7 @@ def single_scale_cams(
         model ([`SynerNetForWeaklySupervisedSegmentation`]):
             The model, in evaluation mode.
         pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`):
-            Normalised pictures.
+            Normalised images.
         labels (`torch.Tensor` of shape `(batch_size, num_labels - 1)`):
             Multi-hot image labels; the maps of absent classes are zero.
 
@@ -210,21 +210,21 @@ def single_scale_cams(
 
 
 def _resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Maps `(batch_size, channels, h, w)` at the picture's size: a processor may show the model another one."""
+    """Maps `(batch_size, channels, h, w)` at the image's size: a processor may show the model another one."""
     if tuple(maps.shape[-2:]) == size:
         return maps
     return torch.nn.functional.interpolate(maps.float(), size=size, mode="bilinear", align_corners=False)
 
 
 def _enlarged(ids: torch.Tensor | np.ndarray, size: tuple[int, int]) -> torch.Tensor | np.ndarray:
-    """A label map `(h, w)` at the size of a picture that was shrunk."""
+    """A label map `(h, w)` at the size of an image that was shrunk."""
     if tuple(ids.shape) == size:
         return ids
     return torch.nn.functional.interpolate(torch.as_tensor(ids)[None, None].float(), size=size)[0, 0].long()
 
 
 class _KindScorer:
-    """Label maps of one picture for every kind asked for."""
+    """Label maps of one image for every kind asked for."""
 
     def __init__(self, model, processor, kinds: PredictionKinds):
         self.model = model
@@ -277,7 +277,7 @@ class _KindScorer:
             cams = {kind: output[f"{kind}s"] for kind in CAM_KINDS}
         if self.baselines:
             cams["single_scale_cam"] = single_scale_cams(self.model, pixel_values, labels)
-            # as the segmentation has to do: without being told what is in the picture
+            # as the segmentation has to do: without being told what is in the image
             predicted = (self.model(pixel_values).classification_logits > 0).float()
             cams["single_scale_cam_predicted"] = single_scale_cams(self.model, pixel_values, predicted)
         threshold = self.model.config.background_threshold
@@ -302,11 +302,11 @@ def evaluate_model(
     **kinds: Unpack[PredictionKinds],
 ) -> dict[str, dict]:
     """
-    Score the segmentation and the class activation maps of a model on pictures with masks.
+    Score the segmentation and the class activation maps of a model on images with masks.
 
-    Every picture is taken alone at its native size; one of more than a million pixels is shrunk for the model, and its
+    Every image is taken alone at its native size; one of more than a million pixels is shrunk for the model, and its
     label maps are enlarged again. One confusion matrix per kind of prediction is kept and nothing
-    else, so memory does not grow with the split. With an accelerator each process takes every n-th picture, and the
+    else, so memory does not grow with the split. With an accelerator each process takes every n-th image, and the
     matrices are summed at the end: all processes must call this function and all get the same result. CAMs are scored
     as in the paper's tables: the true image labels, and the single threshold `config.background_threshold` (at or
     below it, background).
@@ -315,7 +315,7 @@ def evaluate_model(
         model ([`SynerNetForWeaklySupervisedSegmentation`]):
             The model, unwrapped, on its device. Its training mode is restored afterwards.
         processor ([`SynerNetImageProcessor`]):
-            Turns a picture into normalised pixel values, resized if it is set to; predictions are resized back.
+            Turns an image into normalised pixel values, resized if it is set to; predictions are resized back.
         dataset (`datasets.Dataset`):
             Records with `image` and `mask` (positions in `class_names`, `config.semantic_loss_ignore_index` = ignore), both
             decoded and thereby turned as their EXIF orientation says, and, for CAMs, `image_labels` (multi-hot over
@@ -326,9 +326,9 @@ def evaluate_model(
         metric_classes (`Sequence[str]`, *optional*):
             Names of the classes that the means are taken over. All classes when not given.
         max_samples (`int`, *optional*):
-            Score the first so many pictures only.
+            Score the first so many images only.
         accelerator (`accelerate.Accelerator`, *optional*):
-            Shares the pictures over its processes.
+            Shares the images over its processes.
         kinds ([`PredictionKinds`]):
             `multi_scale`, `flip`, `cams`, `baselines`, `crf` and `progress`.
 
@@ -342,7 +342,7 @@ def evaluate_model(
         `"num_images"`.
 
     Raises:
-        ValueError: If the split is empty or lacks a column, a mask does not fit its picture or the class list, the
+        ValueError: If the split is empty or lacks a column, a mask does not fit its image or the class list, the
             model does not know a class of the list, or a metric class is unknown.
     """
     scorer = _KindScorer(model, processor, kinds)
@@ -351,7 +351,7 @@ def evaluate_model(
     class_ids = _metric_class_ids(order.names, metric_classes)
     num_images = len(dataset) if max_samples is None else min(max_samples, len(dataset))
     if num_images < 1:
-        raise ValueError(f"`max_samples` is {max_samples}; a positive number of pictures is expected.")
+        raise ValueError(f"`max_samples` is {max_samples}; a positive number of images is expected.")
     first, step = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     ignore_index = model.config.semantic_loss_ignore_index
     metrics = {name: MeanIoU(model.config.num_labels, ignore_index) for name in scorer.names}

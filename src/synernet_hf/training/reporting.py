@@ -1,4 +1,4 @@
-"""The model card of a run and the picture grid that it shows."""
+"""The model card of a run and the image grid that it shows."""
 
 import os
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from PIL import Image
 from synernet_hf.data.transforms import to_rgb
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.model_card import SynerNetModelCardData, generate_model_card
-from synernet_hf.training.checkpoints import CARD_FILE, PICTURES_FILE, write_text
+from synernet_hf.training.checkpoints import CARD_FILE, IMAGES_FILE, write_text
 from synernet_hf.training.monitoring import hardware
 from synernet_hf.visualization import colorize, figure_panels, heat_map, overlay
 
@@ -21,12 +21,12 @@ from synernet_hf.visualization import colorize, figure_panels, heat_map, overlay
 if TYPE_CHECKING:
     from synernet_hf.training.engine import TrainingRun
 
-NUM_PICTURES = 4
+NUM_IMAGES = 4
 
 
 def write_card(run: "TrainingRun", results: Mapping[str, Mapping[str, Any]]) -> None:
     """
-    Writes `README.md` of a run and, where the validation split has masks, the pictures it shows.
+    Writes `README.md` of a run and, where the validation split has masks, the images it shows.
 
     Args:
         run ([`TrainingRun`]):
@@ -35,10 +35,10 @@ def write_card(run: "TrainingRun", results: Mapping[str, Mapping[str, Any]]) -> 
             What [`evaluate_model`] returned of the final weights.
     """
     record = run.record
-    num_pictures = 0
+    num_images = 0
     if results:
-        num_pictures = write_picture_grid(
-            run.output_dir / PICTURES_FILE, run.bare_model, run.processor, run.splits["validation"]
+        num_images = write_image_grid(
+            run.output_dir / IMAGES_FILE, run.bare_model, run.processor, run.splits["validation"]
         )
     card = generate_model_card(
         SynerNetModelCardData(
@@ -53,22 +53,22 @@ def write_card(run: "TrainingRun", results: Mapping[str, Mapping[str, Any]]) -> 
             hardware=hardware(run.accelerator),
             versions=record["versions"],
             results=results,
-            pictures=PICTURES_FILE if num_pictures else None,
-            num_pictures=num_pictures,
+            images=IMAGES_FILE if num_images else None,
+            num_images=num_images,
         )
     )
     write_text(run.output_dir / CARD_FILE, str(card))
 
 
-def write_picture_grid(
+def write_image_grid(
     path: Path,
     model: SynerNetForWeaklySupervisedSegmentation,
     processor: SynerNetImageProcessor,
     split: datasets.Dataset,
-    num_pictures: int = NUM_PICTURES,
+    num_images: int = NUM_IMAGES,
 ) -> int:
     """
-    Draws the first pictures of a split with their masks, their segmentation at one scale and their fused CAM.
+    Draws the first images of a split with their masks, their segmentation at one scale and their fused CAM.
 
     Args:
         path (`Path`):
@@ -79,7 +79,7 @@ def write_picture_grid(
             Its image processor.
         split (`datasets.Dataset`):
             Records with `image`, `mask` and `image_labels`.
-        num_pictures (`int`, *optional*, defaults to 4):
+        num_images (`int`, *optional*, defaults to 4):
             Rows, at most.
 
     Returns:
@@ -88,7 +88,7 @@ def write_picture_grid(
     was_training = model.training
     model.eval()
     try:
-        rows = [_panels(model, processor, split[index]) for index in range(min(num_pictures, len(split)))]
+        rows = [_panels(model, processor, split[index]) for index in range(min(num_images, len(split)))]
     finally:
         model.train(was_training)
     temporary = path.with_name(f"{path.name}.tmp")
@@ -111,11 +111,11 @@ def _panels(model, processor, record: dict) -> list[tuple[str, Image.Image]]:
     segmentation = at_size(model.multi_scale_logits(pixel_values, scales=(1.0,))).argmax(dim=0).numpy()
     cam = at_size(model.generate_cams(pixel_values, labels=labels).fused_cams).amax(dim=0).numpy()
     return [
-        ("picture", image),
+        ("image", image),
         ("ground truth", colorize(np.asarray(record["mask"]))),
         ("segmentation", overlay(image, segmentation)),
         ("fused CAM", heat_map(cam, image)),
     ]
 
 
-__all__ = ["write_card", "write_picture_grid"]
+__all__ = ["write_card", "write_image_grid"]

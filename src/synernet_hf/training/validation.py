@@ -125,7 +125,7 @@ def check_data(splits: datasets.DatasetDict, on_bad_image: str) -> datasets.Data
         splits (`datasets.DatasetDict`):
             From [`load_data`].
         on_bad_image (`str`):
-            `"raise"`, or `"skip"` to leave out records with a picture or mask that can not be used.
+            `"raise"`, or `"skip"` to leave out records with an image or mask that can not be used.
 
     Returns:
         `datasets.DatasetDict`: the records to use.
@@ -137,7 +137,7 @@ def check_data(splits: datasets.DatasetDict, on_bad_image: str) -> datasets.Data
         raise ValueError("Streamed data can not be shuffled and checked: leave `streaming` out of `dataset_options`.")
     if on_bad_image == "skip":
         splits = drop_bad_records(splits)
-    check_dataset(splits, decode_pictures=on_bad_image == "raise")
+    check_dataset(splits, decode_images=on_bad_image == "raise")
     return splits
 
 

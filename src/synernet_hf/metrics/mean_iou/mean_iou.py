@@ -7,7 +7,7 @@ from synernet_hf.metrics import MeanIoU
 
 
 _DESCRIPTION = """
-Mean intersection over union of predicted label maps, from one confusion matrix of all pictures. Reference pixels equal
+Mean intersection over union of predicted label maps, from one confusion matrix of all images. Reference pixels equal
 to `ignore_index` are left out.
 """
 
@@ -26,7 +26,7 @@ _CITATION = """
 _INPUTS_DESCRIPTION = """
 Args:
     predictions (`list` of label maps of shape `(height, width)`):
-        Predicted class ids, 0 to `num_labels - 1`. Pictures may differ in size.
+        Predicted class ids, 0 to `num_labels - 1`. Images may differ in size.
     references (`list` of label maps of shape `(height, width)`):
         True class ids, or `ignore_index`.
     num_labels (`int`):

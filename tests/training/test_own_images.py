@@ -1,4 +1,4 @@
-"""Training and evaluation of a folder of pictures with a table: bad pictures, class list, resuming."""
+"""Training and evaluation of a folder of images with a table: bad images, class list, resuming."""
 
 import json
 import runpy
@@ -43,7 +43,7 @@ def fresh_accelerate():
     GradientState._reset_state()
 
 
-def write_pictures(root: Path) -> Path:
+def write_images(root: Path) -> Path:
     rng = np.random.default_rng(0)
     rows = []
     (root / "masks").mkdir(parents=True)
@@ -55,7 +55,7 @@ def write_pictures(root: Path) -> Path:
             Image.fromarray(np.full((32, 40), 1 + (name == "dog"), dtype=np.uint8)).save(
                 root / "masks" / f"{index}.png"
             )
-    (root / "3.png").write_bytes(b"no picture")
+    (root / "3.png").write_bytes(b"no image")
     (root / "labels.csv").write_text("\n".join(["file_name,label,split", *rows, "lost.png,dog,train"]) + "\n")
     return root
 
@@ -70,9 +70,9 @@ def run(output_dir: Path, data_dir: Path, training=None, **data) -> dict:
     )
 
 
-def test_bad_pictures_are_left_out_and_the_class_list_is_kept(tmp_path, capsys, monkeypatch):
-    data = write_pictures(tmp_path / "data")
-    with pytest.raises(InvalidArguments, match="row 8: there is no picture lost.png"):
+def test_bad_images_are_left_out_and_the_class_list_is_kept(tmp_path, capsys, monkeypatch):
+    data = write_images(tmp_path / "data")
+    with pytest.raises(InvalidArguments, match="row 8: there is no image lost.png"):
         run(tmp_path / "run", data)
     assert not (tmp_path / "run").exists()
     results = run(tmp_path / "run", data, on_bad_image="skip")
@@ -89,7 +89,7 @@ def test_bad_pictures_are_left_out_and_the_class_list_is_kept(tmp_path, capsys, 
         order = {"class_names": ["background", "dog", "cat"]}
         run(tmp_path / "run", data, resumed, on_bad_image="skip", dataset_options=order)
 
-    # pictures of one class only, scored by the same command: the list is that of the model, whose ids masks follow
+    # images of one class only, scored by the same command: the list is that of the model, whose ids masks follow
     test = tmp_path / "test"
     (test / "validation" / "masks").mkdir(parents=True)
     Image.new("RGB", (40, 32)).save(test / "validation" / "x.png")
@@ -107,7 +107,7 @@ def test_bad_pictures_are_left_out_and_the_class_list_is_kept(tmp_path, capsys, 
 
 
 def test_streamed_data_and_data_without_a_training_split_are_refused(tmp_path):
-    data = write_pictures(tmp_path / "data")
+    data = write_images(tmp_path / "data")
     table = data / "labels.csv"
     table.write_text("\n".join(line for line in table.read_text().splitlines() if ",train" not in line) + "\n")
     with pytest.raises(InvalidArguments, match="no split to train on, only validation"):
@@ -117,7 +117,7 @@ def test_streamed_data_and_data_without_a_training_split_are_refused(tmp_path):
 
 
 def test_a_run_without_a_validation_split_says_so(tmp_path, capsys):
-    data = write_pictures(tmp_path / "data")
+    data = write_images(tmp_path / "data")
     table = data / "labels.csv"
     table.write_text("\n".join(line for line in table.read_text().splitlines() if ",validation" not in line) + "\n")
     results = run(tmp_path / "run", data, on_bad_image="skip")
