@@ -43,22 +43,21 @@ FREE_SETTINGS += ("save_total_limit", "report_to", "max_eval_samples")
 ALONE = {
     "cross_supervision": False,
     "fusion": "fixed",
-    "spatial_bce_weight": 0.0,
+    "spatial_bce_share": 0.0,
     "prototype_contrast_weight": 0.0,
     "broad_pooling_top_k": None,
     "broad_propagation_temperature": None,
     "precise_propagation_temperature": None,
     "precise_consensus": False,
-    "confidence_weighting": 0.0,
     "with_class_token_head": False,
 }
 CROSS = ALONE | {"cross_supervision": True, "fusion": "confidence"}
 # without what stands on later steps of the ladder
-BEFORE_CONFIDENCE = {"fusion": "fixed", "confidence_weighting": 0.0, "with_class_token_head": False}
+BEFORE_CONFIDENCE = {"fusion": "fixed", "with_class_token_head": False}
 INSTANCE = {"prototype_contrast_weight": 0.05}
 # half of the authors' weight, and the area read from the branch's own auxiliary CAM throughout, not from the final CAMs
 # that the loss itself shrinks: both to the loss's advantage at small sizes
-SPATIAL = {"spatial_bce_weight": 0.2, "coverage_switch": 1.0}
+SPATIAL = {"spatial_bce_share": 0.2, "coverage_switch": 1.0}
 COLUMNS = {
     "segmentation mIoU": ("segmentation", "mean_iou"),
     "fused CAM mIoU": ("fused_cam", "mean_iou"),
@@ -122,8 +121,6 @@ ROWS = {
     ),
     "class_prior": Row("+ their prior on the segmentation (the recipe as it stands)"),
     "authors": _authors_row(),
-    # alternatives to a part of the recipe
-    "soft_confidence": Row("the recipe, pixels of its labels weighted by confidence²", {"confidence_weighting": 2.0}),
     # other complementary objectives on top of cross-supervision and confidence fusion
     "no_complement": Row("cross-supervision and confidence fusion only", CROSS),
     "instance": Row("no_complement + instance learning", CROSS | INSTANCE),
@@ -333,7 +330,7 @@ def score(folder: Path, data_args, row: Row, max_samples: int | None) -> dict[st
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(folder).to(device)
     if row.single_branch:
-        model.config.broad_inference_weight = 0.0
+        model.config.broad_share_in_logits = 0.0
     for name, value in row.scored_with.items():
         setattr(model.config, name, value)
     results = evaluate_model(

@@ -24,9 +24,9 @@ from synernet_hf.model.cam_synernet import multi_scale_cams
 from synernet_hf.model.refinement_synernet import (
     SynerNetPixelAdaptiveRefinement,
     refine_pseudo_labels,
-    unit_images,
+    denormalize,
 )
-from synernet_hf.model.supervision_synernet import fuse_branches
+from synernet_hf.model.objective_synernet import fuse_branches
 from synernet_hf.training import DataArguments, InvalidArguments
 from synernet_hf.training.validation import load_data
 
@@ -95,7 +95,7 @@ def measure(model, processor, split, settings: list[tuple], size: int | None) ->
         truth = np.asarray(record["mask"].resize((width, height), 0)).astype(np.int64)
         scored = truth != ignore_index
         cams = multi_scale_cams(model, pixel_values, labels, tuple(config.cam_scales), config.cam_flip)
-        images = unit_images(pixel_values, config.image_mean, config.image_std)
+        images = denormalize(pixel_values, config.image_mean, config.image_std)
         for count, (low, high, dilations) in zip(counts, settings, strict=True):
             config.low_threshold, config.high_threshold = low, high
             fused = fuse_branches(config, cams, labels)[0]["precise"]

@@ -21,8 +21,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation
-from synernet_hf.model.branch_synernet import lower_unlikely_classes, patch_map
-from synernet_hf.model.supervision_synernet import chosen_branches
+from synernet_hf.model.modeling_synernet import lower_unlikely_classes, patch_map
+from synernet_hf.model.objective_synernet import chosen_branches
 from synernet_hf.model_folder import load_model
 
 
@@ -46,7 +46,7 @@ class SynerNetInferenceGraph(nn.Module):
         names = chosen_branches(inference_branches)
         self.shared_encoder = model.synernet.shared_encoder
         self.branches = nn.ModuleDict({name: model.synernet.branch(name) for name in names})
-        self.broad_share = float(model.config.broad_inference_weight) if len(names) == 2 else float("broad" in names)
+        self.broad_share = float(model.config.broad_share_in_logits) if len(names) == 2 else float("broad" in names)
         self.patch_size = model.config.patch_size
         self.class_prior_weight = float(model.config.class_prior_weight)
 

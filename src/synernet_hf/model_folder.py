@@ -17,6 +17,36 @@ PROCESSOR = "preprocessor_config.json"
 # pixels of a side that an image may be resized, cropped or padded to
 MAX_SIDE = 16_384
 MAX_JSON_BYTES = 20_000_000
+# Largest sizes of a configuration: far above every published encoder, and low enough that a hostile file cannot make
+# the reader build without end (our choice).
+MAX_FIELDS = {
+    "pooling_top_k": 2**20,
+    "broad_pooling_top_k": 2**20,
+    "decoder_hidden_size": 2**16,
+    "decoder_dilation": 2**10,
+    "projection_hidden_size": 2**16,
+    "projection_bottleneck_size": 2**16,
+    "prototype_size": 2**16,
+    "refinement_iterations": 10**4,
+    "num_labels": 10**5,
+    "class_prior_weight": 10**3,
+    "cam_scales": 16,
+    "inference_scales": 16,
+    "refinement_dilations": 2**12,
+}
+MAX_BACKBONE_FIELDS = {
+    "hidden_size": 2**16,
+    "intermediate_size": 2**18,
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 2**12,
+    "num_register_tokens": 2**12,
+    "image_size": 2**14,
+    "patch_size": 2**10,
+    "num_channels": 2**10,
+    "mlp_ratio": 2**6,
+    "num_labels": 10**5,
+}
+MAX_LIST = 64
 # that of the safetensors library
 MAX_HEADER_BYTES = 100_000_000
 # what a folder with missing, truncated or foreign files raises on loading
@@ -128,10 +158,25 @@ def _read_config(folder: Path) -> SynerNetConfig:
             f"{SynerNetConfig.model_type!r}."
         )
     try:
+        _check_sizes(fields, MAX_FIELDS, "")
+        if isinstance(fields.get("backbone_config"), dict):
+            _check_sizes(fields["backbone_config"], MAX_BACKBONE_FIELDS, "backbone_config.")
         return SynerNetConfig.from_dict(fields)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder} is refused: its configuration is none of a SynerNet ({reason}).") from error
+
+
+def _check_sizes(fields: dict, limits: dict[str, int], where: str) -> None:
+    """Refuses sizes above `limits`, numbers or lists of numbers; the configuration itself checks the types."""
+    for name, limit in limits.items():
+        given = fields.get(name)
+        values = given if isinstance(given, list) else [given]
+        if len(values) > MAX_LIST:
+            raise ValueError(f"{where}{name} has {len(values)} items, more than {MAX_LIST}")
+        for value in values:
+            if isinstance(value, int | float) and not value <= limit:
+                raise ValueError(f"{where}{name} is {value}, more than {limit}")
 
 
 def _check_processor(path: Path) -> None:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import pipeline
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
-from synernet_hf.model.branch_synernet import lower_unlikely_classes
+from synernet_hf.model.modeling_synernet import lower_unlikely_classes
 
 
 FAMILIES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")

@@ -320,7 +320,7 @@ def test_pixels_weigh_what_the_votes_agreed_on_them(fields):
     assert not torch.isclose(weighted.loss, plain.loss)
     assert len(weighted.confidence.unique()) > 1
     # by hand, where both branches learn from one label
-    model.config.broad_label_share = model.config.precise_label_share
+    model.config.broad_share_in_broad_label = model.config.broad_share_in_precise_label
     weighted = model(**inputs, loss_weights={"segmentation": 1.0})
     if model.config.cross_supervision:
         pixel_weights = weighted.confidence[:, 0] ** 2

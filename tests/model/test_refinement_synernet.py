@@ -12,7 +12,7 @@ from synernet_hf.model.refinement_synernet import (
     SynerNetPixelAdaptiveRefinement,
     box_mask,
     ignore_outside,
-    own_classes,
+    present_classes,
     refine_pseudo_labels,
 )
 
@@ -184,7 +184,7 @@ def test_a_image_of_one_pixel():
 @given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=4))
 def test_own_classes_are_all_present_ones_and_no_other(rows):
     labels = torch.tensor(rows).float()
-    order, present = own_classes(labels)
+    order, present = present_classes(labels)
     assert order.shape == present.shape == (len(rows), max(int(labels.sum(dim=1).max()), 1))
     for row, ids, kept in zip(rows, order, present, strict=True):
         assert sorted(ids[kept].tolist()) == [index for index, value in enumerate(row) if value]

@@ -1,9 +1,23 @@
 """Class activation maps: making them, comparing layers and branches, fusing them, reading labels off them."""
 
+from typing import Any, Generic, NamedTuple, TypeVar
+
 import torch
 from torch.nn import functional as F
 
-from .refinement_synernet import ignore_outside, own_classes
+from .refinement_synernet import PresentClasses, ignore_outside
+
+
+T = TypeVar("T")
+# a vote that is neither a class nor background; never a label, whatever the ignore index
+UNDECIDED = -1
+
+
+class BranchPair(NamedTuple, Generic[T]):
+    """One value for each branch, for example its CAMs."""
+
+    broad: T
+    precise: T
 
 
 def class_activation_maps(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -67,11 +81,11 @@ def mask_absent_classes(cams: torch.Tensor, labels: torch.Tensor | None) -> torc
 
 def crop_to_input(maps: torch.Tensor, size: tuple[int, int], patch_size: int) -> torch.Tensor:
     """
-    Maps on a token grid, resized to pixels where the grid reaches past the image.
+    Maps on a token grid, resized to pixels where the grid is larger than the image.
 
-    An image of `size` that is no multiple of the patch is padded right and bottom before the encoder; the maps
-    `(B, C, h, w)` are then resized bilinearly to the padded size and cropped to `size`. Otherwise they come back as
-    they are, on the token grid, which covers the image exactly.
+    An image of `size` that is no multiple of the patch is padded right and bottom before the encoder; its maps
+    `(B, C, h, w)` are resized bilinearly to the padded size and cropped to `size`. Other maps stay on the token grid,
+    which covers the image exactly.
     """
     padded = (maps.shape[-2] * patch_size, maps.shape[-1] * patch_size)
     if padded == tuple(size):
@@ -80,18 +94,25 @@ def crop_to_input(maps: torch.Tensor, size: tuple[int, int], patch_size: int) ->
     return maps[..., : size[0], : size[1]]
 
 
-def _view_logits(model, pixel_values, scale, flip, known_logits) -> dict[str, tuple[torch.Tensor, ...]]:
-    """CAM logits of the views of one scale, those of the image as it is taken from `known_logits` if given."""
+def at_input_size(maps: torch.Tensor, size: tuple[int, int], patch_size: int) -> torch.Tensor:
+    """Maps `(B, C, h, w)` of the token grid at the `size` = (H, W) of the input, `(B, C, H, W)` float32."""
+    maps = crop_to_input(maps.float(), size, patch_size)
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def _view_logits(model, pixel_values, scale, flip, known_logits, plain) -> BranchPair[tuple[torch.Tensor, ...]]:
+    """CAM logits of the views of one scale; those of the image itself are `known_logits` if given."""
     patch_size, floor = model.config.patch_size, model.config.floor_scaled_views
     if known_logits is None or scale != 1:
-        return model.cam_logits(_scaled_views(pixel_values, scale, flip, patch_size, floor))
+        return model.cam_logits(_scaled_views(pixel_values, scale, flip, patch_size, floor), plain)
     if not flip:
         return known_logits
-    mirrored = model.cam_logits(pixel_values.flip(-1))
-    return {
-        branch: tuple(torch.cat(pair) for pair in zip(maps, mirrored[branch], strict=True))
-        for branch, maps in known_logits.items()
-    }
+    mirrored = model.cam_logits(pixel_values.flip(-1), plain)
+    return BranchPair(
+        *(tuple(map(torch.cat, zip(*maps, strict=True))) for maps in zip(known_logits, mirrored, strict=True))
+    )
 
 
 def _scaled_views(pixel_values: torch.Tensor, scale: float, flip: bool, patch_size: int, floor: bool) -> torch.Tensor:
@@ -115,69 +136,79 @@ def _scaled_views(pixel_values: torch.Tensor, scale: float, flip: bool, patch_si
 def multi_scale_cams(
     model,
     pixel_values: torch.Tensor,
-    labels: torch.Tensor | None = None,
+    present: PresentClasses | None = None,
     scales: tuple[float, ...] = (1.0, 0.5, 0.75, 1.5),
     flip: bool = True,
-    known_logits: dict[str, tuple[torch.Tensor, ...]] | None = None,
-) -> dict[str, tuple[torch.Tensor, ...]]:
+    known_logits: BranchPair[tuple[torch.Tensor, ...]] | None = None,
+    plain: bool = False,
+) -> BranchPair[tuple[torch.Tensor, ...]]:
     """
     CAMs of both branches summed over scales, without gradient (authors' code).
 
-    Per scale the image is resized, seen as it is and mirrored in one batch, both CAM logits are resized to the
-    image, the mirrored one is mirrored back, the larger of the two kept and cut at 0. The sum over scales is
-    normalised per image and class. With `config.precise_consensus` the precise branch's CAM of the last layer then is,
-    pixel by pixel, the least of those of its voting layers: what one of them takes for background is not foreground
-    (paper: such pixels are pushed to the background; the minimum is ours).
+    Per scale the image and its mirror image are resized and encoded in one batch; the CAM logits of both are resized
+    to the image, un-mirrored, and the larger value is kept and cut at 0. The sum over scales is normalised per image
+    and class. With `config.precise_consensus` the last layer's CAM of the precise branch becomes the pixelwise minimum
+    over its voting layers, so that it covers only what all of them see (paper: the objective; the minimum is ours).
 
     Args:
         model ([`SynerNetForWeaklySupervisedSegmentation`] or [`SynerNetModel`]): gives the `cam_logits` of both branches.
         pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised images.
-        labels (`torch.Tensor` of shape `(B, C)`, *optional*): multi-hot; classes not in it are zeroed afterwards.
+        present ([`PresentClasses`], *optional*): classes to keep, S per image; `None` keeps all C.
         scales (`tuple[float, ...]`, *optional*, defaults to `(1.0, 0.5, 0.75, 1.5)`): factors of height and width.
         flip (`bool`, *optional*, defaults to `True`): whether to use the mirrored image too.
-        known_logits (`dict[str, tuple[torch.Tensor, ...]]`, *optional*): what `model.cam_logits(pixel_values)` gives,
-            where it has been computed already; the encoders then do not see the image at scale 1 again (ours).
+        known_logits (`BranchPair`, *optional*): result of `model.cam_logits(pixel_values)`, which is then not
+            computed again at scale 1 (ours).
+        plain (`bool`, *optional*, defaults to `False`): leave out propagation and consensus.
 
     Returns:
-        `dict[str, tuple[torch.Tensor, ...]]`: for `"broad"` and `"precise"` the CAMs of the last layer, the auxiliary
-        layer and `config.additional_cam_layers`, each `(B, C, H, W)` in [0, 1].
+        `BranchPair[tuple[torch.Tensor, ...]]`: per branch the CAMs of the last layer, the auxiliary layer and
+        `config.additional_cam_layers`, each `(B, S, H, W)` (`(B, C, H, W)` without `present`) in [0, 1]; 0 in slots of
+        `present` that an image does not fill.
     """
     size = tuple(pixel_values.shape[-2:])
-    slots = None if labels is None else own_classes(labels)
-    totals: dict[str, list[torch.Tensor]] = {}
+    totals = None
     for scale in scales:
-        for branch, maps in _view_logits(model, pixel_values, scale, flip, known_logits).items():
-            for index, logits in enumerate(maps):
-                if slots is not None:
-                    logits = select_classes(logits, slots[0])
-                logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
-                if flip:
-                    straight, mirrored = logits.chunk(2)
-                    logits = torch.maximum(straight, mirrored.flip(-1))
-                totals.setdefault(branch, [0] * len(maps))[index] += logits.relu_()
-    normalized = {branch: [normalize_cams(total) for total in pair] for branch, pair in totals.items()}
-    if model.config.precise_consensus:
+        views = _view_logits(model, pixel_values, scale, flip, known_logits, plain)
+        maps = [[_at_image(logits, present, size, flip) for logits in layers] for layers in views]
+        if totals is None:
+            totals = maps
+            continue
+        for total, layers in zip(totals, maps, strict=True):
+            for index, cam in enumerate(layers):
+                total[index] += cam
+    broad, precise = ([normalize_cams(total) for total in layers] for layers in totals)
+    if model.config.precise_consensus and not plain:
         layers = map(model.config.cam_layers.index, model.config.voting_layers)
-        precise = normalized["precise"]
         precise[0] = torch.stack([precise[layer] for layer in layers]).amin(dim=0)
-    if slots is not None:
-        normalized = {
-            branch: [_spread_classes(maps, *slots, labels.shape[1]) for maps in pair]
-            for branch, pair in normalized.items()
-        }
-    return {branch: tuple(pair) for branch, pair in normalized.items()}
+    if present is not None:
+        filled = present.mask[:, :, None, None]
+        broad, precise = ([maps * filled for maps in layers] for layers in (broad, precise))
+    return BranchPair(tuple(broad), tuple(precise))
 
 
-def select_classes(maps: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """`(n·B, C, h, w)` maps of n views → `(n·B, S, h, w)`: the classes `order` `(B, S)` names."""
-    order = order.repeat(maps.shape[0] // order.shape[0], 1)
-    return maps.gather(1, order[:, :, None, None].expand(-1, -1, *maps.shape[-2:]))
+def _at_image(logits: torch.Tensor, present: PresentClasses | None, size: tuple[int, int], flip: bool) -> torch.Tensor:
+    """CAM logits of the views of one scale at the image's size, the larger of both views, cut at 0."""
+    if present is not None:
+        logits = select_classes(logits, present.ids)
+    logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+    if flip:
+        straight, mirrored = logits.chunk(2)
+        logits = torch.maximum(straight, mirrored.flip(-1))
+    return logits.relu_()
 
 
-def _spread_classes(maps: torch.Tensor, order: torch.Tensor, valid: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """The inverse of `select_classes` for one view: `(B, S, H, W)` → `(B, C, H, W)`, absent classes 0."""
-    spread = maps.new_zeros(maps.shape[0], num_classes, *maps.shape[-2:])
-    return spread.scatter_(1, order[:, :, None, None].expand_as(maps), maps * valid[:, :, None, None])
+def select_classes(maps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """`(n·B, C, h, w)` maps of n views → `(n·B, S, h, w)`: the classes `ids` `(B, S)`."""
+    ids = ids.repeat(maps.shape[0] // ids.shape[0], 1)
+    return maps.gather(1, ids[:, :, None, None].expand(-1, -1, *maps.shape[-2:]))
+
+
+def spread_classes(maps: torch.Tensor, present: PresentClasses, num_classes: int) -> torch.Tensor:
+    """Maps `(B, S, ...)` of the present classes → `(B, C, ...)`; 0 for absent classes."""
+    spread = maps.new_zeros(maps.shape[0], num_classes, *maps.shape[2:])
+    ids = present.ids.reshape(*present.ids.shape, *[1] * (maps.ndim - 2)).expand_as(maps)
+    mask = present.mask.reshape(*present.mask.shape, *[1] * (maps.ndim - 2))
+    return spread.scatter_(1, ids, maps * mask)
 
 
 def cams_to_pseudo_labels(
@@ -313,11 +344,53 @@ def fuse_cams(
     return torch.where(agreed == class_ids, fused.clamp(min=high + 1e-3), lowered)
 
 
+def fuse_branches(
+    config: Any, cams: BranchPair[tuple[torch.Tensor, ...]], labels: torch.Tensor
+) -> tuple[BranchPair[torch.Tensor], torch.Tensor]:
+    """
+    The fused CAM that teaches each branch, and the confidence of every pixel (paper; the arithmetic is ours).
+
+    Args:
+        config ([`SynerNetConfig`]): thresholds, shares and the kind of fusion.
+        cams (`BranchPair[tuple[torch.Tensor, ...]]`): of [`multi_scale_cams`], S classes.
+        labels (`torch.Tensor` of shape `(B, S)`): multi-hot, which of these classes each image has.
+
+    Returns:
+        `tuple[BranchPair[torch.Tensor], torch.Tensor]`: per taught branch `(B, S, H, W)` in [0, 1]; and the share of
+        layer and branch votes equal to the majority, `(B, 1, H, W)` in [0, 1].
+    """
+    broad, precise = cams.broad[0], cams.precise[0]
+    low, high = config.low_threshold, config.high_threshold
+    voting = [config.cam_layers.index(layer) for layer in config.voting_layers]
+    votes = BranchPair(
+        *(
+            torch.stack([cams_to_pseudo_labels(maps[i], labels, low, high, ignore_index=UNDECIDED) for i in voting])
+            for maps in cams
+        )
+    )
+    confidence, agreed = layer_confidence(torch.cat(votes), UNDECIDED)
+    if not config.cross_supervision:
+        return BranchPair(broad, precise), confidence
+    shares = (config.broad_share_in_broad_label, config.broad_share_in_precise_label)
+    if config.fusion == "fixed":
+        return BranchPair(*(fuse_cams(broad, precise, share) for share in shares)), confidence
+    agreement = [layer_confidence(branch_votes, UNDECIDED)[0] for branch_votes in votes]
+    agreed = agreed.masked_fill(confidence[:, 0] < config.confidence_threshold, UNDECIDED)
+    fused = []
+    for share in shares:
+        adaptive = fusion_shares(*agreement, share, config.fusion_range)
+        fused.append(fuse_cams(broad, precise, adaptive, agreed, low, high, UNDECIDED))
+    return BranchPair(*fused), confidence
+
+
 __all__ = [
+    "BranchPair",
     "area_shares",
+    "at_input_size",
     "cams_to_pseudo_labels",
     "class_activation_maps",
     "crop_to_input",
+    "fuse_branches",
     "fuse_cams",
     "fusion_shares",
     "joint_features",
@@ -327,4 +400,5 @@ __all__ = [
     "normalize_cams",
     "propagate_cams",
     "select_classes",
+    "spread_classes",
 ]

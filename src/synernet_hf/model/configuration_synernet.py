@@ -1,5 +1,6 @@
 """Configuration of SynerNet."""
 
+import difflib
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -8,16 +9,16 @@ from transformers.configuration_utils import SubConfigSpec
 
 
 _SHARES = (
-    "broad_inference_weight",
-    "broad_label_share",
-    "precise_label_share",
+    "broad_share_in_logits",
+    "broad_share_in_broad_label",
+    "broad_share_in_precise_label",
     "fusion_range",
     "confidence_threshold",
     "broad_coverage",
     "broad_coverage_late",
     "precise_coverage",
     "coverage_switch",
-    "spatial_bce_weight",
+    "spatial_bce_share",
     "segmentation_start",
     "spatial_bce_start",
     "prototype_contrast_start",
@@ -33,33 +34,14 @@ _POSITIVE = (
     "prototype_temperature",
 )
 
-# Far above every published encoder, and low enough that a hostile file cannot make the reader build without end (ours).
-_LIMITS = {
-    "pooling_top_k": 2**20,
-    "broad_pooling_top_k": 2**20,
-    "decoder_hidden_size": 2**16,
-    "decoder_dilation": 2**10,
-    "projection_hidden_size": 2**16,
-    "projection_bottleneck_size": 2**16,
-    "prototype_size": 2**16,
-    "refinement_iterations": 10**4,
-    "num_labels": 10**5,
-    "class_prior_weight": 10**3,
-    "confidence_weighting": 10**3,
+# Fields that had another name in folders saved earlier: old name -> new name; `None` for fields that are gone.
+OLD_NAMES = {
+    "broad_inference_weight": "broad_share_in_logits",
+    "broad_label_share": "broad_share_in_broad_label",
+    "precise_label_share": "broad_share_in_precise_label",
+    "spatial_bce_weight": "spatial_bce_share",
+    "confidence_weighting": None,
 }
-_BACKBONE_LIMITS = {
-    "hidden_size": 2**16,
-    "intermediate_size": 2**18,
-    "num_hidden_layers": 1000,
-    "num_attention_heads": 2**12,
-    "num_register_tokens": 2**12,
-    "image_size": 2**14,
-    "patch_size": 2**10,
-    "num_channels": 2**10,
-    "mlp_ratio": 2**6,
-}
-_LIST_LIMITS = {"cam_scales": 16, "inference_scales": 16, "refinement_dilations": 2**12}
-_MAX_LIST = 64
 
 
 @strict
@@ -143,14 +125,14 @@ class SynerNetConfig(PreTrainedConfig):
             pushes unsupported pixels to the background; formula ours; authors: none]
         inference_scales (`list[float]`, *optional*, defaults to `(1.0, 1.25, 1.5)`):
             Scales of multi-scale segmentation. [authors]
-        broad_inference_weight (`float`, *optional*, defaults to 0.7):
+        broad_share_in_logits (`float`, *optional*, defaults to 0.7):
             Share of the broad branch in the fused segmentation logits. [authors]
         fusion (`str`, *optional*, defaults to `"confidence"`):
             `"confidence"` mixes the branches' CAMs per pixel by their agreement [paper], `"fixed"` by the constant
             shares below [authors].
-        broad_label_share (`float`, *optional*, defaults to 0.3):
+        broad_share_in_broad_label (`float`, *optional*, defaults to 0.3):
             Share of the broad CAM in the label that teaches the broad branch. [authors; COCO 0.5]
-        precise_label_share (`float`, *optional*, defaults to 0.5):
+        broad_share_in_precise_label (`float`, *optional*, defaults to 0.5):
             Share of the broad CAM in the label that teaches the precise branch. [authors]
         fusion_range (`float`, *optional*, defaults to 0.2):
             How far the per-pixel share may leave the constant one. [ours]
@@ -159,9 +141,6 @@ class SynerNetConfig(PreTrainedConfig):
             classifier. `None` means the auxiliary and the last one. [paper: several layers; which are ours]
         confidence_threshold (`float`, *optional*, defaults to 1.0):
             Share of equal votes from which a pixel is confident; 1 means unanimous. [ours]
-        confidence_weighting (`float`, *optional*, defaults to 0.0):
-            Power of a pixel's confidence, the share of equal votes, that weighs it in the segmentation loss; 0 counts
-            all pixels alike. [ours; paper and authors: none]
         cross_supervision (`bool`, *optional*, defaults to `True`):
             Whether a branch's segmentation learns from fused labels; `False` lets each learn from its own CAM.
             [paper]
@@ -188,7 +167,7 @@ class SynerNetConfig(PreTrainedConfig):
             Weight of the auxiliary classification loss of each branch. [authors]
         cls_token_weight (`float`, *optional*, defaults to 1.0):
             Weight of the classification loss of each branch's class token, if the model has heads for it. [ours]
-        spatial_bce_weight (`float`, *optional*, defaults to 0.4):
+        spatial_bce_share (`float`, *optional*, defaults to 0.4):
             Share w of the spatial loss in w · spatial + (1 − w) · classification. [authors; COCO 0.3]
         patch_contrast_weight (`float`, *optional*, defaults to 0.2):
             Weight of the patch-token contrast of each branch. [authors]
@@ -224,6 +203,11 @@ class SynerNetConfig(PreTrainedConfig):
     ```"""
 
     model_type = "synernet"
+    # a stock Trainer then collects the segmentation logits alone
+    keys_to_ignore_at_inference = (
+        "loss_dict broad_logits precise_logits classification_logits broad_cams precise_cams confidence pseudo_labels "
+        "hidden_states attentions"
+    ).split()
     sub_configs_defaults = {"backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="vit")}
 
     backbone_config: dict | PreTrainedConfig | None = None
@@ -254,14 +238,13 @@ class SynerNetConfig(PreTrainedConfig):
     precise_propagation_temperature: float | int | None = None
     precise_consensus: bool = False
     inference_scales: list[float | int] | tuple[float | int, ...] = (1.0, 1.25, 1.5)
-    broad_inference_weight: float | int = 0.7
+    broad_share_in_logits: float | int = 0.7
     fusion: Literal["confidence", "fixed"] = "confidence"
-    broad_label_share: float | int = 0.3
-    precise_label_share: float | int = 0.5
+    broad_share_in_broad_label: float | int = 0.3
+    broad_share_in_precise_label: float | int = 0.5
     fusion_range: float | int = 0.2
     confidence_layers: list[int] | tuple[int, ...] | None = None
     confidence_threshold: float | int = 1.0
-    confidence_weighting: float | int = 0.0
     cross_supervision: bool = True
     refinement_dilations: list[int] | tuple[int, ...] = (1, 2, 4, 8, 12, 24)
     refinement_iterations: int = 10
@@ -273,7 +256,7 @@ class SynerNetConfig(PreTrainedConfig):
     cls_weight: float | int = 1.0
     cls_aux_weight: float | int = 1.0
     cls_token_weight: float | int = 1.0
-    spatial_bce_weight: float | int = 0.4
+    spatial_bce_share: float | int = 0.4
     patch_contrast_weight: float | int = 0.2
     prototype_contrast_weight: float | int = 0.05
     segmentation_weight: float | int = 0.17
@@ -284,10 +267,10 @@ class SynerNetConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
-        # before the base class makes a name for every label
-        check_limits(kwargs, {"num_labels": _LIMITS["num_labels"]}, "")
-        if isinstance(self.backbone_config, dict):
-            check_limits(self.backbone_config, {"num_labels": _LIMITS["num_labels"]}, "backbone_config.")
+        for old, new in OLD_NAMES.items():
+            value = kwargs.pop(old, None)
+            if value is not None and new is not None:
+                setattr(self, new, value)
         super().__post_init__(**kwargs)
         if self.label2id is None and self.id2label is not None:
             self.label2id = {name: index for index, name in self.id2label.items()}
@@ -338,7 +321,7 @@ class SynerNetConfig(PreTrainedConfig):
             "cls": self.cls_weight,
             "cls_aux": self.cls_aux_weight,
             "cls_token": self.cls_token_weight,
-            "spatial_bce": self.spatial_bce_weight,
+            "spatial_bce": self.spatial_bce_share,
             "patch_contrast": self.patch_contrast_weight,
             "prototype_contrast": self.prototype_contrast_weight,
             "segmentation": self.segmentation_weight,
@@ -366,14 +349,12 @@ class SynerNetConfig(PreTrainedConfig):
             # below, the softmax would meet numbers that float32 cannot hold; nan compares false
             if getattr(self, name) is not None and not 1e-3 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` must be at least 0.001 or left out, got {getattr(self, name)}.")
-        check_limits({name: getattr(self, name) for name in _LIMITS}, _LIMITS, "")
-        check_limits(self.backbone_config.to_dict(), _BACKBONE_LIMITS, "backbone_config.")
         for name, weight in self.loss_weights.items():
             if weight < 0:
                 raise ValueError(f"`{name}_weight` must not be negative, got {weight}.")
-        for name in ("refinement_iterations", "shared_encoder_layers", "class_prior_weight", "confidence_weighting"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        for name in ("refinement_iterations", "shared_encoder_layers", "class_prior_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"`{name}` must be finite and not negative, got {getattr(self, name)}.")
 
     def validate_lists(self):
         """Part of the strict checks: lists are of the right length and kind."""
@@ -385,8 +366,6 @@ class SynerNetConfig(PreTrainedConfig):
             values = getattr(self, name)
             if not values or min(values) <= 0:
                 raise ValueError(f"`{name}` must be a non-empty list of positive numbers, got {list(values)[:8]}.")
-            check_limits({name: max(values)}, _LIST_LIMITS, "")
-            check_limits({name: len(values)}, {name: _MAX_LIST}, "the length of ")
         for name in ("image_mean", "image_std"):
             if len(getattr(self, name)) != 3:
                 raise ValueError(f"`{name}` needs one number per colour channel, got {list(getattr(self, name))}.")
@@ -404,25 +383,29 @@ class SynerNetConfig(PreTrainedConfig):
             )
 
 
-def check_limits(values: dict, limits: dict[str, int], where: str) -> None:
+def pretrained_backbone_config(name_or_path: str, overrides: dict | None = None) -> PreTrainedConfig:
     """
-    Refuses sizes beyond `limits`.
+    Configuration of a pretrained encoder with some fields changed.
 
     Args:
-        values (`dict`): Fields of a configuration; what is no number is left to the checks of types.
-        limits (`dict[str, int]`): The largest value of each field.
-        where (`str`): Put before the name of a field in the message.
+        name_or_path (`str`): Hub id or folder of a ViT-family model.
+        overrides (`dict`, *optional*): fields to change.
+
+    Returns:
+        `PreTrainedConfig`
 
     Raises:
-        ValueError: if a size is beyond its limit.
+        OSError: if the encoder cannot be found.
+        ValueError: if an override is not a field of the configuration.
     """
-    for name, limit in limits.items():
-        given = values.get(name)
-        for value in given if isinstance(given, list | tuple) else [given]:
-            if isinstance(value, int | float) and not value <= limit:
-                raise ValueError(
-                    f"{where}{name} is {value}, more than {limit}: this is no configuration of a SynerNet."
-                )
+    overrides = overrides or {}
+    known = [name for name in AutoConfig.from_pretrained(name_or_path).to_dict() if not name.startswith("_")]
+    for name in overrides:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(sorted(known))}."
+            raise ValueError(f"The configuration of the encoder {name_or_path} has no field {name}: {hint}")
+    return AutoConfig.from_pretrained(name_or_path, **overrides)
 
 
-__all__ = ["SynerNetConfig"]
+__all__ = ["SynerNetConfig", "pretrained_backbone_config"]

@@ -83,10 +83,7 @@ def patch_token_contrast_loss(
 
 
 def cross_supervised_segmentation_loss(
-    logits: torch.Tensor,
-    pseudo_labels: torch.Tensor,
-    ignore_index: int = 255,
-    pixel_weights: torch.Tensor | None = None,
+    logits: torch.Tensor, pseudo_labels: torch.Tensor, ignore_index: int = 255
 ) -> torch.Tensor:
     """
     Cross-entropy of one branch's segmentation against a pseudo-label made with the other's help.
@@ -98,19 +95,16 @@ def cross_supervised_segmentation_loss(
         logits (`torch.Tensor` of shape `(B, K, h, w)`): resized bilinearly to the label map.
         pseudo_labels (`torch.Tensor` of shape `(B, H, W)`): int64, 0 background, 1..K−1 classes.
         ignore_index (`int`, *optional*, defaults to 255): label of pixels left out.
-        pixel_weights (`torch.Tensor` of shape `(B, H, W)`, *optional*):
-            Not negative: the means are weighted by them; a group whose weights sum to less than 1 counts for less
-            (ours). `None` weighs every pixel 1.
 
     Returns:
         `torch.Tensor`: scalar.
     """
-    logits = F.interpolate(logits.float(), size=pseudo_labels.shape[-2:], mode="bilinear", align_corners=False)
+    logits = logits.float()
+    if logits.shape[-2:] != pseudo_labels.shape[-2:]:
+        logits = F.interpolate(logits, size=pseudo_labels.shape[-2:], mode="bilinear", align_corners=False)
     losses = F.cross_entropy(logits, pseudo_labels, ignore_index=ignore_index, reduction="none")
     background = pseudo_labels == 0
     foreground = ~background & (pseudo_labels != ignore_index)
-    if pixel_weights is not None:
-        background, foreground = background * pixel_weights, foreground * pixel_weights
     return 0.5 * sum((losses * group).sum() / group.sum().clamp(min=1) for group in (background, foreground))
 
 
@@ -132,15 +126,17 @@ def prototype_contrast_terms(
         row = class_id.clamp(min=0)[None]
         current, target = prototypes[row][0], embedding.detach()
         direction = F.normalize(target, dim=0)
+        # a non-finite embedding must not enter the memory, which later batches read
+        moves = counts & target.isfinite().all()
         step = momentum * (current @ direction).abs()
         moved = F.normalize((1 - step) * current + step * target, dim=0)
-        updated = torch.where(counts, torch.where(current.any(), moved, direction), current)
+        updated = torch.where(moves, torch.where(current.any(), moved, direction), current)
         prototypes = prototypes.index_copy(0, row, updated[None])
         scores = prototypes @ embedding / temperature
         # log(sum of exponentials + 1e-4)
         total = F.pad(scores, (0, 1), value=math.log(1e-4)).logsumexp(dim=0)
         terms.append(torch.where(counts, total - scores[row][0], 0.0))
-    return torch.stack(terms), prototypes
+    return torch.stack(terms) if terms else embeddings.sum(dim=1), prototypes
 
 
 def prototype_contrast_loss(

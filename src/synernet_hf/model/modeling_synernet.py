@@ -1,42 +1,440 @@
-"""SynerNet: two ViT branches, a broad and a precise one, that teach each other segmentation from image labels."""
+"""SynerNet: two ViT branches, a broad and a precise one, that teach each other segmentation from image-level labels."""
 
+import copy
+import difflib
 import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from .branch_synernet import (
-    SynerNetBranch,
-    SynerNetProjectionHead,
-    SynerNetSharedEncoder,
-    copy_encoder,
-    lower_unlikely_classes,
-    pooling_arguments,
-    select_states,
-)
-from .cam_synernet import crop_to_input, joint_features, multi_scale_cams, normalize_cams, propagate_cams
-from .configuration_synernet import SynerNetConfig
-from .instance_synernet import cut_instances, gather_in_rank_order, pick_instance_classes
-from .loss_synernet import (
-    classification_loss,
-    cross_supervised_segmentation_loss,
-    patch_token_contrast_loss,
-    prototype_contrast_terms,
-    spatial_bce_loss,
-)
-from .outputs_synernet import SynerNetBranchOutput, SynerNetCamOutput, SynerNetModelOutput, SynerNetSegmenterOutput
-from .refinement_synernet import boxes_of, unit_images
-from .supervision_synernet import (
-    BRANCHES,
-    SynerNetSupervision,
-    chosen_branches,
+from .cam_synernet import (
+    BranchPair,
+    at_input_size,
+    class_activation_maps,
+    crop_to_input,
     fuse_branches,
-    make_supervision,
+    joint_features,
+    multi_scale_cams,
+    normalize_cams,
+    propagate_cams,
+    spread_classes,
 )
+from .configuration_synernet import SynerNetConfig, pretrained_backbone_config
+from .objective_synernet import batch_objective
+from .refinement_synernet import masks_to_boxes, present_classes
+
+
+BRANCHES = ("broad", "precise")
+
+
+@dataclass
+class SynerNetBranchOutput(ModelOutput):
+    """
+    Output of one branch; `h` and `w` count tokens.
+
+    Args:
+        classification_logits (`torch.FloatTensor` of shape `(B, C)`): pooled class scores of the last layer.
+        auxiliary_classification_logits (`torch.FloatTensor` of shape `(B, C)`): those of the auxiliary layer.
+        class_token_logits (`torch.FloatTensor` of shape `(B, C)`, *optional*): class scores of the class token, with
+            `config.with_class_token_head`.
+        cam_logits (`torch.FloatTensor` of shape `(B, C, h, w)`): the last layer's CAM, unnormalised.
+        auxiliary_cam_logits (`torch.FloatTensor` of shape `(B, C, h, w)`): the auxiliary layer's CAM, unnormalised.
+        logits (`torch.FloatTensor` of shape `(B, K, h, w)`): segmentation logits.
+        features (`torch.FloatTensor` of shape `(B, D, h, w)`): patch features after the final normalisation.
+        auxiliary_features (`torch.FloatTensor` of shape `(B, D, h, w)`): patch features of the auxiliary layer.
+        class_token (`torch.FloatTensor` of shape `(B, D)`): class token after the final normalisation.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*): embeddings and every block's output, if asked for.
+        attentions (`tuple(torch.FloatTensor)`, *optional*): attention maps, if asked for.
+    """
+
+    classification_logits: torch.FloatTensor | None = None
+    auxiliary_classification_logits: torch.FloatTensor | None = None
+    class_token_logits: torch.FloatTensor | None = None
+    cam_logits: torch.FloatTensor | None = None
+    auxiliary_cam_logits: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    features: torch.FloatTensor | None = None
+    auxiliary_features: torch.FloatTensor | None = None
+    class_token: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Class token and patch features as one sequence, `(B, 1 + h·w, D)`."""
+        return torch.cat([self.class_token[:, None], self.features.flatten(2).transpose(1, 2)], dim=1)
+
+
+@dataclass
+class SynerNetModelOutput(ModelOutput):
+    """
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(B, 1 + h·w, n·D)`): class token and patch features after the
+            final normalisation, the n branches that ran side by side, broad first.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*): of the branches that ran, broad first.
+        attentions (`tuple(torch.FloatTensor)`, *optional*): of the branches that ran, broad first.
+        broad ([`SynerNetBranchOutput`], *optional*): the broad branch's output, if it was asked for.
+        precise ([`SynerNetBranchOutput`], *optional*): the precise branch's output, if it was asked for.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    broad: SynerNetBranchOutput | None = None
+    precise: SynerNetBranchOutput | None = None
+
+
+@dataclass
+class SynerNetSegmenterOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor`, *optional*): scalar, returned with `labels`.
+        loss_dict (`dict[str, torch.FloatTensor]`, *optional*):
+            The active terms, weighted and summed over the branches, without gradient; they add up to `loss`. Names:
+            `loss_cls`, `loss_cls_aux`, `loss_cls_token`, `loss_spatial_bce`, `loss_patch_contrast`,
+            `loss_prototype_contrast`, `loss_segmentation`.
+        logits (`torch.FloatTensor` of shape `(B, K, H, W)`):
+            Segmentation scores at the size of `pixel_values`, float32: both branches mixed by
+            `config.broad_share_in_logits`, resized bilinearly from the token grid. With a class token head, classes
+            that are unlikely in the image are lowered.
+        broad_logits (`torch.FloatTensor` of shape `(B, K, H, W)`, *optional*):
+            Those of the broad branch alone, without the class prior.
+        precise_logits (`torch.FloatTensor` of shape `(B, K, H, W)`, *optional*): those of the precise branch alone.
+        classification_logits (`torch.FloatTensor` of shape `(B, C)`):
+            Class scores of the image, mean of the branches: from the class tokens where the model has heads for them,
+            from the pooled patches otherwise.
+        broad_cams (`torch.FloatTensor` of shape `(B, C, H, W)`, *optional*):
+            Single-scale CAMs of the broad branch in [0, 1] at the size of `pixel_values`, of every class, as the
+            classifier gives them. `None` in training mode; [`~SynerNetForWeaklySupervisedSegmentation.generate_cams`]
+            gives those that labels are made of.
+        precise_cams (`torch.FloatTensor` of shape `(B, C, H, W)`, *optional*): those of the precise branch.
+        confidence (`torch.FloatTensor` of shape `(B, 1, H, W)`, *optional*):
+            Share of layers and branches that agree on a pixel; returned when pseudo-labels are made.
+        pseudo_labels (`torch.LongTensor` of shape `(B, H, W)`, *optional*):
+            The refined fused label that teaches the precise branch, 255 where undecided; returned with `labels` when
+            a loss that needs it is active.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*): of both branches, broad first, if asked for.
+        attentions (`tuple(torch.FloatTensor)`, *optional*): of both branches, broad first, if asked for.
+    """
+
+    loss: torch.FloatTensor | None = None
+    loss_dict: dict[str, torch.FloatTensor] | None = None
+    logits: torch.FloatTensor | None = None
+    broad_logits: torch.FloatTensor | None = None
+    precise_logits: torch.FloatTensor | None = None
+    classification_logits: torch.FloatTensor | None = None
+    broad_cams: torch.FloatTensor | None = None
+    precise_cams: torch.FloatTensor | None = None
+    confidence: torch.FloatTensor | None = None
+    pseudo_labels: torch.LongTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class SynerNetCamOutput(ModelOutput):
+    """
+    Multi-scale CAMs at the image's size, `(B, C, H, W)` float in [0, 1].
+
+    Args:
+        broad_cams (`torch.FloatTensor`): last layer of the broad branch.
+        precise_cams (`torch.FloatTensor`): last layer of the precise branch.
+        broad_aux_cams (`torch.FloatTensor`): auxiliary layer of the broad branch.
+        precise_aux_cams (`torch.FloatTensor`): auxiliary layer of the precise branch.
+        fused_cams (`torch.FloatTensor`): mean of the two fused CAMs that teach the branches.
+        confidence (`torch.FloatTensor` of shape `(B, 1, H, W)`): share of layers and branches that agree, in [0, 1].
+    """
+
+    broad_cams: torch.FloatTensor | None = None
+    precise_cams: torch.FloatTensor | None = None
+    broad_aux_cams: torch.FloatTensor | None = None
+    precise_aux_cams: torch.FloatTensor | None = None
+    fused_cams: torch.FloatTensor | None = None
+    confidence: torch.FloatTensor | None = None
+
+
+class SynerNetClassActivationHead(nn.Module):
+    """A bias-free linear classifier, read once on pooled tokens (class scores) and once on every token (CAM)."""
+
+    def __init__(self, config: SynerNetConfig, pooling_top_k: int):
+        super().__init__()
+        self.pooling_top_k = pooling_top_k
+        self.classifier = nn.Linear(config.backbone_config.hidden_size, config.num_foreground_labels, bias=False)
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(B, D, h, w)` features → class scores `(B, C)` and CAM logits `(B, C, h, w)`."""
+        tokens = features.flatten(2)
+        pooled = tokens.topk(min(self.pooling_top_k, tokens.shape[-1]), dim=-1).values.mean(dim=-1)
+        return self.classifier(pooled), self.cam_logits(features)
+
+    def cam_logits(self, features: torch.Tensor) -> torch.Tensor:
+        """`(B, D, h, w)` features → CAM logits `(B, C, h, w)`."""
+        return class_activation_maps(features, self.classifier.weight)
+
+
+class SynerNetDecodeHead(nn.Module):
+    """LargeFOV decoder: two dilated 3×3 convolutions and a 1×1 one, no biases (authors' code)."""
+
+    def __init__(self, config: SynerNetConfig):
+        super().__init__()
+        width, dilation = config.decoder_hidden_size, config.decoder_dilation
+        dilated = {"kernel_size": 3, "padding": dilation, "dilation": dilation, "bias": False}
+        self.conv_in = nn.Conv2d(config.backbone_config.hidden_size, width, **dilated)
+        self.conv_mid = nn.Conv2d(width, width, **dilated)
+        self.classifier = nn.Conv2d(width, config.num_labels, kernel_size=1, bias=False)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """`(B, D, h, w)` features → segmentation logits `(B, K, h, w)`."""
+        return self.classifier(self.conv_mid(self.conv_in(features).relu()).relu())
+
+
+class SynerNetProjectionHead(nn.Module):
+    """Projects class tokens for instance learning, and keeps the class prototypes (authors' code)."""
+
+    def __init__(self, config: SynerNetConfig):
+        super().__init__()
+        hidden, bottleneck = config.projection_hidden_size, config.projection_bottleneck_size
+        self.layers = nn.Sequential(
+            nn.Linear(config.backbone_config.hidden_size, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, bottleneck),
+        )
+        self.directions = nn.Linear(bottleneck, config.prototype_size, bias=False)
+        self.register_buffer("prototypes", torch.zeros(config.num_foreground_labels, config.prototype_size))
+
+    def forward(self, class_token: torch.Tensor) -> torch.Tensor:
+        """`(B, D)` class tokens → embeddings `(B, P)`: cosines to the rows of the last layer."""
+        bottleneck = F.normalize(self.layers(class_token), dim=-1)
+        return F.linear(bottleneck, F.normalize(self.directions.weight, dim=-1))
+
+
+class SynerNetSharedEncoder(nn.Module):
+    """The first `config.shared_encoder_layers` blocks of the encoder, run once for both branches."""
+
+    def __init__(self, config: SynerNetConfig):
+        super().__init__()
+        self.backbone = _part_of_encoder(config, config.shared_encoder_layers)
+        # the final normalisation belongs to the branches
+        setattr(self.backbone, _norm_name(self.backbone), nn.Identity())
+        self.backbone_arguments = _forward_arguments(self.backbone)
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`(B, 3, H, W)`, sides multiples of the patch → embeddings and every shared block's output, `(B, N, D)` each."""
+        return self.backbone(
+            pixel_values, output_hidden_states=True, return_dict=True, **self.backbone_arguments
+        ).hidden_states
+
+
+class SynerNetBranch(nn.Module):
+    """One encoder, or what follows the shared blocks, with its CAM heads, decoder and projection head."""
+
+    def __init__(self, config: SynerNetConfig, pooling_top_k: int):
+        super().__init__()
+        self.auxiliary_layer_index = config.auxiliary_layer_index
+        self.additional_cam_layers = config.additional_cam_layers
+        shared = config.shared_encoder_layers
+        self.backbone = _part_of_encoder(config, config.backbone_config.num_hidden_layers - shared)
+        if shared:
+            self.backbone.embeddings = nn.Identity()
+        self.backbone_arguments = _forward_arguments(self.backbone)
+        self.cam_head = SynerNetClassActivationHead(config, pooling_top_k)
+        self.auxiliary_cam_head = SynerNetClassActivationHead(config, pooling_top_k)
+        self.class_token_head = None
+        if config.with_class_token_head:
+            self.class_token_head = nn.Linear(config.backbone_config.hidden_size, config.num_foreground_labels)
+        self.decode_head = SynerNetDecodeHead(config)
+        self.projection_head = SynerNetProjectionHead(config) if config.with_projection_head else None
+
+    def encode(
+        self,
+        pixel_values: torch.Tensor,
+        shared_states: tuple[torch.Tensor, ...] | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...] | None]:
+        """
+        Runs the encoder.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): sides multiples of the patch.
+            shared_states (`tuple[torch.Tensor]`, *optional*): of [`SynerNetSharedEncoder`], where blocks are shared.
+            output_attentions (`bool`, *optional*, defaults to `False`): whether to return attention maps.
+
+        Returns:
+            `tuple`: all tokens after the final normalisation, `(B, N, D)`; the hidden states, embeddings first;
+            the attention maps or `None`.
+        """
+        if shared_states is not None:
+            return *self._continue(pixel_values, shared_states), None
+        encoded = self.backbone(
+            pixel_values,
+            output_hidden_states=True,
+            output_attentions=output_attentions,
+            return_dict=True,
+            **self.backbone_arguments,
+        )
+        return encoded.last_hidden_state, encoded.hidden_states, encoded.attentions
+
+    def _continue(self, pixel_values: torch.Tensor, shared_states: tuple[torch.Tensor, ...]):
+        tokens, states = shared_states[-1], list(shared_states)
+        arguments = {}
+        if hasattr(self.backbone, "rope_embeddings"):
+            arguments["position_embeddings"] = self.backbone.rope_embeddings(pixel_values.to(tokens.dtype))
+        for block in encoder_blocks(self.backbone):
+            tokens = block(tokens, **arguments)
+            states.append(tokens)
+        return getattr(self.backbone, _norm_name(self.backbone))(tokens), tuple(states)
+
+    def read_cams(
+        self, pixel_values: torch.Tensor, patch_size: int, shared_states: tuple[torch.Tensor, ...] | None = None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """
+        CAM logits `(B, C, h, w)` of the last, the auxiliary and the additional layers, and the features
+        `(B, D, h, w)` they are read from. The decoder does not run.
+        """
+        tokens, hidden_states, _ = self.encode(pixel_values, shared_states)
+        layers = (self.auxiliary_layer_index, *self.additional_cam_layers)
+        features = [
+            patch_map(states, pixel_values, patch_size) for states in (tokens, *map(hidden_states.__getitem__, layers))
+        ]
+        maps = [self.cam_head.cam_logits(features[0]), *map(self.auxiliary_cam_head.cam_logits, features[1:])]
+        return maps, features
+
+    @torch.no_grad()
+    def cams_of(self, output: SynerNetBranchOutput) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Result of `read_cams` for the images of an `output` of `forward`, without gradient and without encoding."""
+        grid = output.features.shape[-2:]
+        earlier = [token_map(output.hidden_states[layer], grid) for layer in self.additional_cam_layers]
+        maps = [output.cam_logits, output.auxiliary_cam_logits, *map(self.auxiliary_cam_head.cam_logits, earlier)]
+        features = [output.features, output.auxiliary_features, *earlier]
+        return [cam.detach() for cam in maps], [states.detach() for states in features]
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        patch_size: int,
+        shared_states: tuple[torch.Tensor, ...] | None = None,
+        output_attentions: bool = False,
+    ) -> SynerNetBranchOutput:
+        """`(B, 3, H, W)` images, sides multiples of the patch → everything the branch computes."""
+        tokens, hidden_states, attentions = self.encode(pixel_values, shared_states, output_attentions)
+        features = patch_map(tokens, pixel_values, patch_size)
+        auxiliary = patch_map(hidden_states[self.auxiliary_layer_index], pixel_values, patch_size)
+        scores, cam_logits = self.cam_head(features)
+        auxiliary_scores, auxiliary_cam_logits = self.auxiliary_cam_head(auxiliary)
+        class_token = tokens[:, 0]
+        return SynerNetBranchOutput(
+            classification_logits=scores,
+            auxiliary_classification_logits=auxiliary_scores,
+            class_token_logits=None if self.class_token_head is None else self.class_token_head(class_token),
+            cam_logits=cam_logits,
+            auxiliary_cam_logits=auxiliary_cam_logits,
+            logits=self.decode_head(features),
+            features=features,
+            auxiliary_features=auxiliary,
+            class_token=class_token,
+            hidden_states=hidden_states,
+            attentions=attentions,
+        )
+
+
+def lower_unlikely_classes(logits: torch.Tensor, log_probabilities: torch.Tensor, weight: float) -> torch.Tensor:
+    """
+    Segmentation logits, each class lowered by how much less likely it is in the image than the likeliest (ours).
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, K, h, w)`): segmentation logits, background first.
+        log_probabilities (`torch.Tensor` of shape `(B, C)`): of each class in the image, log σ of its score.
+        weight (`float`): of the difference; 0 changes nothing.
+
+    Returns:
+        `torch.Tensor` of shape `(B, K, h, w)`: the likeliest class and the background stay as they are.
+    """
+    penalty = weight * (log_probabilities.amax(dim=1, keepdim=True) - log_probabilities)
+    return logits - F.pad(penalty, (1, 0))[..., None, None]
+
+
+def encoder_blocks(backbone: nn.Module) -> nn.ModuleList:
+    """The blocks of a ViT-family encoder, which each family keeps under another name."""
+    for owner in (backbone, getattr(backbone, "encoder", None), getattr(backbone, "model", None)):
+        for name in ("layers", "layer"):
+            if isinstance(getattr(owner, name, None), nn.ModuleList):
+                return getattr(owner, name)
+    raise ValueError(
+        f"Sharing blocks needs a ViT-family encoder whose blocks are a module list, got {type(backbone).__name__}; "
+        "set `shared_encoder_layers` to 0."
+    )
+
+
+def copy_encoder(source: nn.Module, target: nn.Module, first_block: int = 0):
+    """Gives `target`, all or a run of the blocks of the encoder `source` from `first_block` on, its weights."""
+    for block, original in zip(encoder_blocks(target), encoder_blocks(source)[first_block:], strict=False):
+        block.load_state_dict(original.state_dict())
+    for name in ("embeddings", "layernorm", "norm"):
+        part = getattr(target, name, None)
+        if part is not None and not isinstance(part, nn.Identity):
+            part.load_state_dict(getattr(source, name).state_dict())
+
+
+def _part_of_encoder(config: SynerNetConfig, num_blocks: int) -> nn.Module:
+    """An encoder of `config.backbone_config` with `num_blocks` blocks."""
+    backbone_config = config.backbone_config
+    if num_blocks != backbone_config.num_hidden_layers:
+        backbone_config = copy.deepcopy(backbone_config)
+        backbone_config.num_hidden_layers = num_blocks
+    # one dtype for encoder and heads, whatever the encoder was saved in
+    backbone = AutoModel.from_config(
+        backbone_config, dtype=torch.get_default_dtype(), **pooling_arguments(backbone_config)
+    )
+    # otherwise installed during the first forward, which `torch.compile(fullgraph=True)` cannot trace
+    maybe_install_capturing_hooks(backbone)
+    return backbone
+
+
+def _norm_name(backbone: nn.Module) -> str:
+    return "layernorm" if hasattr(backbone, "layernorm") else "norm"
+
+
+def _forward_arguments(backbone: nn.Module) -> dict[str, bool]:
+    accepted = inspect.signature(type(backbone).forward).parameters
+    return {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
+
+
+def patch_map(tokens: torch.Tensor, pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Tokens `(B, prefix + h·w, D)` of padded images `(B, 3, h·p, w·p)` → `(B, D, h, w)`."""
+    return token_map(tokens, (pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size))
+
+
+def token_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """
+    Tokens `(B, prefix + h·w, D)` of a `grid` (h, w) → `(B, D, h, w)`; prefix tokens (class, distillation, registers)
+    come first in every family.
+    """
+    return tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
+
+
+def pooling_arguments(backbone_config: PreTrainedConfig) -> dict[str, bool]:
+    """ViT and DeiT would add a pooling layer that nothing here uses; other families know no such argument."""
+    return {"add_pooling_layer": False} if backbone_config.model_type in ("vit", "deit") else {}
+
+
+def select_states(
+    states: tuple[torch.Tensor, ...], wanted: bool | int | list[int] | None
+) -> tuple[torch.Tensor | None, ...] | None:
+    """What `output_hidden_states` asks for: all states, none, or those at some indices with `None` for the others."""
+    if wanted is None or isinstance(wanted, bool):
+        return states if wanted else None
+    indices = {range(len(states))[index] for index in ([wanted] if isinstance(wanted, int) else wanted)}
+    return tuple(state if index in indices else None for index, state in enumerate(states))
 
 
 class SynerNetPreTrainedModel(PreTrainedModel):
@@ -83,9 +481,10 @@ class SynerNetModel(SynerNetPreTrainedModel):
         self.precise_branch = SynerNetBranch(config, config.pooling_top_k)
         self.post_init()
 
-    def branch(self, name: str) -> SynerNetBranch:
-        """The branch called `name`, `"broad"` or `"precise"`."""
-        return {"broad": self.broad_branch, "precise": self.precise_branch}[name]
+    @property
+    def pair(self) -> BranchPair[SynerNetBranch]:
+        """`BranchPair[SynerNetBranch]`: both branches."""
+        return BranchPair(self.broad_branch, self.precise_branch)
 
     def get_input_embeddings(self) -> nn.Module:
         """The patch embedding of the shared blocks, or else of the broad branch; the precise one has its own."""
@@ -101,60 +500,55 @@ class SynerNetModel(SynerNetPreTrainedModel):
         """Copies the weights of `backbone`, a whole encoder, into the shared blocks and both branches."""
         if self.shared_encoder is not None:
             copy_encoder(backbone, self.shared_encoder.backbone)
-        for name in BRANCHES:
-            copy_encoder(backbone, self.branch(name).backbone, self.config.shared_encoder_layers)
+        for branch in self.pair:
+            copy_encoder(backbone, branch.backbone, self.config.shared_encoder_layers)
 
     def shared_states(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
-        """States of the shared blocks for padded images `(B, 3, H, W)`, or `None` where none are shared."""
+        """States of the shared blocks for padded images `(B, 3, H, W)`; `None` where no blocks are shared."""
         return None if self.shared_encoder is None else self.shared_encoder(pixel_values)
 
-    def cam_logits(self, pixel_values: torch.Tensor) -> dict[str, tuple[torch.Tensor, ...]]:
+    def cam_logits(self, pixel_values: torch.Tensor, plain: bool = False) -> BranchPair[tuple[torch.Tensor, ...]]:
         """
-        CAM logits of both branches that labels, areas and votes are read from, decoder left out. A branch with a
-        propagation temperature has them spread over tokens that look alike to both branches, and then none is negative;
-        the outputs of `forward`, which the losses act on, are always as the classifier gives them.
+        CAM logits of both branches from which labels, areas and votes are read; the decoders do not run. In a branch
+        with a propagation temperature they are spread over tokens that look alike to both branches, and none is
+        negative. The losses act on the CAM logits of `forward`, which are never spread.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised images of any size.
+            plain (`bool`, *optional*, defaults to `False`): whether to leave the propagation out.
 
         Returns:
-            `dict[str, tuple[torch.Tensor, ...]]`: for `"broad"` and `"precise"` the last, the auxiliary and the
-            `config.additional_cam_layers` layers' CAM logits, `(B, C, h, w)`, or `(B, C, H, W)` where the image
-            had to be padded.
+            `BranchPair[tuple[torch.Tensor, ...]]`: per branch the CAM logits of the last, the auxiliary and the
+            `config.additional_cam_layers` layers, `(B, C, h, w)`, or `(B, C, H, W)` where the image had to be padded.
         """
-        padded = self.pad(pixel_values)
+        padded = self.pad(pixel_values.to(self.dtype))
         shared_states = self.shared_states(padded)
-        read = {name: self.branch(name).cam_logits(padded, self.config.patch_size, shared_states) for name in BRANCHES}
-        return self._spread(read, tuple(pixel_values.shape[-2:]))
+        read = BranchPair(*(branch.read_cams(padded, self.config.patch_size, shared_states) for branch in self.pair))
+        return self._spread(read, tuple(pixel_values.shape[-2:]), plain)
 
     @torch.no_grad()
     def cam_logits_of(
         self, outputs: SynerNetModelOutput, size: tuple[int, int]
-    ) -> dict[str, tuple[torch.Tensor, ...]] | None:
+    ) -> BranchPair[tuple[torch.Tensor, ...]] | None:
         """
-        What [`~SynerNetModel.cam_logits`] gives for images of `size` = (H, W) that `forward` has seen, out of its
-        `outputs` of both branches; `None` where the two see an image differently, one cutting what the other pads.
+        CAM logits as [`~SynerNetModel.cam_logits`] gives them, from the `outputs` of both branches for images of
+        `size` = (H, W) that `forward` has seen. `None` where the CAM views of such images are cut instead of padded.
         """
         if self.config.floor_scaled_views and any(side % self.config.patch_size for side in size):
             return None
-        read = {name: self.branch(name).cam_logits_of(outputs[name]) for name in BRANCHES}
+        read = BranchPair(self.broad_branch.cams_of(outputs.broad), self.precise_branch.cams_of(outputs.precise))
         return self._spread(read, size)
 
-    def _spread(
-        self, read: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]], size: tuple[int, int]
-    ) -> dict[str, tuple[torch.Tensor, ...]]:
-        """
-        The CAM logits and features that the branches have `read`, layer by layer, as CAM logits for images of `size`:
-        propagated where a branch has a temperature, tokens being alike as far as both branches see them so.
-        """
-        logits, alike = {}, None
-        for name in BRANCHES:
-            maps, temperature = read[name][0], self.config.propagation_temperature(name)
-            if temperature is not None:
-                alike = alike or list(map(joint_features, *(features for _, features in read.values())))
+    def _spread(self, read, size: tuple[int, int], plain: bool = False) -> BranchPair[tuple[torch.Tensor, ...]]:
+        """Propagates the (CAM logits, features) that each branch has `read` per layer, where it has a temperature."""
+        temperatures = (self.config.broad_propagation_temperature, self.config.precise_propagation_temperature)
+        alike, spread = None, []
+        for (maps, _), temperature in zip(read, temperatures, strict=True):
+            if temperature is not None and not plain:
+                alike = alike or list(map(joint_features, read.broad[1], read.precise[1]))
                 maps = [propagate_cams(cam, features, temperature) for cam, features in zip(maps, alike, strict=True)]
-            logits[name] = tuple(crop_to_input(cam, size, self.config.patch_size) for cam in maps)
-        return logits
+            spread.append(tuple(crop_to_input(cam, size, self.config.patch_size) for cam in maps))
+        return BranchPair(*spread)
 
     @can_return_tuple
     def forward(
@@ -179,15 +573,17 @@ class SynerNetModel(SynerNetPreTrainedModel):
 
         Raises:
             ValueError: if attention maps are asked of a model whose branches share blocks.
+            TypeError: if an argument is unknown.
         """
+        _check_keywords(kwargs, SynerNetModel.forward)
         keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keep_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if keep_attentions and self.shared_encoder is not None:
             raise ValueError("Attention maps need `shared_encoder_layers` = 0; leave out output_attentions.")
-        pixel_values = self.pad(pixel_values)
+        pixel_values = self.pad(pixel_values.to(self.dtype))
         shared_states = self.shared_states(pixel_values)
         outputs = {
-            name: self.branch(name)(pixel_values, self.config.patch_size, shared_states, bool(keep_attentions))
+            name: getattr(self.pair, name)(pixel_values, self.config.patch_size, shared_states, bool(keep_attentions))
             for name in branches
         }
         states = tuple(state for output in outputs.values() for state in output.hidden_states)
@@ -201,7 +597,10 @@ class SynerNetModel(SynerNetPreTrainedModel):
 
 
 class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
-    """SynerNet with its losses: trained from image-level labels, gives segmentation and CAMs."""
+    """SynerNet with its losses: learns from image-level labels, predicts segmentation and CAMs."""
+
+    # a Trainer then divides the loss by its accumulation steps itself and hands in no `num_items_in_batch`
+    accepts_loss_kwargs = False
 
     def __init__(self, config: SynerNetConfig):
         super().__init__(config)
@@ -219,10 +618,11 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         num_labels: int | None = None,
         id2label: dict[int, str] | None = None,
         backbone_overrides: dict | None = None,
+        dtype: torch.dtype | None = None,
         **config_fields,
     ) -> "SynerNetForWeaklySupervisedSegmentation":
         r"""
-        Starts a SynerNet whose two encoders hold the weights of a pretrained ViT; heads are drawn at random.
+        Builds a SynerNet whose two encoders hold the weights of a pretrained ViT; the heads are drawn at random.
 
         Args:
             name_or_path (`str`): Hub id or folder of a ViT-family model, for example `google/vit-base-patch16-224`.
@@ -230,13 +630,14 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             id2label (`dict[int, str]`, *optional*): label names, 0 the background.
             backbone_overrides (`dict`, *optional*): encoder config fields to change, for example `qkv_bias`; weights
                 that then have no place are dropped, as they are by the authors' code.
+            dtype (`torch.dtype`, *optional*): dtype of the whole model, float32 by default, whatever the checkpoint's.
             config_fields: further fields of [`SynerNetConfig`].
 
         Returns:
             [`SynerNetForWeaklySupervisedSegmentation`]
 
         Raises:
-            ValueError: if neither `num_labels` nor `id2label` is given, or a field is not one of the config's.
+            ValueError: if neither `num_labels` nor `id2label` is given, or a field of either configuration is unknown.
             OSError: if the encoder cannot be found.
         """
         if id2label is None and num_labels is None:
@@ -248,23 +649,22 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         unknown = sorted(set(config_fields) - set(inspect.signature(SynerNetConfig).parameters))
         if unknown:
             raise ValueError(f"SynerNetConfig has no field {', '.join(unknown)}; see its documentation for the names.")
-        backbone_config = AutoConfig.from_pretrained(name_or_path, **(backbone_overrides or {}))
+        backbone_config = pretrained_backbone_config(name_or_path, backbone_overrides)
         backbone = AutoModel.from_pretrained(
-            name_or_path, config=backbone_config, **pooling_arguments(backbone_config)
+            name_or_path, config=backbone_config, dtype=torch.float32, **pooling_arguments(backbone_config)
         )
-        # the encoder's own labels are of another task
-        fields = {
-            key: value for key, value in backbone.config.to_dict().items() if key not in ("id2label", "label2id")
-        }
+        # the encoder's own labels are of another task, its dtype that of its file
+        other = ("id2label", "label2id", "dtype")
+        fields = {key: value for key, value in backbone.config.to_dict().items() if key not in other}
         labels = {"id2label": id2label} if id2label is not None else {"num_labels": num_labels}
         config = SynerNetConfig(backbone_config=type(backbone.config)(**fields), **labels, **config_fields)
         model = cls(config)
         model.synernet.load_encoder(backbone)
-        return model
+        return model if dtype is None else model.to(dtype)
 
-    def cam_logits(self, pixel_values: torch.Tensor) -> dict[str, tuple[torch.Tensor, ...]]:
+    def cam_logits(self, pixel_values: torch.Tensor, plain: bool = False) -> BranchPair[tuple[torch.Tensor, ...]]:
         """See [`SynerNetModel.cam_logits`]."""
-        return self.synernet.cam_logits(pixel_values)
+        return self.synernet.cam_logits(pixel_values, plain)
 
     @torch.no_grad()
     def generate_cams(
@@ -273,15 +673,18 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         labels: torch.Tensor | None = None,
         scales: tuple[float, ...] | None = None,
         flip: bool | None = None,
+        plain: bool = False,
     ) -> SynerNetCamOutput:
         r"""
         Multi-scale CAMs of both branches and their fusion, without gradient.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): normalised images of any size.
-            labels (`torch.Tensor` of shape `(B, C)`, *optional*): multi-hot; absent classes are zeroed.
+            labels (`torch.Tensor` of shape `(B, C)`, *optional*): multi-hot; the maps of absent classes are 0.
             scales (`tuple[float, ...]`, *optional*, defaults to `config.cam_scales`): factors of height and width.
             flip (`bool`, *optional*, defaults to `config.cam_flip`): whether to use the mirrored image too.
+            plain (`bool`, *optional*, defaults to `False`): leave out propagation and the precise consensus, as for a
+                baseline of plain CAMs.
 
         Returns:
             [`SynerNetCamOutput`]
@@ -290,17 +693,14 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             self._check_labels(labels, pixel_values)
         scales = self.config.cam_scales if scales is None else scales
         flip = self.config.cam_flip if flip is None else flip
-        cams = multi_scale_cams(self, pixel_values, labels, scales, flip)
-        present = torch.ones_like(cams["broad"][0][..., 0, 0]) if labels is None else labels
-        fused, confidence = fuse_branches(self.config, cams, present)
-        return SynerNetCamOutput(
-            broad_cams=cams["broad"][0],
-            precise_cams=cams["precise"][0],
-            broad_aux_cams=cams["broad"][1],
-            precise_aux_cams=cams["precise"][1],
-            fused_cams=0.5 * (fused["broad"] + fused["precise"]),
-            confidence=confidence,
-        )
+        present = None if labels is None else present_classes(labels)
+        cams = multi_scale_cams(self, pixel_values, present, scales, flip, plain=plain)
+        own = torch.ones_like(cams.broad[0][..., 0, 0]) if present is None else present.mask.float()
+        fused, confidence = fuse_branches(self.config, cams, own)
+        maps = [cams.broad[0], cams.precise[0], cams.broad[1], cams.precise[1], 0.5 * (fused.broad + fused.precise)]
+        if present is not None:
+            maps = [spread_classes(cam, present, labels.shape[1]) for cam in maps]
+        return SynerNetCamOutput(*maps, confidence)
 
     @torch.no_grad()
     def multi_scale_logits(
@@ -312,7 +712,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         class_prior_weight: float | None = None,
     ) -> torch.Tensor:
         r"""
-        Segmentation logits at the image's size, the larger value over scales kept (authors' code).
+        Segmentation logits at the size of the input: the elementwise maximum over scales (authors' code).
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): normalised images of any size.
@@ -320,10 +720,10 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             flip (`bool`, *optional*, defaults to `False`): whether to use the mirrored image too.
             inference_branches (`str`, *optional*): as in `forward`.
             class_prior_weight (`float`, *optional*, defaults to `config.class_prior_weight`):
-                How much of its logits a class loses for being unlikely in the image; 0 where its classes are known.
+                Strength of the class prior; 0 where the classes of the images are known.
 
         Returns:
-            `torch.Tensor` of shape `(B, K, H, W)`: float.
+            `torch.Tensor` of shape `(B, K, H, W)`: float32.
         """
         size, branches = tuple(pixel_values.shape[-2:]), chosen_branches(inference_branches)
         best = None
@@ -334,8 +734,8 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
                 scaled = F.interpolate(pixel_values, size=scaled_size, mode="bilinear", align_corners=False)
             for mirrored in (False, True) if flip else (False,):
                 view = scaled.flip(-1) if mirrored else scaled
-                outputs = self.synernet(view, branches=branches)
-                logits = self._segment(outputs, branches, tuple(view.shape[-2:]), class_prior_weight)["logits"]
+                logits, _ = self._mix(self.synernet(view, branches=branches), branches, class_prior_weight)
+                logits = crop_to_input(logits, scaled_size, self.config.patch_size)
                 logits = logits.flip(-1) if mirrored else logits
                 logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
                 best = logits if best is None else torch.maximum(best, logits)
@@ -353,6 +753,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         pixel_mask: torch.Tensor | None = None,
+        gather_embeddings: Callable | None = None,
         **kwargs,
     ) -> SynerNetSegmenterOutput:
         r"""
@@ -362,36 +763,42 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             labels (`torch.Tensor` of shape `(B, num_labels - 1)`, *optional*):
                 Image-level labels, multi-hot over the foreground classes. With them the loss is computed.
             valid_boxes (`torch.LongTensor` of shape `(B, 4)`, *optional*):
-                [top, bottom, left, right) of the real pixels of each image; the padding around teaches nothing.
+                [top, bottom, left, right) of the real pixels of each image; the losses leave the padding out.
             loss_weights (`dict[str, float]`, *optional*, defaults to `config.loss_weights`):
-                Weight of each term: `cls`, `cls_aux`, `cls_token`, `spatial_bce`, `patch_contrast`,
-                `prototype_contrast`, `segmentation`. What weighs 0, or is not named, is not computed.
+                Weight of each term: `cls`, `cls_aux`, `cls_token`, `spatial_bce` (the share of the spatial term in
+                the classification term of its branches), `patch_contrast`, `prototype_contrast`, `segmentation`.
+                Terms with weight 0 and terms that are not named are not computed.
             training_progress (`float`, *optional*, defaults to 0): t/T in [0, 1], for the coverage schedule.
             inference_branches (`str`, *optional*, defaults to `"both"`):
                 `"broad"`, `"precise"` or `"both"`: which branches to run; training needs both.
             output_hidden_states (`bool` or `list[int]`, *optional*): whether to return hidden states, or which of them.
             output_attentions (`bool`, *optional*): whether to return attention maps; they need eager attention.
             pixel_mask (`torch.Tensor` of shape `(B, H, W)`, *optional*):
-                1 on real pixels, 0 on padding, as the image processor gives it; stands for `valid_boxes`.
+                1 on real pixels, 0 on padding, as the image processor gives it; replaces `valid_boxes`.
+            gather_embeddings (`Callable`, *optional*):
+                Collects instance embeddings from all processes, so that every process updates the prototypes alike:
+                takes embeddings `(n, P)` and class ids `(n,)`, returns both for all processes and the `slice` of the
+                own rows. `None` uses the own batch alone.
 
         Returns:
             [`SynerNetSegmenterOutput`]
 
         Raises:
             ValueError: if `labels` do not have one row per image and `config.num_foreground_labels` columns, a name
-                in `loss_weights` or `inference_branches` is not known, or `labels` come with a single branch.
-            TypeError: if an argument is not known.
+                in `loss_weights` or `inference_branches` is unknown, or `labels` come with a single branch.
+            TypeError: if an argument is unknown.
         """
-        branches = chosen_branches(inference_branches)
-        if kwargs:
-            raise TypeError(f"forward does not know {', '.join(kwargs)}; see its documentation for the names.")
+        # handed in by training loops that normalise by items, which image-level losses do not
+        kwargs.pop("num_items_in_batch", None)
+        _check_keywords(kwargs, SynerNetForWeaklySupervisedSegmentation.forward)
+        branches, size = chosen_branches(inference_branches), tuple(pixel_values.shape[-2:])
         if labels is not None:
             if len(branches) == 1:
                 raise ValueError(f"Training needs both branches, got inference_branches={branches[0]!r} with labels.")
             self._check_labels(labels, pixel_values)
             if valid_boxes is None and pixel_mask is not None:
-                valid_boxes = boxes_of(pixel_mask)
-        size, patch_size = tuple(pixel_values.shape[-2:]), self.config.patch_size
+                valid_boxes = masks_to_boxes(pixel_mask)
+
         outputs = self.synernet(
             pixel_values,
             branches,
@@ -399,58 +806,49 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             output_attentions=output_attentions,
             return_dict=True,
         )
-        result = self._segment(outputs, branches, size)
-        result |= {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        mixed, scores = self._mix(outputs, branches)
+        patch_size = self.config.patch_size
+        logits = {f"{name}_logits": at_input_size(outputs[name].logits, size, patch_size) for name in branches}
+        learnt = {}
         if labels is not None:
-            weights = self._weights(loss_weights)
-            progress = float(training_progress or 0.0)
-            cams, supervision = self._supervise(outputs, pixel_values, labels, valid_boxes, weights, progress)
-            embeddings = {}
-            if weights["prototype_contrast"] and self.config.with_projection_head:
-                embeddings = self._embed_instances(pixel_values, labels, valid_boxes, supervision.pseudo_labels)
-            # half precision ends here: ranks and sums of the losses need float32
-            with torch.autocast(device_type=pixel_values.device.type, enabled=False):
-                logits = {name: result[f"{name}_logits"] for name in branches}
-                losses = self._losses(outputs, logits, labels, weights, supervision, embeddings)
-            result["loss"], result["loss_dict"] = losses
-            result["confidence"] = supervision.confidence
-            result["pseudo_labels"] = supervision.pseudo_labels.get("precise")
-        if labels is None or not cams:
-            cams = {
-                name: [normalize_cams(crop_to_input(outputs[name].cam_logits.detach(), size, patch_size).relu())]
-                for name in branches
-            }
-        for name in cams:
-            result[f"{name}_cams"] = cams[name][0]
-        # built at the end, so that the fields of the tuple form stand in their order, the loss first
-        return SynerNetSegmenterOutput(**result)
+            objective = batch_objective(
+                self.synernet,
+                pixel_values,
+                outputs,
+                BranchPair(logits["broad_logits"], logits["precise_logits"]),
+                labels,
+                valid_boxes,
+                self._weights(loss_weights),
+                float(training_progress or 0.0),
+                gather_embeddings,
+            )
+            learnt = objective._asdict()
+        cams = {}
+        if not self.training:
+            for name in branches:
+                maps = at_input_size(outputs[name].cam_logits.detach(), size, patch_size)
+                cams[f"{name}_cams"] = normalize_cams(maps.relu())
+        return SynerNetSegmenterOutput(
+            logits=at_input_size(mixed, size, patch_size),
+            classification_logits=scores,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **logits,
+            **cams,
+            **learnt,
+        )
 
-    def _segment(self, outputs, branches: tuple[str, ...], size: tuple[int, int], prior_weight: float | None = None):
-        """Logits and class scores of images of `size` by the name of their field, out of `outputs` of `branches`."""
-        logits = {name: crop_to_input(outputs[name].logits, size, self.config.patch_size) for name in branches}
-        share = self.config.broad_inference_weight
+    def _mix(self, outputs, branches: tuple[str, ...], prior_weight: float | None = None):
+        """The branches' segmentation logits `(B, K, h, w)` mixed, and the class scores `(B, C)` of the images."""
+        share = self.config.broad_share_in_logits
         shares = {"broad": share, "precise": 1 - share} if len(branches) == 2 else {branches[0]: 1.0}
-        mixed = sum(shares[name] * logits[name] for name in branches)
-        scores = {name: outputs[name].classification_logits for name in branches}
-        if self.config.with_class_token_head:
-            scores = {name: outputs[name].class_token_logits for name in branches}
-            likely = sum(shares[name] * F.logsigmoid(scores[name]) for name in branches)
-            weight = self.config.class_prior_weight if prior_weight is None else prior_weight
-            mixed = lower_unlikely_classes(mixed, likely, weight)
-        result = {"logits": mixed, "classification_logits": sum(scores.values()) / len(branches)}
-        return result | {f"{name}_logits": logits[name] for name in branches}
-
-    def _supervise(self, outputs, pixel_values, labels, valid_boxes, weights, progress):
-        """Multi-scale CAMs and the targets made of them; nothing where only classification counts."""
-        if not any(weights[term] for term in ("spatial_bce", "patch_contrast", "prototype_contrast", "segmentation")):
-            return {}, SynerNetSupervision()
-        scales, flip = self.config.cam_scales, self.config.cam_flip
-        known_logits = None
-        if 1 in scales:
-            known_logits = self.synernet.cam_logits_of(outputs, tuple(pixel_values.shape[-2:]))
-        cams = multi_scale_cams(self, pixel_values, labels, scales, flip, known_logits)
-        images = unit_images(pixel_values, self.config.image_mean, self.config.image_std)
-        return cams, make_supervision(self.config, cams, images, labels, valid_boxes, weights, progress)
+        logits = sum(shares[name] * outputs[name].logits for name in branches)
+        if not self.config.with_class_token_head:
+            return logits, sum(outputs[name].classification_logits for name in branches) / len(branches)
+        likely = sum(shares[name] * F.logsigmoid(outputs[name].class_token_logits) for name in branches)
+        weight = self.config.class_prior_weight if prior_weight is None else prior_weight
+        scores = sum(outputs[name].class_token_logits for name in branches) / len(branches)
+        return lower_unlikely_classes(logits, likely, weight), scores
 
     def _check_labels(self, labels: torch.Tensor, pixel_values: torch.Tensor):
         expected = (pixel_values.shape[0], self.config.num_foreground_labels)
@@ -467,75 +865,23 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             raise ValueError(f"loss_weights knows {', '.join(self.config.loss_weights)}, got {', '.join(unknown)}.")
         return dict.fromkeys(self.config.loss_weights, 0.0) | given
 
-    def _losses(self, outputs, logits, labels, weights, supervision: SynerNetSupervision, embeddings):
-        """The weighted sum of the active terms and, without gradient, each term's mean over the branches."""
-        terms: dict[str, list[torch.Tensor]] = {}
-        total = labels.new_zeros((), dtype=torch.float32)
 
-        def add(name: str, weight: float, value: torch.Tensor):
-            nonlocal total
-            terms.setdefault(f"loss_{name}", []).append(value.detach())
-            total = total + weight * value
+def chosen_branches(inference_branches: str | None) -> tuple[str, ...]:
+    """The branches that `"broad"`, `"precise"`, `"both"` or `None` (both) stands for."""
+    if inference_branches in (None, "both"):
+        return BRANCHES
+    if inference_branches not in BRANCHES:
+        raise ValueError(f"inference_branches must be 'broad', 'precise' or 'both', got {inference_branches!r}.")
+    return (inference_branches,)
 
-        ignore_index = self.config.semantic_loss_ignore_index
-        power = self.config.confidence_weighting
-        for name in BRANCHES:
-            output = outputs[name]
-            spatial_share = weights["spatial_bce"] if name in supervision.area_shares else 0.0
-            if weights["cls"]:
-                classification = classification_loss(output.classification_logits, labels)
-                add("cls", weights["cls"] * (1 - spatial_share), classification)
-            if spatial_share:
-                spatial = spatial_bce_loss(output.cam_logits, labels, supervision.area_shares[name])
-                add("spatial_bce", spatial_share, spatial)
-            if weights["cls_aux"]:
-                auxiliary = classification_loss(output.auxiliary_classification_logits, labels)
-                add("cls_aux", weights["cls_aux"], auxiliary)
-            if weights["cls_token"] and self.config.with_class_token_head:
-                add("cls_token", weights["cls_token"], classification_loss(output.class_token_logits, labels))
-            if weights["patch_contrast"]:
-                contrast = patch_token_contrast_loss(output.features, supervision.token_labels[name], ignore_index)
-                add("patch_contrast", weights["patch_contrast"], contrast)
-            if weights["segmentation"]:
-                target = supervision.pseudo_labels[name]
-                pixel_weights = supervision.confidence[:, 0] ** power if power else None
-                segmentation = cross_supervised_segmentation_loss(logits[name], target, ignore_index, pixel_weights)
-                add("segmentation", weights["segmentation"], segmentation)
-            if name in embeddings:
-                add("prototype_contrast", weights["prototype_contrast"], self._contrast(name, *embeddings[name]))
-        return total, {name: torch.stack(values).mean() for name, values in terms.items()}
 
-    def _embed_instances(self, pixel_values, labels, valid_boxes, pseudo_labels: dict[str, torch.Tensor]):
-        """Per branch with instance learning: embeddings `(B, P)` of the cut images, and their class ids `(B,)`."""
-        cut: dict[str, tuple] = {}
-        embeddings = {}
-        for name in self.config.prototype_branches:
-            # the precise branch's label is the even mix of both CAMs; without cross-supervision each has only its own
-            source = "precise" if self.config.cross_supervision else name
-            if source not in cut:
-                class_ids = pick_instance_classes(pseudo_labels[source], labels, draw=self.training)
-                ignore_index = self.config.semantic_loss_ignore_index
-                images = cut_instances(pixel_values, pseudo_labels[source], class_ids, valid_boxes, ignore_index)
-                images = self.synernet.pad(images)
-                cut[source] = images, self.synernet.shared_states(images), class_ids
-            images, shared_states, class_ids = cut[source]
-            branch = self.synernet.branch(name)
-            tokens = branch.encode(images, shared_states)[0]
-            embeddings[name] = branch.projection_head(tokens[:, 0]), class_ids
-        return embeddings
-
-    def _contrast(self, name: str, embeddings: torch.Tensor, class_ids: torch.Tensor) -> torch.Tensor:
-        """The prototype contrast of one branch; moves its prototypes while training, with all processes' images."""
-        head = self.synernet.branch(name).projection_head
-        gathered, gathered_ids, own = embeddings, class_ids, slice(None)
-        if self.training:
-            gathered, gathered_ids, own = gather_in_rank_order(embeddings, class_ids)
-        terms, prototypes = prototype_contrast_terms(
-            gathered, gathered_ids, head.prototypes, self.config.prototype_momentum, self.config.prototype_temperature
-        )
-        if self.training:
-            head.prototypes.copy_(prototypes)
-        return terms[own].sum() / (class_ids >= 0).sum().clamp(min=1)
+def _check_keywords(given: dict, function: Callable) -> None:
+    """Refuses keyword arguments that `function` does not name."""
+    known = [name for name in inspect.signature(function).parameters if name not in ("self", "kwargs")]
+    for name in given:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(known)}."
+        raise TypeError(f"forward does not know {name}: {hint}")
 
 
 __all__ = [

@@ -1,6 +1,8 @@
 """Pixel-adaptive refinement: class maps spread to neighbouring pixels of like colour. No parameters."""
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -89,21 +91,26 @@ class SynerNetPixelAdaptiveRefinement(nn.Module):
         return self.propagate(self.affinity(images), maps)
 
 
-def own_classes(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+class PresentClasses(NamedTuple):
     """
-    The classes each image has, packed to the front.
+    The classes that each image of a batch has, packed to the front.
 
-    Args:
-        labels (`torch.Tensor` of shape `(B, C)`): multi-hot.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: class indices `(B, S)` int64, S the largest number of classes of an
-        image in the batch (at least 1), and which of them the image really has, `(B, S)` bool.
+    Attributes:
+        ids (`torch.Tensor` of shape `(B, S)`): int64, 0-based foreground classes; S is the largest number of classes
+            of an image of the batch, at least 1. Slots that an image does not fill hold ids of classes it lacks.
+        mask (`torch.Tensor` of shape `(B, S)`): bool, true in filled slots.
     """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+
+
+def present_classes(labels: torch.Tensor) -> PresentClasses:
+    """The [`PresentClasses`] of multi-hot `labels` `(B, C)`."""
     present = labels > 0
-    slots = max(int(present.sum(dim=1).max()), 1)
-    order = present.int().argsort(dim=1, descending=True, stable=True)[:, :slots]
-    return order, present.gather(1, order)
+    slots = max(int(present.sum(dim=1).max()), 1) if len(labels) else 1
+    ids = present.int().argsort(dim=1, descending=True, stable=True)[:, :slots]
+    return PresentClasses(ids, present.gather(1, ids))
 
 
 @torch.no_grad()
@@ -118,7 +125,8 @@ def refine_pseudo_labels(
     refinement: SynerNetPixelAdaptiveRefinement | None = None,
 ) -> torch.Tensor:
     """
-    Label maps from CAMs under two background hypotheses, each refined by the image (authors' code; PAR of AFA).
+    Label maps from CAMs under two background hypotheses, refined by the colours of the image (authors' code; PAR of
+    AFA).
 
     For each of the constant background planes `high` and `low`, the plane and the CAMs of the image's own classes
     go through a softmax at half resolution, refinement, and an argmax at full resolution. A pixel is a class where
@@ -126,8 +134,9 @@ def refine_pseudo_labels(
 
     Args:
         images (`torch.Tensor` of shape `(B, 3, H, W)`): float, in [0, 1], full resolution.
-        cams (`torch.Tensor` of shape `(B, C, H, W)` or `(M, B, C, H, W)`):
-            Float, in [0, 1]; M sets of CAMs of the same images share one affinity.
+        cams (`torch.Tensor` of shape `(B, C, h, w)` or `(M, B, C, h, w)`):
+            Float, in [0, 1], resized bilinearly to the images where their size is another; NaN counts as 0. M sets of
+            CAMs of the same images share one affinity.
         labels (`torch.Tensor` of shape `(B, C)`): multi-hot image-level labels.
         low (`float`): lower background plane.
         high (`float`): upper background plane.
@@ -140,17 +149,39 @@ def refine_pseudo_labels(
         `torch.Tensor` of shape `(B, H, W)` or `(M, B, H, W)`, int64: 0 background, `c + 1` class `c`, or
         `ignore_index`.
     """
+    present = present_classes(labels)
+    sets = cams if cams.ndim == 5 else (cams,)
+    own = [maps.gather(1, present.ids[:, :, None, None].expand(-1, -1, *maps.shape[-2:])) for maps in sets]
+    label_maps = refine_present(images, own, present, low, high, valid_boxes, ignore_index, refinement)
+    return torch.stack(label_maps) if cams.ndim == 5 else label_maps[0]
+
+
+@torch.no_grad()
+def refine_present(
+    images: torch.Tensor,
+    cams: Sequence[torch.Tensor],
+    present: PresentClasses,
+    low: float,
+    high: float,
+    valid_boxes: torch.Tensor | None = None,
+    ignore_index: int = 255,
+    refinement: SynerNetPixelAdaptiveRefinement | None = None,
+) -> list[torch.Tensor]:
+    """
+    [`refine_pseudo_labels`] of M sets of CAMs `(B, S, h, w)` of the `present` classes: M label maps `(B, H, W)` whose
+    ids are those of the data set.
+    """
     refinement = refinement or SynerNetPixelAdaptiveRefinement()
-    size = cams.shape[-2:]
+    size = images.shape[-2:]
     half = [max(side // 2, 1) for side in size]
     small_images = F.interpolate(images.float(), size=half, mode="bilinear", align_corners=False)
-    order, present = own_classes(labels)
 
     scores = []
-    for maps in cams if cams.ndim == 5 else (cams,):
-        own = maps.float().gather(1, order[:, :, None, None].expand(-1, -1, *size))
-        own = F.interpolate(own, size=half, mode="bilinear", align_corners=False)
-        own = own.masked_fill(~present[:, :, None, None], float("-inf"))
+    for maps in cams:
+        if maps.shape[-2:] != size:
+            maps = F.interpolate(maps.float(), size=size, mode="bilinear", align_corners=False)
+        own = F.interpolate(maps.float().nan_to_num(0.0), size=half, mode="bilinear", align_corners=False)
+        own = own.masked_fill(~present.mask[:, :, None, None], float("-inf"))
         for background in (high, low):
             scores.append(torch.cat([torch.full_like(own[:, :1], background), own], dim=1).softmax(dim=1))
     refined = refinement(small_images, torch.cat(scores, dim=1))
@@ -158,13 +189,13 @@ def refine_pseudo_labels(
     # the indices of `max` are those of `argmax`, several times as fast on a CPU
     winners = [part.max(dim=1).indices for part in refined.chunk(len(scores), dim=1)]
 
-    class_ids = torch.cat([torch.zeros_like(order[:, :1]), order + 1], dim=1)
+    class_ids = F.pad(present.ids + 1, (1, 0))
     label_maps = []
     for high_winner, low_winner in zip(winners[::2], winners[1::2], strict=True):
         decided = class_ids.gather(1, high_winner.flatten(1)).view_as(high_winner)
         decided = decided.masked_fill((high_winner == 0) & (low_winner != 0), ignore_index)
         label_maps.append(ignore_outside(decided, valid_boxes, ignore_index))
-    return torch.stack(label_maps) if cams.ndim == 5 else label_maps[0]
+    return label_maps
 
 
 def ignore_outside(label_map: torch.Tensor, valid_boxes: torch.Tensor | None, ignore_index: int = 255) -> torch.Tensor:
@@ -192,29 +223,33 @@ def box_mask(valid_boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
 
 
-def unit_images(pixel_values: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
+def denormalize(pixel_values: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
     """
-    Normalised images `(B, 3, H, W)` back to [0, 1], float32, in steps of 1/255 rounded down (authors' uint8 images).
+    Normalised images `(B, 3, H, W)` back to [0, 1], float32, in steps of 1/255. All 256 levels of an 8-bit image come
+    back exactly (ours; the authors' code truncates and loses some to rounding).
     """
     mean, std = (torch.tensor(values, device=pixel_values.device)[:, None, None] for values in (mean, std))
-    return ((pixel_values.float() * std + mean) * 255).clamp(0, 255).trunc() / 255
+    return ((pixel_values.float() * std + mean) * 255).round().clamp(0, 255) / 255
 
 
-def boxes_of(pixel_mask: torch.Tensor) -> torch.Tensor:
-    """[top, bottom, left, right) `(B, 4)` int64 around the ones of each `(H, W)` mask in `pixel_mask` `(B, H, W)`."""
+def masks_to_boxes(pixel_mask: torch.Tensor) -> torch.Tensor:
+    """[top, bottom, left, right) `(B, 4)` int64 around the ones of each mask in `pixel_mask` `(B, H, W)`."""
     boxes = []
     for axis in (2, 1):
-        filled = (pixel_mask > 0).any(dim=axis).long()
-        first = filled.argmax(dim=1)
-        boxes += [first, first + filled.sum(dim=1)]
+        filled = (pixel_mask > 0).any(dim=axis).int()
+        first, last = filled.argmax(dim=1), filled.shape[1] - filled.flip(1).argmax(dim=1)
+        boxes += [first, torch.where(filled.any(dim=1), last, first)]
     return torch.stack(boxes, dim=1)
 
 
 __all__ = [
+    "PresentClasses",
     "SynerNetPixelAdaptiveRefinement",
     "box_mask",
-    "boxes_of",
+    "denormalize",
     "ignore_outside",
-    "own_classes",
+    "masks_to_boxes",
+    "present_classes",
+    "refine_present",
     "refine_pseudo_labels",
 ]

@@ -8,14 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from testing_utils import ALL_TERMS, SynerNetModelTester
 
-from synernet_hf.model.cam_synernet import area_shares, cams_to_pseudo_labels, mask_absent_classes
-from synernet_hf.model.instance_synernet import pick_instance_classes
-from synernet_hf.model.refinement_synernet import SynerNetPixelAdaptiveRefinement, refine_pseudo_labels
-from synernet_hf.model.supervision_synernet import (
-    coverage,
+from synernet_hf.model import objective_synernet
+from synernet_hf.model.cam_synernet import (
+    BranchPair,
+    area_shares,
+    cams_to_pseudo_labels,
     fuse_branches,
-    label_tokens,
-    make_supervision,
+    mask_absent_classes,
+    select_classes,
+)
+from synernet_hf.model.objective_synernet import coverage, label_tokens, make_targets, pick_instance_classes
+from synernet_hf.model.refinement_synernet import (
+    SynerNetPixelAdaptiveRefinement,
+    denormalize,
+    present_classes,
+    refine_pseudo_labels,
 )
 
 
@@ -33,10 +40,27 @@ def make_config(**fields):
 
 def random_cams(labels, size=(32, 32)):
     """As `multi_scale_cams` gives them, both branches and layers unlike."""
-    return {
-        branch: tuple(mask_absent_classes(torch.rand(*labels.shape, *size), labels) for _ in range(2))
-        for branch in ("broad", "precise")
-    }
+    maps = [mask_absent_classes(torch.rand(*labels.shape, *size), labels) for _ in range(4)]
+    return BranchPair(tuple(maps[:2]), tuple(maps[2:]))
+
+
+@pytest.fixture
+def targets_of(monkeypatch):
+    """`make_targets` with the given CAMs of all classes in place of a model's."""
+
+    def run(config, cams, images, labels, boxes, weights, progress):
+        class Model:
+            def cam_logits_of(self, outputs, size):
+                return None
+
+        def chosen(model, pixel_values, present, *_):
+            return BranchPair(*(tuple(select_classes(maps, present.ids) for maps in layers) for layers in cams))
+
+        Model.config = config
+        monkeypatch.setattr(objective_synernet, "multi_scale_cams", chosen)
+        return make_targets(Model(), images, None, labels, boxes, weights, progress)
+
+    return run
 
 
 # coverage
@@ -102,9 +126,9 @@ def test_fixed_fusion_is_the_constant_mix():
     labels = torch.tensor([[1.0, 1, 0]])
     cams = random_cams(labels)
     fused, confidence = fuse_branches(make_config(fusion="fixed"), cams, labels)
-    broad, precise = cams["broad"][0], cams["precise"][0]
-    torch.testing.assert_close(fused["broad"], 0.3 * broad + 0.7 * precise)
-    torch.testing.assert_close(fused["precise"], 0.5 * broad + 0.5 * precise)
+    broad, precise = cams.broad[0], cams.precise[0]
+    torch.testing.assert_close(fused.broad, 0.3 * broad + 0.7 * precise)
+    torch.testing.assert_close(fused.precise, 0.5 * broad + 0.5 * precise)
     assert confidence.shape == (1, 1, 32, 32)
 
 
@@ -112,8 +136,8 @@ def test_without_cross_supervision_each_branch_keeps_its_own_cam():
     labels = torch.ones(1, 3)
     cams = random_cams(labels)
     fused, _ = fuse_branches(make_config(cross_supervision=False), cams, labels)
-    for branch in ("broad", "precise"):
-        assert torch.equal(fused[branch], cams[branch][0])
+    for maps, layers in zip(fused, cams, strict=True):
+        assert torch.equal(maps, layers[0])
 
 
 @pytest.mark.parametrize("threshold", [1.0, 0.75, 0.5])
@@ -123,8 +147,7 @@ def test_confident_pixels_take_the_agreed_label_in_both_fused_cams(threshold):
     cams = random_cams(labels)
     fused, confidence = fuse_branches(config, cams, labels)
     first, second = (
-        cams_to_pseudo_labels(fused[branch], labels, config.low_threshold, config.high_threshold)
-        for branch in ("broad", "precise")
+        cams_to_pseudo_labels(maps, labels, config.low_threshold, config.high_threshold) for maps in fused
     )
     confident = confidence[:, 0] >= threshold
     assert confident.any() and not confident.all()
@@ -136,10 +159,10 @@ def test_confident_pixels_take_the_agreed_label_in_both_fused_cams(threshold):
 def test_unanimous_layers_decide_the_fused_label():
     config, labels = make_config(), torch.ones(1, 3)
     same = torch.rand(1, 3, 16, 16)
-    fused, confidence = fuse_branches(config, {"broad": (same, same), "precise": (same, same)}, labels)
+    fused, confidence = fuse_branches(config, BranchPair((same, same), (same, same)), labels)
     states = cams_to_pseudo_labels(same, labels, config.low_threshold, config.high_threshold)
     assert torch.equal(confidence[:, 0] == 1, states != 255)
-    for maps in fused.values():
+    for maps in fused:
         fused_states = cams_to_pseudo_labels(maps, labels, config.low_threshold, config.high_threshold)
         assert torch.equal(fused_states, states)
 
@@ -149,7 +172,7 @@ def test_fused_cams_stay_in_range_and_within_the_labels(fusion):
     labels = torch.tensor([[1.0, 0, 0], [0, 1, 1]])
     fused, confidence = fuse_branches(make_config(fusion=fusion), random_cams(labels), labels)
     assert 0 <= confidence.min() and confidence.max() <= 1
-    for maps in fused.values():
+    for maps in fused:
         assert 0 <= maps.min() and maps.max() <= 1
         assert not maps[labels == 0].any()
 
@@ -157,13 +180,14 @@ def test_fused_cams_stay_in_range_and_within_the_labels(fusion):
 # everything together
 
 
-def test_only_what_a_loss_needs_is_made():
+def test_only_what_a_loss_needs_is_made(targets_of):
     config, labels = make_config(), torch.tensor([[1.0, 0, 1]])
     cams, images = random_cams(labels), torch.rand(1, 3, 32, 32)
 
     def made(**weights):
-        result = make_supervision(config, cams, images, labels, None, NONE | weights, 0.0)
-        return {name for name in ("token_labels", "area_shares", "pseudo_labels") if getattr(result, name)}
+        targets, confidence = targets_of(config, cams, images, labels, None, NONE | weights, 0.0)
+        assert (confidence is None) == (targets.broad.pseudo_labels is None)
+        return {name for target in targets for name, value in target._asdict().items() if value is not None}
 
     assert made() == set()
     assert made(cls=1.0, cls_aux=1.0) == set()
@@ -173,53 +197,57 @@ def test_only_what_a_loss_needs_is_made():
 
 
 @pytest.mark.parametrize(("progress", "source"), [(0.4, "auxiliary"), (0.5, "mean")])
-def test_area_shares_are_read_from_the_auxiliary_cams_first_and_the_mean_later(progress, source):
+def test_area_shares_are_read_from_the_auxiliary_cams_first_and_the_mean_later(targets_of, progress, source):
     config, labels = make_config(spatial_bce_branches=("broad", "precise")), torch.tensor([[1.0, 1, 1], [0, 0, 1]])
     cams = random_cams(labels)
     weights = NONE | {"spatial_bce": 1.0}
-    shares = make_supervision(config, cams, torch.rand(2, 3, 32, 32), labels, None, weights, progress).area_shares
-    for branch in ("broad", "precise"):
-        maps = cams[branch][1] if source == "auxiliary" else 0.5 * (cams["broad"][0] + cams["precise"][0])
+    targets, _ = targets_of(config, cams, torch.rand(2, 3, 32, 32), labels, None, weights, progress)
+    for branch, layers, target in zip(BranchPair._fields, cams, targets, strict=True):
+        maps = layers[1] if source == "auxiliary" else 0.5 * (cams.broad[0] + cams.precise[0])
         rho = coverage(config, branch, progress)
-        assert torch.equal(shares[branch], area_shares(maps, labels, rho, 0.25, 0.7))
+        assert torch.equal(target.area_shares, area_shares(maps, labels, rho, 0.25, 0.7))
 
 
-def test_the_broad_branch_gets_more_area_than_the_precise_one():
+def test_the_broad_branch_gets_more_area_than_the_precise_one(targets_of):
     config, labels = make_config(spatial_bce_branches=("broad", "precise")), torch.ones(1, 3)
     same = torch.rand(1, 3, 32, 32)
-    cams = {"broad": (same, same), "precise": (same, same)}
+    cams = BranchPair((same, same), (same, same))
     for progress in (0.0, 0.5, 0.9):
         weights = NONE | {"spatial_bce": 1.0}
-        shares = make_supervision(config, cams, torch.rand(1, 3, 32, 32), labels, None, weights, progress).area_shares
-        assert (shares["broad"] > shares["precise"]).all()
+        targets, _ = targets_of(config, cams, torch.rand(1, 3, 32, 32), labels, None, weights, progress)
+        assert (targets.broad.area_shares > targets.precise.area_shares).all()
 
 
-def test_spatial_branches_are_the_configured_ones():
+def test_spatial_branches_are_the_configured_ones(targets_of):
     config, labels = make_config(spatial_bce_branches=("broad",)), torch.ones(1, 3)
     weights = NONE | {"spatial_bce": 1.0}
-    result = make_supervision(config, random_cams(labels), torch.rand(1, 3, 32, 32), labels, None, weights, 0.0)
-    assert set(result.area_shares) == {"broad"}
+    targets, _ = targets_of(config, random_cams(labels), torch.rand(1, 3, 32, 32), labels, None, weights, 0.0)
+    assert targets.broad.area_shares is not None and targets.precise.area_shares is None
 
 
-def test_pseudo_labels_are_the_refined_fused_cams():
+def test_pseudo_labels_are_the_refined_fused_cams(targets_of):
     # classes at different places, one image with all, one with none
     labels = torch.tensor([[0.0, 1, 1], [1, 0, 0], [1, 1, 1], [0, 0, 0]])
     config = make_config(semantic_loss_ignore_index=77)
     images, boxes = torch.rand(4, 3, 32, 32), torch.tensor([[0, 24, 8, 32]] * 4)
     # patches large enough to outlive the refinement
     enlarge = torch.nn.UpsamplingNearest2d(scale_factor=16)
-    cams = {branch: tuple(map(enlarge, maps)) for branch, maps in random_cams(labels, (2, 2)).items()}
+    cams = BranchPair(*(tuple(map(enlarge, layers)) for layers in random_cams(labels, (2, 2))))
     weights = NONE | {"segmentation": 1.0, "patch_contrast": 1.0}
-    result = make_supervision(config, cams, images, labels, boxes, weights, 0.0)
+    targets, seen_confidence = targets_of(config, cams, images, labels, boxes, weights, 0.0)
     fused, confidence = fuse_branches(config, cams, labels)
     refinement = SynerNetPixelAdaptiveRefinement((1, 2), 2)
-    for branch, maps in fused.items():
-        expected = refine_pseudo_labels(images, maps, labels, 0.25, 0.7, boxes, 77, refinement)
-        assert torch.equal(result.pseudo_labels[branch], expected)
+    pixels = denormalize(images, config.image_mean, config.image_std)
+    names = torch.nn.functional.pad(present_classes(labels).ids + 1, (1, 0))
+    for layers, maps, target in zip(cams, fused, targets, strict=True):
+        expected = refine_pseudo_labels(pixels, maps, labels, 0.25, 0.7, boxes, 77, refinement)
+        assert torch.equal(target.pseudo_labels, expected)
         assert {1, 2, 3, 77} <= set(expected.unique().tolist())
-        tokens = label_tokens(config, cams[branch][1], labels, boxes)
-        assert torch.equal(result.token_labels[branch], tokens.masked_fill(tokens == -1, 77))
-    assert torch.equal(result.confidence, confidence)
+        # tokens are counted over the classes of each image
+        named = names.gather(1, target.token_labels.clamp(min=0).flatten(1)).view_as(target.token_labels)
+        named = named.masked_fill(target.token_labels == -1, -1)
+        assert torch.equal(named, label_tokens(config, layers[1], labels, boxes))
+    assert torch.equal(seen_confidence, confidence)
 
 
 # instance learning
@@ -244,7 +272,7 @@ def test_instance_classes_fall_back_on_the_image_labels(filling):
     assert min(counts[1:3]) > 230
 
 
-def test_a_image_without_any_class_gets_minus_one():
+def test_an_image_without_any_class_gets_minus_one():
     label_map = torch.zeros(3, 2, 2, dtype=torch.long)
     label_map[1, 0, 0] = 2
     drawn = pick_instance_classes(label_map, torch.tensor([[0.0, 0, 0], [0, 0, 0], [0, 0, 1]]))
@@ -263,7 +291,7 @@ def test_an_absent_class_is_never_drawn(rows):
         assert class_id in classes if classes else class_id == -1
 
 
-def test_the_affinity_is_built_once_per_image(monkeypatch):
+def test_the_affinity_is_built_once_per_image(monkeypatch, targets_of):
     calls = []
     original = SynerNetPixelAdaptiveRefinement.affinity
 
@@ -273,8 +301,8 @@ def test_the_affinity_is_built_once_per_image(monkeypatch):
 
     monkeypatch.setattr(SynerNetPixelAdaptiveRefinement, "affinity", counting)
     labels = torch.tensor([[1, 0, 1], [0, 1, 0]])
-    supervision = make_supervision(
+    targets, _ = targets_of(
         make_config(), random_cams(labels), torch.rand(2, 3, 32, 32), labels, None, NONE | {"segmentation": 1.0}, 0.5
     )
     assert calls == [2]
-    assert set(supervision.pseudo_labels) == {"broad", "precise"}
+    assert all(target.pseudo_labels is not None for target in targets)
