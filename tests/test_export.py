@@ -73,7 +73,7 @@ def test_one_branch_is_half_the_encoders(model):
 def test_one_branch_runs_one_encoder(model):
     runs = []
     hooks = [
-        model.synernet.branch(name).backbone.register_forward_hook(lambda *args, name=name: runs.append(name))
+        getattr(model.synernet.pair, name).backbone.register_forward_hook(lambda *args, name=name: runs.append(name))
         for name in ("broad", "precise")
     ]
     try:

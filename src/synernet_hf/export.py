@@ -45,7 +45,7 @@ class SynerNetInferenceGraph(nn.Module):
         super().__init__()
         names = chosen_branches(inference_branches)
         self.shared_encoder = model.synernet.shared_encoder
-        self.branches = nn.ModuleDict({name: model.synernet.branch(name) for name in names})
+        self.branches = nn.ModuleDict({name: getattr(model.synernet.pair, name) for name in names})
         self.broad_share = float(model.config.broad_share_in_logits) if len(names) == 2 else float("broad" in names)
         self.patch_size = model.config.patch_size
         self.class_prior_weight = float(model.config.class_prior_weight)

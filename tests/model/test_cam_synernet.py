@@ -8,6 +8,7 @@ from testing_utils import SynerNetModelTester
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation
 from synernet_hf.model.cam_synernet import (
+    BranchPair,
     area_shares,
     cams_to_pseudo_labels,
     class_activation_maps,
@@ -20,7 +21,9 @@ from synernet_hf.model.cam_synernet import (
     multi_scale_cams,
     normalize_cams,
     propagate_cams,
+    spread_classes,
 )
+from synernet_hf.model.refinement_synernet import present_classes
 
 
 LOW, HIGH = 0.25, 0.7
@@ -80,13 +83,21 @@ def test_crop_to_input_is_resize_then_crop():
     assert torch.equal(cropped, whole[..., :19, :30])
 
 
+def _all_classes(model, pixel_values, labels, scales, flip=True, known=None, plain=False):
+    """CAMs of the present classes, spread over all classes; of all classes without labels."""
+    present = None if labels is None else present_classes(labels)
+    cams = multi_scale_cams(model, pixel_values, present, scales, flip, known, plain)
+    if labels is None:
+        return cams
+    return BranchPair(*(tuple(spread_classes(maps, present, labels.shape[1]) for maps in layers) for layers in cams))
+
+
 @pytest.mark.parametrize("size", [(32, 32), (24, 40), (30, 45), (7, 5)])
 @pytest.mark.parametrize("flip", [True, False])
 def test_multi_scale_cams_fit_the_image(model, size, flip):
     pixel_values = torch.randn(2, 3, *size)
     cams = multi_scale_cams(model, pixel_values, scales=(1.0, 0.5, 1.25), flip=flip)
-    assert set(cams) == {"broad", "precise"}
-    for last, auxiliary in cams.values():
+    for last, auxiliary in (cams.broad, cams.precise):
         for maps in (last, auxiliary):
             assert maps.shape == (2, 4, *size)
             assert not maps.requires_grad
@@ -96,11 +107,13 @@ def test_multi_scale_cams_fit_the_image(model, size, flip):
 @pytest.mark.parametrize("rows", [[[1, 0, 0, 1], [0, 1, 0, 0]], [[0, 0, 0, 0], [1, 1, 1, 1]], [[0] * 4, [0] * 4]])
 def test_only_the_classes_of_the_labels_are_computed_and_equal_masking_afterwards(model, rows):
     pixel_values, labels = torch.randn(2, 3, 32, 24), torch.tensor(rows).float()
-    given_labels = multi_scale_cams(model, pixel_values, labels, scales=(1.0, 0.75))
+    present = present_classes(labels)
+    own = multi_scale_cams(model, pixel_values, present, scales=(1.0, 0.75))
     everything = multi_scale_cams(model, pixel_values, None, scales=(1.0, 0.75))
-    for branch, pair in everything.items():
-        for actual, maps in zip(given_labels[branch], pair, strict=True):
-            torch.testing.assert_close(actual, mask_absent_classes(maps, labels))
+    for layers, all_layers in zip(own, everything, strict=True):
+        for actual, maps in zip(layers, all_layers, strict=True):
+            assert actual.shape[1] == max(int(labels.sum(dim=1).max()), 1)
+            torch.testing.assert_close(spread_classes(actual, present, 4), mask_absent_classes(maps, labels))
 
 
 def test_mirrored_images_have_mirrored_cams(model):
@@ -108,8 +121,8 @@ def test_mirrored_images_have_mirrored_cams(model):
     pixel_values = torch.randn(1, 3, 32, 48)
     straight = multi_scale_cams(model, pixel_values, scales=(1.0, 0.5, 1.5), flip=True)
     mirrored = multi_scale_cams(model, pixel_values.flip(-1), scales=(1.0, 0.5, 1.5), flip=True)
-    for branch in straight:
-        for actual, expected in zip(mirrored[branch], straight[branch], strict=True):
+    for layers, straight_layers in zip(mirrored, straight, strict=True):
+        for actual, expected in zip(layers, straight_layers, strict=True):
             torch.testing.assert_close(actual, expected.flip(-1), atol=1e-5, rtol=1e-5)
 
 
@@ -120,21 +133,19 @@ def test_scales_are_summed_before_normalising(model):
         size = [int(32 * scale)] * 2
         resized = torch.nn.functional.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False)
         with torch.no_grad():
-            logits = model.cam_logits(resized)["broad"][0]
+            logits = model.cam_logits(resized).broad[0]
         return torch.nn.functional.interpolate(logits, size=(32, 32), mode="bilinear", align_corners=False).relu()
 
     expected = normalize_cams(at(1.0) + at(0.5))
-    torch.testing.assert_close(
-        multi_scale_cams(model, pixel_values, scales=(1.0, 0.5), flip=False)["broad"][0], expected
-    )
+    torch.testing.assert_close(multi_scale_cams(model, pixel_values, scales=(1.0, 0.5), flip=False).broad[0], expected)
 
 
-def test_a_image_has_the_same_cams_alone_and_in_a_batch(model):
+def test_an_image_has_the_same_cams_alone_and_in_a_batch(model):
     pixel_values, labels = torch.randn(3, 3, 32, 32), torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]])
-    together = multi_scale_cams(model, pixel_values, labels, scales=(1.0,))["precise"][0]
+    together = _all_classes(model, pixel_values, labels, (1.0,)).precise[0]
     for index in range(3):
         part = slice(index, index + 1)
-        alone = multi_scale_cams(model, pixel_values[part], labels[part], scales=(1.0,))["precise"][0]
+        alone = _all_classes(model, pixel_values[part], labels[part], (1.0,)).precise[0]
         torch.testing.assert_close(alone, together[part], atol=1e-5, rtol=1e-5)
 
 
@@ -195,14 +206,16 @@ def test_only_the_configured_branch_is_propagated_by_what_both_see():
         model.load_state_dict(plain.state_dict())
         with torch.no_grad():
             before, after = plain.synernet(pixel_values), model.cam_logits(pixel_values)
-            assert torch.equal(after[other][0], before[other].cam_logits)
+            assert torch.equal(getattr(after, other)[0], before[other].cam_logits)
             for place, kind in enumerate(("", "auxiliary_")):
                 alike = joint_features(*(before[branch][f"{kind}features"] for branch in ("precise", "broad")))
                 expected = propagate_cams(before[name][f"{kind}cam_logits"], alike, 0.1)
-                torch.testing.assert_close(after[name][place], expected)
+                torch.testing.assert_close(getattr(after, name)[place], expected)
             # the temperature is read at every call, as the thresholds are
+            plainly = model.cam_logits(pixel_values, plain=True)
             setattr(model.config, f"{name}_propagation_temperature", None)
-            assert torch.equal(model.cam_logits(pixel_values)[name][0], before[name].cam_logits)
+            for maps in (plainly, model.cam_logits(pixel_values)):
+                assert torch.equal(getattr(maps, name)[0], before[name].cam_logits)
 
 
 @pytest.mark.parametrize("layers", [None, [-1, -2, -3], [-2, -3]])
@@ -211,18 +224,20 @@ def test_the_consensus_is_the_least_of_the_precise_voting_layers(layers, labels)
     model = SynerNetModelTester(confidence_layers=layers).model().eval()
     pixel_values = torch.randn(2, 3, 32, 48)
     labels = None if labels is None else torch.tensor(labels)
-    before = multi_scale_cams(model, pixel_values, labels, (1.0, 0.5))
+    before = _all_classes(model, pixel_values, labels, (1.0, 0.5))
     model.config.precise_consensus = True
-    after = multi_scale_cams(model, pixel_values, labels, (1.0, 0.5))
+    after = _all_classes(model, pixel_values, labels, (1.0, 0.5))
     # of the last, the auxiliary (-3) and the additional layers
     voting = {None: (0, 1), (-1, -2, -3): (0, 2, 1), (-2, -3): (2, 1)}[layers and tuple(layers)]
-    expected = before["precise"][voting[0]]
+    expected = before.precise[voting[0]]
     for place in voting[1:]:
-        expected = torch.minimum(expected, before["precise"][place])
-    assert torch.equal(after["precise"][0], expected)
-    assert not torch.equal(expected, before["precise"][0])
-    for branch, places in (("broad", range(len(before["broad"]))), ("precise", range(1, len(before["precise"])))):
-        assert all(torch.equal(after[branch][place], before[branch][place]) for place in places)
+        expected = torch.minimum(expected, before.precise[place])
+    assert torch.equal(after.precise[0], expected)
+    assert not torch.equal(expected, before.precise[0])
+    for maps, old_maps in zip((*after.broad, *after.precise[1:]), (*before.broad, *before.precise[1:]), strict=True):
+        assert torch.equal(maps, old_maps)
+    plain = _all_classes(model, pixel_values, labels, (1.0, 0.5), plain=True)
+    assert torch.equal(plain.precise[0], before.precise[0])
 
 
 @pytest.mark.parametrize("size", [(32, 48), (30, 45)])
@@ -233,23 +248,23 @@ def test_what_training_has_seen_is_not_encoded_again(size, flip, shared, monkeyp
     fields |= {"broad_propagation_temperature": 0.2, "precise_propagation_temperature": 0.3}
     model = SynerNetModelTester(**fields, shared_encoder_layers=shared).model().eval()
     pixel_values, labels = torch.randn(2, 3, *size), torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 0]])
-    expected = multi_scale_cams(model, pixel_values, labels, (1.0, 0.5), flip)
+    expected = _all_classes(model, pixel_values, labels, (1.0, 0.5), flip)
     known = model.synernet.cam_logits_of(model.synernet(pixel_values), size)
-    assert not any(cam.requires_grad for maps in known.values() for cam in maps)
+    assert not any(cam.requires_grad for maps in known for cam in maps)
     encoded = []
     cam_logits = type(model).cam_logits
 
-    def counting(self, views):
+    def counting(self, views, *rest):
         encoded.append(tuple(views.shape))
-        return cam_logits(self, views)
+        return cam_logits(self, views, *rest)
 
     monkeypatch.setattr(type(model), "cam_logits", counting)
-    cams = multi_scale_cams(model, pixel_values, labels, (1.0, 0.5), flip, known)
+    cams = _all_classes(model, pixel_values, labels, (1.0, 0.5), flip, known)
     half = (2 * (1 + flip), 3, size[0] // 2, size[1] // 2)
     assert encoded == ([(2, 3, *size), half] if flip else [half])
-    for branch in ("broad", "precise"):
-        assert len(cams[branch]) == len(expected[branch]) == 3
-        for fast, slow in zip(cams[branch], expected[branch], strict=True):
+    for layers, slow_layers in zip(cams, expected, strict=True):
+        assert len(layers) == len(slow_layers) == 3
+        for fast, slow in zip(layers, slow_layers, strict=True):
             torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
 
 
@@ -430,7 +445,7 @@ def test_no_row_or_column_of_a_scaled_view_is_lost(monkeypatch):
     difference = {}
     for floor in (False, True):
         model.config.floor_scaled_views = floor
-        before, after = (multi_scale_cams(model, x, None, (0.75,), False)["broad"][0] for x in (image, changed))
+        before, after = (multi_scale_cams(model, x, None, (0.75,), False).broad[0] for x in (image, changed))
         difference[floor] = (before - after).abs().max().item()
     assert difference[False] > 1e-3
     assert difference[True] == 0

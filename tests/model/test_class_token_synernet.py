@@ -19,7 +19,7 @@ def scores_of(model, pixel_values):
     """Class-token scores of both branches, read from the class token by hand."""
     scores = {}
     for name in ("broad", "precise"):
-        branch = model.synernet.branch(name)
+        branch = getattr(model.synernet.pair, name)
         tokens = branch.encode(pixel_values)[0]
         head = branch.class_token_head
         scores[name] = tokens[:, 0] @ head.weight.T + head.bias
@@ -140,7 +140,7 @@ def test_the_prior_is_left_out_where_the_classes_are_known():
     model = tester.model()
     with torch.no_grad():
         for name in ("broad", "precise"):
-            branch = model.synernet.branch(name)
+            branch = getattr(model.synernet.pair, name)
             # sure of the first class, whatever the image shows
             branch.class_token_head.bias.copy_(torch.tensor([5.0, -5.0, -5.0]))
             for parameter in branch.decode_head.parameters():

@@ -262,7 +262,7 @@ def test_each_branch_pools_as_many_tokens_as_it_is_told():
 
 def classify(tester, name, features, top_k):
     """Class scores of the mean of each channel's `top_k` largest values."""
-    weight = tester.model().synernet.branch(name).cam_head.classifier.weight
+    weight = getattr(tester.model().synernet.pair, name).cam_head.classifier.weight
     return features.sort(dim=-1, descending=True).values[..., :top_k].mean(dim=-1) @ weight.T
 
 
@@ -402,7 +402,7 @@ def test_prototypes_move_in_training_only(tester, model):
     assert torch.equal(model.synernet.broad_branch.projection_head.prototypes, before)
     model.train()(**inputs, loss_weights=weights)
     for branch in ("broad", "precise"):
-        prototypes = model.synernet.branch(branch).projection_head.prototypes
+        prototypes = getattr(model.synernet.pair, branch).projection_head.prototypes
         lengths = prototypes.norm(dim=1)
         assert not prototypes.requires_grad
         assert torch.all((lengths == 0) | ((lengths - 1).abs() < 1e-5)) and lengths.any()
@@ -413,9 +413,9 @@ def test_prototypes_are_saved(tester, model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = SynerNetForWeaklySupervisedSegmentation.from_pretrained(tmp_path)
     for branch in ("broad", "precise"):
-        saved = model.synernet.branch(branch).projection_head.prototypes
+        saved = getattr(model.synernet.pair, branch).projection_head.prototypes
         assert saved.any()
-        assert torch.equal(loaded.synernet.branch(branch).projection_head.prototypes, saved)
+        assert torch.equal(getattr(loaded.synernet.pair, branch).projection_head.prototypes, saved)
 
 
 def test_prototype_branches_are_the_configured_ones():

@@ -165,7 +165,7 @@ def test_both_branches_start_from_the_pretrained_encoder(vit_folder, tmp_path):
         folder, id2label={0: "background", 1: "cat"}, auxiliary_layer_index=-2, prototype_size=8
     )
     for branch in ("broad", "precise"):
-        weights = model.synernet.branch(branch).backbone.state_dict()
+        weights = getattr(model.synernet.pair, branch).backbone.state_dict()
         assert weights.keys() == vit.vit.state_dict().keys()
         assert all(torch.equal(weights[name], value) for name, value in vit.vit.state_dict().items())
     assert model.config.id2label == {0: "background", 1: "cat"}
@@ -183,7 +183,7 @@ def test_other_families_start_from_a_folder_too(family, tmp_path):
         tmp_path, num_labels=3, auxiliary_layer_index=-2
     )
     for branch in ("broad", "precise"):
-        weights = model.synernet.branch(branch).backbone.state_dict()
+        weights = getattr(model.synernet.pair, branch).backbone.state_dict()
         assert all(torch.equal(value, encoder.state_dict()[name]) for name, value in weights.items())
 
 

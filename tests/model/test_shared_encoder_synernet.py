@@ -21,7 +21,7 @@ def sharing(family, num_shared, **config_fields):
     """A model whose branches share blocks, and one that shares none with the very same weights."""
     whole = SynerNetModelTester(family, **config_fields).model()
     for name in ("broad", "precise"):
-        copy_encoder(whole.synernet.broad_branch.backbone, whole.synernet.branch(name).backbone)
+        copy_encoder(whole.synernet.broad_branch.backbone, getattr(whole.synernet.pair, name).backbone)
     with torch.no_grad():
         for block in encoder_blocks(whole.synernet.precise_branch.backbone)[num_shared:]:
             for parameter in block.parameters():
@@ -29,7 +29,7 @@ def sharing(family, num_shared, **config_fields):
     shared = SynerNetModelTester(family, shared_encoder_layers=num_shared, **config_fields).model()
     copy_encoder(whole.synernet.broad_branch.backbone, shared.synernet.shared_encoder.backbone)
     for name in ("broad", "precise"):
-        branch, original = shared.synernet.branch(name), whole.synernet.branch(name)
+        branch, original = getattr(shared.synernet.pair, name), getattr(whole.synernet.pair, name)
         copy_encoder(original.backbone, branch.backbone, num_shared)
         for part in ("cam_head", "auxiliary_cam_head", "decode_head", "projection_head"):
             getattr(branch, part).load_state_dict(getattr(original, part).state_dict())
@@ -82,7 +82,9 @@ def test_shared_blocks_start_from_a_pretrained_encoder_and_survive_saving(tmp_pa
     with torch.no_grad():
         expected = backbone.eval()(pixel_values).last_hidden_state
         for name in ("broad", "precise"):
-            tokens = model.synernet.branch(name).encode(pixel_values, model.synernet.shared_states(pixel_values))[0]
+            tokens = getattr(model.synernet.pair, name).encode(
+                pixel_values, model.synernet.shared_states(pixel_values)
+            )[0]
             torch.testing.assert_close(tokens, expected)
         model.save_pretrained(tmp_path / "saved")
         again = SynerNetForWeaklySupervisedSegmentation.from_pretrained(tmp_path / "saved").eval()

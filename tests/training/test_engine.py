@@ -624,7 +624,7 @@ def test_a_pretrained_encoder_starts_both_branches(tmp_path):
     assert looked_at.backbone_config.layer_norm_eps == 1e-5
     expected = encoder.vit.state_dict()
     for branch in ("broad", "precise"):
-        for name, tensor in model.synernet.branch(branch).backbone.state_dict().items():
+        for name, tensor in getattr(model.synernet.pair, branch).backbone.state_dict().items():
             assert torch.equal(tensor, expected[name]), (branch, name)
 
 

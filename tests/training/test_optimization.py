@@ -72,13 +72,13 @@ def test_every_parameter_is_in_one_group_with_its_rate(tiny_config):
     assert encoder["weight_decay"] == heads["weight_decay"] == 0.01
     grouped = [id(parameter) for group in (encoder, heads) for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
-    branches = [model.synernet.branch(name).backbone for name in ("broad", "precise")]
+    branches = [getattr(model.synernet.pair, name).backbone for name in ("broad", "precise")]
     assert {id(p) for branch in branches for p in branch.parameters()} == {id(p) for p in encoder["params"]}
 
 
 def test_frozen_parameters_are_left_out(tiny_config):
     model = SynerNetForWeaklySupervisedSegmentation(tiny_config)
-    branch = model.synernet.branch("broad")
+    branch = model.synernet.broad_branch
     branch.decode_head.requires_grad_(False)
     grouped = {id(parameter) for group in parameter_groups(model, 1e-4, 0.0) for parameter in group["params"]}
     assert not grouped & {id(parameter) for parameter in branch.decode_head.parameters()}
@@ -87,4 +87,4 @@ def test_frozen_parameters_are_left_out(tiny_config):
 def test_a_model_without_encoder_names_is_refused(tiny_config):
     model = SynerNetForWeaklySupervisedSegmentation(tiny_config)
     with pytest.raises(ValueError, match="Expected encoder parameters"):
-        parameter_groups(model.synernet.branch("broad").decode_head, 1e-4, 0.0)
+        parameter_groups(model.synernet.broad_branch.decode_head, 1e-4, 0.0)
