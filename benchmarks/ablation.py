@@ -27,8 +27,8 @@ from transformers.utils import logging
 
 from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.data import class_names
+from synernet_hf.files import write_json, write_text
 from synernet_hf.training import InvalidArguments, evaluate_model, parse_arguments, read_recipe, train
-from synernet_hf.training.checkpoints import write_json, write_text
 from synernet_hf.training.precision import resolve_precision
 from synernet_hf.training.validation import MODEL_FIELDS, load_data
 

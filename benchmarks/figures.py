@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.metrics import MeanIoU
 from synernet_hf.model.cam_synernet import cams_to_pseudo_labels, layer_confidence, multi_scale_cams
-from synernet_hf.model.refinement_synernet import SynerNetPixelAdaptiveRefinement, refine_pseudo_labels
 from synernet_hf.model.objective_synernet import BRANCHES, fuse_branches
+from synernet_hf.model.refinement_synernet import SynerNetPixelAdaptiveRefinement, refine_pseudo_labels
 from synernet_hf.training import DataArguments, InvalidArguments
 from synernet_hf.training.validation import load_data
 from synernet_hf.visualization import colorize, figure_panels, heat_map, voc_palette

@@ -21,12 +21,12 @@ import torch
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.metrics import MeanIoU
 from synernet_hf.model.cam_synernet import multi_scale_cams
+from synernet_hf.model.objective_synernet import fuse_branches
 from synernet_hf.model.refinement_synernet import (
     SynerNetPixelAdaptiveRefinement,
-    refine_pseudo_labels,
     denormalize,
+    refine_pseudo_labels,
 )
-from synernet_hf.model.objective_synernet import fuse_branches
 from synernet_hf.training import DataArguments, InvalidArguments
 from synernet_hf.training.validation import load_data
 

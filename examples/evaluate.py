@@ -1,18 +1,15 @@
 """Score a trained SynerNet on a split with masks: `python examples/evaluate.py RUN` (or `accelerate launch` it)."""
 
 import argparse
-import json
-import math
 import sys
 from pathlib import Path
-from typing import Any
 
 import datasets
 from accelerate import Accelerator
 
 from synernet_hf.crf import DenseCRF
 from synernet_hf.data import class_names, skipped_records
-from synernet_hf.data.files import replace_file
+from synernet_hf.files import write_json
 from synernet_hf.model_folder import check_model_folder, load_model_folder
 from synernet_hf.training import DataArguments
 from synernet_hf.training.data_options import name_own_classes, read_data_arguments
@@ -82,18 +79,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
 
 
-def write_scores(scores: dict[str, Any], path: Path) -> None:
-    """Write JSON under a temporary name and rename it; a score that is not defined becomes null."""
-
-    def defined(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: defined(item) for key, item in value.items()}
-        return None if isinstance(value, float) and math.isnan(value) else value
-
-    text = json.dumps(defined(scores), indent=2, allow_nan=False) + "\n"
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
 def evaluate(args: argparse.Namespace) -> None:
     """Load the run and its data, score, print and write."""
     check_arguments(args)
@@ -134,7 +119,7 @@ def evaluate(args: argparse.Namespace) -> None:
                 "skipped": skipped_records(splits).get("validation", []),
                 "results": results,
             }
-            write_scores(scores, args.output)
+            write_json(args.output, scores)
             print(f"scores written to {args.output}")
     accelerator.end_training()
 

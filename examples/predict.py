@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageOps
 
 from synernet_hf.crf import DenseCRF
-from synernet_hf.data.files import replace_file
 from synernet_hf.data.transforms import to_rgb
+from synernet_hf.files import replace_file
 from synernet_hf.model_folder import load_model_folder
 from synernet_hf.visualization import overlay, palette_image
 

@@ -7,7 +7,6 @@ data itself with the images inside, as `push_to_hub` would.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -17,9 +16,9 @@ from PIL import Image, ImageOps
 from transformers import HfArgumentParser
 
 from synernet_hf.data import class_names, inspect_dataset, self_describing, write_parquet
-from synernet_hf.data.files import replace_file
 from synernet_hf.data.report import DatasetReport
 from synernet_hf.data.transforms import open_image, to_rgb
+from synernet_hf.files import replace_file, write_json
 from synernet_hf.training.data_options import SourceArguments, read_data_arguments, unset_data_options
 from synernet_hf.training.validation import check_data, load_data
 from synernet_hf.visualization import figure_panels
@@ -89,9 +88,7 @@ def prepare(args: argparse.Namespace) -> None:
     report = inspect_dataset(splits, args.num_threads)
     print(report.text())
     if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(report.to_dict(), indent=2) + "\n"
-        replace_file(args.output / "report.json", lambda path: path.write_text(text, encoding="utf-8"))
+        write_json(args.output / "report.json", report.to_dict())
         sheet = contact_sheet(splits, report, args.images_per_class)
         replace_file(args.output / "contact_sheet.png", lambda path: sheet.save(path, format="PNG"))
         print(f"\nwritten: {args.output / 'report.json'}, {args.output / 'contact_sheet.png'}")

@@ -22,22 +22,23 @@ DATA_LIBRARIES = {"torch", "datasets", "PIL", "numpy", "kornia", "pycocotools", 
 ROOMS = {
     "__init__": ({"model"}, set()),
     "model": (set(), {"torch", "numpy", "PIL", "transformers", "huggingface_hub", "safetensors"}),
-    "data": (set(), DATA_LIBRARIES),
+    "files": (set(), set()),
+    "data": ({"files"}, DATA_LIBRARIES),
     "metrics": (set(), DATA_LIBRARIES),
     "visualization": (set(), DATA_LIBRARIES),
     "crf": (set(), {"numpy", "PIL", "pydensecrf"}),
     "model_folder": ({"model"}, {"torch", "huggingface_hub", "safetensors"}),
     "export": (
-        {"model", "model_folder"},
+        {"model", "model_folder", "files"},
         {"torch", "numpy", "huggingface_hub", "safetensors", "onnxruntime", "torchao"},
     ),
     "pseudo_labels": (
-        {"model", "data", "visualization"},
+        {"model", "data", "files", "visualization"},
         {"torch", "numpy", "PIL", "datasets", "pyarrow", "accelerate", "tqdm"},
     ),
     "model_card": (set(), {"huggingface_hub", "yaml", "jinja2"}),
     "training": (
-        {"model", "data", "metrics", "model_card", "visualization"},
+        {"files", "model", "data", "metrics", "model_card", "visualization"},
         DATA_LIBRARIES | {"accelerate", "transformers", "huggingface_hub", "safetensors", "tqdm", "yaml"},
     ),
 }

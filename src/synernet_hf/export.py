@@ -10,9 +10,7 @@ import argparse
 import copy
 import importlib.util
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from synernet_hf.files import replace_file
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation
 from synernet_hf.model.modeling_synernet import lower_unlikely_classes, patch_map
 from synernet_hf.model.objective_synernet import chosen_branches
@@ -155,17 +154,18 @@ def export_onnx(
         image_std=json.dumps(list(config.image_std)),
         inference_branches=inference_branches or "both",
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        unchecked = Path(folder) / path.name
+    differences = {}
+
+    def write_checked(unchecked: Path) -> None:
         program.save(unchecked, external_data=False)
-        differences = _compare(graph, unchecked, config.patch_size)
+        differences.update(_compare(graph, unchecked, config.patch_size))
         if not max(differences.values()) <= tolerance:
             raise RuntimeError(
                 f"The ONNX graph differs from the model by up to {max(differences.values()):.1e}, more than "
                 f"{tolerance:.1e}; nothing was written."
             )
-        os.replace(unchecked, path)
+
+    replace_file(path, write_checked)
     return differences
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,10 +17,10 @@ from PIL import Image, ImageOps, PngImagePlugin
 from tqdm.auto import tqdm
 
 from synernet_hf.data.checks import DECODING_ERRORS
-from synernet_hf.data.files import replace_file
 from synernet_hf.data.label_files import name_some
 from synernet_hf.data.schema import check_on_bad_image, class_names, describe
 from synernet_hf.data.transforms import open_image, shrink, to_rgb
+from synernet_hf.files import TEMPORARY_NAME, read_json, replace_file, write_json
 from synernet_hf.model.refinement_synernet import SynerNetPixelAdaptiveRefinement, refine_pseudo_labels
 from synernet_hf.visualization import palette_image
 
@@ -40,7 +39,6 @@ MASK_FOLDER = "masks"
 # text chunk of a mask that holds its line of the manifest, so that both appear on disk in one step
 RECORD_KEY = "synernet_hf"
 # names under which this module writes what is not complete yet
-TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 MANIFEST_SCHEMA = pa.schema(
     [
         ("image_id", pa.string()),
@@ -252,7 +250,7 @@ def write_pseudo_labels(
     _check_classes(model, dataset, options)
     records = _wanted_records(dataset, options)
     settings = _settings(model, processor, options)
-    _refuse_other_settings(output_dir, settings)
+    _check_same_settings(output_dir, settings)
     if main:
         _prepare_folder(output_dir, settings)
     _wait(accelerator)
@@ -472,20 +470,20 @@ def _without_names(content: Any) -> Any:
     return {str(key): _without_names(value) for key, value in content.items() if key not in skipped}
 
 
-def _refuse_other_settings(output_dir: Path, settings: dict[str, Any]) -> None:
+def _check_same_settings(output_dir: Path, settings: dict[str, Any]) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"{output_dir} is a file; give a folder for the pseudo-labels.")
     path = output_dir / SETTINGS_FILE
     if not path.is_file():
         foreign = [entry.name for entry in output_dir.iterdir()] if output_dir.is_dir() else []
-        foreign = [name for name in foreign if name != MASK_FOLDER and not TEMPORARY.fullmatch(name)]
+        foreign = [name for name in foreign if name != MASK_FOLDER and not TEMPORARY_NAME.fullmatch(name)]
         if foreign:
             raise ValueError(f"{output_dir} holds other things ({name_some(sorted(foreign))}); give a new folder.")
         return
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} can not be read ({error}); give a new folder.") from error
+        raise ValueError(f"{error} Give a new folder.") from error
     other = [name for name, value in settings.items() if earlier.get(name) != value]
     if other:
         raise ValueError(
@@ -497,16 +495,14 @@ def _refuse_other_settings(output_dir: Path, settings: dict[str, Any]) -> None:
 def _prepare_folder(output_dir: Path, settings: dict[str, Any]) -> None:
     (output_dir / MASK_FOLDER).mkdir(parents=True, exist_ok=True)
     for path in output_dir.rglob(".*.tmp"):
-        if TEMPORARY.fullmatch(path.name):
+        if TEMPORARY_NAME.fullmatch(path.name):
             path.unlink(missing_ok=True)
-    text = json.dumps(settings, indent=2) + "\n"
-    replace_file(output_dir / SETTINGS_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_json(output_dir / SETTINGS_FILE, settings)
 
 
 def _write_mask(path: Path, label_map: np.ndarray, content: dict[str, Any]) -> None:
     text = PngImagePlugin.PngInfo()
     text.add_text(RECORD_KEY, json.dumps(content, sort_keys=True))
-    path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, lambda temporary: palette_image(label_map).save(temporary, format="PNG", pnginfo=text))
 
 

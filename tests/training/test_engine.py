@@ -465,7 +465,7 @@ def test_only_the_temporaries_of_a_run_are_removed(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     # as after a power cut in the very first write
     folder.mkdir()
-    (folder / "training_args.json.tmp").write_text("{")
+    (folder / ".training_args.json.12.tmp").write_text("{")
     with monkeypatch.context() as patch:
         stop_at(patch, 3, interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -475,7 +475,7 @@ def test_only_the_temporaries_of_a_run_are_removed(tmp_path, monkeypatch):
     for path in others + own:
         path.parent.mkdir(exist_ok=True)
         path.write_text("text")
-    (folder / "README.md.tmp").write_text("text")
+    (folder / ".README.md.12.tmp").write_text("text")
     run(folder, eval_steps=2, resume_from_checkpoint="latest")
     assert all(path.read_text() == "text" for path in others)
     assert sorted(path.name for path in folder.rglob("*.tmp")) == ["checkpoint-2.tmp.tmp", "mine.tmp", "notes.tmp"]

@@ -7,9 +7,9 @@ import datasets
 from datasets.table import embed_table_storage
 from PIL import Image
 
-from synernet_hf.data.files import replace_file
 from synernet_hf.data.polygon_mask import PolygonMask
 from synernet_hf.data.schema import class_names
+from synernet_hf.files import replace_file
 
 
 LABEL_COLUMN = "labels"

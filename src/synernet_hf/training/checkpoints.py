@@ -1,8 +1,6 @@
-"""What a run leaves on disk: checkpoints, model folders and JSON files, each whole or not there at all."""
+"""The files of a run: checkpoints and model folders, each whole or not there at all."""
 
 import itertools
-import json
-import math
 import os
 import re
 import shutil
@@ -13,6 +11,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from synernet_hf.files import TEMPORARY_NAME, finite, read_json, write_json
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.training.arguments import InvalidArguments
 
@@ -23,9 +22,9 @@ RESULTS_FILE = "eval_results.json"
 CARD_FILE = "README.md"
 IMAGES_FILE = "images.png"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-# names under which this module writes what is not complete yet
+# names of what is not complete yet
 TEMPORARY_FOLDER = re.compile(r"(checkpoint-\d+|model)\.tmp")
-TEMPORARY_FILES = {f"{name}.tmp" for name in (ARGUMENTS_FILE, STATE_FILE, RESULTS_FILE, CARD_FILE, IMAGES_FILE)}
+OWN_FILES = {ARGUMENTS_FILE, STATE_FILE, RESULTS_FILE, CARD_FILE, IMAGES_FILE}
 
 # settings that may change between a run and its continuation: no weight depends on them, or only through what is
 # compared as `run` (name of the backbone, fingerprint of the training split)
@@ -85,61 +84,11 @@ class TrainerState:
         return any(entry["step"] == self.step and "loss" not in entry for entry in self.history)
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_text(path: Path, text: str) -> None:
-    """
-    Writes a text file through a temporary neighbour, so that the file is never seen half-written.
-
-    Args:
-        path (`Path`):
-            The file; its folder is made if needed.
-        text (`str`):
-            Its content.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """
-    Writes a JSON file as [`write_text`] writes text.
-
-    Args:
-        path (`Path`):
-            The file; its folder is made if needed.
-        data (`Any`):
-            Mappings, lists, text and numbers. NaN and infinities, which JSON has no word for, become `null`.
-    """
-    write_text(path, json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """
-    Reads a JSON file that a run wrote.
-
-    Args:
-        path (`Path`):
-            The file.
-
-    Returns:
-        `Any`: its content.
-
-    Raises:
-        InvalidArguments: if it is missing or not JSON.
-    """
+def _read_record(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise InvalidArguments(f"{path} cannot be read ({error}): choose another checkpoint.") from error
+        return read_json(path)
+    except ValueError as error:
+        raise InvalidArguments(f"{error} Choose another checkpoint.") from error
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -163,14 +112,15 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 def _is_temporary(path: Path) -> bool:
     if path.is_dir():
         return TEMPORARY_FOLDER.fullmatch(path.name) is not None
-    return path.name in TEMPORARY_FILES
+    match = TEMPORARY_NAME.fullmatch(path.name)
+    return match is not None and match["name"] in OWN_FILES
 
 
 def _is_own_record(path: Path) -> bool:
     """Whether a file is the `training_args.json` of a run, not another program's file of that name."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = read_json(path)
+    except ValueError:
         return False
     return isinstance(record, dict) and {"model_args", "data_args", "training_args"} <= set(record)
 
@@ -266,7 +216,7 @@ def differing_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> 
         `list[str]`: one entry `name (then → now)` per setting that weights depend on and that differs.
     """
     differing = []
-    current = _finite(current)
+    current = finite(current)
     for group in ("model_args", "data_args", "training_args", "run"):
         then, now = saved[group], current[group]
         for name in sorted(set(then) | set(now)):
@@ -279,7 +229,7 @@ def differing_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> 
     return differing
 
 
-def refuse_other_settings(checkpoint: Path, current: Mapping[str, Any]) -> None:
+def check_same_settings(checkpoint: Path, current: Mapping[str, Any]) -> None:
     """
     Makes sure that a run can go on from a checkpoint.
 
@@ -292,7 +242,7 @@ def refuse_other_settings(checkpoint: Path, current: Mapping[str, Any]) -> None:
     Raises:
         InvalidArguments: if a setting that weights depend on differs; the sentence names all that do.
     """
-    differing = differing_settings(read_json(checkpoint / ARGUMENTS_FILE), current)
+    differing = differing_settings(_read_record(checkpoint / ARGUMENTS_FILE), current)
     if differing:
         raise InvalidArguments(
             f"{checkpoint} was made with other settings: {', '.join(differing)}. Resume with the same ones, or start a "
@@ -380,11 +330,11 @@ def read_state(checkpoint: Path, output_dir: Path) -> TrainerState:
     Raises:
         InvalidArguments: if the counters cannot be read.
     """
-    state = TrainerState(**read_json(checkpoint / STATE_FILE))
+    state = TrainerState(**_read_record(checkpoint / STATE_FILE))
     state.best_metric = state.best_step = None
     results = output_dir / "best" / RESULTS_FILE
     if results.is_file():
-        best = read_json(results)
+        best = _read_record(results)
         state.best_metric, state.best_step = best["segmentation"]["mean_iou"], best["step"]
     return state
 
@@ -446,17 +396,14 @@ __all__ = [
     "RESULTS_FILE",
     "STATE_FILE",
     "TrainerState",
+    "check_same_settings",
     "differing_settings",
     "find_resume_checkpoint",
     "is_without_checkpoint",
     "list_checkpoints",
-    "read_json",
     "read_state",
-    "refuse_other_settings",
     "remove_unfinished",
     "save_checkpoint",
     "save_model_folder",
-    "write_json",
     "write_state",
-    "write_text",
 ]

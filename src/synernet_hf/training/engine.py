@@ -26,6 +26,7 @@ from synernet_hf.data import (
     TrainTransform,
     class_names,
 )
+from synernet_hf.files import write_json
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.training.arguments import (
     DataArguments,
@@ -36,19 +37,18 @@ from synernet_hf.training.checkpoints import (
     ARGUMENTS_FILE,
     RESULTS_FILE,
     TrainerState,
+    check_same_settings,
     find_resume_checkpoint,
     is_without_checkpoint,
     list_checkpoints,
     read_state,
-    refuse_other_settings,
     remove_unfinished,
     save_checkpoint,
     save_model_folder,
-    write_json,
     write_state,
 )
 from synernet_hf.training.evaluation import evaluate_model
-from synernet_hf.training.monitoring import LossMeter, refuse_broken_weights
+from synernet_hf.training.monitoring import LossMeter, check_finite_weights
 from synernet_hf.training.optimization import LossWeightSchedule, learning_rate_multiplier, parameter_groups
 from synernet_hf.training.precision import SLOW_BF16, is_slow_in_bf16, resolve_precision
 from synernet_hf.training.reporting import write_card
@@ -206,7 +206,7 @@ def build_run(
     record = run_record(model_args, data_args, training_args, accelerator, splits)
     checkpoint = find_resume_checkpoint(output_dir, training_args.resume_from_checkpoint)
     if checkpoint is not None:
-        refuse_other_settings(checkpoint, record)
+        check_same_settings(checkpoint, record)
         accelerator.print(f"Going on from {checkpoint}.")
     model = build_model(model_args, class_names(splits))
     optimizer = torch.optim.AdamW(
@@ -342,7 +342,7 @@ def fit(run: TrainingRun) -> None:
             if evaluates or saves or state.step % args.logging_steps == 0:
                 log(run, meter.read(accelerator), bar)
             if saves:
-                refuse_broken_weights(run.model, state.step)
+                check_finite_weights(run.model, state.step)
                 save_checkpoint(accelerator, run.output_dir, state, run.record, args.save_total_limit)
             if evaluates:
                 evaluate(run)

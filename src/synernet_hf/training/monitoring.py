@@ -1,5 +1,6 @@
 """Losses and weights of a running training, looked at without making every step wait for the device."""
 
+import itertools
 import math
 import platform
 
@@ -50,10 +51,10 @@ class LossMeter:
         return means
 
 
-def refuse_broken_weights(model: torch.nn.Module, step: int) -> None:
+def check_finite_weights(model: torch.nn.Module, step: int) -> None:
     """
-    Looks at every weight: a finite loss does not vouch for its gradient, and a checkpoint must be one that training
-    can go on from.
+    Checks every parameter and buffer: a finite loss may have had a gradient that is not, and training must be able to
+    continue from each checkpoint.
 
     Args:
         model (`torch.nn.Module`):
@@ -62,12 +63,15 @@ def refuse_broken_weights(model: torch.nn.Module, step: int) -> None:
             Optimizer steps done.
 
     Raises:
-        FloatingPointError: if a weight is NaN or infinite.
+        FloatingPointError: if a value is NaN or infinite; the sentence names the first parameter or buffer.
     """
-    tensors = [parameter.detach() for parameter in model.parameters()]
-    if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+    tensors = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+    finite = torch.stack([tensor.detach().isfinite().all() for tensor in tensors.values()]).tolist()
+    if not all(finite):
+        name = list(tensors)[finite.index(False)].removeprefix("module.")
         raise FloatingPointError(
-            f"The weights are not finite after step {step}: try a smaller learning_rate, bf16 or full precision."
+            f"The weights are not finite after step {step} ({name}): try a smaller learning_rate, bf16 or full "
+            "precision."
         )
 
 
@@ -88,4 +92,4 @@ def hardware(accelerator: Accelerator) -> str:
     return f"{count}{accelerator.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-__all__ = ["LossMeter", "hardware", "refuse_broken_weights"]
+__all__ = ["LossMeter", "check_finite_weights", "hardware"]

@@ -1,6 +1,5 @@
 """The model card of a run and the image grid that it shows."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,10 @@ import torch
 from PIL import Image
 
 from synernet_hf.data.transforms import to_rgb
+from synernet_hf.files import replace_file, write_text
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.model_card import SynerNetModelCardData, generate_model_card
-from synernet_hf.training.checkpoints import CARD_FILE, IMAGES_FILE, write_text
+from synernet_hf.training.checkpoints import CARD_FILE, IMAGES_FILE
 from synernet_hf.training.monitoring import hardware
 from synernet_hf.visualization import colorize, figure_panels, heat_map, overlay
 
@@ -91,9 +91,8 @@ def write_image_grid(
         rows = [_panels(model, processor, split[index]) for index in range(min(num_images, len(split)))]
     finally:
         model.train(was_training)
-    temporary = path.with_name(f"{path.name}.tmp")
-    figure_panels(rows, panel_size=(160, 160)).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    grid = figure_panels(rows, panel_size=(160, 160))
+    replace_file(path, lambda temporary: grid.save(temporary, format="PNG"))
     return len(rows)
 
 
