@@ -136,8 +136,11 @@ def test_half_precision_is_near_and_of_its_type(tester, model, dtype, tmp_path):
     model.save_pretrained(tmp_path)
     half = SynerNetForWeaklySupervisedSegmentation.from_pretrained(tmp_path, dtype=dtype)
     with torch.no_grad():
-        expected, found = model(pixel_values).logits, half(pixel_values.to(dtype)).logits
-    assert found.dtype is dtype
-    assert (found.float() - expected).abs().max() < 0.05 * expected.abs().max()
+        expected, output = model(pixel_values).logits, half(pixel_values.to(dtype))
+    found = output.logits
+    assert {parameter.dtype for parameter in half.parameters()} == {dtype}
+    # logits are resized in float32
+    assert found.dtype is torch.float32 and output.classification_logits.dtype is dtype
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
     assert half.multi_scale_logits(pixel_values.to(dtype)).isfinite().all()
     assert half.generate_cams(pixel_values.to(dtype)).fused_cams.isfinite().all()

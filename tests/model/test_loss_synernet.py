@@ -174,29 +174,6 @@ def test_segmentation_with_one_group_is_half_its_mean(label):
     torch.testing.assert_close(loss, 0.5 * F.cross_entropy(logits, labels))
 
 
-def test_segmentation_weighs_pixels_within_each_group():
-    logits, labels = torch.randn(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5))
-    labels[0, 0] = 255
-    weights = torch.rand(2, 4, 5) + 1
-    losses = F.cross_entropy(logits, labels, ignore_index=255, reduction="none")
-    groups = [labels == 0, (labels > 0) & (labels != 255)]
-    expected = sum((losses * weights)[group].sum() / weights[group].sum() for group in groups) / 2
-    torch.testing.assert_close(cross_supervised_segmentation_loss(logits, labels, pixel_weights=weights), expected)
-    plain = cross_supervised_segmentation_loss(logits, labels)
-    torch.testing.assert_close(
-        cross_supervised_segmentation_loss(logits, labels, pixel_weights=torch.ones(2, 4, 5)), plain
-    )
-    # pixels that weigh nothing do not count, and where none weighs anything there is nothing to learn
-    only = torch.zeros(2, 4, 5).masked_fill(groups[0], 3.0)
-    torch.testing.assert_close(
-        cross_supervised_segmentation_loss(logits, labels, pixel_weights=only), losses[groups[0]].mean() / 2
-    )
-    nothing, gradient = gradient_of(
-        lambda values: cross_supervised_segmentation_loss(values, labels, pixel_weights=0 * weights), logits
-    )
-    assert nothing == 0 and not gradient.any()
-
-
 def test_segmentation_resizes_logits_to_the_label():
     logits, labels = torch.randn(1, 3, 2, 3), torch.randint(0, 3, (1, 9, 12))
     resized = F.interpolate(logits, size=(9, 12), mode="bilinear", align_corners=False)

@@ -6,8 +6,9 @@ from testing_utils import ALL_TERMS, EARLY_TERMS, SynerNetModelTester, tiny_back
 from torch.nn import functional as F
 
 from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation
-from synernet_hf.model import modeling_synernet
-from synernet_hf.model.loss_synernet import cross_supervised_segmentation_loss, prototype_contrast_terms
+from synernet_hf.model import objective_synernet
+from synernet_hf.model.cam_synernet import crop_to_input
+from synernet_hf.model.loss_synernet import prototype_contrast_terms
 
 
 FAMILIES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
@@ -43,8 +44,8 @@ def test_outputs_of_every_encoder_family(family):
     model = tester.model()
     with torch.no_grad():
         output = model(tester.inputs(2, 32, 48)["pixel_values"])
-    assert output.logits.shape == output.broad_logits.shape == output.precise_logits.shape == (2, 4, 4, 6)
-    assert output.broad_cams.shape == output.precise_cams.shape == (2, 3, 4, 6)
+    assert output.logits.shape == output.broad_logits.shape == output.precise_logits.shape == (2, 4, 32, 48)
+    assert output.broad_cams.shape == output.precise_cams.shape == (2, 3, 32, 48)
     assert output.classification_logits.shape == (2, 3)
     for cams in (output.broad_cams, output.precise_cams):
         assert 0 <= cams.min() and cams.max() <= 1
@@ -87,12 +88,16 @@ def test_outputs_with_labels(tester, model, training):
     inputs = tester.inputs(2, 32, 48)
     output = model.train(training)(**inputs, loss_weights=ALL_TERMS)
     assert output.loss.ndim == 0 and output.loss.requires_grad and output.loss.isfinite()
-    assert output.logits.shape == (2, 4, 4, 6)
-    assert output.broad_cams.shape == output.precise_cams.shape == (2, 3, 32, 48)
+    assert output.logits.shape == output.broad_logits.shape == output.precise_logits.shape == (2, 4, 32, 48)
     assert output.confidence.shape == (2, 1, 32, 48)
     assert output.pseudo_labels.shape == (2, 32, 48) and output.pseudo_labels.dtype == torch.int64
-    for cams in (output.broad_cams, output.precise_cams):
-        assert not cams[inputs["labels"] == 0].any()
+    if training:
+        assert output.broad_cams is output.precise_cams is None
+    else:
+        # the labels change nothing in what the model predicts
+        free = model(inputs["pixel_values"])
+        for name in ("logits", "broad_logits", "precise_logits", "broad_cams", "precise_cams"):
+            assert torch.equal(output[name], free[name]), name
     allowed = torch.cat([inputs["labels"].new_ones(2, 1), inputs["labels"]], dim=1).bool()
     for label_map, own in zip(output.pseudo_labels, allowed, strict=True):
         assert all(value == 255 or own[value] for value in label_map.unique().tolist())
@@ -155,10 +160,8 @@ def test_other_sizes_are_padded_resized_and_cropped(family, size):
     padded[..., : size[0], : size[1]] = pixel_values
     with torch.no_grad():
         output, expected = model(pixel_values), model(padded)
-    assert expected.logits.shape == (2, 4, rows, columns)
-    by_hand = F.interpolate(expected.logits, size=padded.shape[-2:], mode="bilinear", align_corners=False)
     assert output.logits.shape == (2, 4, *size)
-    torch.testing.assert_close(output.logits, by_hand[..., : size[0], : size[1]])
+    torch.testing.assert_close(output.logits, expected.logits[..., : size[0], : size[1]])
     assert output.broad_cams.shape == (2, 3, *size)
     torch.testing.assert_close(output.classification_logits, expected.classification_logits)
 
@@ -179,6 +182,17 @@ def test_training_at_other_sizes(tester, model, size):
     assert output.pseudo_labels.shape == (2, *size)
 
 
+@pytest.mark.parametrize("size", [(32, 48), (30, 45), (5, 3)])
+def test_one_scale_is_what_forward_gives(tester, model, size):
+    pixel_values = tester.inputs(2, *size)["pixel_values"]
+    with torch.no_grad():
+        output = model(pixel_values)
+    assert torch.equal(model.multi_scale_logits(pixel_values, scales=(1.0,)), output.logits)
+    cams = model.generate_cams(pixel_values, scales=(1.0,), flip=False, plain=True)
+    torch.testing.assert_close(cams.broad_cams, output.broad_cams)
+    assert output.logits.is_contiguous()
+
+
 @pytest.mark.parametrize("size", [(32, 32), (29, 50)])
 @pytest.mark.parametrize("flip", [True, False])
 def test_multi_scale_logits_are_the_larger_of_each_scale(tester, model, size, flip):
@@ -189,8 +203,12 @@ def test_multi_scale_logits_are_the_larger_of_each_scale(tester, model, size, fl
         scaled_size = [int(scale * side) for side in size]
         scaled = F.interpolate(pixel_values, size=scaled_size, mode="bilinear", align_corners=False)
         with torch.no_grad():
-            views = [model(scaled).logits] + ([model(scaled.flip(-1)).logits.flip(-1)] if flip else [])
-        expected += [F.interpolate(view, size=size, mode="bilinear", align_corners=False) for view in views]
+            outputs = [model.synernet(scaled)] + ([model.synernet(scaled.flip(-1))] if flip else [])
+        for index, output in enumerate(outputs):
+            # straight from the token grid, but where padding has to be cut off first
+            view = crop_to_input(0.7 * output.broad.logits + 0.3 * output.precise.logits, tuple(scaled_size), 8)
+            view = view.flip(-1) if index else view
+            expected.append(F.interpolate(view, size=size, mode="bilinear", align_corners=False))
     actual = model.multi_scale_logits(pixel_values, flip=flip)
     assert actual.shape == (1, 4, *size) and not actual.requires_grad
     torch.testing.assert_close(actual, torch.stack(expected).amax(dim=0), atol=1e-5, rtol=1e-5)
@@ -240,13 +258,28 @@ def test_without_any_term_the_loss_is_zero(tester, model, weights):
     assert output.loss_dict == {}
 
 
-def test_the_loss_is_the_weighted_sum_over_both_branches():
+@pytest.mark.parametrize("weights", [ALL_TERMS, EARLY_TERMS, {"cls": 1.0, "spatial_bce": 0.4}, {"segmentation": 3.0}])
+def test_the_terms_add_up_to_the_loss(weights):
     tester = SynerNetModelTester(spatial_bce_branches=("broad", "precise"))
-    output = tester.model()(**tester.inputs(), loss_weights=ALL_TERMS)
-    terms = {name.removeprefix("loss_"): value for name, value in output.loss_dict.items()}
-    mixed = (1 - 0.4) * terms["cls"] + 0.4 * terms["spatial_bce"] + terms["cls_aux"]
-    others = sum(ALL_TERMS[name] * terms[name] for name in ("patch_contrast", "prototype_contrast", "segmentation"))
-    torch.testing.assert_close(output.loss, 2 * (mixed + others))
+    output = tester.model()(**tester.inputs(), loss_weights=weights)
+    torch.testing.assert_close(sum(output.loss_dict.values()), output.loss.detach())
+    assert all(value > 0 for value in output.loss_dict.values())
+
+
+def test_a_term_is_its_weight_times_its_sum_over_the_branches():
+    tester = SynerNetModelTester(spatial_bce_branches=("broad", "precise"))
+    model, inputs = tester.model(), tester.inputs()
+    weighted = model(**inputs, loss_weights=ALL_TERMS).loss_dict
+    for name in ("cls_aux", "patch_contrast", "segmentation", "prototype_contrast"):
+        alone = model(**inputs, loss_weights={name: 1.0}).loss_dict[f"loss_{name}"]
+        torch.testing.assert_close(weighted[f"loss_{name}"], ALL_TERMS[name] * alone)
+    # the spatial term takes its share from the classification
+    plain = model(**inputs, loss_weights={"cls": 1.0}).loss_dict["loss_cls"]
+    torch.testing.assert_close(weighted["loss_cls"], (1 - 0.4) * plain)
+    with torch.no_grad():
+        outputs = model.synernet(inputs["pixel_values"])
+    scores = (outputs.broad.classification_logits, outputs.precise.classification_logits)
+    torch.testing.assert_close(plain, sum(F.multilabel_soft_margin_loss(part, inputs["labels"]) for part in scores))
 
 
 def test_each_branch_pools_as_many_tokens_as_it_is_told():
@@ -276,8 +309,8 @@ def test_the_spatial_share_is_taken_from_its_branches_only():
         F.multilabel_soft_margin_loss(outputs[name].classification_logits, inputs["labels"])
         for name in ("broad", "precise")
     )
-    expected = 0.6 * broad + precise + 0.4 * terms.loss_dict["loss_spatial_bce"]
-    torch.testing.assert_close(terms.loss, expected)
+    torch.testing.assert_close(terms.loss_dict["loss_cls"], 0.6 * broad + precise)
+    torch.testing.assert_close(terms.loss, 0.6 * broad + precise + terms.loss_dict["loss_spatial_bce"])
 
 
 def test_before_the_gates_decoder_and_projection_have_no_gradient(tester, model):
@@ -303,34 +336,10 @@ def test_targets_carry_no_gradient(tester, model):
     output = model(**inputs, loss_weights={"segmentation": 1.0})
     output.loss.backward()
     assert output.loss > 0
-    for value in (output.broad_cams, output.precise_cams, output.confidence):
+    for value in (output.broad_cams, output.precise_cams, output.confidence, *output.loss_dict.values()):
         assert not value.requires_grad
     touched = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert touched and not any("cam_head" in name or "projection_head" in name for name in touched)
-
-
-@pytest.mark.parametrize("fields", [{}, {"fusion": "fixed"}, {"cross_supervision": False}])
-def test_pixels_weigh_what_the_votes_agreed_on_them(fields):
-    inputs = SynerNetModelTester().inputs()
-    model = SynerNetModelTester(**fields).model()
-    plain = model(**inputs, loss_weights={"segmentation": 1.0})
-    model.config.confidence_weighting = 2.0
-    weighted = model(**inputs, loss_weights={"segmentation": 1.0})
-    assert torch.equal(weighted.pseudo_labels, plain.pseudo_labels)
-    assert not torch.isclose(weighted.loss, plain.loss)
-    assert len(weighted.confidence.unique()) > 1
-    # by hand, where both branches learn from one label
-    model.config.broad_share_in_broad_label = model.config.broad_share_in_precise_label
-    weighted = model(**inputs, loss_weights={"segmentation": 1.0})
-    if model.config.cross_supervision:
-        pixel_weights = weighted.confidence[:, 0] ** 2
-        expected = [
-            cross_supervised_segmentation_loss(logits, weighted.pseudo_labels, pixel_weights=pixel_weights)
-            for logits in (weighted.broad_logits, weighted.precise_logits)
-        ]
-        torch.testing.assert_close(weighted.loss, sum(expected))
-    # nothing to weigh without labels
-    assert model(**inputs, loss_weights={"cls": 1.0}).loss.isfinite()
 
 
 def test_patch_contrast_does_not_move_the_classifiers(tester, model):
@@ -451,8 +460,64 @@ def test_generate_cams_checks_labels_too(tester, model):
 
 
 def test_unknown_arguments_are_refused(tester, model):
-    with pytest.raises(TypeError, match="forward does not know pixel_value"):
-        model(**tester.inputs(), pixel_value=torch.zeros(1))
+    inputs = tester.inputs()
+    with pytest.raises(TypeError, match=r"forward does not know pixel_value: did you mean pixel_values\?"):
+        model(**inputs, pixel_value=torch.zeros(1))
+    with pytest.raises(TypeError, match=r"does not know output_hidden_state: did you mean output_hidden_states\?"):
+        model.synernet(inputs["pixel_values"], output_hidden_state=True)
+    with pytest.raises(TypeError, match="does not know interpolate: it takes pixel_values, branches"):
+        model.synernet(inputs["pixel_values"], interpolate=True)
+    # what the Trainer hands in changes nothing
+    expected = model(**inputs, loss_weights=EARLY_TERMS).loss
+    assert torch.equal(model(**inputs, loss_weights=EARLY_TERMS, num_items_in_batch=7).loss, expected)
+
+
+def test_a_batch_of_no_images_is_refused(tester, model):
+    pixel_values, labels = torch.zeros(0, 3, 32, 40), torch.zeros(0, 3)
+    for run in (model, model.synernet, model.cam_logits, model.multi_scale_logits):
+        with pytest.raises(ValueError, match="Got a batch of no images; give at least one"):
+            run(pixel_values)
+    with pytest.raises(ValueError, match="Got a batch of no images; give at least one"):
+        model.generate_cams(pixel_values, labels)
+
+
+def test_a_broken_image_leaves_the_prototypes_finite(tester, model):
+    inputs = tester.inputs()
+    model.train()(**inputs, loss_weights={"prototype_contrast": 0.05})
+    inputs["pixel_values"][0, 0, 3, 3] = float("nan")
+    output = model(**inputs, loss_weights={"prototype_contrast": 0.05})
+    assert not output.loss.isfinite()
+    assert all(buffer.isfinite().all() for buffer in model.buffers())
+
+
+def test_gathered_embeddings_move_the_prototypes_of_every_process(tester):
+    inputs, weights = tester.inputs(4), {"prototype_contrast": 0.05}
+    whole = tester.model().train()
+    seen = {}
+
+    def record(embeddings, class_ids):
+        seen.setdefault("embeddings", []).append(embeddings.detach())
+        seen.setdefault("ids", []).append(class_ids)
+        return embeddings, class_ids, slice(None)
+
+    torch.manual_seed(0)
+    expected = whole(**inputs, loss_weights=weights, gather_embeddings=record).loss_dict
+    assert [len(ids) for ids in seen["ids"]] == [4, 4]
+
+    # the second half of the batch, with the first half coming from elsewhere
+    half, calls = tester.model().train(), iter(zip(seen["embeddings"], seen["ids"], strict=True))
+
+    def gather(embeddings, class_ids):
+        other, ids = next(calls)
+        return torch.cat([other[:2], embeddings]), torch.cat([ids[:2], class_ids]), slice(2, 4)
+
+    torch.manual_seed(0)
+    part = {name: value[2:] for name, value in inputs.items()}
+    found = half(**part, loss_weights=weights, gather_embeddings=gather).loss_dict
+    assert found.keys() == expected.keys() and found["loss_prototype_contrast"].isfinite()
+    moved = {tuple(row) for row in half.synernet.broad_branch.projection_head.prototypes.any(dim=1)[None].tolist()}
+    ids = set(seen["ids"][0][:2].tolist()) - {-1}
+    assert all(next(iter(moved))[index] for index in ids), "classes of the other process have prototypes too"
 
 
 def test_a_pixel_mask_stands_for_the_valid_box(tester, model):
@@ -490,7 +555,7 @@ def test_losses_count_in_float32_under_autocast(tester, model, monkeypatch):
         seen.update(autocast=torch.is_autocast_enabled("cpu"), terms=terms.dtype, moved=moved.dtype)
         return terms, moved
 
-    monkeypatch.setattr(modeling_synernet, "prototype_contrast_terms", spy)
+    monkeypatch.setattr(objective_synernet, "prototype_contrast_terms", spy)
     with torch.autocast("cpu", torch.bfloat16):
         model(**tester.inputs(), loss_weights=ALL_TERMS)
     assert seen == {"autocast": False, "terms": torch.float32, "moved": torch.float32}
@@ -538,9 +603,15 @@ def test_bfloat16(tester, model):
     inputs = tester.inputs()
     with torch.no_grad():
         expected = model(inputs["pixel_values"]).logits
-        actual = model.to(torch.bfloat16)(inputs["pixel_values"].bfloat16()).logits
-    assert actual.dtype == torch.bfloat16
-    torch.testing.assert_close(actual.float(), expected, atol=0.05 * expected.abs().max().item(), rtol=0.05)
+        output = model.to(torch.bfloat16)(inputs["pixel_values"].bfloat16())
+        # resized logits are float32; images of another dtype are cast
+        from_float = model(inputs["pixel_values"])
+    assert output.logits.dtype == torch.float32 and output.classification_logits.dtype == torch.bfloat16
+    assert torch.equal(output.logits, from_float.logits)
+    atol = 0.05 * expected.abs().max().item()
+    torch.testing.assert_close(output.logits, expected, atol=atol, rtol=0.05)
+    assert model.multi_scale_logits(inputs["pixel_values"]).isfinite().all()
+    assert model.generate_cams(**inputs).fused_cams.isfinite().all()
 
 
 def test_training_under_bfloat16_autocast(tester, model):

@@ -126,12 +126,12 @@ def test_more_layers_vote_on_the_confidence():
     two = SynerNetModelTester(low_threshold=0.4, background_threshold=0.5, high_threshold=0.6).model()
     three = tester.model()
     cams = three.cam_logits(inputs["pixel_values"])
-    assert len(cams["broad"]) == 3
+    assert len(cams.broad) == 3
     states = three.synernet(inputs["pixel_values"]).broad.hidden_states[1]
     expected = three.synernet.broad_branch.auxiliary_cam_head.cam_logits(
         states[:, 1:].transpose(1, 2).unflatten(2, (4, 6))
     )
-    torch.testing.assert_close(cams["broad"][2], expected)
+    torch.testing.assert_close(cams.broad[2], expected)
     confidence = [model.generate_cams(**inputs).confidence for model in (two, three)]
     assert set((confidence[1] * 6).round().unique().tolist()) <= set(range(7))
     torch.testing.assert_close(confidence[1] * 6, (confidence[1] * 6).round())

@@ -96,9 +96,9 @@ def crop_to_input(maps: torch.Tensor, size: tuple[int, int], patch_size: int) ->
 
 def at_input_size(maps: torch.Tensor, size: tuple[int, int], patch_size: int) -> torch.Tensor:
     """Maps `(B, C, h, w)` of the token grid at the `size` = (H, W) of the input, `(B, C, H, W)` float32."""
-    maps = crop_to_input(maps.float(), size, patch_size)
+    maps = crop_to_input(maps.float().contiguous(), size, patch_size)
     if tuple(maps.shape[-2:]) == tuple(size):
-        return maps
+        return maps.contiguous()
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 

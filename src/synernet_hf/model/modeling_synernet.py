@@ -491,7 +491,9 @@ class SynerNetModel(SynerNetPreTrainedModel):
         return (self.shared_encoder or self.broad_branch).backbone.get_input_embeddings()
 
     def pad(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Pads `(B, 3, H, W)` right and bottom with 0, the mean colour, to multiples of the patch."""
+        """Pads `(B, 3, H, W)` right and bottom with 0, the mean colour, to multiples of the patch; B is at least 1."""
+        if pixel_values.shape[0] == 0:
+            raise ValueError("Got a batch of no images; give at least one.")
         patch_size = self.config.patch_size
         missing = [-side % patch_size for side in pixel_values.shape[-2:]]
         return F.pad(pixel_values, (0, missing[1], 0, missing[0])) if any(missing) else pixel_values
