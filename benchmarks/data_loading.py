@@ -24,7 +24,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
-from synernet_hf.data import StreamBatchSampler, SynerNetDataCollator, TrainDataset, TrainTransform
+from synernet_hf.data import StreamBatchSampler, SynerNetDataCollator, TrainDataset, TrainTransform, class_names
 from synernet_hf.data.transforms import open_image
 from synernet_hf.training.data_options import SourceArguments, read_data_arguments, unset_data_options
 from synernet_hf.training.validation import load_data
@@ -88,7 +88,7 @@ def loader_for(split: datasets.Dataset, args: argparse.Namespace, num_workers: i
     return DataLoader(
         TrainDataset(split, transform),
         batch_sampler=StreamBatchSampler(len(split), args.batch_size, num_batches, seed=SEED),
-        collate_fn=SynerNetDataCollator(),
+        collate_fn=SynerNetDataCollator(len(class_names({"train": split})) - 1),
         num_workers=num_workers,
         persistent_workers=True,
     )

@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 from torch.nn import functional as F
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+from synernet_hf.data import multi_hot
 from synernet_hf.metrics import MeanIoU
 from synernet_hf.model.cam_synernet import cams_to_pseudo_labels, layer_confidence, multi_scale_cams
 from synernet_hf.model.objective_synernet import BRANCHES, fuse_branches
@@ -52,7 +53,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_file(path: Path, labels: list[str] | None, names: list[str]) -> dict[str, Any]:
-    """A record of an image file; without `labels` its `image_labels` are None."""
+    """A record of an image file; without `labels` its labels are None."""
     unknown = [name for name in labels or () if name not in names[1:]]
     if unknown:
         raise InvalidArguments(f"--labels has unknown classes {', '.join(unknown)}; known are {', '.join(names[1:])}.")
@@ -63,8 +64,8 @@ def read_file(path: Path, labels: list[str] | None, names: list[str]) -> dict[st
         raise InvalidArguments(
             f"The image {path} cannot be decoded ({error}); give a JPEG, PNG or the like."
         ) from error
-    image_labels = None if labels is None else [float(name in labels) for name in names[1:]]
-    return {"image": image, "image_id": path.stem, "image_labels": image_labels, "mask": None}
+    label_ids = None if labels is None else [names.index(name) - 1 for name in labels]
+    return {"image": image, "image_id": path.stem, "labels": label_ids, "mask": None}
 
 
 def read_records(args: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]:
@@ -104,7 +105,7 @@ def read_records(args: argparse.Namespace, names: list[str]) -> list[dict[str, A
 
 
 @torch.no_grad()
-def inspect_image(model, processor, image: Image.Image, image_labels: list[float] | None) -> dict[str, Any]:
+def inspect_image(model, processor, image: Image.Image, label_ids: list[int] | None) -> dict[str, Any]:
     """
     Everything the model makes of one image, seen as in evaluation, at the image's size.
 
@@ -115,8 +116,8 @@ def inspect_image(model, processor, image: Image.Image, image_labels: list[float
             Resizes, where the model was trained for that, and normalises.
         image (`PIL.Image.Image`):
             RGB image, H × W.
-        image_labels (`list[float]`, *optional*):
-            Multi-hot; None takes the classes whose score is above 0, or else the best one.
+        label_ids (`list[int]`, *optional*):
+            Ids of its foreground classes, from 0; None takes the classes whose score is above 0, or else the best one.
 
     Returns:
         `dict[str, Any]`: `labels` `(C,)`; by (branch, layer) `cams` `(H, W)` (largest class, in [0, 1]) and `votes`
@@ -127,11 +128,11 @@ def inspect_image(model, processor, image: Image.Image, image_labels: list[float
     inputs = processor(images=image, do_center_crop=False, do_pad=False, return_tensors="pt")
     pixel_values, size = inputs["pixel_values"].to(model.device), (image.height, image.width)
     outputs = model(pixel_values)
-    if image_labels is None:
+    if label_ids is None:
         scores = outputs.classification_logits
         labels = ((scores > 0) | (scores == scores.amax(dim=1, keepdim=True))).float()
     else:
-        labels = torch.tensor([image_labels], dtype=torch.float32, device=model.device)
+        labels = multi_hot(label_ids, config.num_labels - 1)[None].to(model.device)
     low, high = config.low_threshold, config.high_threshold
     cams = {
         branch: tuple(F.interpolate(layer, size=size, mode="bilinear", align_corners=False) for layer in maps)
@@ -264,7 +265,7 @@ def make_figures(args: argparse.Namespace) -> None:
     output = args.output or args.run / "figures"
     output.mkdir(parents=True, exist_ok=True)
     for record in records:
-        seen = inspect_image(model, processor, record["image"].convert("RGB"), record["image_labels"])
+        seen = inspect_image(model, processor, record["image"].convert("RGB"), record["labels"])
         path = output / f"{record['image_id']}.png"
         draw(record, seen, names, args.panel_size).save(path)
         print(path, flush=True)

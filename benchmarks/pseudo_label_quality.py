@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+from synernet_hf.data import multi_hot
 from synernet_hf.metrics import MeanIoU
 from synernet_hf.model.cam_synernet import multi_scale_cams
 from synernet_hf.model.objective_synernet import fuse_branches
@@ -76,7 +77,7 @@ def measure(model, processor, split, settings: list[tuple], size: int | None) ->
     Args:
         model ([`SynerNetForWeaklySupervisedSegmentation`]): in evaluation mode.
         processor ([`SynerNetImageProcessor`]): its processor.
-        split (`datasets.Dataset`): records with `image_labels` and `mask`.
+        split (`datasets.Dataset`): records with `labels` and `mask`.
         settings (`list[tuple]`): (low, high, dilations).
         size (`int`, *optional*): shortest edge in pixels; the processor's by default.
 
@@ -90,7 +91,7 @@ def measure(model, processor, split, settings: list[tuple], size: int | None) ->
     for record in split:
         inputs = processor(images=record["image"].convert("RGB"), return_tensors="pt", **resize)
         pixel_values = inputs["pixel_values"].to(model.device)
-        labels = torch.tensor([record["image_labels"]], dtype=torch.float32, device=model.device)
+        labels = multi_hot(record["labels"], num_labels - 1)[None].to(model.device)
         height, width = pixel_values.shape[-2:]
         truth = np.asarray(record["mask"].resize((width, height), 0)).astype(np.int64)
         scored = truth != ignore_index

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor, SynerNetSegmentationPipeline
-from synernet_hf.data import class_names, load_wsss_dataset
+from synernet_hf.data import class_names, load_wsss_dataset, multi_hot
 from synernet_hf.training import InvalidArguments, evaluate_model, parse_arguments
 from synernet_hf.visualization import colorize, figure_panels, heat_map, overlay, palette_image
 
@@ -109,7 +109,7 @@ def panels_of(model, processor, record: dict) -> list[tuple[str, Image.Image]]:
     """A row of the figure: the image, the truth, and everything the model makes of the image."""
     image = record["image"].convert("RGB")
     pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
-    labels = torch.tensor([record["image_labels"]], dtype=torch.float32, device=model.device)
+    labels = multi_hot(record["labels"], model.config.num_labels - 1)[None].to(model.device)
     # With image labels the model returns what it teaches itself with: CAMs, confidence and the refined fused label.
     teaching = model(pixel_values, labels=labels, loss_weights={"segmentation": 1.0}, training_progress=1.0)
     segmentation = model.multi_scale_logits(pixel_values).argmax(dim=1)[0].cpu().numpy()
@@ -138,7 +138,7 @@ def legend(names: list[str], width: int) -> list[tuple[str, np.ndarray]]:
 
 def pick_records(split, number: int) -> list[dict]:
     """The first images with the most classes, which show most."""
-    counts = np.asarray(split["image_labels"]).sum(axis=1)
+    counts = np.array([len(labels) for labels in split["labels"]])
     return [split[int(index)] for index in np.argsort(-counts, kind="stable")[:number]]
 
 

@@ -8,7 +8,7 @@ import datasets
 from accelerate import Accelerator
 
 from synernet_hf.crf import DenseCRF
-from synernet_hf.data import class_names, skipped_records
+from synernet_hf.data import class_names
 from synernet_hf.files import write_json
 from synernet_hf.model_folder import check_model_folder, load_model_folder
 from synernet_hf.training import DataArguments
@@ -49,22 +49,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def load_split(
     data_args: DataArguments, id2label: dict[int, str], max_samples: int | None = None
-) -> tuple[datasets.DatasetDict, list[str]]:
+) -> tuple[datasets.DatasetDict, list[str], list[str]]:
     """
-    Load and check the split to evaluate on, alone in a dictionary; also return its class names, background first.
+    Load and check the split to evaluate on, alone in a dictionary; also return its class names, background first, and what was left out.
 
     Images of one's own that come without a class list get that of the model, `id2label`, so that their labels are
     read by name. The loaders give all splits at once, so the lists and image labels of the training split must be
     there too where there is one; none of its images is opened.
     """
     name_own_classes(data_args, id2label)
-    splits = load_data(data_args)
+    skipped: dict[str, list[str]] = {}
+    splits = load_data(data_args, skipped)
     if "validation" not in splits:
         raise ValueError(f"The data has no split to evaluate on, only {', '.join(splits)}; see docs/data.md.")
     split = splits["validation"]
     if max_samples is not None:
         split = split.select(range(min(max_samples, len(split))))
-    return check_data(datasets.DatasetDict(validation=split), data_args.on_bad_image), class_names(splits)
+    checked = check_data(datasets.DatasetDict(validation=split), data_args.on_bad_image, skipped)
+    return checked, class_names(splits), skipped.get("validation", [])
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -89,7 +91,7 @@ def evaluate(args: argparse.Namespace) -> None:
     except (ValueError, OSError) as error:
         raise ValueError(f"{error} Please give the folder of a finished run.") from error
     crf = DenseCRF() if args.crf else None
-    splits, names = load_split(data_args, id2label, args.max_samples)
+    splits, names, skipped = load_split(data_args, id2label, args.max_samples)
     accelerator = Accelerator()
     model, processor = load_model_folder(args.run)
     results = evaluate_model(
@@ -116,7 +118,7 @@ def evaluate(args: argparse.Namespace) -> None:
                 "dataset": data_args.dataset,
                 "validation_split": data_args.validation_split,
                 "metric_classes": list(metric_classes),
-                "skipped": skipped_records(splits).get("validation", []),
+                "skipped": skipped,
                 "results": results,
             }
             write_json(args.output, scores)

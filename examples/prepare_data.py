@@ -55,13 +55,13 @@ def check_arguments(args: argparse.Namespace) -> None:
 def contact_sheet(splits: datasets.DatasetDict, report: DatasetReport, images_per_class: int) -> Image.Image:
     """One row per class that the first split shows, with its first images."""
     split_name = next(iter(splits))
-    split = splits[split_name].select_columns(["image", "image_id", "image_labels"])
+    split = splits[split_name].select_columns(["image", "image_id", "labels"])
     split = split.cast_column("image", datasets.Image(decode=False))
-    ids, labels = list(split["image_id"]), list(split["image_labels"])
+    ids, labels = list(split["image_id"]), list(split["labels"])
     faulty = set(report.splits[split_name].undecodable) | set(report.splits[split_name].bad_labels)
     rows = []
     for column, name in enumerate(class_names(splits)[1:]):
-        shown = [i for i, vector in enumerate(labels) if ids[i] not in faulty and vector[column]][:images_per_class]
+        shown = [i for i, found in enumerate(labels) if ids[i] not in faulty and column in found][:images_per_class]
         if shown:
             rows.append([(f"{name}: {ids[i]}", thumbnail(split[i]["image"])) for i in shown])
     if not rows:

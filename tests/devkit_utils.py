@@ -104,6 +104,17 @@ def label_matrix(labels: dict[str, list[str]], class_names: list[str] = VOC_NAME
     return np.array([[name in names for name in class_names[1:]] for names in labels.values()], dtype=np.uint8)
 
 
+def ids_of(vectors) -> list[list[int]]:
+    """Label ids of multi-hot rows."""
+    return [np.flatnonzero(vector).tolist() for vector in vectors]
+
+
+def vectors_of(loaded, split: str = "train") -> list[list[int]]:
+    """Labels of a split as multi-hot rows, which show what is there and what is not."""
+    num_classes = len(loaded[split].features["labels"].feature.names)
+    return [[int(label in ids) for label in range(num_classes)] for ids in loaded[split]["labels"][:]]
+
+
 def write_labels_npz(path: Path, labels: dict[str, list[str]]) -> Path:
     """`ids` and `labels`, as in the public label files of the field."""
     np.savez(path, ids=np.array(list(labels)), labels=label_matrix(labels))

@@ -309,12 +309,13 @@ def test_what_a_figure_shows(figures, finished):
     model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(run).eval()
     processor = SynerNetImageProcessor.from_pretrained(run)
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 48, 3), dtype=np.uint8))
-    image_labels = [1.0, 0.0, 1.0, 0.0, 0.0]
-    seen = figures.inspect_image(model, processor, image, image_labels)
+    seen = figures.inspect_image(model, processor, image, [0, 2])
     # the labels of the figure are those of training
     pixel_values = processor(images=image, do_resize=False, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        taught = model(pixel_values, labels=torch.tensor([image_labels]), loss_weights={"segmentation": 1.0})
+        taught = model(
+            pixel_values, labels=torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.0]]), loss_weights={"segmentation": 1.0}
+        )
     label_map = seen["label_maps"]["label that teaches P"]
     assert (label_map == taught.pseudo_labels[0].numpy()).mean() > 0.99
     np.testing.assert_allclose(seen["confidence"], taught.confidence[0, 0].numpy())
@@ -385,7 +386,7 @@ def test_the_bare_work_uses_the_factors_of_training():
     image = Image.new("RGB", (400, 300), "white")
     transform = data_loading.TrainTransform(2000, (0.5, 2.0), seed=data_loading.SEED)
     for position in range(5):
-        record = {"image": image, "image_id": "one", "image_labels": [1]}
+        record = {"image": image, "image_id": "one", "labels": [0]}
         top, bottom, left, right = transform(record, position)["valid_box"].tolist()
         resized = data_loading.decode_and_resize(image, data_loading.factor_of(position, (0.5, 2.0)), False)
         assert resized.size == (right - left, bottom - top)

@@ -17,7 +17,7 @@ from PIL import Image
 from testing_utils import SynerNetModelTester
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
-from synernet_hf.data import build_split, load_shapes
+from synernet_hf.data import build_split, class_names, load_shapes
 from synernet_hf.data.transforms import shrink
 from synernet_hf.pseudo_labels import (
     PseudoLabeler,
@@ -45,10 +45,10 @@ def some_images(count: int = 5, seed: int = 0) -> list[Image.Image]:
 
 def split_of(images, labels, ids=None):
     ids = ids or [f"image_{index}" for index in range(len(images))]
-    return build_split(images, ids, np.array(labels), NAMES)
+    return build_split(images, ids, labels, NAMES)
 
 
-LABELS = [[1, 0, 0], [0, 1, 1], [0, 0, 0], [1, 1, 1], [0, 0, 1]]
+LABELS = [[0], [1, 2], [], [0, 1, 2], [2]]
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +65,7 @@ def processor():
 def shapes_run(tmp_path_factory) -> Path:
     """A model for the generated shapes, with a record of its data as a run leaves it."""
     folder = tmp_path_factory.mktemp("shapes_run")
-    split = load_shapes(1, 1, image_size=32)["train"]
-    names = json.loads(split.info.description)["class_names"]
+    names = class_names(load_shapes(1, 1, image_size=32))
     tester = SynerNetModelTester(num_classes=len(names) - 1, id2label=dict(enumerate(names)))
     tester.model().save_pretrained(folder)
     SynerNetImageProcessor().save_pretrained(folder)
@@ -95,7 +94,7 @@ def run_script(*words: str) -> int:
 
 def test_a_mask_is_the_refined_fused_map(model, processor):
     image = some_images(1)[0]
-    label_map, content = PseudoLabeler(model, processor)(image, [1, 0, 1])
+    label_map, content = PseudoLabeler(model, processor)(image, [0, 2])
     assert label_map.shape == (33, 40) and label_map.dtype == np.uint8
     assert set(np.unique(label_map)) <= {0, 1, 3, 255}
     pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
@@ -119,7 +118,7 @@ def test_given_labels_need_no_prior(processor):
     seen = {}
     for weight in (0.0, 4.0):
         model.config.class_prior_weight = weight
-        seen[weight], _ = PseudoLabeler(model, processor, options)(image, [0, 1, 1])
+        seen[weight], _ = PseudoLabeler(model, processor, options)(image, [1, 2])
     np.testing.assert_array_equal(seen[0.0], seen[4.0])
     assert set(np.unique(seen[4.0])) & {2, 3}
 
@@ -141,13 +140,13 @@ def test_given_labels_or_those_of_the_classifier(model, processor):
     with torch.no_grad():
         found = (model(pixel_values).classification_logits[0] > 0).nonzero()[:, 0] + 1
     wanted = {
-        ("auto", (0, 0, 0)): ("predicted", found.tolist()),
-        ("auto", (0, 1, 0)): ("given", [2]),
-        ("given", (0, 0, 0)): ("given", []),
-        ("predicted", (0, 1, 0)): ("predicted", found.tolist()),
+        ("auto", ()): ("predicted", found.tolist()),
+        ("auto", (1,)): ("given", [2]),
+        ("given", ()): ("given", []),
+        ("predicted", (1,)): ("predicted", found.tolist()),
     }
-    for (source, vector), (expected_source, expected_labels) in wanted.items():
-        label_map, content = PseudoLabeler(model, processor, PseudoLabelOptions(image_labels=source))(image, vector)
+    for (source, ids), (expected_source, expected_labels) in wanted.items():
+        label_map, content = PseudoLabeler(model, processor, PseudoLabelOptions(image_labels=source))(image, ids)
         assert (content["label_source"], content["labels"]) == (expected_source, expected_labels)
         if not expected_labels:
             assert (label_map == 0).all()
@@ -162,7 +161,7 @@ def test_large_images_get_masks_of_their_size(model, processor, monkeypatch):
         return processor(images=images, **options)
 
     for kind in ("pseudo_label", "segmentation"):
-        label_map, content = PseudoLabeler(model, spy, PseudoLabelOptions(kind))(some_images(1)[0], [1, 1, 1])
+        label_map, content = PseudoLabeler(model, spy, PseudoLabelOptions(kind))(some_images(1)[0], [0, 1, 2])
         assert label_map.shape == (33, 40) == (content["height"], content["width"])
         assert set(np.unique(label_map)) <= {0, 1, 2, 3, 255}
     assert seen == [(22, 18)] * 2, "the model sees a bounded image"
@@ -180,11 +179,15 @@ def test_masks_are_not_joined_under_other_class_names(model, processor, tmp_path
     split = split_of(some_images(2), LABELS[:2])
     write_pseudo_labels(model, processor, split, tmp_path, PseudoLabelOptions(image_labels="predicted"))
     swapped = ["background", "class 2", "class 1", "class 3"]
-    other = build_split(some_images(2), split["image_id"], np.array(LABELS[:2]), swapped)
+    other = build_split(some_images(2), split["image_id"], LABELS[:2], swapped)
     with pytest.raises(ValueError, match="are not those of the masks"):
         with_pseudo_labels(other, tmp_path)
-    other.info.description = ""
-    assert json.loads(with_pseudo_labels(other, tmp_path).info.description)["class_names"] == NAMES
+    # without labels of their own, records get those of the manifest
+    joined = with_pseudo_labels(other.remove_columns("labels"), tmp_path)
+    assert class_names({"train": joined}) == NAMES
+    given = {row["image_id"]: row["classes"] for row in pq.read_table(tmp_path / "manifest.parquet").to_pylist()}
+    for image_id, labels in zip(joined["image_id"], joined["labels"], strict=True):
+        assert [NAMES[label + 1] for label in labels] == given[image_id]
 
 
 def test_images_of_16_bits_are_not_white(model, processor, tmp_path, monkeypatch):
@@ -218,7 +221,7 @@ def test_the_folder_and_its_manifest(model, processor, tmp_path):
             ids = np.array(mask)
         assert row["coverage"] == pytest.approx((ids != 255).mean(), abs=1e-6)
         if row["label_source"] == "given":
-            assert row["classes"] == [NAMES[i + 1] for i, value in enumerate(LABELS[index]) if value]
+            assert row["classes"] == [NAMES[label + 1] for label in LABELS[index]]
         assert row["missing_classes"] == [name for name in row["classes"] if NAMES.index(name) not in ids]
     assert [row["image_id"] for row in rows if row["label_source"] == "predicted"] == ["image_2"]
 
@@ -239,7 +242,7 @@ def test_finished_images_are_kept_and_others_made(model, processor, tmp_path):
 
 def test_a_mask_is_made_again_for_other_image_labels(model, processor, tmp_path):
     write_pseudo_labels(model, processor, split_of(some_images(), LABELS), tmp_path / "out")
-    changed = [[0, 1, 0], *LABELS[1:]]
+    changed = [[1], *LABELS[1:]]
     table = write_pseudo_labels(model, processor, split_of(some_images(), changed), tmp_path / "out")
     assert {row["image_id"]: row["classes"] for row in table.to_pylist()}["image_0"] == ["class 2"]
     write_pseudo_labels(model, processor, split_of(some_images(), changed), tmp_path / "fresh")
@@ -271,7 +274,7 @@ def test_bad_input_gets_a_sentence(model, processor, tmp_path):
             write_pseudo_labels(model, processor, split_of(some_images(2), LABELS[:2], ids), tmp_path / "new")
     with pytest.raises(ValueError, match="is empty"):
         write_pseudo_labels(model, processor, good.select([]), tmp_path / "new")
-    other = build_split(some_images(1), ["a"], np.array([[1, 0, 0]]), ["background", "cat", "dog", "cow"])
+    other = build_split(some_images(1), ["a"], [[0]], ["background", "cat", "dog", "cow"])
     with pytest.raises(ValueError, match="are not the model's"):
         write_pseudo_labels(model, processor, other, tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -27,7 +27,7 @@ PUBLIC_NAMES = {
         "load_shapes",
         "load_voc2012",
         "load_wsss_dataset",
-        "skipped_records",
+        "multi_hot",
     ],
     "synernet_hf.metrics": ["MeanIoU"],
     "synernet_hf.training": [

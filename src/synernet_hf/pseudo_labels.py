@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from synernet_hf.data.checks import DECODING_ERRORS
 from synernet_hf.data.label_files import name_some
-from synernet_hf.data.schema import check_on_bad_image, class_names, describe
+from synernet_hf.data.schema import check_on_bad_image, class_names, multi_hot, record_features
 from synernet_hf.data.transforms import open_image, shrink, to_rgb
 from synernet_hf.files import TEMPORARY_NAME, read_json, replace_file, write_json
 from synernet_hf.model.refinement_synernet import SynerNetPixelAdaptiveRefinement, refine_pseudo_labels
@@ -117,7 +117,7 @@ class PseudoLabeler:
 
     @torch.no_grad()
     def __call__(
-        self, image: Image.Image, image_labels: Sequence[int] | None = None
+        self, image: Image.Image, label_ids: Sequence[int] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """
         Labels the pixels of one image, alone in its forward passes, so that no other image has an influence.
@@ -126,8 +126,8 @@ class PseudoLabeler:
             image (`PIL.Image.Image`):
                 Upright RGB image of any size. One of more than a million pixels is seen smaller, and its label map
                 enlarged, so that memory does not grow with the image.
-            image_labels (`Sequence[int]`, *optional*):
-                Multi-hot labels over the foreground classes.
+            label_ids (`Sequence[int]`, *optional*):
+                Its labels, 0-based ids over the foreground classes.
 
         Returns:
             `tuple[np.ndarray, dict]`: the label map, uint8 of shape `(height, width)`, 0 background and 255 undecided;
@@ -139,9 +139,9 @@ class PseudoLabeler:
         seen = shrink(image)
         inputs = self.processor(images=seen, do_center_crop=False, do_pad=False, return_tensors="pt")
         pixel_values = inputs["pixel_values"].to(self.model.device, self.model.dtype)
-        source = label_source(self.options, image_labels)
+        source = label_source(self.options, label_ids)
         if source == "given":
-            labels = torch.tensor([list(image_labels)], dtype=torch.float32, device=self.model.device)
+            labels = multi_hot(label_ids, self.model.config.num_labels - 1)[None].to(self.model.device)
         else:
             labels = (self.model(pixel_values).classification_logits > 0).float()
         if self.options.map == "pseudo_label":
@@ -190,10 +190,10 @@ class PseudoLabeler:
         return possible[winners], probabilities.mean()
 
 
-def label_source(options: PseudoLabelOptions, image_labels: Sequence[int] | None) -> str:
-    """`"given"` or `"predicted"`: whose classes the options choose for an image with these multi-hot labels."""
+def label_source(options: PseudoLabelOptions, label_ids: Sequence[int] | None) -> str:
+    """`"given"` or `"predicted"`: whose classes the options choose for an image with these labels."""
     if options.image_labels == "auto":
-        return "given" if image_labels is not None and any(image_labels) else "predicted"
+        return "given" if label_ids else "predicted"
     return options.image_labels
 
 
@@ -221,7 +221,7 @@ def write_pseudo_labels(
         processor ([`SynerNetImageProcessor`]):
             Saved with the model.
         dataset (`datasets.Dataset`):
-            Records with `image`, `image_id` (unique) and, unless labels are to be predicted, `image_labels`. A `mask`
+            Records with `image`, `image_id` (unique) and, unless labels are to be predicted, `labels`. A `mask`
             column is not read.
         output_dir (`str` or `Path`):
             New folder, or one that was made with the same model and options.
@@ -278,7 +278,7 @@ def write_pseudo_labels(
                 tqdm.write(f"{fault}: it gets no mask.")
                 path.unlink(missing_ok=True)
                 continue
-            label_map, found = labeler(image, record["image_labels"])
+            label_map, found = labeler(image, record["labels"])
             _write_mask(path, label_map, found | {"image": digest})
     finally:
         model.train(was_training)
@@ -309,8 +309,8 @@ def with_pseudo_labels(dataset: datasets.Dataset, folder: str | Path, min_confid
             Leaves out images whose `confidence` in the manifest is below.
 
     Returns:
-        `datasets.Dataset`: the records that have a pseudo-label, with it in the column `mask`; they carry the class
-        list of the masks.
+        `datasets.Dataset`: the records that have a pseudo-label, with it in the column `mask`; `labels` are those
+        of the manifest where the records have none.
 
     Raises:
         FileNotFoundError: The folder has no manifest.
@@ -321,16 +321,16 @@ def with_pseudo_labels(dataset: datasets.Dataset, folder: str | Path, min_confid
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path}: give a folder that examples/pseudo_labels.py has finished.")
     names = pseudo_label_classes(folder)
-    if dataset.info.description:
+    if "labels" in dataset.column_names:
         given = class_names(datasets.DatasetDict(split=dataset))
         if given != names:
             raise ValueError(
                 f"The data set's classes ({name_some(given)}) are not those of the masks in {folder} "
                 f"({name_some(names)}), in this order: load it with the masks' class list (class_names)."
             )
-    rows = pq.read_table(path, columns=["image_id", "mask", "confidence"]).to_pylist()
-    masks = {row["image_id"]: str(folder / row["mask"]) for row in rows if row["confidence"] >= min_confidence}
-    chosen = [index for index, image_id in enumerate(dataset["image_id"]) if image_id in masks]
+    rows = pq.read_table(path, columns=["image_id", "mask", "confidence", "classes"]).to_pylist()
+    rows = {row["image_id"]: row for row in rows if row["confidence"] >= min_confidence}
+    chosen = [index for index, image_id in enumerate(dataset["image_id"]) if image_id in rows]
     if not chosen:
         raise ValueError(
             f"None of the {len(dataset)} images has a pseudo-label in {folder} with a confidence of {min_confidence} "
@@ -338,8 +338,12 @@ def with_pseudo_labels(dataset: datasets.Dataset, folder: str | Path, min_confid
         )
     dataset = dataset.remove_columns("mask") if "mask" in dataset.column_names else dataset
     dataset = dataset.select(chosen)
-    paths = [{"path": masks[image_id], "bytes": None} for image_id in dataset["image_id"]]
-    return describe(dataset.add_column("mask", paths, feature=datasets.Image()), names)
+    rows = [rows[image_id] for image_id in dataset["image_id"]]
+    if "labels" not in dataset.column_names:
+        labels = [[names.index(name) - 1 for name in row["classes"]] for row in rows]
+        dataset = dataset.add_column("labels", labels, feature=record_features(names)["labels"])
+    paths = [{"path": str(folder / row["mask"]), "bytes": None} for row in rows]
+    return dataset.add_column("mask", paths, feature=datasets.Image())
 
 
 def pseudo_label_classes(folder: str | Path) -> list[str]:
@@ -383,14 +387,14 @@ def _upright(content: bytes) -> Image.Image:
 
 
 def _check_classes(model, dataset: datasets.Dataset, options: PseudoLabelOptions) -> None:
-    needed = ["image", "image_id"] + ["image_labels"] * (options.image_labels == "given")
+    needed = ["image", "image_id"] + ["labels"] * (options.image_labels == "given")
     missing = [name for name in needed if name not in dataset.column_names]
     if missing or len(dataset) == 0:
         fault = f"lacks the columns {', '.join(missing)}" if missing else "is empty"
         raise ValueError(f"The split to label {fault}; give records as docs/data.md describes them.")
     if model.config.num_labels > 255:
         raise ValueError(f"The model has {model.config.num_labels} classes; a palette mask holds 255 at most.")
-    if options.image_labels == "predicted" or "image_labels" not in dataset.column_names:
+    if options.image_labels == "predicted" or "labels" not in dataset.column_names:
         return
     known = [model.config.id2label[index] for index in range(model.config.num_labels)]
     names = class_names(datasets.DatasetDict(split=dataset))
@@ -402,13 +406,13 @@ def _check_classes(model, dataset: datasets.Dataset, options: PseudoLabelOptions
 
 
 def _wanted_records(dataset: datasets.Dataset, options: PseudoLabelOptions) -> list[dict[str, Any]]:
-    """What is known of each image before it is opened: `index`, `image_id`, `mask` (path), `image_labels`."""
+    """What is known of each image before it is opened: `index`, `image_id`, `mask` (path), `labels`."""
     image_ids = dataset["image_id"][:]
-    use_labels = options.image_labels != "predicted" and "image_labels" in dataset.column_names
-    labels = dataset["image_labels"][:] if use_labels else [None] * len(image_ids)
+    use_labels = options.image_labels != "predicted" and "labels" in dataset.column_names
+    labels = dataset["labels"][:] if use_labels else [None] * len(image_ids)
     seen: set[str] = set()
     records = []
-    for index, (image_id, vector) in enumerate(zip(image_ids, labels, strict=True)):
+    for index, (image_id, label_ids) in enumerate(zip(image_ids, labels, strict=True)):
         parts = PurePosixPath(image_id).parts
         if not image_id.strip("/") or image_id.startswith("/") or "\\" in image_id or {".", ".."} & set(parts):
             raise ValueError(
@@ -418,7 +422,7 @@ def _wanted_records(dataset: datasets.Dataset, options: PseudoLabelOptions) -> l
             raise ValueError(f"The image identifier {image_id!r} occurs twice: identifiers name the masks.")
         seen.add(image_id)
         mask = f"{MASK_FOLDER}/{image_id}.png"
-        records.append({"index": index, "image_id": image_id, "mask": mask, "image_labels": vector})
+        records.append({"index": index, "image_id": image_id, "mask": mask, "labels": label_ids})
     return records
 
 
@@ -435,8 +439,8 @@ def _is_current(content: dict[str, Any] | None, record: dict, digest: str, optio
     """Whether a mask was made of this file, for these image labels."""
     if content is None or content.get("image") != digest:
         return False
-    source = label_source(options, record["image_labels"])
-    wanted = [index + 1 for index, value in enumerate(record["image_labels"] or ()) if value]
+    source = label_source(options, record["labels"])
+    wanted = [label + 1 for label in record["labels"] or ()]
     return content["label_source"] == source and (source != "given" or content["labels"] == wanted)
 
 

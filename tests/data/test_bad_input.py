@@ -14,7 +14,6 @@ from synernet_hf.data import (
     drop_bad_records,
     load_image_labels,
     load_voc2012,
-    skipped_records,
 )
 from synernet_hf.data.transforms import to_rgb
 
@@ -35,7 +34,7 @@ def only_image(root, name):
     loaded = load_image_labels(root)
     check_dataset(loaded)
     sample = TrainDataset(loaded["train"], TrainTransform(32, (1.0, 1.0), flip=False))[(0, 0)]
-    assert sample["labels"].tolist() == [1.0]
+    assert sample["labels"] == [0]
     return sample["image"].permute(1, 2, 0).numpy(), sample["valid_box"].tolist()
 
 
@@ -54,10 +53,11 @@ def test_corrupt_jpeg(tmp_path, caplog):
     with pytest.raises(ValueError, match=r"2 of 3 records .*'train'.* cut .*cut.jpg\) does not decode .*text.jpg"):
         check_dataset(loaded)
     with caplog.at_level(logging.WARNING):
-        kept = drop_bad_records(loaded)
+        skipped = {}
+        kept = drop_bad_records(loaded, skipped=skipped)
     assert kept["train"]["image_id"][:] == ["good"]
-    assert "2 records are left out" in caplog.text and "cut.jpg" in caplog.text
-    assert [("cut.jpg" in p, "text.jpg" in p) for p in skipped_records(kept)["train"]] == [
+    assert "2 records of the split 'train' are left out" in caplog.text and "cut.jpg" in caplog.text
+    assert [("cut.jpg" in p, "text.jpg" in p) for p in skipped["train"]] == [
         (True, False),
         (False, True),
     ]
@@ -70,7 +70,7 @@ def test_one_pixel(tmp_path):
     crop, box = only_image(tmp_path / "data", "a.png")
     assert real_pixels(crop, box).tolist() == [list(GREEN)]
     # also where a training scale would leave less than a pixel
-    record = {"image": Image.new("RGB", (1, 1), GREEN), "image_id": "a", "image_labels": [1]}
+    record = {"image": Image.new("RGB", (1, 1), GREEN), "image_id": "a", "labels": [0]}
     assert TrainTransform(32, (0.1, 0.2))(record, 0)["image"].shape == (3, 32, 32)
 
 
@@ -138,7 +138,7 @@ def test_empty_label_is_a_image_without_classes(tmp_path, caplog):
     for name in "abc":
         Image.new("RGB", (8, 8)).save(root / f"{name}.png")
     loaded = load_image_labels(root)
-    assert loaded["train"]["image_labels"][:] == [[1], [0], [0]]
+    assert loaded["train"]["labels"][:] == [[0], [], []]
     assert "2 images of the split 'train' have no label (b, c)" in caplog.text
     check_dataset(loaded)
     write_table(root, ["a.png,", "b.png,"])
@@ -200,21 +200,25 @@ def test_csv_with_a_missing_file(tmp_path, caplog):
     Image.new("RGB", (8, 8)).save(root / "a.png")
     with pytest.raises(FileNotFoundError, match=r"labels.csv, row 3: there is no image lost.png below"):
         load_image_labels(root)
-    loaded = load_image_labels(root, on_bad_image="skip")
+    skipped = {}
+    loaded = load_image_labels(root, on_bad_image="skip", skipped=skipped)
     assert loaded["train"]["image_id"][:] == ["a"]
-    assert "row 3: there is no image lost.png" in skipped_records(loaded)["train"][0]
-    assert "1 records are left out" in caplog.text
-    # a second pass over the images keeps what was listed before
-    assert skipped_records(drop_bad_records(loaded)) == skipped_records(loaded)
+    assert list(skipped) == ["train"] and "row 3: there is no image lost.png" in skipped["train"][0]
+    assert "1 records of the split 'train' are left out" in caplog.text
+    # the checks add to the list what does not decode
+    (root / "a.png").write_bytes(b"none")
+    drop_bad_records(loaded, skipped=skipped)
+    assert len(skipped["train"]) == 2 and "does not decode" in skipped["train"][1]
 
 
 def test_listed_voc_images_that_are_missing(devkit):
     (devkit.voc / "JPEGImages" / f"{devkit.train_ids[1]}.jpg").unlink()
     with pytest.raises(FileNotFoundError, match="names 1 images that are not in"):
         load_voc2012(devkit.root)
-    loaded = load_voc2012(devkit.root, on_bad_image="skip")
+    skipped = {}
+    loaded = load_voc2012(devkit.root, on_bad_image="skip", skipped=skipped)
     assert loaded["train"]["image_id"][:] == [name for name in devkit.train_ids if name != devkit.train_ids[1]]
-    assert devkit.train_ids[1] in skipped_records(loaded)["train"][0]
+    assert devkit.train_ids[1] in skipped["train"][0]
 
 
 @pytest.mark.parametrize(

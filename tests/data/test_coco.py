@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from synernet_hf.data import COCO_CLASSES, check_dataset, class_names, load_coco2014, polygon_mask, skipped_records
+from synernet_hf.data import COCO_CLASSES, check_dataset, class_names, load_coco2014, polygon_mask
 from synernet_hf.data import coco as coco_module
 
 
@@ -59,10 +59,10 @@ def test_classes_labels_and_ids(coco):
     loaded = load_coco2014(coco)
     assert class_names(loaded) == NAMES
     assert loaded["train"]["image_id"][:] == ["COCO_train2014_000000000003", "COCO_train2014_000000000005"]
-    assert loaded["train"]["image_labels"][:] == [[1, 0, 0], [0, 1, 0]]
-    assert loaded["train"].column_names == ["image", "image_id", "image_labels"]
+    assert loaded["train"]["labels"][:] == [[0], [1]]
+    assert loaded["train"].column_names == ["image", "image_id", "labels"]
     # image 8 has no annotation; a crowd of persons is a label of image 7
-    assert loaded["validation"]["image_labels"][:] == [[1, 1, 1], [1, 0, 0]]
+    assert loaded["validation"]["labels"][:] == [[0, 1, 2], [0]]
     check_dataset(loaded)
 
 
@@ -91,7 +91,7 @@ def test_a_mask_is_drawn_when_its_record_is_opened_and_not_before(coco, monkeypa
     monkeypatch.setattr(polygon_mask, "draw_objects", lambda *args: drawn.append(1) or original(*args))
     loaded = load_coco2014(coco)
     check_dataset(loaded)
-    assert loaded["validation"]["image_labels"][0] == [1, 1, 1]
+    assert loaded["validation"]["labels"][0] == [0, 1, 2]
     assert not drawn
     loaded["validation"][1]
     assert len(drawn) == 1
@@ -103,7 +103,7 @@ def test_masks_survive_what_is_done_to_data_sets(coco, tmp_path):
     loaded.save_to_disk(tmp_path / "saved")
     again = datasets.load_from_disk(tmp_path / "saved")
     assert class_names(again) == NAMES
-    split = again["validation"].filter(lambda labels: labels[1] == 1, input_columns="image_labels")
+    split = again["validation"].filter(lambda labels: 1 in labels, input_columns="labels")
     assert len(split) == 1
     assert np.array_equal(split.select_columns(["mask"])[0]["mask"], expected)
 
@@ -135,10 +135,11 @@ def test_missing_images_are_refused_or_left_out(coco, caplog):
     (coco / "val2014" / "COCO_val2014_000000000007.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"names 1 of 2 images .*000000000007.jpg.*on_bad_image='skip'"):
         load_coco2014(coco)
-    loaded = load_coco2014(coco, on_bad_image="skip")
+    skipped = {}
+    loaded = load_coco2014(coco, on_bad_image="skip", skipped=skipped)
     assert loaded["validation"]["image_id"][:] == ["COCO_val2014_000000000009"]
-    assert "000000000007.jpg" in skipped_records(loaded)["validation"][0] and "train" not in skipped_records(loaded)
-    assert "1 records are left out" in caplog.text
+    assert "000000000007.jpg" in skipped["validation"][0] and "train" not in skipped
+    assert "1 records of the split 'validation' are left out" in caplog.text
     with pytest.raises(ValueError, match="on_bad_image is 'ignore'"):
         load_coco2014(coco, on_bad_image="ignore")
 
@@ -194,7 +195,7 @@ def test_the_real_sample(root):
     for record in loaded["validation"]:
         mask = np.asarray(record["mask"])
         assert mask.shape == (record["image"].height, record["image"].width)
-        named = {label + 1 for label, there in enumerate(record["image_labels"]) if there}
+        named = {label + 1 for label in record["labels"]}
         assert set(np.unique(mask)) - {0, 255} <= named
 
 

@@ -36,8 +36,8 @@ def folder(tmp_path):
 
 def labels_of(loaded, split="train"):
     names = class_names(loaded)[1:]
-    pairs = zip(loaded[split]["image_id"][:], loaded[split]["image_labels"][:], strict=True)
-    return {i: [name for name, there in zip(names, vector, strict=True) if there] for i, vector in pairs}
+    pairs = zip(loaded[split]["image_id"][:], loaded[split]["labels"][:], strict=True)
+    return {image_id: [names[label] for label in labels] for image_id, labels in pairs}
 
 
 EXPECTED = {"a": ["cat"], "b": ["cat", "dog"], "c": [], "d": ["dog"]}
@@ -67,7 +67,7 @@ def test_tables_of_every_kind_say_the_same(folder, name, text):
     loaded = load_image_labels(folder)
     assert class_names(loaded) == ["background", "cat", "dog"]
     assert labels_of(loaded) == EXPECTED
-    assert loaded["train"].column_names == ["image", "image_id", "image_labels"]
+    assert loaded["train"].column_names == ["image", "image_id", "labels"]
     check_dataset(loaded)
     # the table itself may be named, too
     assert labels_of(load_image_labels(folder / name)) == EXPECTED
@@ -128,7 +128,7 @@ def test_splits_by_column_with_masks(folder):
     save_ids(folder / "masks_of_mine" / "d.png", [2, 255])
     loaded = load_image_labels(folder)
     assert {name: split.column_names[-1] for name, split in loaded.items()} == {
-        "train": "image_labels",
+        "train": "labels",
         "validation": "mask",
     }
     assert np.asarray(loaded["validation"][0]["mask"])[0, :3].tolist() == [2, 255, 0]
@@ -176,7 +176,7 @@ def test_the_class_list_is_that_of_the_training_split_or_the_given_one(folder):
     listed = ["background", "dog", "zebra", "ant"]
     loaded = load_image_labels(folder, class_names=listed)
     assert class_names(loaded) == listed
-    assert loaded["train"]["image_labels"][:] == [[1, 0, 0], [1, 0, 1]]
+    assert loaded["train"]["labels"][:] == [[0], [0, 2]]
     with pytest.raises(ValueError, match="starts with 'background'"):
         load_image_labels(folder, class_names=["dog", "ant"])
 
@@ -223,8 +223,8 @@ def test_columns_of_every_kind_say_the_same(tmp_path, monkeypatch, values, featu
     monkeypatch.chdir(tmp_path)
     loaded = load_image_labels("parquet", class_names=given, mask_column="segmentation")
     assert class_names(loaded) == ["background", "cat", "dog"]
-    assert loaded["train"]["image_labels"][:] == [[1, 0], [1, 1], [0, 0], [0, 1]]
-    assert loaded["train"].column_names == ["image", "image_id", "image_labels"]
+    assert loaded["train"]["labels"][:] == [[0], [0, 1], [], [1]]
+    assert loaded["train"].column_names == ["image", "image_id", "labels"]
     record = loaded["validation"][0]
     assert record["image"].size == record["mask"].size == (6, 5)
     assert np.asarray(record["mask"])[0].tolist() == [1, 0] * 3
@@ -232,14 +232,14 @@ def test_columns_of_every_kind_say_the_same(tmp_path, monkeypatch, values, featu
     names = class_names(loaded)
     streamed = load_image_labels("parquet", class_names=names, mask_column="segmentation", streaming=True)
     assert isinstance(streamed, datasets.IterableDatasetDict) and class_names(streamed) == names
-    assert [record["image_labels"] for record in streamed["train"]] == loaded["train"]["image_labels"][:]
-    assert set(next(iter(streamed["validation"]))) == {"image", "image_id", "image_labels", "mask"}
+    assert [record["labels"] for record in streamed["train"]] == loaded["train"]["labels"][:]
+    assert set(next(iter(streamed["validation"]))) == {"image", "image_id", "labels", "mask"}
 
 
 def test_a_single_class_label_and_numbers_without_names(tmp_path):
     write_parquet(tmp_path / "one", [0, 1, 1, 0], LABEL)
     loaded = load_image_labels(tmp_path / "one", mask_column="segmentation")
-    assert loaded["train"]["image_labels"][:] == [[1, 0], [0, 1], [0, 1], [1, 0]]
+    assert loaded["train"]["labels"][:] == [[0], [1], [1], [0]]
     write_parquet(tmp_path / "hot", [[1, 0, 1], [0, 0, 0]], datasets.List(datasets.Value("int64")))
     assert class_names(load_image_labels(tmp_path / "hot")) == ["background", "class_1", "class_2", "class_3"]
     with pytest.raises(ValueError, match="can not be inferred while streaming: give class_names"):

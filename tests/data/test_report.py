@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from devkit_utils import ids_of
 from PIL import Image
 
 from synernet_hf.data import PolygonMask, build_split, load_shapes, load_voc2012
@@ -38,10 +39,10 @@ def faulty():
     images = [encoded(0), encoded(1, (30, 40), "L"), {"bytes": b"none", "path": None}, encoded(0)]
     images += [encoded(2, (16, 8), format="JPEG", exif=exif)]
     labels = [[1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 0, 0], [0, 1, 0]]
-    train = build_split(images, ["a", "b", "c", "d", "d"], np.array(labels), NAMES)
+    train = build_split(images, ["a", "b", "c", "d", "d"], ids_of(labels), NAMES)
     masks = [mask_of((20, 10)), mask_of((10, 20)), None, mask_of((20, 10), 77)]
     validation = build_split(
-        [encoded(0), encoded(3), encoded(4), encoded(5)], list("efgh"), np.ones((4, 3)), NAMES, masks
+        [encoded(0), encoded(3), encoded(4), encoded(5)], list("efgh"), [[0, 1, 2]] * 4, NAMES, masks
     )
     return datasets.DatasetDict(train=train, validation=validation)
 
@@ -52,7 +53,7 @@ def test_a_rare_class_with_the_name_of_a_common_one_is_shown(number, found):
     labels = np.zeros((number + 1, 3), dtype=int)
     labels[:number, 0], labels[number, 1] = 1, 1
     split = build_split(
-        [encoded(seed) for seed in range(number + 1)], [f"{i}" for i in range(number + 1)], labels, names
+        [encoded(seed) for seed in range(number + 1)], [f"{i}" for i in range(number + 1)], ids_of(labels), names
     )
     text = inspect_dataset(datasets.DatasetDict(train=split)).text()
     assert (f"almost the name of a common one (caat: 1, cat: {number})" in text) == found
@@ -76,8 +77,9 @@ def test_everything_wrong_is_found(faulty):
     assert json.loads(json.dumps(report.to_dict()))["splits"]["train"]["num_images"] == 5
 
 
-def test_wrong_label_vectors_are_named():
-    split = build_split([encoded(0), encoded(1)], ["a", "b"], np.array([[1, 0, 0], [2, 0, 0]]), NAMES)
+def test_wrong_labels_are_named():
+    split = build_split([encoded(0), encoded(1)], ["a", "b"], [[0], [0]], NAMES)
+    split = datasets.Dataset.from_dict(split.to_dict() | {"labels": [[0], [-1]]}, features=split.features)
     report = inspect_dataset(datasets.DatasetDict(train=split))
     assert report.splits["train"].bad_labels == ["b"] and report.splits["train"].class_counts["cat"] == 1
 
@@ -91,7 +93,7 @@ def test_nothing_is_found_where_nothing_is_wrong(devkit):
 
 
 def test_training_masks_are_not_opened():
-    split = build_split([encoded(0)], ["a"], np.ones((1, 3)), NAMES, [{"bytes": b"none", "path": None}])
+    split = build_split([encoded(0)], ["a"], [[0, 1, 2]], NAMES, [{"bytes": b"none", "path": None}])
     assert inspect_dataset(datasets.DatasetDict(train=split)).splits["train"].unusable_masks == {}
 
 
@@ -177,7 +179,7 @@ def test_generated_images_are_shared_too(tmp_path):
     loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
     for record, original in zip(loaded["train"], splits["train"], strict=True):
         assert np.array_equal(np.asarray(record["image"]), np.asarray(original["image"]))
-        assert record["labels"] == [i for i, value in enumerate(original["image_labels"]) if value]
+        assert record["labels"] == original["labels"]
 
 
 @pytest.fixture
@@ -185,10 +187,8 @@ def annotated():
     """Splits with masks that are kept as annotations."""
     objects = json.dumps([[2, [[2, 2, 8, 2, 8, 8, 2, 8]]]])
     cells = [{"height": 10, "width": 20, "objects": objects}, {"height": 20, "width": 10, "objects": objects}]
-    validation = build_split(
-        [encoded(1), encoded(2)], ["good", "turned"], np.array([[0, 1, 0]] * 2), NAMES, cells, PolygonMask()
-    )
-    return datasets.DatasetDict(train=build_split([encoded(0)], ["a"], [[1, 0, 0]], NAMES), validation=validation)
+    validation = build_split([encoded(1), encoded(2)], ["good", "turned"], [[1]] * 2, NAMES, cells, PolygonMask())
+    return datasets.DatasetDict(train=build_split([encoded(0)], ["a"], [[0]], NAMES), validation=validation)
 
 
 def test_annotations_are_looked_at_and_shared_as_masks(annotated, tmp_path):

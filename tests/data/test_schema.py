@@ -1,10 +1,10 @@
 import json
 
 import datasets
-import numpy as np
 import pytest
+import torch
 
-from synernet_hf.data import COCO_CLASSES, VOC_CLASSES, build_split, class_names, id2label_from
+from synernet_hf.data import COCO_CLASSES, VOC_CLASSES, build_split, class_names, id2label_from, multi_hot
 from synernet_hf.data.schema import class_index
 
 
@@ -47,7 +47,7 @@ def test_unknown_class_name_lists_close_matches():
 
 def test_class_names_survive_what_people_do_to_a_split(tmp_path):
     names = ["background", "cat", "dog"]
-    split = build_split(["a.jpg", "b.jpg"], ["a", "b"], np.eye(2), names)
+    split = build_split(["a.jpg", "b.jpg"], ["a", "b"], [[0], [1]], names)
     used = split.select([1]).cast_column("image", datasets.Image(decode=False)).filter(lambda record: True)
     used.remove_columns("image").save_to_disk(tmp_path / "saved")
     saved = datasets.load_from_disk(tmp_path / "saved")
@@ -58,12 +58,28 @@ def test_class_names_refuses_splits_without_or_with_different_lists():
     bare = datasets.Dataset.from_dict({"image_id": ["a"]})
     with pytest.raises(ValueError, match="'train' carries no class list"):
         class_names(datasets.DatasetDict(train=bare))
-    one = build_split(["a.jpg"], ["a"], np.ones((1, 1)), ["background", "cat"])
-    other = build_split(["a.jpg"], ["a"], np.ones((1, 1)), ["background", "dog"])
+    one = build_split(["a.jpg"], ["a"], [[0]], ["background", "cat"])
+    other = build_split(["a.jpg"], ["a"], [[0]], ["background", "dog"])
     with pytest.raises(ValueError, match="do not share one class list"):
         class_names(datasets.DatasetDict(train=one, validation=other))
 
 
-def test_build_split_wants_one_column_for_each_foreground_class():
-    with pytest.raises(ValueError, match="2 foreground classes need"):
-        build_split(["a.jpg"], ["a"], np.ones((1, 3)), ["background", "cat", "dog"])
+@pytest.mark.parametrize("wrong", [-1, 2])
+def test_build_split_wants_ids_of_the_foreground_classes(wrong):
+    with pytest.raises(ValueError, match=f"labels of a hold {wrong}, but 0 to 1 are expected"):
+        build_split(["a.jpg"], ["a"], [[0, wrong]], ["background", "cat", "dog"])
+
+
+def test_labels_are_sorted_ids_that_name_themselves():
+    split = build_split(["a.jpg", "b.jpg"], ["a", "b"], [[1, 0, 1], []], ["background", "cat", "dog"])
+    assert split["labels"][:] == [[0, 1], []]
+    assert split.features["labels"].feature.int2str([0, 1]) == ["cat", "dog"]
+    assert not split.info.description
+
+
+def test_multi_hot():
+    vector = multi_hot([2, 0, 2], 4)
+    assert vector.dtype == torch.float32 and vector.tolist() == [1, 0, 1, 0]
+    assert multi_hot([], 2).tolist() == [0, 0]
+    with pytest.raises(IndexError):
+        multi_hot([4], 4)

@@ -14,8 +14,8 @@ def drawn():
 
 def test_splits_columns_and_classes():
     loaded = load_shapes(5, 3, image_size=48)
-    assert loaded["train"].column_names == ["image", "image_id", "image_labels"]
-    assert loaded["validation"].column_names == ["image", "image_id", "image_labels", "mask"]
+    assert loaded["train"].column_names == ["image", "image_id", "labels"]
+    assert loaded["validation"].column_names == ["image", "image_id", "labels", "mask"]
     assert (len(loaded["train"]), len(loaded["validation"])) == (5, 3)
     assert class_names(loaded) == SHAPES_CLASSES
     assert loaded["train"][0]["image"].size == loaded["validation"][0]["mask"].size == (48, 48)
@@ -25,7 +25,7 @@ def test_labels_are_the_classes_in_the_mask():
     loaded = load_shapes(20, 1, with_train_masks=True)
     for record in loaded["train"]:
         present = np.isin(np.arange(1, 6), np.asarray(record["mask"]))
-        assert record["image_labels"] == present.astype(int).tolist()
+        assert record["labels"] == np.flatnonzero(present).tolist()
         assert 1 <= present.sum() <= 3
 
 

@@ -20,8 +20,8 @@ from synernet_hf.data import (
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def record(image, labels=(1, 0)):
-    return {"image": image, "image_id": "one", "image_labels": list(labels)}
+def record(image, labels=(0,)):
+    return {"image": image, "image_id": "one", "labels": list(labels)}
 
 
 def smooth_image(width=60, height=44):
@@ -50,10 +50,10 @@ def test_padding_is_black_and_the_box_holds_real_pixels(scale_range):
 
 
 def test_sample_has_the_promised_types_and_shapes():
-    sample = TrainTransform(32)(record(smooth_image(), (0, 1, 1)), 5)
+    sample = TrainTransform(32)(record(smooth_image(), (1, 2)), 5)
     assert sample["image"].shape == (3, 32, 32) and sample["image"].dtype == torch.uint8
     assert sample["valid_box"].shape == (4,) and sample["valid_box"].dtype == torch.int64
-    assert sample["labels"].dtype == torch.float32 and sample["labels"].tolist() == [0, 1, 1]
+    assert sample["labels"] == [1, 2]
     assert sample["image_id"] == "one"
 
 
@@ -209,23 +209,24 @@ def test_loader_gives_the_same_batches_for_any_number_of_workers(num_workers):
     loader = DataLoader(
         dataset,
         batch_sampler=StreamBatchSampler(12, 5, 4, seed=1),
-        collate_fn=SynerNetDataCollator(),
+        collate_fn=SynerNetDataCollator(5),
         num_workers=num_workers,
     )
     batches = list(loader)
     assert len(batches) == 4 and set(batches[0]) == {"images", "labels", "valid_boxes"}
     for batch, keys in zip(batches, StreamBatchSampler(12, 5, 4, seed=1), strict=True):
         assert batch["images"].shape == (5, 3, 24, 24) and batch["images"].dtype == torch.uint8
+        assert batch["labels"].shape == (5, 5) and batch["labels"].dtype == torch.float32
         assert batch["valid_boxes"].shape == (5, 4) and batch["valid_boxes"].dtype == torch.int64
         for row, key in enumerate(keys):
             assert (batch["images"][row] == dataset[key]["image"]).all()
-            assert batch["labels"][row].tolist() == split[key[0]]["image_labels"]
+            assert batch["labels"][row].nonzero()[:, 0].tolist() == split[key[0]]["labels"]
 
 
 def test_train_dataset_never_reads_a_mask():
     image = encoded(smooth_image(), format="PNG")
     broken = {"bytes": b"no mask", "path": None}
-    split = build_split([image], ["one"], np.ones((1, 1)), ["background", "cat"], masks=[broken])
+    split = build_split([image], ["one"], [[0]], ["background", "cat"], masks=[broken])
     dataset = TrainDataset(split, TrainTransform(32))
     assert "mask" not in dataset.dataset.column_names
     assert dataset[0, 0]["image"].shape == (3, 32, 32)

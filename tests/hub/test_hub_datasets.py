@@ -10,7 +10,7 @@ from synernet_hf.data import load_shapes, self_describing
 
 shapes = load_shapes(num_train=6, num_validation=4, image_size=32)
 self_describing(shapes).push_to_hub("owner/shapes", private=True)
-result = {name: [record["image_labels"] for record in split] for name, split in shapes.items()}
+result = {name: [record["labels"] for record in split] for name, split in shapes.items()}
 """
 LOAD = """
 from synernet_hf.data import class_names, load_image_labels, load_wsss_dataset
@@ -19,7 +19,7 @@ loaded = load_image_labels("owner/shapes")
 assert class_names(loaded) == class_names(load_wsss_dataset("shapes", dataset_options={"num_train": 1}))
 assert loaded["train"][0]["image"].size == loaded["validation"][0]["mask"].size == (32, 32)
 assert "mask" not in loaded["train"].column_names
-result = {name: [list(record["image_labels"]) for record in split] for name, split in loaded.items()}
+result = {name: [list(record["labels"]) for record in split] for name, split in loaded.items()}
 """
 
 
@@ -33,7 +33,7 @@ def test_a_pushed_data_set_is_loaded_streamed_and_kept(client, new_client, hub, 
         """
         from synernet_hf.data import load_image_labels
         stream = load_image_labels("owner/shapes", streaming=True)["validation"]
-        result = [list(record["image_labels"]) for record in stream]
+        result = [list(record["labels"]) for record in stream]
         """
     )
     assert streamed == pushed["validation"]

@@ -82,7 +82,7 @@ def test_known_image_labels_exclude_the_other_classes(segmenter, images):
 
 
 def test_image_labels_of_records_and_of_the_classifiers(segmenter, images):
-    records = [{"image": images[0], "image_labels": [0, 1]}, {"image": images[1], "image_labels": ["cat"]}]
+    records = [{"image": images[0], "labels": [1]}, {"image": images[1], "labels": ["cat"]}]
     by_name = [segmenter(images[0], image_labels=["dog"]), segmenter(images[1], image_labels=["cat"])]
     for batch_size in (1, 2):
         for expected, segments in zip(
@@ -207,10 +207,10 @@ def test_wrong_options_are_refused_in_a_sentence(segmenter, images):
         segmenter(images[0], image_labels="wolf")
     with pytest.raises(ValueError, match="positive scale"):
         segmenter(images[0], scales=[0.0])
-    with pytest.raises(ValueError, match="An image has no `image_labels`"):
+    with pytest.raises(ValueError, match="An image has no `labels`"):
         segmenter(images[0], image_labels="known")
-    with pytest.raises(ValueError, match=r"Got the image labels \[1, 2\].*each of the 2 classes"):
-        segmenter({"image": images[0], "image_labels": [1, 2]}, image_labels="known")
+    with pytest.raises(ValueError, match=r"Got the image labels \[1, 2\].*ids from 0 to 1"):
+        segmenter({"image": images[0], "labels": [1, 2]}, image_labels="known")
     with pytest.raises(ValueError, match="`crf` is True; a function"):
         segmenter(images[0], crf=True)
 

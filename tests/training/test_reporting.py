@@ -31,7 +31,7 @@ def test_the_grid_shows_the_first_images_and_leaves_the_model_as_it_was(tiny_con
 def test_16_bit_images_are_shown_with_their_shades(tiny_config):
     shades = np.linspace(0, 65535, 32 * 40).reshape(32, 40).astype(np.uint16)
     record = {"image": Image.fromarray(shades), "mask": Image.new("L", (40, 32))}
-    record["image_labels"] = [1] + [0] * (tiny_config.num_labels - 2)
+    record["labels"] = [0]
     model = SynerNetForWeaklySupervisedSegmentation(tiny_config).eval()
     image = dict(_panels(model, SynerNetImageProcessor(), record))["image"]
     assert np.array_equal(np.asarray(image)[..., 0], shades // 256)

@@ -19,7 +19,7 @@ from synernet_hf.data.schema import (
     build_split,
     class_names,
     id2label_from,
-    skipped_records,
+    multi_hot,
 )
 from synernet_hf.data.shapes import SHAPES_CLASSES, load_shapes
 from synernet_hf.data.sharing import self_describing, write_parquet
@@ -49,6 +49,7 @@ def load_wsss_dataset(
     train_split: str | None = None,
     validation_split: str | None = None,
     dataset_options: dict[str, Any] | None = None,
+    skipped: dict[str, list[str]] | None = None,
 ) -> datasets.DatasetDict:
     """
     Loads a data source by its name.
@@ -69,6 +70,8 @@ def load_wsss_dataset(
         dataset_options (`dict`, *optional*):
             Further arguments of the loader, for example `{"num_train": 500}` for `"shapes"` or `{"class_names":
             ["background", "cat", "dog"]}` for images of your own. `on_bad_image` may be given for every source.
+        skipped (`dict[str, list[str]]`, *optional*):
+            Dictionary to which what `on_bad_image="skip"` leaves out is added, a phrase for each record, by split.
 
     Returns:
         `datasets.DatasetDict`: the splits `train` and `validation`, of one's own images as far as they are there;
@@ -96,7 +99,11 @@ def load_wsss_dataset(
         loader, arguments = load_image_labels, {"data_dir": name} | arguments
     elif loader is not load_shapes and data_dir is None:
         raise ValueError(f"The data set {name!r} needs data_dir: {DATA_DIR_HINTS[name]}.")
-    known = [key for key, value in inspect.signature(loader).parameters.items() if value.kind != value.VAR_KEYWORD]
+    known = [
+        key
+        for key, value in inspect.signature(loader).parameters.items()
+        if value.kind != value.VAR_KEYWORD and key != "skipped"
+    ]
     known += ColumnNames.__annotations__ if loader is load_image_labels else ()
     if loader is load_shapes:
         # generated images are never bad
@@ -104,6 +111,8 @@ def load_wsss_dataset(
     unknown = [key for key in arguments if key not in known]
     if unknown:
         raise ValueError(f"The data set {name!r} does not take {', '.join(unknown)}: it takes {', '.join(known)}.")
+    if loader is not load_shapes:
+        arguments["skipped"] = skipped
     return loader(**arguments)
 
 
@@ -129,8 +138,8 @@ __all__ = [
     "load_shapes",
     "load_voc2012",
     "load_wsss_dataset",
+    "multi_hot",
     "read_label_file",
     "self_describing",
-    "skipped_records",
     "write_parquet",
 ]

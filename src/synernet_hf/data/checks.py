@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from synernet_hf.data.label_files import name_some
 from synernet_hf.data.polygon_mask import IGNORE_INDEX, PolygonMask
-from synernet_hf.data.schema import class_names, describe, skipped_records
+from synernet_hf.data.schema import class_names, note_skipped
 from synernet_hf.data.transforms import ORIENTATION_TAG, TRANSPOSED_ORIENTATIONS, open_image
 
 
@@ -39,7 +39,7 @@ def check_dataset(
         `dict[str, dict[str, int]]`: for each split and foreground class, the number of images with that class.
 
     Raises:
-        ValueError: No split, an empty split, a label vector of the wrong length or with values other than 0 and 1, no
+        ValueError: No split, an empty split, labels that are missing or hold other ids than those of the class list, no
             positive label in the training split, an image that does not decode, or, outside the training split, a
             mask that is missing, does not decode, is no palette or greyscale image, has another size than its
             image (both turned as their EXIF orientation says), or holds an id that is neither a class nor 255.
@@ -69,7 +69,9 @@ def check_dataset(
     return counts
 
 
-def drop_bad_records(dataset_dict: datasets.DatasetDict, num_threads: int = 2) -> datasets.DatasetDict:
+def drop_bad_records(
+    dataset_dict: datasets.DatasetDict, num_threads: int = 2, skipped: dict[str, list[str]] | None = None
+) -> datasets.DatasetDict:
     """
     Leaves out the records that [`check_dataset`] would refuse for their image or mask.
 
@@ -78,12 +80,13 @@ def drop_bad_records(dataset_dict: datasets.DatasetDict, num_threads: int = 2) -
             What a loader of this package returned.
         num_threads (`int`, *optional*, defaults to 2):
             Threads that decode.
+        skipped (`dict[str, list[str]]`, *optional*):
+            Dictionary to which what is left out is added, a phrase for each record, by split.
 
     Returns:
-        `datasets.DatasetDict`: the other records. What was left out is logged, and [`skipped_records`] lists it.
+        `datasets.DatasetDict`: the other records. What is left out is logged too.
     """
     names = class_names(dataset_dict)
-    earlier = skipped_records(dataset_dict)
     kept = {}
     for split_name, split in dataset_dict.items():
         complaints = _complaints(split, split_name, len(names), num_threads)
@@ -91,7 +94,7 @@ def drop_bad_records(dataset_dict: datasets.DatasetDict, num_threads: int = 2) -
         kept[split_name] = split
         if phrases:
             kept[split_name] = split.select([index for index, complaint in enumerate(complaints) if not complaint])
-            describe(kept[split_name], names, [*earlier.get(split_name, []), *phrases])
+            note_skipped(skipped, split_name, phrases)
     return datasets.DatasetDict(kept)
 
 
@@ -217,22 +220,38 @@ def examine_mask(cell: dict | None, size: tuple[int, int], num_labels: int) -> t
 
 
 def _check_labels(split: datasets.Dataset, split_name: str, num_classes: int) -> np.ndarray:
-    table = split.select_columns(["image_id", "image_labels"])[:]
-    wrong = [index for index, vector in enumerate(table["image_labels"]) if len(vector) != num_classes]
-    if wrong:
+    table = split.select_columns(["image_id", "labels"])[:]
+    counts = np.zeros(num_classes, dtype=int)
+    bad = []
+    for image_id, ids in zip(table["image_id"], table["labels"], strict=True):
+        if good_labels(ids, num_classes):
+            counts[ids] += 1
+        else:
+            bad.append(f"{image_id}: {ids}")
+    if bad:
         raise ValueError(
-            f"The label vector of {table['image_id'][wrong[0]]} in the split {split_name!r} has the length "
-            f"{len(table['image_labels'][wrong[0]])}, but there are {num_classes} foreground classes: give one 0 or 1 "
-            f"for each ({len(wrong)} of {len(split)} vectors are wrong)."
+            f"{len(bad)} of {len(split)} records of the split {split_name!r} have wrong labels ({name_some(bad)}): a "
+            f"list of different ids from 0 to {num_classes - 1}, sorted, is expected."
         )
-    labels = np.array(table["image_labels"])
-    bad = ~np.isin(labels, (0, 1)).all(axis=1)
-    if bad.any():
-        raise ValueError(
-            f"The label vector of {table['image_id'][int(bad.argmax())]} in the split {split_name!r} holds values other "
-            f"than 0 and 1: labels are multi-hot ({int(bad.sum())} of {len(split)} vectors are wrong)."
-        )
-    return labels.sum(axis=0)
+    return counts
+
+
+def good_labels(label_ids: list[int] | None, num_classes: int) -> bool:
+    """
+    Says whether the labels of a record are as the contract has them.
+
+    Args:
+        label_ids (`list[int]`, *optional*):
+            The cell.
+        num_classes (`int`):
+            Number C of foreground classes.
+
+    Returns:
+        `bool`: They are ids from 0 to C - 1, sorted and without repeats.
+    """
+    if label_ids is None or None in label_ids or sorted(set(label_ids)) != label_ids:
+        return False
+    return not label_ids or 0 <= label_ids[0] <= label_ids[-1] < num_classes
 
 
 def _check_images(split: datasets.Dataset, split_name: str, num_labels: int, num_threads: int) -> None:
@@ -247,7 +266,7 @@ def _check_images(split: datasets.Dataset, split_name: str, num_labels: int, num
 def _complaints(split: datasets.Dataset, split_name: str, num_labels: int, num_threads: int) -> list[str | None]:
     """What is wrong with each record, `None` where nothing is."""
     scored = "mask" in split.column_names and split_name != "train"
-    columns = ["image", "image_id", "image_labels", "mask"] if scored else ["image", "image_id"]
+    columns = ["image", "image_id", "labels", "mask"] if scored else ["image", "image_id"]
     split = undecoded(split, columns)
     with ThreadPoolExecutor(num_threads) as pool:
         outcomes = list(pool.map(lambda index: _examine(split[index], num_labels), range(len(split))))
@@ -277,8 +296,8 @@ def _examine(record: dict, num_labels: int) -> tuple[str | None, bool]:
     if fault:
         path = (record["mask"] or {}).get("path")
         return f"the mask of {record['image_id']}" + (f" ({path})" if path else "") + f" {fault}", False
-    named = {0, IGNORE_INDEX, *(label + 1 for label, there in enumerate(record["image_labels"]) if there)}
+    named = {0, IGNORE_INDEX, *(label + 1 for label in record["labels"])}
     return None, ids is not None and not named.issuperset(np.unique(ids).tolist())
 
 
-__all__ = ["check_dataset", "decode_size", "drop_bad_records", "examine_mask", "mask_ids", "undecoded"]
+__all__ = ["check_dataset", "decode_size", "drop_bad_records", "examine_mask", "good_labels", "mask_ids", "undecoded"]

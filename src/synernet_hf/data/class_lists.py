@@ -1,4 +1,4 @@
-"""Labels of a source → its class list and label vectors, by name and never by chance."""
+"""Labels of a source → its class list and label ids, by name and never by chance."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from synernet_hf.data.label_files import multi_hot, name_some
+from synernet_hf.data.label_files import label_ids, name_some
 from synernet_hf.data.schema import class_index, id2label_from
 
 
@@ -75,9 +75,9 @@ class LabelReader:
         names = (as_text(item) for item in cell)
         return list(dict.fromkeys(name for name in names if name))
 
-    def vector(self, cells: Sequence[Any], class_names: Sequence[str], place: str) -> np.ndarray:
+    def ids(self, cells: Sequence[Any], class_names: Sequence[str], place: str) -> list[int]:
         """
-        The multi-hot vector of one image.
+        The label ids of one image.
 
         Args:
             cells (`Sequence[Any]`):
@@ -88,15 +88,15 @@ class LabelReader:
                 Where they stand, for the error sentence.
 
         Returns:
-            `np.ndarray`: `(C,)` uint8 multi-hot.
+            `list[int]`: 0-based ids over the foreground classes, sorted.
 
         Raises:
             ValueError: A label vector of another length, or a name or id that is not in the class list.
         """
         if self.vector_length is None:
-            return vector_from_names([name for cell in cells for name in self.names(cell, place)], class_names, place)
-        vectors = [vector_from_numbers(cell, len(class_names) - 1, place) for cell in cells if not is_empty(cell)]
-        return np.max(vectors, axis=0) if vectors else np.zeros(len(class_names) - 1, dtype=np.uint8)
+            return ids_from_names([name for cell in cells for name in self.names(cell, place)], class_names, place)
+        found = [ids_from_vector(cell, len(class_names) - 1, place) for cell in cells if not is_empty(cell)]
+        return sorted({label for ids in found for label in ids})
 
     def infer_class_names(self, images: Iterable[tuple[Sequence[Any], str]]) -> list[str]:
         """
@@ -229,9 +229,9 @@ def checked_class_names(given: Sequence[str] | None, own: Sequence[str] | None, 
     return list(own)
 
 
-def vector_from_names(names: Sequence[str], class_names: Sequence[str], place: str) -> np.ndarray:
+def ids_from_names(names: Sequence[str], class_names: Sequence[str], place: str) -> list[int]:
     """
-    Turns the labels of one image into a vector.
+    Turns the labels of one image into ids.
 
     Args:
         names (`Sequence[str]`):
@@ -242,13 +242,13 @@ def vector_from_names(names: Sequence[str], class_names: Sequence[str], place: s
             Where the labels stand, for the error sentence.
 
     Returns:
-        `np.ndarray`: `(C,)` uint8 multi-hot.
+        `list[int]`: 0-based ids over the foreground classes, sorted.
 
     Raises:
         ValueError: A name or id is not in the class list.
     """
     try:
-        return multi_hot([_name_of(name, class_names) for name in names], class_names)
+        return label_ids([_name_of(name, class_names) for name in names], class_names)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
 
@@ -263,9 +263,9 @@ def _name_of(name: str, class_names: Sequence[str]) -> str:
     return class_names[int(name)]
 
 
-def vector_from_numbers(values: Sequence[Any], num_classes: int, place: str) -> np.ndarray:
+def ids_from_vector(values: Sequence[Any], num_classes: int, place: str) -> list[int]:
     """
-    Checks a multi-hot vector.
+    Reads a multi-hot vector.
 
     Args:
         values (`Sequence[Any]`):
@@ -276,7 +276,7 @@ def vector_from_numbers(values: Sequence[Any], num_classes: int, place: str) -> 
             Where the vector stands, for the error sentence.
 
     Returns:
-        `np.ndarray`: `(C,)` uint8 multi-hot.
+        `list[int]`: 0-based ids over the foreground classes, sorted.
 
     Raises:
         ValueError: It has another length or other values.
@@ -287,7 +287,7 @@ def vector_from_numbers(values: Sequence[Any], num_classes: int, place: str) -> 
             f"{place}: the label vector {list(values)[:8]} does not hold one 0 or 1 for each of the {num_classes} "
             "foreground classes."
         )
-    return vector.astype(np.uint8)
+    return np.flatnonzero(vector).tolist()
 
 
 def numbered_names(num_classes: int) -> list[str]:
@@ -308,10 +308,10 @@ __all__ = [
     "LabelReader",
     "as_text",
     "checked_class_names",
+    "ids_from_names",
+    "ids_from_vector",
     "infer_class_names",
     "is_empty",
     "numbered_names",
-    "vector_from_names",
-    "vector_from_numbers",
     "vector_length",
 ]

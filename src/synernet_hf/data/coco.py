@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 
 from synernet_hf.data.label_files import name_some
 from synernet_hf.data.polygon_mask import IGNORE_INDEX, PolygonMask
-from synernet_hf.data.schema import as_streams, build_split, check_on_bad_image, describe, id2label_from
+from synernet_hf.data.schema import as_streams, build_split, check_on_bad_image, id2label_from, note_skipped
 
 
 logger = logging.getLogger(__name__)
@@ -25,6 +24,7 @@ def load_coco2014(
     validation_split: str = "val2014",
     on_bad_image: str = "raise",
     streaming: bool = False,
+    skipped: dict[str, list[str]] | None = None,
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """
     Loads COCO 2014, or any folder in its layout, without decoding an image.
@@ -45,13 +45,16 @@ def load_coco2014(
         validation_split (`str`, *optional*, defaults to `"val2014"`):
             The same of the images to evaluate on.
         on_bad_image (`str`, *optional*, defaults to `"raise"`):
-            What to do about annotated images that are not there: `"raise"`, or `"skip"` to leave them out and list
-            them ([`skipped_records`]).
+            What to do about annotated images that are not there: `"raise"`, or `"skip"` to leave them out, log
+            them and list them in `skipped`.
         streaming (`bool`, *optional*, defaults to `False`):
             Gives an `IterableDatasetDict` to go through; not for training, which draws images at random.
+        skipped (`dict[str, list[str]]`, *optional*):
+            Dictionary to which what is left out is added, a phrase for each record, by split.
 
     Returns:
-        `datasets.DatasetDict` or `datasets.IterableDatasetDict`: `train` (`image`, `image_id`, `image_labels`) and `validation` (the same and `mask`).
+        `datasets.DatasetDict` or `datasets.IterableDatasetDict`: `train` (`image`, `image_id`, `labels`) and
+        `validation` (the same and `mask`).
 
     Raises:
         FileNotFoundError: A folder, an annotation file or an image is missing.
@@ -74,7 +77,8 @@ def load_coco2014(
                 f"The categories of {path} are not those of the file for {train_split}: use two files of one data set."
             )
         names = reader.class_names
-        splits[split] = _build(root / name, reader, on_bad_image)
+        splits[split], missing = _build(root / name, reader, on_bad_image)
+        note_skipped(skipped, split, missing)
     return as_streams(splits) if streaming else datasets.DatasetDict(splits)
 
 
@@ -142,11 +146,9 @@ class _AnnotationReader:
                 "it does not list: list them under categories."
             )
 
-    def labels(self, image_id: int) -> np.ndarray:
-        """Multi-hot labels of an image, `(C,)` uint8."""
-        vector = np.zeros(len(self.class_ids), dtype=np.uint8)
-        vector[[self.class_ids[category_id] - 1 for category_id, _, _ in self.annotations[image_id]]] = 1
-        return vector
+    def labels(self, image_id: int) -> list[int]:
+        """Label ids of an image."""
+        return [self.class_ids[category_id] - 1 for category_id, _, _ in self.annotations[image_id]]
 
     def pop_mask(self, image_id: int) -> dict[str, Any]:
         """The cell of an image in the mask column; its annotations are given up."""
@@ -158,7 +160,7 @@ class _AnnotationReader:
         return {"height": height, "width": width, "objects": f"[{','.join(objects)}]"}
 
 
-def _build(folder: Path, reader: _AnnotationReader, on_bad_image: str) -> datasets.Dataset:
+def _build(folder: Path, reader: _AnnotationReader, on_bad_image: str) -> tuple[datasets.Dataset, list[str]]:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder} with the images of {reader.path.name}.")
     there = set(os.listdir(folder))
@@ -180,7 +182,7 @@ def _build(folder: Path, reader: _AnnotationReader, on_bad_image: str) -> datase
     skipped = [f"the image {file} is not in {folder}" for file in missing]
     # in parts, so that an annotation is in memory either as text or in the table
     parts = [_build_part(folder, reader, kept[i : i + PART_SIZE]) for i in range(0, len(kept), PART_SIZE)]
-    return describe(datasets.concatenate_datasets(parts), reader.class_names, skipped)
+    return datasets.concatenate_datasets(parts), skipped
 
 
 def _build_part(folder: Path, reader: _AnnotationReader, image_ids: list[int]) -> datasets.Dataset:
@@ -188,7 +190,7 @@ def _build_part(folder: Path, reader: _AnnotationReader, image_ids: list[int]) -
     return build_split(
         [str(folder / file) for file in files],
         [Path(file).stem for file in files],
-        np.stack([reader.labels(image_id) for image_id in image_ids]),
+        [reader.labels(image_id) for image_id in image_ids],
         reader.class_names,
         [reader.pop_mask(image_id) for image_id in image_ids] if reader.keep_polygons else None,
         mask_feature=PolygonMask() if reader.keep_polygons else None,

@@ -1,27 +1,24 @@
 """A data set of the Hub, or a folder of parquet files, with named columns → splits of records."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 from datasets.exceptions import DatasetsError
 
 from synernet_hf.data.class_lists import (
     LabelReader,
     checked_class_names,
-    vector_from_names,
-    vector_from_numbers,
+    ids_from_names,
+    ids_from_vector,
     vector_length,
 )
 from synernet_hf.data.image_folder import IMAGE_HEADERS, LABEL_HEADERS, VALIDATION_NAMES
-from synernet_hf.data.schema import describe, record_features
+from synernet_hf.data.schema import record_features
 
 
 ID_COLUMNS = ("image_id", "id", "file_name", "filename")
-LABEL_FEATURE = datasets.List(datasets.Value("int64"))
 
 
 class ImageLabelColumn:
@@ -63,20 +60,20 @@ class ImageLabelColumn:
         """Settles how the column is read, from its values in all splits."""
         self.reader = LabelReader(values, class_names=class_names)
 
-    def vector(self, value: Any, names: Sequence[str], place: str) -> np.ndarray:
-        """The multi-hot vector of one value, `(C,)` uint8."""
+    def ids(self, value: Any, names: Sequence[str], place: str) -> list[int]:
+        """The label ids of one value."""
         if self.kind == "class_label":
             items = value if isinstance(value, list) else [] if value is None else [value]
             # -1 stands for a label that is not known
             listed = [self.class_names[item + self.first_id] for item in items if item >= 0]
-            return vector_from_names([name for name in listed if name != "background"], names, place)
-        return self.reader.vector([value], names, place)
+            return ids_from_names([name for name in listed if name != "background"], names, place)
+        return self.reader.ids([value], names, place)
 
-    def streamed_vector(self, value: Any, names: Sequence[str], place: str) -> np.ndarray:
+    def streamed_ids(self, value: Any, names: Sequence[str], place: str) -> list[int]:
         """The same where the other values are not known: lists of C numbers 0 and 1 are label vectors."""
         if self.kind == "number" and value and self.is_list and vector_length([value]) == len(names) - 1:
-            return vector_from_numbers(value, len(names) - 1, place)
-        return self.vector(value, names, place)
+            return ids_from_vector(value, len(names) - 1, place)
+        return self.ids(value, names, place)
 
 
 def open_dataset(source: str | Path, streaming: bool = False) -> dict[str, Any]:
@@ -152,10 +149,9 @@ def load_columns(
     first = next(iter(splits.values()))
     if first.features is None:
         first = first._resolve_features()
-    names = _described_names(first)
     image, label, mask = _choose_columns(first.features, source, columns)
     column = ImageLabelColumn(first.features[label], label)
-    names = checked_class_names(class_names, column.class_names or names, str(source))
+    names = checked_class_names(class_names, column.class_names, str(source))
     if streaming and names is None:
         raise ValueError(
             f"The labels of {source} come without a class list, which can not be inferred while streaming: give "
@@ -172,15 +168,15 @@ def load_columns(
         chosen = {image: "image"} | ({mask: "mask"} if with_mask else {})
         if streaming:
             id_column = _id_column(split.features or first.features)
-            loaded[split_name] = describe(_stream(split, split_name, chosen, column, names, id_column), names)
+            loaded[split_name] = _stream(split, split_name, chosen, column, names, id_column)
             continue
         places = [f"{source}, split {split_name!r}, record {index}" for index in range(len(split))]
         if names is None:
             names = column.reader.infer_class_names(
                 ([value], place) for value, place in zip(values[split_name], places, strict=True)
             )
-        vectors = [column.vector(value, names, place) for value, place in zip(values[split_name], places, strict=True)]
-        loaded[split_name] = describe(_with_labels(split, split_name, chosen, vectors), names)
+        labels = [column.ids(value, names, place) for value, place in zip(values[split_name], places, strict=True)]
+        loaded[split_name] = _with_labels(split, split_name, chosen, labels, names)
     return loaded
 
 
@@ -241,16 +237,8 @@ def _holds_images(feature: Any) -> bool:
     return hasattr(feature, "decode_example") or (isinstance(feature, dict) and bool({"bytes", "path"} & set(feature)))
 
 
-def _described_names(split: Any) -> list[str] | None:
-    """The class list that a loader of this package left in a split which was saved and is loaded again."""
-    try:
-        return json.loads(split.info.description)["class_names"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return None
-
-
 def _with_labels(
-    split: datasets.Dataset, split_name: str, chosen: dict[str, str], vectors: Sequence[np.ndarray]
+    split: datasets.Dataset, split_name: str, chosen: dict[str, str], labels: Sequence[list[int]], names: Sequence[str]
 ) -> datasets.Dataset:
     id_column = _id_column(split.features)
     ids = [str(value) for value in split[id_column][:]] if id_column else []
@@ -258,9 +246,8 @@ def _with_labels(
         ids = [f"{split_name}_{index:06d}" for index in range(len(split))]
     split = split.select_columns(list(chosen)).rename_columns(chosen)
     split = split.add_column("image_id", ids, feature=datasets.Value("string"))
-    labels = [vector.astype(int).tolist() for vector in vectors]
-    split = split.add_column("image_labels", labels, feature=LABEL_FEATURE)
-    features = record_features(with_mask="mask" in chosen.values())
+    features = record_features(names, with_mask="mask" in chosen.values())
+    split = split.add_column("labels", list(labels), feature=features["labels"])
     split = split.select_columns(list(features))
     # a cast writes a copy of the images beside a data set that was saved
     return split if split.features == features else split.cast(features)
@@ -280,13 +267,13 @@ def _stream(
 ) -> datasets.IterableDataset:
     def record(row: dict, index: int) -> dict:
         place = f"split {split_name!r}, record {index}"
-        vector = column.streamed_vector(row[column.name], names, place)
+        labels = column.streamed_ids(row[column.name], names, place)
         image_id = None if id_column is None else row[id_column]
         image_id = f"{split_name}_{index:06d}" if image_id is None else str(image_id)
         made = {new: row[old] for old, new in chosen.items()}
-        return made | {"image_id": image_id, "image_labels": vector.astype(int).tolist()}
+        return made | {"image_id": image_id, "labels": labels}
 
-    features = record_features(with_mask="mask" in chosen.values())
+    features = record_features(names, with_mask="mask" in chosen.values())
     return split.map(record, with_indices=True, remove_columns=split.column_names, features=features)
 
 

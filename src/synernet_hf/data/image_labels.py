@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TypedDict, Unpack
 
 import datasets
-import numpy as np
 
 from synernet_hf.data.class_lists import LabelReader, checked_class_names
 from synernet_hf.data.image_columns import load_columns
@@ -19,7 +18,7 @@ from synernet_hf.data.image_folder import (
     split_folders,
 )
 from synernet_hf.data.label_files import name_some
-from synernet_hf.data.schema import as_streams, build_split, check_on_bad_image
+from synernet_hf.data.schema import as_streams, build_split, check_on_bad_image, note_skipped
 
 
 logger = logging.getLogger(__name__)
@@ -52,6 +51,7 @@ def load_image_labels(
     validation_split: str | None = None,
     on_bad_image: str = "raise",
     streaming: bool = False,
+    skipped: dict[str, list[str]] | None = None,
     **columns: Unpack[ColumnNames],
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """
@@ -81,15 +81,17 @@ def load_image_labels(
             Name of the split to evaluate on; `validation`, `val` or `test` where it is not given.
         on_bad_image (`str`, *optional*, defaults to `"raise"`):
             What to do about images that a table names and that are not there: `"raise"`, or `"skip"` to leave them
-            out and list them ([`skipped_records`]).
+            out, log them and list them in `skipped`.
         streaming (`bool`, *optional*, defaults to `False`):
             Gives an `IterableDatasetDict` to go through; a Hub or parquet data set is read meanwhile. Not for
             training, which draws images at random.
+        skipped (`dict[str, list[str]]`, *optional*):
+            Dictionary to which what is left out is added, a phrase for each record, by split.
         columns ([`ColumnNames`]):
             `image_column`, `label_column` and `mask_column`.
 
     Returns:
-        `datasets.DatasetDict` or `datasets.IterableDatasetDict`: `train` (`image`, `image_id`, `image_labels`) and
+        `datasets.DatasetDict` or `datasets.IterableDatasetDict`: `train` (`image`, `image_id`, `labels`) and
         `validation` (the same and, where there are masks, `mask`), as far as they are there.
 
     Raises:
@@ -113,7 +115,9 @@ def load_image_labels(
     path = Path(data_dir).expanduser()
     is_table = path.is_file() and path.suffix.lower() in TABLE_SUFFIXES
     if is_table or (path.is_dir() and not _holds_columns(path)):
-        built = _build(_read_folder(path, columns, train_split, validation_split), path, class_names, on_bad_image)
+        built = _build(
+            _read_folder(path, columns, train_split, validation_split), path, class_names, on_bad_image, skipped
+        )
         return as_streams(built) if streaming else built
     if not path.exists() and str(data_dir).count("/") != 1:
         raise FileNotFoundError(f"There is no folder {data_dir}, and it is no Hub id of the form owner/name.")
@@ -174,7 +178,11 @@ def _read_part(folder: Path, columns: ColumnNames) -> LabelledImages:
 
 
 def _build(
-    splits: dict[str, LabelledImages], path: Path, class_names: Sequence[str] | None, on_bad_image: str
+    splits: dict[str, LabelledImages],
+    path: Path,
+    class_names: Sequence[str] | None,
+    on_bad_image: str,
+    skipped: dict[str, list[str]] | None,
 ) -> datasets.DatasetDict:
     first = next(iter(splits.values()))
     names = checked_class_names(class_names, first.class_names, str(path))
@@ -190,11 +198,8 @@ def _build(
                 f"{len(images.skipped)} images are missing ({name_some(images.skipped)}): add them, take the "
                 "rows out, or leave them out with on_bad_image='skip' (--on_bad_image skip)."
             )
-        vectors = [
-            reader.vector(labels, names, place) for labels, place in zip(images.labels, images.places, strict=True)
-        ]
-        labels = np.array(vectors, dtype=np.uint8).reshape(len(vectors), len(names) - 1)
-        unlabelled = [images.image_ids[index] for index in np.flatnonzero(~labels.any(axis=1))]
+        labels = [reader.ids(cells, names, place) for cells, place in zip(images.labels, images.places, strict=True)]
+        unlabelled = [image_id for image_id, ids in zip(images.image_ids, labels, strict=True) if not ids]
         if unlabelled:
             logger.warning(
                 "%s: %d images of the split %r have no label (%s); they count as images of background alone.",
@@ -204,7 +209,8 @@ def _build(
                 name_some(unlabelled),
             )
         masks = None if split == "train" else _masks(images, split, path)
-        built[split] = build_split(images.paths, images.image_ids, labels, names, masks, skipped=images.skipped)
+        note_skipped(skipped, split, images.skipped)
+        built[split] = build_split(images.paths, images.image_ids, labels, names, masks)
     return datasets.DatasetDict(built)
 
 

@@ -1,4 +1,4 @@
-"""Image-level labels from a table: npz, json or csv, one multi-hot vector for each image."""
+"""Image-level labels from a table: npz, json or csv."""
 
 import csv
 import json
@@ -49,9 +49,9 @@ def name_some(items: Sequence[str], limit: int = 3) -> str:
     return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"
 
 
-def multi_hot(names: Iterable[str], class_names: Sequence[str]) -> np.ndarray:
+def label_ids(names: Iterable[str], class_names: Sequence[str]) -> list[int]:
     """
-    Turns names into a label vector.
+    Turns names into label ids.
 
     Args:
         names (`Iterable[str]`):
@@ -60,21 +60,21 @@ def multi_hot(names: Iterable[str], class_names: Sequence[str]) -> np.ndarray:
             C + 1 class names, background first.
 
     Returns:
-        `np.ndarray`: `(C,)` uint8 with 1 for each named class.
+        `list[int]`: 0-based ids over the foreground classes, sorted, without repeats.
 
     Raises:
         ValueError: A name is unknown or is the background, which is no image-level label.
     """
-    vector = np.zeros(len(class_names) - 1, dtype=np.uint8)
+    ids = set()
     for name in names:
         index = class_index(name, class_names)
         if index == 0:
             raise ValueError("'background' is no image-level label: leave it out of the label file.")
-        vector[index - 1] = 1
-    return vector
+        ids.add(index - 1)
+    return sorted(ids)
 
 
-def read_label_file(path: str | Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
+def read_label_file(path: str | Path, class_names: Sequence[str]) -> dict[str, list[int]]:
     """
     Reads image-level labels from a table.
 
@@ -93,7 +93,7 @@ def read_label_file(path: str | Path, class_names: Sequence[str]) -> dict[str, n
             C + 1 class names, background first.
 
     Returns:
-        `dict[str, np.ndarray]`: `(C,)` uint8 multi-hot vector of each identifier.
+        `dict[str, list[int]]`: for each identifier, its label ids: 0-based over the foreground classes, sorted.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -111,13 +111,15 @@ def read_label_file(path: str | Path, class_names: Sequence[str]) -> dict[str, n
     return readers[path.suffix.lower()](path, class_names)
 
 
-def select_labels(table: dict[str, np.ndarray], image_ids: Sequence[str], source: str | Path, split: str):
+def select_labels(
+    table: dict[str, list[int]], image_ids: Sequence[str], source: str | Path, split: str
+) -> list[list[int]]:
     """
     Looks up the labels of one split.
 
     Args:
-        table (`dict[str, np.ndarray]`):
-            Label vector of each identifier.
+        table (`dict[str, list[int]]`):
+            Label ids of each identifier.
         image_ids (`Sequence[str]`):
             N identifiers of the split.
         source (`str` or `Path`):
@@ -126,7 +128,7 @@ def select_labels(table: dict[str, np.ndarray], image_ids: Sequence[str], source
             The name of the split, for the error sentence.
 
     Returns:
-        `np.ndarray`: `(N, C)` uint8.
+        `list[list[int]]`: label ids of each image.
 
     Raises:
         ValueError: An identifier of the split is not in the table.
@@ -137,10 +139,10 @@ def select_labels(table: dict[str, np.ndarray], image_ids: Sequence[str], source
             f"The label file {source} lacks {len(missing)} of the {len(image_ids)} images of the split {split!r} "
             f"({name_some(missing)}): add them to the file or take them out of the split."
         )
-    return np.stack([table[image_id] for image_id in image_ids])
+    return [table[image_id] for image_id in image_ids]
 
 
-def _checked_vector(values: Sequence, image_id: str, path: Path, class_names: Sequence[str]) -> np.ndarray:
+def _checked_vector(values: Sequence, image_id: str, path: Path, class_names: Sequence[str]) -> list[int]:
     expected = len(class_names) - 1
     if len(values) != expected:
         raise ValueError(
@@ -155,12 +157,12 @@ def _checked_vector(values: Sequence, image_id: str, path: Path, class_names: Se
         raise ValueError(
             f"The label file {path} holds values other than 0 and 1 for {image_id}: image-level labels are multi-hot."
         )
-    return vector.astype(np.uint8)
+    return np.flatnonzero(vector).tolist()
 
 
-def _checked_names(names: Sequence[str], image_id: str, path: Path, class_names: Sequence[str]) -> np.ndarray:
+def _checked_names(names: Sequence[str], image_id: str, path: Path, class_names: Sequence[str]) -> list[int]:
     try:
-        return multi_hot(names, class_names)
+        return label_ids(names, class_names)
     except ValueError as error:
         raise ValueError(f"The label file {path} is wrong at {image_id}. {error}") from error
 
@@ -175,7 +177,7 @@ def _npz_arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
         return np.asarray(archive["ids"]), np.asarray(archive["labels"])
 
 
-def _read_npz(path: Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
+def _read_npz(path: Path, class_names: Sequence[str]) -> dict[str, list[int]]:
     try:
         ids, labels = _npz_arrays(path)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
@@ -189,12 +191,10 @@ def _read_npz(path: Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
             f"(N, {len(class_names) - 1}) are expected."
         )
     names = [strip_image_suffix(str(image_id)) for image_id in ids]
-    if labels.shape[1] == len(class_names) - 1 and np.isin(labels, (0, 1)).all():
-        return dict(zip(names, labels.astype(np.uint8), strict=True))
     return {name: _checked_vector(row, name, path, class_names) for name, row in zip(names, labels, strict=True)}
 
 
-def _read_json(path: Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
+def _read_json(path: Path, class_names: Sequence[str]) -> dict[str, list[int]]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -208,7 +208,7 @@ def _read_json(path: Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
     return table
 
 
-def _read_csv(path: Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
+def _read_csv(path: Path, class_names: Sequence[str]) -> dict[str, list[int]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             rows = [[cell.strip() for cell in row] for row in csv.reader(stream) if any(cell.strip() for cell in row)]
@@ -218,7 +218,7 @@ def _read_csv(path: Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
         raise ValueError(f"The label file {path} is empty.")
     id_headers = {"id", "ids", "image_id", "image", "file", "filename", "file_name", "name"}
     header = rows.pop(0) if rows[0][0].lower() in id_headers or set(rows[0][1:]) == set(class_names[1:]) else None
-    order = slice(None)
+    columns = list(range(len(class_names) - 1))
     if header is not None and len(header) > 2:
         columns = [class_index(name, class_names) - 1 for name in header[1:]]
         if sorted(columns) != list(range(len(class_names) - 1)):
@@ -226,7 +226,6 @@ def _read_csv(path: Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
                 f"The header of the label file {path} names {len(columns)} classes, but each of the "
                 f"{len(class_names) - 1} foreground classes is expected once."
             )
-        order = np.argsort(columns)
     table = {}
     for row in rows:
         image_id = strip_image_suffix(row[0])
@@ -234,8 +233,9 @@ def _read_csv(path: Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
             names = [name for name in re.split(r"[\s;|]+", row[1] if len(row) == 2 else "") if name]
             table[image_id] = _checked_names(names, image_id, path, class_names)
         else:
-            table[image_id] = _checked_vector(row[1:], image_id, path, class_names)[order]
+            places = _checked_vector(row[1:], image_id, path, class_names)
+            table[image_id] = sorted(columns[place] for place in places)
     return table
 
 
-__all__ = ["multi_hot", "name_some", "read_label_file", "select_labels", "strip_image_suffix"]
+__all__ = ["label_ids", "name_some", "read_label_file", "select_labels", "strip_image_suffix"]

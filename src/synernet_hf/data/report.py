@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from synernet_hf.data.checks import DECODING_ERRORS, decode_size, examine_mask, undecoded
+from synernet_hf.data.checks import DECODING_ERRORS, decode_size, examine_mask, good_labels, undecoded
 from synernet_hf.data.label_files import name_some
 from synernet_hf.data.schema import class_names
 from synernet_hf.data.transforms import open_image
@@ -26,8 +26,8 @@ class SplitReport:
         num_bytes (`int`): size of the image files together.
         class_counts (`dict[str, int]`): per foreground class, the number of images that show it.
         unlabelled (`list[str]`): identifiers of images without any class.
-        bad_labels (`list[str]`): identifiers of images whose label vector has a wrong length or other values than 0
-            and 1.
+        bad_labels (`list[str]`): identifiers of images whose labels are missing, or hold other ids than those of the
+            class list.
         repeated_ids (`list[str]`): identifiers that occur more than once.
         undecodable (`dict[str, str]`): per image that does not decode, why.
         unusable_masks (`dict[str, str]`): per mask that evaluation would refuse, why. Masks of `train` are not opened.
@@ -73,7 +73,7 @@ class DatasetReport:
         for name, split in self.splits.items():
             for fault, items in (
                 ("do not decode", [f"{key}: {why}" for key, why in split.undecodable.items()]),
-                ("have a label vector of a wrong length or with other values than 0 and 1", split.bad_labels),
+                ("have labels that are no ids of the class list", split.bad_labels),
                 ("have no class", split.unlabelled),
                 ("have a mask that can not be used", [f"{key} {why}" for key, why in split.unusable_masks.items()]),
             ):
@@ -175,13 +175,13 @@ def inspect_dataset(dataset_dict: datasets.DatasetDict, num_threads: int = 2) ->
 def _label_report(split: datasets.Dataset, ids: list[str], names: list[str]) -> SplitReport:
     counts = np.zeros(len(names) - 1, dtype=int)
     unlabelled, bad = [], []
-    for image_id, vector in zip(ids, split["image_labels"], strict=True):
-        if len(vector) != len(counts) or not set(vector) <= {0, 1}:
+    for image_id, labels in zip(ids, split["labels"], strict=True):
+        if not good_labels(labels, len(counts)):
             bad.append(image_id)
-        elif not any(vector):
+        elif not labels:
             unlabelled.append(image_id)
         else:
-            counts += np.array(vector)
+            counts[labels] += 1
     once: set[str] = set()
     repeated = {image_id for image_id in ids if image_id in once or once.add(image_id)}
     class_counts = dict(zip(names[1:], counts.tolist(), strict=True))

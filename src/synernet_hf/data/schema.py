@@ -1,13 +1,12 @@
 """The one record contract of every data source, and the class lists of the public benchmarks."""
 
 import difflib
-import json
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 import datasets
-import numpy as np
+import torch
 
 
 logger = logging.getLogger(__name__)
@@ -91,25 +90,50 @@ def check_on_bad_image(on_bad_image: str) -> None:
         raise ValueError(f"on_bad_image is {on_bad_image!r}, but 'raise' or 'skip' is expected.")
 
 
-def record_features(with_mask: bool, mask_feature: Any = None) -> datasets.Features:
+def multi_hot(label_ids: Sequence[int], num_classes: int) -> torch.Tensor:
+    """
+    Turns the labels of one image into a vector.
+
+    Args:
+        label_ids (`Sequence[int]`):
+            Foreground class ids, 0-based, in any order.
+        num_classes (`int`):
+            Number C of foreground classes.
+
+    Returns:
+        `torch.Tensor`: `(C,)` float32, 1 for each class of the image and 0 elsewhere.
+
+    Raises:
+        IndexError: An id is not one of 0 to C - 1.
+    """
+    vector = torch.zeros(num_classes)
+    vector[list(label_ids)] = 1
+    return vector
+
+
+def record_features(
+    class_names: Sequence[str], with_mask: bool = False, mask_feature: Any = None
+) -> datasets.Features:
     """
     The columns of a split.
 
     Args:
-        with_mask (`bool`):
+        class_names (`Sequence[str]`):
+            C + 1 class names, background first.
+        with_mask (`bool`, *optional*, defaults to `False`):
             Adds the `mask` column, which evaluation splits have where masks exist and training splits never have.
         mask_feature (`Any`, *optional*, defaults to `datasets.Image()`):
             Another feature that gives masks as images.
 
     Returns:
-        `datasets.Features`: `image` (`datasets.Image`), `image_id` (`string`), `image_labels` (list of int64,
-        multi-hot over the foreground classes) and optionally `mask` (`datasets.Image`: 0 = background, 1..C = class
-        ids, 255 = ignore).
+        `datasets.Features`: `image` (`datasets.Image`), `image_id` (`string`), `labels` (list of `datasets.ClassLabel`
+        over the C foreground classes) and optionally `mask` (`datasets.Image`: 0 = background, 1..C = class ids,
+        255 = ignore).
     """
     features = {
         "image": datasets.Image(),
         "image_id": datasets.Value("string"),
-        "image_labels": datasets.List(datasets.Value("int64")),
+        "labels": datasets.List(datasets.ClassLabel(names=list(class_names[1:]))),
     }
     if with_mask:
         features["mask"] = mask_feature or datasets.Image()
@@ -119,11 +143,10 @@ def record_features(with_mask: bool, mask_feature: Any = None) -> datasets.Featu
 def build_split(
     images: Sequence,
     image_ids: Sequence[str],
-    image_labels: np.ndarray,
+    labels: Sequence[Sequence[int]],
     class_names: Sequence[str],
     masks: Sequence | None = None,
     mask_feature: Any = None,
-    skipped: Sequence[str] = (),
 ) -> datasets.Dataset:
     """
     Builds one split from columns; no image is opened.
@@ -133,92 +156,72 @@ def build_split(
             N paths, PIL images or `{"bytes": ..., "path": ...}` dictionaries.
         image_ids (`Sequence[str]`):
             N identifiers.
-        image_labels (`np.ndarray`):
-            Multi-hot labels of shape `(N, C)` over the foreground classes.
+        labels (`Sequence[Sequence[int]]`):
+            For each image, the ids of its classes: 0 to C - 1 over the foreground classes. They are sorted, repeats
+            are dropped; no id means an image of background alone.
         class_names (`Sequence[str]`):
-            C + 1 class names, background first; they travel in the description of the split.
+            C + 1 class names, background first.
         masks (`Sequence`, *optional*):
             N masks in any form that `images` may have, or as `mask_feature` stores them.
         mask_feature (`Any`, *optional*, defaults to `datasets.Image()`):
             Feature of the `mask` column.
-        skipped (`Sequence[str]`, *optional*):
-            What was left out and why, one phrase per record; kept with the split and logged.
 
     Returns:
         `datasets.Dataset`: N records with the columns of [`record_features`].
 
     Raises:
-        ValueError: The labels do not have one column for each foreground class.
+        ValueError: A label id is not one of 0 to C - 1.
     """
-    image_labels = np.asarray(image_labels)
-    if image_labels.ndim != 2 or image_labels.shape[1] != len(class_names) - 1:
-        raise ValueError(
-            f"Image labels of shape {image_labels.shape} were given, but {len(class_names) - 1} foreground classes "
-            f"need (number of images, {len(class_names) - 1}): give one column for each foreground class."
-        )
-    columns = {"image": list(images), "image_id": list(image_ids), "image_labels": image_labels.astype(int).tolist()}
+    num_classes = len(class_names) - 1
+    for image_id, ids in zip(image_ids, labels, strict=True):
+        wrong = [label for label in ids if not 0 <= label < num_classes]
+        if wrong:
+            raise ValueError(
+                f"The labels of {image_id} hold {wrong[0]}, but 0 to {num_classes - 1} are expected: ids count the "
+                "foreground classes."
+            )
+    columns = {
+        "image": list(images),
+        "image_id": list(image_ids),
+        "labels": [sorted({int(label) for label in ids}) for ids in labels],
+    }
     if masks is not None:
         columns["mask"] = list(masks)
-    features = record_features(with_mask=masks is not None, mask_feature=mask_feature)
-    split = datasets.Dataset.from_dict(columns, features=features)
-    return describe(split, class_names, skipped)
+    return datasets.Dataset.from_dict(columns, features=record_features(class_names, masks is not None, mask_feature))
 
 
-def describe(split: Any, class_names: Sequence[str], skipped: Sequence[str] = ()) -> Any:
+def note_skipped(skipped: dict[str, list[str]] | None, split_name: str, phrases: Sequence[str]) -> None:
     """
-    Writes the class list, and what was left out, into the description of a split.
+    Logs what is left out of a split, and hands it to the caller.
 
     Args:
-        split (`datasets.Dataset` or `datasets.IterableDataset`):
-            The split, changed in place.
-        class_names (`Sequence[str]`):
-            C + 1 class names, background first.
-        skipped (`Sequence[str]`, *optional*):
-            What was left out and why, one phrase per record; logged too.
-
-    Returns:
-        `datasets.Dataset` or `datasets.IterableDataset`: the same split.
+        skipped (`dict[str, list[str]]`, *optional*):
+            The caller's dictionary, by split; the phrases are added to it.
+        split_name (`str`):
+            Name of the split.
+        phrases (`Sequence[str]`):
+            What was left out and why, a phrase for each record.
     """
-    if skipped:
-        shown = "; ".join(skipped[:20]) + (f"; and {len(skipped) - 20} more" if len(skipped) > 20 else "")
-        logger.warning("%d records are left out: %s.", len(skipped), shown)
-    description = {"class_names": list(class_names)} | ({"skipped": list(skipped)} if skipped else {})
-    split.info.description = json.dumps(description)
-    return split
-
-
-def skipped_records(dataset_dict: datasets.DatasetDict) -> dict[str, list[str]]:
-    """
-    Reads what `on_bad_image="skip"` left out.
-
-    Args:
-        dataset_dict (`datasets.DatasetDict`):
-            What a loader or [`drop_bad_records`] returned.
-
-    Returns:
-        `dict[str, list[str]]`: one phrase per record, by split; splits from which nothing was left out are not in it.
-    """
-    found = {name: json.loads(split.info.description or "{}").get("skipped") for name, split in dataset_dict.items()}
-    return {name: phrases for name, phrases in found.items() if phrases}
+    if not phrases:
+        return
+    shown = "; ".join(phrases[:20]) + (f"; and {len(phrases) - 20} more" if len(phrases) > 20 else "")
+    logger.warning("%d records of the split %r are left out: %s.", len(phrases), split_name, shown)
+    if skipped is not None:
+        skipped.setdefault(split_name, []).extend(phrases)
 
 
 def as_streams(dataset_dict: datasets.DatasetDict) -> datasets.IterableDatasetDict:
-    """The same splits to be gone through one record after another; their description stays readable."""
-    streams = datasets.IterableDatasetDict()
-    for name, split in dataset_dict.items():
-        streams[name] = split.to_iterable_dataset()
-        # `datasets` does not take it along
-        streams[name].info.description = split.info.description
-    return streams
+    """The same splits to be gone through one record after another."""
+    return datasets.IterableDatasetDict({name: split.to_iterable_dataset() for name, split in dataset_dict.items()})
 
 
 def class_names(dataset_dict: datasets.DatasetDict) -> list[str]:
     """
-    Reads the class list that a loader of this package left in its splits.
+    Reads the class list from the feature of the column `labels`.
 
     Args:
         dataset_dict (`datasets.DatasetDict`):
-            What a loader returned, possibly filtered, mapped or saved and loaded since.
+            What a loader returned, possibly filtered, mapped, saved or pushed, and loaded since.
 
     Returns:
         `list[str]`: K = C + 1 names, background first.
@@ -228,14 +231,13 @@ def class_names(dataset_dict: datasets.DatasetDict) -> list[str]:
     """
     found = []
     for split_name, split in dataset_dict.items():
-        try:
-            names = json.loads(split.info.description)["class_names"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        feature = getattr((split.features or {}).get("labels"), "feature", None)
+        if not isinstance(feature, datasets.ClassLabel):
             raise ValueError(
-                f"The split {split_name!r} carries no class list: load it with a loader of synernet_hf.data, or build "
-                "it with synernet_hf.data.build_split."
-            ) from error
-        found.append(names)
+                f"The split {split_name!r} carries no class list, a column 'labels' of lists of ClassLabel: load it "
+                "with a loader of synernet_hf.data, or build it with synernet_hf.data.build_split."
+            )
+        found.append(["background", *feature.names])
     if not found or any(names != found[0] for names in found):
         raise ValueError(f"The splits {', '.join(dataset_dict)} do not share one class list: load them together.")
     return found[0]
@@ -249,8 +251,8 @@ __all__ = [
     "check_on_bad_image",
     "class_index",
     "class_names",
-    "describe",
     "id2label_from",
+    "multi_hot",
+    "note_skipped",
     "record_features",
-    "skipped_records",
 ]

@@ -53,7 +53,7 @@ def load_shapes(
             Adds the `mask` column to the training split, for analysis; training neither needs nor reads it.
 
     Returns:
-        `datasets.DatasetDict`: `train` (`image`, `image_id`, `image_labels`) and `validation` (the same and `mask`),
+        `datasets.DatasetDict`: `train` (`image`, `image_id`, `labels`) and `validation` (the same and `mask`),
         images and masks embedded as PNG.
 
     Raises:
@@ -69,10 +69,10 @@ def load_shapes(
         for index, (image, mask) in enumerate(generate_shapes(number, image_size, seed, split)):
             images.append(_encode_png(image))
             ids.append(f"{split}_{index:06d}")
-            labels.append(np.isin(np.arange(1, len(SHAPES_CLASSES)), mask))
+            labels.append([class_id - 1 for class_id in np.unique(mask).tolist() if class_id > 0])
             masks.append(_encode_png(mask))
         keep_masks = split == "validation" or with_train_masks
-        splits[split] = build_split(images, ids, np.stack(labels), SHAPES_CLASSES, masks if keep_masks else None)
+        splits[split] = build_split(images, ids, labels, SHAPES_CLASSES, masks if keep_masks else None)
     return datasets.DatasetDict(splits)
 
 

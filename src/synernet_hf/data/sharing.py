@@ -8,7 +8,6 @@ from datasets.table import embed_table_storage
 from PIL import Image
 
 from synernet_hf.data.polygon_mask import PolygonMask
-from synernet_hf.data.schema import class_names
 from synernet_hf.files import replace_file
 
 
@@ -17,27 +16,20 @@ LABEL_COLUMN = "labels"
 
 def self_describing(dataset_dict: datasets.DatasetDict) -> datasets.DatasetDict:
     """
-    Moves the class list from the description of the splits, which no file format keeps, into the type of a column.
+    Gives all splits the same columns, as files of one data set need.
 
     Args:
         dataset_dict (`datasets.DatasetDict`):
             What a loader of this package returned.
 
     Returns:
-        `datasets.DatasetDict`: the same records with `labels`, a list of `datasets.ClassLabel` over the foreground
-        classes, in place of `image_labels`; `push_to_hub` keeps it, and puts the images into its files. Where one
-        split has a `mask` column all have it, empty in the others, because files are read with one schema. Masks that
-        are kept as annotations are drawn and become PNG files in memory.
-
-    Raises:
-        ValueError: The splits carry no class list, or not the same one.
+        `datasets.DatasetDict`: the same records. Where one split has a `mask` column all have it, empty in the
+        others, because files are read with one schema. Masks that are kept as annotations are drawn and become PNG
+        files in memory.
     """
-    kind = datasets.List(datasets.ClassLabel(names=class_names(dataset_dict)[1:]))
     with_masks = any("mask" in split.column_names for split in dataset_dict.values())
     described = {}
     for name, split in dataset_dict.items():
-        labels = [[index for index, value in enumerate(vector) if value] for vector in split["image_labels"]]
-        split = split.remove_columns("image_labels").add_column(LABEL_COLUMN, labels, feature=kind)
         if with_masks and "mask" not in split.column_names:
             split = split.add_column("mask", [None] * len(split), feature=datasets.Image())
         elif with_masks and isinstance(split.features["mask"], PolygonMask):

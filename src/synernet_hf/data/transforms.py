@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import kornia.augmentation
@@ -120,20 +121,20 @@ class TrainTransform:
         self.flip = flip
         self.seed = seed
 
-    def __call__(self, record: dict, position: int) -> dict[str, torch.Tensor | str]:
+    def __call__(self, record: dict, position: int) -> dict[str, Any]:
         """
         Makes one training sample.
 
         Args:
             record (`dict`):
-                `image` (see [`open_image`]), `image_id` and `image_labels`.
+                `image` (see [`open_image`]), `image_id` and `labels`.
             position (`int`):
                 Place of the sample in the training stream.
 
         Returns:
             `dict`: `image` (`(3, S, S)` uint8, 0 outside the box), `valid_box` (`(4,)` int64: top, bottom, left,
-            right of the rectangle `[top, bottom) × [left, right)` of real pixels), `labels` (`(C,)` float32
-            multi-hot) and `image_id`.
+            right of the rectangle `[top, bottom) × [left, right)` of real pixels), `labels` (list of
+            class ids) and `image_id`.
 
         Raises:
             ValueError: The image does not decode; the sentence names it.
@@ -146,7 +147,7 @@ class TrainTransform:
         return {
             "image": torch.from_numpy(crop),
             "valid_box": torch.tensor(valid_box, dtype=torch.int64),
-            "labels": torch.tensor(record["image_labels"], dtype=torch.float32),
+            "labels": record["labels"],
             "image_id": record["image_id"],
         }
 
@@ -208,14 +209,14 @@ class TrainDataset(Dataset):
     """
 
     def __init__(self, dataset: datasets.Dataset, transform: TrainTransform) -> None:
-        dataset = dataset.select_columns(["image", "image_id", "image_labels"])
+        dataset = dataset.select_columns(["image", "image_id", "labels"])
         self.dataset = dataset.cast_column("image", datasets.Image(decode=False))
         self.transform = transform
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor | str]:
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         index, position = key
         return self.transform(self.dataset[int(index)], int(position))
 

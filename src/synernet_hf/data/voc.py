@@ -12,13 +12,13 @@ from PIL import Image
 
 from synernet_hf.data.label_files import (
     IMAGE_SUFFIXES,
-    multi_hot,
+    label_ids,
     name_some,
     read_label_file,
     select_labels,
     strip_image_suffix,
 )
-from synernet_hf.data.schema import VOC_CLASSES, as_streams, build_split, check_on_bad_image
+from synernet_hf.data.schema import VOC_CLASSES, as_streams, build_split, check_on_bad_image, note_skipped
 
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ def load_voc2012(
     validation_split: str = "val",
     on_bad_image: str = "raise",
     streaming: bool = False,
+    skipped: dict[str, list[str]] | None = None,
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """
     Loads PASCAL VOC 2012, or any folder in its layout, without decoding an image.
@@ -54,14 +55,16 @@ def load_voc2012(
         validation_split (`str`, *optional*, defaults to `"val"`):
             The list to evaluate on.
         on_bad_image (`str`, *optional*, defaults to `"raise"`):
-            What to do about listed images that are not there: `"raise"`, or `"skip"` to leave them out and list them
-            ([`skipped_records`]).
+            What to do about listed images that are not there: `"raise"`, or `"skip"` to leave them out, log them and
+            list them in `skipped`.
         streaming (`bool`, *optional*, defaults to `False`):
             Gives an `IterableDatasetDict` to go through; not for training, which draws images at random.
+        skipped (`dict[str, list[str]]`, *optional*):
+            Dictionary to which what is left out is added, a phrase for each record, by split.
 
     Returns:
-        `datasets.DatasetDict` or `datasets.IterableDatasetDict`: `train` (`image`, `image_id`, `image_labels`) and `validation` (the same and, where
-        masks exist, `mask`).
+        `datasets.DatasetDict` or `datasets.IterableDatasetDict`: `train` (`image`, `image_id`, `labels`) and
+        `validation` (the same and, where masks exist, `mask`).
 
     Raises:
         FileNotFoundError: A folder, list, image, annotation or mask is missing.
@@ -102,8 +105,9 @@ def load_voc2012(
             labels = select_labels(table, split_ids, source, list_name)
         masks = _find_masks(root, split_ids, list_name) if split == "validation" else None
         paths = [str(root / "JPEGImages" / images[image_id][0]) for image_id in split_ids]
-        skipped = [f"{image_id} of the list {list_name} is not in {root / 'JPEGImages'}" for image_id in missing]
-        splits[split] = build_split(paths, split_ids, labels, VOC_CLASSES, masks, skipped=skipped)
+        phrases = [f"{image_id} of the list {list_name} is not in {root / 'JPEGImages'}" for image_id in missing]
+        note_skipped(skipped, split, phrases)
+        splits[split] = build_split(paths, split_ids, labels, VOC_CLASSES, masks)
     return as_streams(splits) if streaming else datasets.DatasetDict(splits)
 
 
@@ -175,7 +179,7 @@ def _find_masks(root: Path, image_ids: Sequence[str], split: str, required: bool
     return found
 
 
-def _labels_from_annotations(root: Path, image_ids: Sequence[str]) -> np.ndarray:
+def _labels_from_annotations(root: Path, image_ids: Sequence[str]) -> list[list[int]]:
     folder = root / "Annotations"
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -189,20 +193,20 @@ def _labels_from_annotations(root: Path, image_ids: Sequence[str]) -> np.ndarray
             f"{len(missing)} of {len(image_ids)} images have no annotation in {folder} ({name_some(missing)}): add "
             "them or give image_labels as the path of a label file."
         )
-    vectors = []
+    labels = []
     for image_id in image_ids:
         path = folder / f"{image_id}.xml"
         try:
             names = [(node.text or "").strip() for node in ElementTree.parse(path).iterfind("object/name")]
-            vectors.append(multi_hot(names, VOC_CLASSES))
+            labels.append(label_ids(names, VOC_CLASSES))
         except (ElementTree.ParseError, ValueError) as error:
             raise ValueError(f"The annotation {path} can not be read: {error}") from error
-    return np.stack(vectors)
+    return labels
 
 
-def _labels_from_masks(masks: Sequence[str]) -> np.ndarray:
-    labels = np.zeros((len(masks), len(VOC_CLASSES) - 1), dtype=np.uint8)
-    for row, path in zip(labels, masks, strict=True):
+def _labels_from_masks(masks: Sequence[str]) -> list[list[int]]:
+    labels = []
+    for path in masks:
         with Image.open(path) as mask:
             ids = np.unique(np.asarray(mask))
         ids = ids[(ids != 0) & (ids != 255)]
@@ -211,7 +215,7 @@ def _labels_from_masks(masks: Sequence[str]) -> np.ndarray:
                 f"The mask {path} holds the class id {ids.max()}, but ids go from 0 to {len(VOC_CLASSES) - 1} and 255 "
                 "is ignore."
             )
-        row[ids.astype(int) - 1] = 1
+        labels.append([int(class_id) - 1 for class_id in ids])
     return labels
 
 

@@ -89,7 +89,7 @@ class SynerNetSegmentationPipeline(Pipeline):
         return tuple({name: value for name, value in act.items() if value is not None} for act in given.values())
 
     def _multi_hot(self, image_labels: Any) -> torch.Tensor:
-        """Class names, or 0 and 1 per foreground class, as a multi-hot tensor of shape `(num_labels - 1,)`."""
+        """Class names, or ids of foreground classes from 0, as a multi-hot tensor of shape `(num_labels - 1,)`."""
         config = self.model.config
         values = image_labels.tolist() if isinstance(image_labels, np.ndarray | torch.Tensor) else list(image_labels)
         if all(isinstance(value, str) for value in values):
@@ -99,14 +99,16 @@ class SynerNetSegmentationPipeline(Pipeline):
                     f"The image labels {unknown} are not classes of the model; choose from "
                     f"{', '.join(config.label2id)}."
                 )
-            present = {int(config.label2id[name]) for name in values}
-            values = [int(class_id in present) for class_id in range(1, config.num_labels)]
-        if len(values) != config.num_labels - 1 or any(value not in (0, 1) for value in values):
+            # the background is no label: it is always possible
+            values = [int(config.label2id[name]) - 1 for name in values if name != config.id2label[0]]
+        if any(value not in range(config.num_labels - 1) for value in values):
             raise ValueError(
-                f"Got the image labels {values}; class names are expected, or 0 and 1 for each of the "
-                f"{config.num_labels - 1} classes without background."
+                f"Got the image labels {values}; class names are expected, or ids from 0 to {config.num_labels - 2} of "
+                "the classes without background."
             )
-        return torch.tensor(values, dtype=torch.float32)
+        vector = torch.zeros(config.num_labels - 1)
+        vector[values] = 1
+        return vector
 
     def __call__(self, inputs: Any, **kwargs: Any) -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
         """
@@ -123,7 +125,7 @@ class SynerNetSegmentationPipeline(Pipeline):
                 Also see the mirror of every scale.
             image_labels (`list[str]` or `str`, *optional*):
                 Classes that are in the images; no other class but background is predicted then. A list of names;
-                `"known"`, to take `image_labels` of each record (names, or 0 and 1 per foreground class); or
+                `"known"`, to take `labels` of each record (names, or ids of foreground classes from 0); or
                 `"predicted"`, for the classes that the model's classifiers see, at the cost of one more pass.
             crf (`Callable[[np.ndarray, np.ndarray], np.ndarray]`, *optional*):
                 Refines the probabilities, such as `synernet_hf.crf.DenseCRF()`: takes the image, uint8 of shape
@@ -165,12 +167,12 @@ class SynerNetSegmentationPipeline(Pipeline):
         inputs = self.image_processor(images=opened, do_center_crop=False, do_pad=False, return_tensors="pt")
         labels = None
         if image_labels == "known":
-            if record.get("image_labels") is None:
+            if record.get("labels") is None:
                 raise ValueError(
-                    'An image has no `image_labels`, but `image_labels="known"`; pass records with `image` and '
-                    "`image_labels`, or name the classes."
+                    'An image has no `labels`, but `image_labels="known"`; pass records with `image` and `labels`, or '
+                    "name the classes."
                 )
-            labels = self._multi_hot(record["image_labels"])
+            labels = self._multi_hot(record["labels"])
         elif image_labels is not None and image_labels != "predicted":
             labels = self._multi_hot(image_labels)
         # Lists are collated as they are, so that a batch may hold several sizes.

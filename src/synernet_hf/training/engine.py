@@ -132,9 +132,9 @@ def train(
         InvalidArguments: with one sentence per problem, before any work and before the output folder is made.
         FloatingPointError: if a loss or weight becomes NaN or infinite; the last checkpoint stays good.
     """
-    splits = validate_arguments(model_args, data_args, training_args)
+    splits, skipped = validate_arguments(model_args, data_args, training_args)
     accelerator = setup(training_args)
-    run = build_run(model_args, data_args, training_args, accelerator, splits)
+    run = build_run(model_args, data_args, training_args, accelerator, splits, skipped)
     if not run.can_evaluate:
         accelerator.print("The data has no validation split with masks: this run goes without scores.")
     with _stop_cleanly(run):
@@ -180,6 +180,7 @@ def build_run(
     training_args: SynerNetTrainingArguments,
     accelerator: Accelerator,
     splits: datasets.DatasetDict,
+    skipped: dict[str, list[str]],
 ) -> TrainingRun:
     """
     Makes model, optimizer and data stream, restores a checkpoint if one is named, and makes the output folder.
@@ -195,6 +196,8 @@ def build_run(
             From [`setup`].
         splits (`datasets.DatasetDict`):
             From [`validate_arguments`].
+        skipped (`dict[str, list[str]]`):
+            From [`validate_arguments`].
 
     Returns:
         [`TrainingRun`]: ready for [`fit`].
@@ -203,7 +206,7 @@ def build_run(
         InvalidArguments: if the checkpoint was made with other settings; nothing is written then.
     """
     output_dir = Path(training_args.output_dir)
-    record = run_record(model_args, data_args, training_args, accelerator, splits)
+    record = run_record(model_args, data_args, training_args, accelerator, splits, skipped)
     checkpoint = find_resume_checkpoint(output_dir, training_args.resume_from_checkpoint)
     if checkpoint is not None:
         check_same_settings(checkpoint, record)
@@ -292,7 +295,7 @@ def _train_loader(
     return DataLoader(
         TrainDataset(split, transform),
         batch_sampler=sampler,
-        collate_fn=SynerNetDataCollator(),
+        collate_fn=SynerNetDataCollator(len(class_names({"train": split})) - 1),
         num_workers=data_args.num_workers,
         pin_memory=accelerator.device.type == "cuda",
         # the loader draws a seed when it starts; from the global generator that would shift a resumed run's numbers

@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from synernet_hf.data.checks import mask_ids
+from synernet_hf.data.schema import multi_hot
 from synernet_hf.data.transforms import shrink, to_rgb
 from synernet_hf.metrics import MeanIoU
 
@@ -117,15 +118,14 @@ class _ClassOrder:
         return ids
 
     def labels(self, record: dict) -> list[int]:
-        """The record's image labels in the model's order."""
-        present = {int(self.positions[label + 1]) for label, there in enumerate(record["image_labels"]) if there}
-        return [int(label in present) for label in range(1, len(self.names))]
+        """The record's label ids in the model's order."""
+        return [int(self.positions[label + 1]) - 1 for label in record["labels"]]
 
 
 def _check_inputs(dataset: "Dataset", needs_labels: bool) -> None:
     if len(dataset) == 0:
         raise ValueError("The split to evaluate on is empty; choose another split.")
-    needed = ["image", "mask", "image_labels"] if needs_labels else ["image", "mask"]
+    needed = ["image", "mask", "labels"] if needs_labels else ["image", "mask"]
     missing = [name for name in needed if name not in dataset.column_names]
     if missing:
         raise ValueError(
@@ -264,7 +264,7 @@ class _KindScorer:
             probabilities = logits[last][0].float().softmax(dim=0).cpu().numpy()
             predictions[f"{last}_crf"] = self.crf(np.asarray(image), probabilities).argmax(axis=0)
         if self.needs_labels:
-            labels = torch.tensor([record["image_labels"]], dtype=torch.float32, device=self.model.device)
+            labels = multi_hot(record["labels"], self.model.config.num_labels - 1)[None].to(self.model.device)
             predictions |= self._cam_predictions(pixel_values, labels, size)
         return {name: _enlarged(ids, record["image"].size[::-1]) for name, ids in predictions.items()}
 
@@ -318,8 +318,8 @@ def evaluate_model(
             Turns an image into normalised pixel values, resized if it is set to; predictions are resized back.
         dataset (`datasets.Dataset`):
             Records with `image` and `mask` (positions in `class_names`, `config.semantic_loss_ignore_index` = ignore), both
-            decoded and thereby turned as their EXIF orientation says, and, for CAMs, `image_labels` (multi-hot over
-            the foreground classes of `class_names`).
+            decoded and thereby turned as their EXIF orientation says, and, for CAMs, `labels` (ids over the
+            foreground classes of `class_names`).
         class_names (`Sequence[str]`):
             The data set's class names in the order of its ids, background first. Classes are matched with the model's
             by name, so their order may differ, and the model may know more; results are in the model's order.
@@ -360,7 +360,7 @@ def evaluate_model(
         for position in tqdm(positions, desc="evaluate", disable=not kinds.get("progress", False) or first > 0):
             record = dataset[position]
             mask = order.mask(record)
-            predictions = scorer(record | {"image_labels": order.labels(record)} if scorer.needs_labels else record)
+            predictions = scorer(record | {"labels": order.labels(record)} if scorer.needs_labels else record)
             for name, metric in metrics.items():
                 metric.update(predictions[name], mask)
     if accelerator is not None:

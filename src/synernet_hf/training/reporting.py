@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from synernet_hf.data.schema import multi_hot
 from synernet_hf.data.transforms import to_rgb
 from synernet_hf.files import replace_file, write_text
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
@@ -78,7 +79,7 @@ def write_image_grid(
         processor ([`SynerNetImageProcessor`]):
             Its image processor.
         split (`datasets.Dataset`):
-            Records with `image`, `mask` and `image_labels`.
+            Records with `image`, `mask` and `labels`.
         num_images (`int`, *optional*, defaults to 4):
             Rows, at most.
 
@@ -101,7 +102,7 @@ def _panels(model, processor, record: dict) -> list[tuple[str, Image.Image]]:
     image = to_rgb(record["image"])
     inputs = processor(images=image, do_center_crop=False, do_pad=False, return_tensors="pt")
     pixel_values = inputs["pixel_values"].to(model.device)
-    labels = torch.tensor([record["image_labels"]], dtype=torch.float32, device=model.device)
+    labels = multi_hot(record["labels"], model.config.num_labels - 1)[None].to(model.device)
 
     def at_size(maps: torch.Tensor) -> torch.Tensor:
         size = (image.height, image.width)

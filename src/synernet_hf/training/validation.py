@@ -20,7 +20,6 @@ from synernet_hf.data import (
     drop_bad_records,
     id2label_from,
     load_wsss_dataset,
-    skipped_records,
 )
 from synernet_hf.model import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation
 from synernet_hf.training.arguments import (
@@ -41,7 +40,7 @@ def validate_arguments(
     model_args: ModelArguments,
     data_args: DataArguments,
     training_args: SynerNetTrainingArguments,
-) -> datasets.DatasetDict:
+) -> tuple[datasets.DatasetDict, dict[str, list[str]]]:
     """
     Looks for everything that would make the run fail later, and raises once. Writes nothing.
 
@@ -54,7 +53,8 @@ def validate_arguments(
             How.
 
     Returns:
-        `datasets.DatasetDict`: the data, which had to be loaded to be checked.
+        `tuple[datasets.DatasetDict, dict[str, list[str]]]`: the data, which had to be loaded to be checked, and what
+        `on_bad_image="skip"` left out of each split.
 
     Raises:
         InvalidArguments: with one sentence per problem, one per line.
@@ -65,10 +65,11 @@ def validate_arguments(
     if data_args.max_eval_samples is not None and data_args.max_eval_samples < 1:
         problems.append(f"`max_eval_samples` must be at least 1, got {data_args.max_eval_samples}.")
     splits, names = None, None
+    skipped: dict[str, list[str]] = {}
     try:
-        splits = load_data(data_args)
+        splits = load_data(data_args, skipped)
         names = class_names(splits)
-        splits = check_data(splits, data_args.on_bad_image)
+        splits = check_data(splits, data_args.on_bad_image, skipped)
         if "train" not in splits:
             problems.append(f"There is no split to train on, only {', '.join(splits)}: name one with `train_split`.")
     except INPUT_ERRORS as error:
@@ -85,20 +86,22 @@ def validate_arguments(
             problems.append(str(error))
     if problems:
         raise InvalidArguments("\n".join(problems))
-    return splits
+    return splits, skipped
 
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def load_data(data_args: DataArguments) -> datasets.DatasetDict:
+def load_data(data_args: DataArguments, skipped: dict[str, list[str]] | None = None) -> datasets.DatasetDict:
     """
     Loads the data that the arguments name.
 
     Args:
         data_args ([`DataArguments`]):
             Name, folder, splits, labels and options.
+        skipped (`dict[str, list[str]]`, *optional*):
+            Dictionary to which what is left out is added, a phrase for each record, by split.
 
     Returns:
         `datasets.DatasetDict`: splits `train` and `validation`.
@@ -114,10 +117,13 @@ def load_data(data_args: DataArguments) -> datasets.DatasetDict:
         train_split=data_args.train_split,
         validation_split=data_args.validation_split,
         dataset_options=data_args.loader_options(),
+        skipped=skipped,
     )
 
 
-def check_data(splits: datasets.DatasetDict, on_bad_image: str) -> datasets.DatasetDict:
+def check_data(
+    splits: datasets.DatasetDict, on_bad_image: str, skipped: dict[str, list[str]] | None = None
+) -> datasets.DatasetDict:
     """
     Makes sure that every record can be used.
 
@@ -126,6 +132,8 @@ def check_data(splits: datasets.DatasetDict, on_bad_image: str) -> datasets.Data
             From [`load_data`].
         on_bad_image (`str`):
             `"raise"`, or `"skip"` to leave out records with an image or mask that can not be used.
+        skipped (`dict[str, list[str]]`, *optional*):
+            Dictionary to which what is left out is added, a phrase for each record, by split.
 
     Returns:
         `datasets.DatasetDict`: the records to use.
@@ -136,7 +144,7 @@ def check_data(splits: datasets.DatasetDict, on_bad_image: str) -> datasets.Data
     if isinstance(splits, datasets.IterableDatasetDict):
         raise ValueError("Streamed data can not be shuffled and checked: leave `streaming` out of `dataset_options`.")
     if on_bad_image == "skip":
-        splits = drop_bad_records(splits)
+        splits = drop_bad_records(splits, skipped=skipped)
     check_dataset(splits, decode_images=on_bad_image == "raise")
     return splits
 
@@ -231,6 +239,7 @@ def run_record(
     training_args: SynerNetTrainingArguments,
     accelerator: Accelerator,
     splits: datasets.DatasetDict,
+    skipped: dict[str, list[str]],
 ) -> dict[str, Any]:
     """
     Content of `training_args.json`.
@@ -246,6 +255,8 @@ def run_record(
             Number of processes and precision.
         splits (`datasets.DatasetDict`):
             The data.
+        skipped (`dict[str, list[str]]`):
+            What was left out of each split.
 
     Returns:
         `dict[str, Any]`: the three argument groups, `class_names`, `skipped` records, `versions`, and under `run` what
@@ -253,14 +264,14 @@ def run_record(
     """
     train_split = splits["train"]
     digest = hashlib.sha256()
-    for image_id, labels in zip(train_split["image_id"], train_split["image_labels"], strict=True):
-        digest.update(f"{image_id}:{''.join(map(str, labels))};".encode())
+    for image_id, labels in zip(train_split["image_id"], train_split["labels"], strict=True):
+        digest.update(f"{image_id}:{','.join(map(str, labels))};".encode())
     return {
         "model_args": dataclasses.asdict(model_args),
         "data_args": dataclasses.asdict(data_args),
         "training_args": dataclasses.asdict(training_args),
         "class_names": class_names(splits),
-        "skipped": skipped_records(splits),
+        "skipped": skipped,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
