@@ -273,5 +273,5 @@ def test_16_bit_greyscale_keeps_its_shades(segmenter, tmp_path):
     given = segmenter.preprocess(Image.fromarray(expected.astype(np.uint8)))
     for source in (image, str(tmp_path / "grey.png")):
         found = segmenter.preprocess(source)
-        assert np.array_equal(np.asarray(found["image"][0]), expected)
-        assert torch.equal(found["pixel_values"][0], given["pixel_values"][0])
+        assert np.array_equal(np.asarray(found["prepared"][0].image), expected)
+        assert torch.equal(found["prepared"][0].pixel_values, given["prepared"][0].pixel_values)

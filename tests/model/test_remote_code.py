@@ -136,7 +136,7 @@ def test_a_folder_saved_without_the_pipeline_carries_the_code_too(noisy_model, i
     folder = tmp_path / "model"
     noisy_model.save_pretrained(folder)
     SynerNetImageProcessor().save_pretrained(folder)
-    needed = {path.name for path in CODE.glob("*_synernet.py")} - {"pipeline_synernet.py"}
+    needed = {path.name for path in CODE.glob("*_synernet.py")} - {"pipeline_synernet.py", "inference_synernet.py"}
     assert {path.name for path in folder.glob("*.py")} == needed
     code = LOAD_WITHOUT_PACKAGE.replace("pipeline(model=folder", 'pipeline("image-segmentation", model=folder')
     image.save(folder / "image.png")

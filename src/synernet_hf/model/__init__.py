@@ -4,7 +4,16 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 
 from .configuration_synernet import SynerNetConfig
-from .image_processing_synernet import SynerNetImageProcessor
+from .image_processing_synernet import SynerNetImageProcessor, open_image, to_rgb
+from .inference_synernet import (
+    PreparedImage,
+    SegmentedImage,
+    generate_image_cams,
+    predict_labels,
+    prepare_image,
+    resize_maps,
+    segment_images,
+)
 from .modeling_synernet import (
     SynerNetForWeaklySupervisedSegmentation,
     SynerNetModel,
@@ -28,10 +37,19 @@ SynerNetImageProcessor.register_for_auto_class("AutoImageProcessor")
 VIDEO_PROCESSOR_MAPPING.register(SynerNetConfig, {}, exist_ok=True)
 
 __all__ = [
+    "PreparedImage",
+    "SegmentedImage",
     "SynerNetConfig",
     "SynerNetForWeaklySupervisedSegmentation",
     "SynerNetImageProcessor",
     "SynerNetModel",
     "SynerNetPreTrainedModel",
     "SynerNetSegmentationPipeline",
+    "generate_image_cams",
+    "open_image",
+    "predict_labels",
+    "prepare_image",
+    "resize_maps",
+    "segment_images",
+    "to_rgb",
 ]

@@ -1,6 +1,8 @@
 """Image processor of SynerNet: images and masks to tensors, and the model's outputs back to label maps."""
 
+import io
 import os
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -16,28 +18,36 @@ from transformers.image_utils import (
     ImageInput,
     PILImageResampling,
     SizeDict,
+    load_image,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
+
+
+# values of float32 that the way back resizes at once: 64 MiB
+CHUNK_VALUES = 2**24
 
 
 class SynerNetImageProcessorKwargs(ImagesKwargs, total=False):
     r"""
     size_divisor (`int`, *optional*, defaults to `self.size_divisor`):
         With `do_pad`, heights and widths are padded up to a multiple of this number: the patch size of the model.
+    max_pixels (`int`, *optional*, defaults to `self.max_pixels`):
+        Larger images are shrunk to this many pixels before anything else; `None` sets no bound.
     """
 
     size_divisor: int
+    max_pixels: int | None
 
 
 class SynerNetImageProcessor(PilBackend):
     r"""
     Image processor of SynerNet on PIL and NumPy.
 
-    By default an image keeps its native size, as in the authors' evaluation, and is scaled to [0, 1] and normalised
-    with the mean and standard deviation of ImageNet. The model itself pads what is not a multiple of its patch, so
-    neither resizing nor padding is needed for a single image; a batch of images of several sizes needs one of the
-    two.
+    By default an image of up to `max_pixels` keeps its native size, as in the authors' evaluation, and is scaled to
+    [0, 1] and normalised with the mean and standard deviation of ImageNet. The model itself pads what is not a
+    multiple of its patch, so neither resizing nor padding is needed for a single image; a batch of images of several
+    sizes needs one of the two. Images are read as [`open_image`] describes.
 
     Masks come back as `mask`, never as `labels`: `labels` are the model's image-level classes. `mask` is for scoring,
     and the model does not know it: take it out before `model(**inputs)` with `mask = inputs.pop("mask")`. Of
@@ -70,7 +80,11 @@ class SynerNetImageProcessor(PilBackend):
         size_divisor (`int`, *optional*, defaults to 16):
             The multiple; the patch size of the model.
         do_convert_rgb (`bool`, *optional*, defaults to `True`):
-            Convert images to RGB first.
+            Convert arrays to RGB first; files and PIL images always are.
+        max_pixels (`int`, *optional*, defaults to 1048576):
+            Bound on the number of pixels, which bounds the memory: a larger image is shrunk with `BOX`, its mask with
+            `NEAREST`, before anything else. `target_sizes` of `post_process_*` gives label maps of the full size.
+            `None` sets no bound.
 
     Example:
 
@@ -96,6 +110,7 @@ class SynerNetImageProcessor(PilBackend):
     do_normalize = True
     do_pad = False
     size_divisor = 16
+    max_pixels = 2**20
     do_convert_rgb = True
 
     def __init__(self, **kwargs: Unpack[SynerNetImageProcessorKwargs]):
@@ -113,9 +128,9 @@ class SynerNetImageProcessor(PilBackend):
         Args:
             images (`ImageInput`):
                 One image or a list: PIL, `np.ndarray` or `torch.Tensor` of shape `(height, width, 3)`,
-                `(3, height, width)` or `(height, width)` with values 0 to 255, a path or a URL; or one array or
-                tensor with a batch of images of equal size. 16-bit greyscale files and PIL images keep their
-                shades, divided by 256; of a URL, the library keeps no more than 8 bits.
+                `(3, height, width)` or `(height, width)` with values 0 to 255, a path or a URL, `bytes` of a file, or
+                an undecoded `datasets.Image` (`{"bytes": …, "path": …}`); or one array or tensor with a batch of
+                images of equal size. See [`open_image`].
             segmentation_maps (`ImageInput`, *optional*):
                 One mask or a list, in the order and of the sizes of `images`: palette or greyscale PIL, the path of
                 such a file, or an array of shape `(height, width)`; 0 = background, 255 = ignore.
@@ -136,19 +151,11 @@ class SynerNetImageProcessor(PilBackend):
         return super().preprocess(images, segmentation_maps, **kwargs)
 
     def fetch_images(self, image_url_or_urls):
-        """Reads paths and URLs, leaves everything else as it is; lists are read item by item."""
+        """Opens images in any form that [`open_image`] reads; arrays stay as they are; lists are read item by item."""
         source = image_url_or_urls
-        if not isinstance(source, str | os.PathLike):
-            return super().fetch_images(source)
-        try:
-            if os.path.isfile(source):
-                with Image.open(source) as opened:
-                    return eight_bit_rgb(ImageOps.exif_transpose(opened))
-            return super().fetch_images(os.fspath(source))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"The image {str(source)[:200]!r} cannot be read; expected is the path or URL of an image file."
-            ) from error
+        if isinstance(source, str | os.PathLike | bytes | dict):
+            return open_image(source)
+        return super().fetch_images(source)
 
     def _preprocess_image_like_inputs(
         self,
@@ -160,7 +167,7 @@ class SynerNetImageProcessor(PilBackend):
         **kwargs,
     ) -> BatchFeature:
         images = self._prepare_image_like_inputs(
-            images=_each(images, _plain_image), do_convert_rgb=do_convert_rgb, input_data_format=input_data_format
+            images=_each(images, _prepare_input), do_convert_rgb=do_convert_rgb, input_data_format=input_data_format
         )
         data = self._preprocess(images, **kwargs)
         if segmentation_maps is not None:
@@ -196,6 +203,11 @@ class SynerNetImageProcessor(PilBackend):
         # Padding comes after normalisation: 0 there is the mean colour, which is what the model pads with.
         processed = []
         for image in images:
+            bounded = bounded_size(image.shape[-2:], kwargs["max_pixels"])
+            if bounded != image.shape[-2:]:
+                is_mask = kwargs["resample"] == PILImageResampling.NEAREST and fill_value
+                resample = PILImageResampling.NEAREST if is_mask else PILImageResampling.BOX
+                image = self.resize(image, SizeDict(height=bounded[0], width=bounded[1]), resample)
             if do_resize:
                 image = self.resize(image, size, kwargs["resample"])
             if kwargs["do_center_crop"]:
@@ -227,6 +239,9 @@ class SynerNetImageProcessor(PilBackend):
         """
         Turn the logits of the model into label maps.
 
+        The logits are resized and compared a few classes at a time, so that memory does not grow with the number of
+        classes; the result is that of the whole comparison.
+
         Args:
             outputs ([`SynerNetSegmenterOutput`]):
                 Output of the model; its `logits` have shape `(batch_size, num_labels, height, width)`.
@@ -244,13 +259,17 @@ class SynerNetImageProcessor(PilBackend):
         Raises:
             ValueError: If the number of target sizes is not the batch size.
         """
-        results = [
+        logits = outputs.logits
+        sizes = _checked_sizes(logits, target_sizes)
+        label_maps = [resized_maximum(maps, size)[1] for maps, size in zip(logits, sizes, strict=True)]
+        if not return_segmentation_scores:
+            return label_maps
+        return [
             SemanticSegmentationPostProcessorOutput(
-                data={"segmentation": scores.argmax(dim=0), "segmentation_scores": scores}
+                data={"segmentation": label_map, "segmentation_scores": resize_maps(maps, size)}
             )
-            for scores in self._resized(outputs.logits, target_sizes)
+            for label_map, maps, size in zip(label_maps, logits, sizes, strict=True)
         ]
-        return results if return_segmentation_scores else [result.segmentation for result in results]
 
     def post_process_class_activation_maps(
         self,
@@ -278,33 +297,59 @@ class SynerNetImageProcessor(PilBackend):
             ValueError: If the number of target sizes is not the batch size.
         """
         label_maps = []
-        for maps in self._resized(cams, target_sizes):
-            values, class_ids = maps.max(dim=0)
+        for maps, size in zip(cams, _checked_sizes(cams, target_sizes), strict=True):
+            values, class_ids = resized_maximum(maps, size)
             label_maps.append(torch.where(values > threshold, class_ids + 1, torch.zeros_like(class_ids)))
         return label_maps
 
-    @staticmethod
-    def _resized(maps: torch.Tensor, target_sizes: list[tuple[int, int]] | torch.Tensor | None) -> list[torch.Tensor]:
-        if target_sizes is None:
-            return list(maps)
-        if len(maps) != len(target_sizes):
-            raise ValueError(
-                f"Got {len(target_sizes)} target sizes for a batch of {len(maps)}; one per image is expected."
-            )
-        sizes = [(int(height), int(width)) for height, width in target_sizes]
-        return [
-            F.interpolate(item[None].float(), size=size, mode="bilinear", align_corners=False)[0]
-            for item, size in zip(maps, sizes, strict=True)
-        ]
+
+def open_image(source, timeout: float | None = None) -> Image.Image:
+    """
+    Read an image as every part of this package sees it: upright, 8-bit RGB.
+
+    The EXIF orientation of JPEG, TIFF and PNG is applied. See [`to_rgb`] for other colour modes. Of an animation the
+    first frame counts.
+
+    Args:
+        source (`str`, `PathLike`, `bytes`, `dict` or `PIL.Image.Image`):
+            Path, URL or base64 text; content of a file; an undecoded `datasets.Image` (`{"bytes": …, "path": …}`); or
+            an open image, of which the current frame counts. A URL is fetched by the library, which keeps 8 bits.
+        timeout (`float`, *optional*):
+            Seconds to wait for a URL.
+
+    Returns:
+        `PIL.Image.Image`: Mode `RGB`, with the pixels loaded.
+
+    Raises:
+        ValueError: If the image cannot be read.
+    """
+    if isinstance(source, Image.Image):
+        return to_rgb(ImageOps.exif_transpose(source))
+    if isinstance(source, dict):
+        content = source.get("bytes")
+        source = content if content is not None else source.get("path")
+    try:
+        if isinstance(source, bytes):
+            with Image.open(io.BytesIO(source)) as opened:
+                return to_rgb(ImageOps.exif_transpose(opened))
+        if os.path.isfile(source):
+            with Image.open(source) as opened:
+                return to_rgb(ImageOps.exif_transpose(opened))
+        return load_image(os.fspath(source), timeout=timeout)
+    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
+        name = "given as bytes" if isinstance(source, bytes) else repr(str(source)[:200])
+        raise ValueError(f"The image {name} cannot be read; expected is the path or URL of an image file.") from error
 
 
-def eight_bit_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """
     Give an image 8-bit colours.
 
     Args:
         image (`PIL.Image.Image`):
-            Any mode. Grey values of 16 bits are divided by 256, for Pillow alone cuts them off at 255.
+            Any mode. Grey values of 16 bits are divided by 256 (Pillow alone cuts them off at 255). Alpha and the
+            transparent colour of a palette are dropped: a transparent pixel shows the colour that it stores. CMYK is
+            converted by Pillow, without a colour profile.
 
     Returns:
         `PIL.Image.Image`: Mode `RGB`.
@@ -314,25 +359,94 @@ def eight_bit_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def bounded_size(size: tuple[int, int], max_pixels: int | None) -> tuple[int, int]:
+    """
+    Height and width of the same proportions with `max_pixels` pixels at most.
+
+    Raises:
+        ValueError: If `max_pixels` is not positive.
+    """
+    height, width = size
+    if max_pixels is None:
+        return height, width
+    if max_pixels < 1:
+        raise ValueError(f"`max_pixels` is {max_pixels}; a positive number of pixels is expected, or None.")
+    factor = (max_pixels / (height * width)) ** 0.5
+    return (height, width) if factor >= 1 else (max(1, int(height * factor)), max(1, int(width * factor)))
+
+
+def resize_maps(maps: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
+    """Maps of one image `(channels, h, w)` at `size` = (height, width), bilinear, float32; `None` keeps their size."""
+    if size is None or tuple(maps.shape[-2:]) == tuple(size):
+        return maps.float()
+    return F.interpolate(maps[None].float(), size=size, mode="bilinear", align_corners=False)[0]
+
+
+def resized_chunks(maps: torch.Tensor, size: tuple[int, int] | None) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield `(first channel, maps)` of [`resize_maps`] a few channels at a time: about `CHUNK_VALUES` values."""
+    height, width = maps.shape[-2:] if size is None else size
+    step = max(1, CHUNK_VALUES // (height * width))
+    for start in range(0, len(maps), step):
+        yield start, resize_maps(maps[start : start + step], size)
+
+
+def resized_maximum(maps: torch.Tensor, size: tuple[int, int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Largest value of each pixel and its channel, without all channels at full size at once.
+
+    Args:
+        maps (`torch.Tensor` of shape `(channels, h, w)`):
+            Maps of one image.
+        size (`tuple[int, int]`, *optional*):
+            Height and width to resize to first.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]` of shape `(height, width)`: Values, float32, and channels, int64; the
+        first of equal ones. Equal to the maximum of `resize_maps(maps, size)`.
+    """
+    best, channels = None, None
+    for start, chunk in resized_chunks(maps, size):
+        values, indices = chunk.max(dim=0)
+        if best is None:
+            best, channels = values, indices
+        else:
+            larger = values > best
+            best = torch.where(larger, values, best)
+            channels[larger] = indices[larger] + start
+    return best, channels
+
+
+def _checked_sizes(maps: torch.Tensor, target_sizes) -> list[tuple[int, int] | None]:
+    if target_sizes is None:
+        return [None] * len(maps)
+    if len(maps) != len(target_sizes):
+        raise ValueError(
+            f"Got {len(target_sizes)} target sizes for a batch of {len(maps)}; one per image is expected."
+        )
+    return [(int(height), int(width)) for height, width in target_sizes]
+
+
 def _each(inputs, function):
     """`function` of one input, or of every item of a list of them."""
     return [_each(item, function) for item in inputs] if isinstance(inputs, list | tuple) else function(inputs)
 
 
-def _plain_image(image):
-    """A greyscale array `(height, width)` → `(1, height, width)`; a 16-bit greyscale image → 8 bits."""
-    if isinstance(image, Image.Image) and image.mode.startswith("I;16"):
-        return eight_bit_rgb(image)
+def _prepare_input(image):
+    """Everything but arrays → an upright image of 8 bits; a greyscale array `(height, width)` → `(1, height, width)`."""
+    if isinstance(image, str | os.PathLike | bytes | dict | Image.Image):
+        return open_image(image)
     return image[None] if isinstance(image, np.ndarray | torch.Tensor) and image.ndim == 2 else image
 
 
 def _opened_mask(mask):
     """A path → the image in its own mode: the library would read it as RGB, and its ids would be lost."""
+    if isinstance(mask, Image.Image):
+        return ImageOps.exif_transpose(mask)
     if not isinstance(mask, str | os.PathLike):
         return mask
     try:
         with Image.open(mask) as opened:
-            return opened.copy()
+            return ImageOps.exif_transpose(opened).copy()
     except OSError as error:
         raise ValueError(
             f"The segmentation map {str(mask)[:200]!r} cannot be read; expected is the path of a palette or greyscale "
@@ -356,4 +470,4 @@ def _check_masks(images: list[np.ndarray], masks: list[np.ndarray]) -> None:
             )
 
 
-__all__ = ["SynerNetImageProcessor", "eight_bit_rgb"]
+__all__ = ["SynerNetImageProcessor", "open_image", "to_rgb"]

@@ -1,21 +1,18 @@
 """The pipeline task `weakly-supervised-segmentation`: images in, one mask per class out."""
 
-import os
 from collections.abc import Callable, Iterable
 from types import GeneratorType
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 from transformers import AutoModelForSemanticSegmentation, Pipeline, PreTrainedModel
-from transformers.image_utils import load_image
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .image_processing_synernet import eight_bit_rgb
+from .inference_synernet import generate_image_cams, prepare_image, resize_maps, segment_images
 
 
 TASK = "weakly-supervised-segmentation"
@@ -76,11 +73,11 @@ class SynerNetSegmentationPipeline(Pipeline):
                 "scales": scales if scales is None else tuple(scales),
                 "flip": flip,
                 "predict_labels": None if image_labels is None else image_labels == "predicted",
+                "crf": crf,
                 "return_cams": return_cams,
                 "return_confidence": return_confidence,
             },
             "postprocess": {
-                "crf": crf,
                 "return_cams": return_cams,
                 "return_confidence": return_confidence,
                 "return_scores": return_scores,
@@ -116,8 +113,8 @@ class SynerNetSegmentationPipeline(Pipeline):
 
         Args:
             inputs (`str`, `PIL.Image.Image`, `dict`, a list of these, or a data set or generator of them):
-                Images, paths or URLs, or records that hold one of these as `image`. The EXIF orientation of files
-                is applied. A data set or generator is read as the answers are, one batch after another.
+                Images, paths or URLs, or records that hold one of these as `image`; read as the image processor
+                reads them. A data set or generator is read as the answers are, one batch after another.
             scales (`tuple[float, ...]`, *optional*, defaults to `(1.0,)`):
                 Scales at which each image is seen; the elementwise maximum of the logits decides. The authors'
                 inference uses `model.config.inference_scales`.
@@ -128,9 +125,9 @@ class SynerNetSegmentationPipeline(Pipeline):
                 `"known"`, to take `labels` of each record (names, or ids of foreground classes from 0); or
                 `"predicted"`, for the classes that the model's classifiers see, at the cost of one more pass.
             crf (`Callable[[np.ndarray, np.ndarray], np.ndarray]`, *optional*):
-                Refines the probabilities, such as `synernet_hf.crf.DenseCRF()`: takes the image, uint8 of shape
-                `(height, width, 3)`, and class probabilities, float32 of shape `(num_labels, height, width)`, and
-                returns such probabilities.
+                Refines the probabilities, such as `synernet_hf.crf.DenseCRF()`: takes the image (shrunk to the
+                processor's `max_pixels`), uint8 of shape `(height, width, 3)`, and class probabilities, float32 of
+                shape `(num_labels, height, width)`, and returns such probabilities.
             return_cams (`bool`, *optional*, defaults to `False`):
                 Return the fused class activation maps too, of the given image labels or else of every class. They
                 are seen at `model.config.cam_scales`.
@@ -161,10 +158,9 @@ class SynerNetSegmentationPipeline(Pipeline):
     def preprocess(
         self, image: Any, image_labels: list[str] | str | None = None, timeout: float | None = None
     ) -> dict[str, list]:
-        record = image if isinstance(image, dict) else {"image": image}
-        opened = _opened(record["image"], timeout)
-        # the model pads by itself; padding here would be stretched over the image
-        inputs = self.image_processor(images=opened, do_center_crop=False, do_pad=False, return_tensors="pt")
+        # what an undecoded `datasets.Image` column holds is an image
+        is_record = isinstance(image, dict) and "image" in image
+        record = image if is_record else {"image": image}
         labels = None
         if image_labels == "known":
             if record.get("labels") is None:
@@ -175,12 +171,8 @@ class SynerNetSegmentationPipeline(Pipeline):
             labels = self._multi_hot(record["labels"])
         elif image_labels is not None and image_labels != "predicted":
             labels = self._multi_hot(image_labels)
-        # Lists are collated as they are, so that a batch may hold several sizes.
-        return {
-            "pixel_values": [inputs["pixel_values"][0].to(self.dtype)],
-            "labels": [labels],
-            "image": [opened],
-        }
+        # lists are collated as they are, so that a batch may hold several sizes
+        return {"prepared": [prepare_image(self.image_processor, record["image"], timeout)], "labels": [labels]}
 
     def _forward(
         self,
@@ -188,92 +180,59 @@ class SynerNetSegmentationPipeline(Pipeline):
         scales: tuple[float, ...] = (1.0,),
         flip: bool = False,
         predict_labels: bool = False,
+        crf: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
         return_cams: bool = False,
         return_confidence: bool = False,
     ) -> dict[str, list]:
-        images = _flattened(model_inputs["pixel_values"])
-        labels = _flattened(model_inputs["labels"])
-        outputs = {"logits": [None] * len(images), "image": _flattened(model_inputs["image"])}
-        cams, confidence = [None] * len(images), [None] * len(images)
-        for size in sorted({tuple(image.shape[-2:]) for image in images}):
-            members = [i for i, image in enumerate(images) if tuple(image.shape[-2:]) == size]
-            batch = torch.stack([images[i] for i in members])  # (batch_size, 3, height, width)
-            if predict_labels:
-                present = (self.model(batch).classification_logits > 0).float()
-                for i, row in zip(members, present, strict=True):
-                    labels[i] = row
-            # which classes are there is known already where labels are given
-            prior = 0.0 if labels[members[0]] is not None and not predict_labels else None
-            logits = self.model.multi_scale_logits(batch, scales=scales, flip=flip, class_prior_weight=prior)
-            for i, values in zip(members, logits, strict=True):
-                outputs["logits"][i] = values
-            if return_cams or return_confidence:
-                given = None if labels[members[0]] is None else torch.stack([labels[i] for i in members])
-                maps = self.model.generate_cams(batch, labels=given)
-                for row, i in enumerate(members):
-                    cams[i], confidence[i] = maps.fused_cams[row], maps.confidence[row]
-        return outputs | {"labels": labels, "cams": cams, "confidence": confidence}
+        prepared = _flattened(model_inputs["prepared"])
+        labels = "predicted" if predict_labels else _flattened(model_inputs["labels"])
+        segmented = segment_images(
+            self.model, self.image_processor, prepared, labels=labels, scales=scales, flip=flip, crf=crf
+        )
+        outputs = {"segmented": segmented, "cams": [None] * len(prepared)}
+        if return_cams or return_confidence:
+            given = [item.labels for item in segmented]
+            given = None if given[0] is None else given
+            outputs["cams"] = generate_image_cams(self.model, self.image_processor, prepared, labels=given)
+        return outputs
 
     def postprocess(
         self,
         model_outputs: dict[str, Any],
-        crf: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
         return_cams: bool = False,
         return_confidence: bool = False,
         return_scores: bool = False,
     ) -> list[dict[str, Any]] | dict[str, Any]:
-        # one image of a batch comes with a leading dimension, a single one in a list
-        item = {
-            name: value[0] if isinstance(value, list | torch.Tensor) else value
-            for name, value in model_outputs.items()
-        }
-        image, labels, id2label = item["image"], item["labels"], self.model.config.id2label
-        logits = _resized(item["logits"], image)
-        if labels is not None:
-            absent = torch.cat([torch.zeros(1, dtype=torch.bool), labels.cpu() == 0])
-            logits = logits.masked_fill(absent[:, None, None], -torch.inf)
-        probabilities = logits.softmax(dim=0)
-        if crf is not None:
-            probabilities = torch.from_numpy(crf(np.asarray(image), probabilities.numpy()))
-            if labels is not None:
-                probabilities = probabilities.masked_fill(absent[:, None, None], 0.0)
-        label_map = (logits if crf is None else probabilities).argmax(dim=0)
+        # a single image comes in a list, one of a batch by itself
+        segmented, cams = (
+            value[0] if isinstance(value, list) else value
+            for value in (model_outputs["segmented"], model_outputs["cams"])
+        )
+        id2label, size = self.model.config.id2label, tuple(segmented.label_map.shape)
+        probabilities = segmented.probabilities()
         segments = []
-        for class_id in label_map.unique().tolist():
-            where = label_map == class_id
-            mask = Image.fromarray(where.numpy().astype(np.uint8) * 255)
-            score = float(probabilities[class_id][where].mean())
+        for class_id in segmented.label_map.unique().tolist():
+            where = segmented.label_map == class_id
+            mask = Image.fromarray(where.cpu().numpy().astype(np.uint8) * 255)
+            score = float(probabilities[where].mean())
             segments.append({"label": id2label[class_id], "mask": mask, "score": score})
         answer = {"segments": segments}
         if return_cams:
-            maps = _resized(item["cams"], image).numpy()
-            shown = range(len(maps)) if labels is None else labels.nonzero()[:, 0].tolist()
-            answer["cams"] = {id2label[index + 1]: maps[index] for index in shown}
+            maps = cams["fused_cams"]
+            shown = range(len(maps)) if segmented.labels is None else segmented.labels.nonzero()[:, 0].tolist()
+            answer["cams"] = {
+                id2label[index + 1]: resize_maps(maps[index : index + 1], size)[0].cpu().numpy() for index in shown
+            }
         if return_confidence:
-            answer["confidence"] = _resized(item["confidence"], image)[0].numpy()
+            answer["confidence"] = resize_maps(cams["confidence"], size)[0].cpu().numpy()
         if return_scores:
-            answer["scores"] = {id2label[index]: values.numpy() for index, values in enumerate(probabilities)}
+            scores = segmented.scores(len(id2label)).cpu().numpy()
+            answer["scores"] = {id2label[index]: values for index, values in enumerate(scores)}
         return answer if len(answer) > 1 else segments
 
 
 def _flattened(items: list) -> list:
     return [leaf for item in items for leaf in (item if isinstance(item, list) else [item])]
-
-
-def _opened(image: Any, timeout: float | None) -> Image.Image:
-    """A path, URL or image as an RGB image; 16-bit greyscale, which the library turns white, keeps its shades."""
-    if isinstance(image, str) and os.path.isfile(image):
-        with Image.open(image) as opened:
-            return eight_bit_rgb(ImageOps.exif_transpose(opened))
-    if isinstance(image, Image.Image):
-        return eight_bit_rgb(ImageOps.exif_transpose(image))
-    return load_image(image, timeout=timeout)
-
-
-def _resized(maps: torch.Tensor, image: Image.Image) -> torch.Tensor:
-    """Maps of one image, `(channels, h, w)`, at its size in float32."""
-    maps = maps[None].float()
-    return F.interpolate(maps, size=(image.height, image.width), mode="bilinear", align_corners=False)[0]
 
 
 def register_pipeline(model_class: type[PreTrainedModel]) -> None:

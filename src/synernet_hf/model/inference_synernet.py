@@ -1,0 +1,256 @@
+"""The one way from images to label maps and CAMs, which the pipeline, the scripts, evaluation and the card share."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import PreTrainedModel
+
+from .image_processing_synernet import (
+    SynerNetImageProcessor,
+    bounded_size,
+    open_image,
+    resize_maps,
+    resized_chunks,
+    resized_maximum,
+)
+
+
+@dataclass
+class PreparedImage:
+    """
+    An image as the network sees it.
+
+    Attributes:
+        pixel_values (`torch.Tensor` of shape `(3, h, w)`): float32, normalised and resized if the processor resizes.
+        image (`PIL.Image.Image`): the upright RGB image, shrunk to `processor.max_pixels`.
+        size (`tuple[int, int]`): height and width of the whole image, the size of all results.
+    """
+
+    pixel_values: torch.Tensor
+    image: Image.Image
+    size: tuple[int, int]
+
+
+@dataclass
+class SegmentedImage:
+    """
+    Segmentation of one image.
+
+    Attributes:
+        label_map (`torch.Tensor` of shape `(height, width)`): int64 class ids at the size of the image.
+        labels (`torch.Tensor` of shape `(num_labels - 1,)`, *optional*):
+            Multi-hot classes that the label map was limited to; `None` without such a limit.
+        maps (`torch.Tensor` of shape `(n, h, w)`):
+            Logits of the classes `class_ids`, at the size of `pixel_values`; after a CRF its probabilities.
+        class_ids (`torch.Tensor` of shape `(n,)`): int64 ids of the classes that the label map may show.
+        refined (`bool`): whether `maps` are probabilities.
+    """
+
+    label_map: torch.Tensor
+    labels: torch.Tensor | None
+    maps: torch.Tensor
+    class_ids: torch.Tensor
+    refined: bool = False
+
+    def probabilities(self) -> torch.Tensor:
+        """Probability of the chosen class of each pixel, `(height, width)` float32."""
+        size = tuple(self.label_map.shape)
+        best, _ = resized_maximum(self.maps, size)
+        if self.refined:
+            return best
+        total = torch.zeros_like(best)
+        for _, chunk in resized_chunks(self.maps, size):
+            total += (chunk - best).exp().sum(dim=0)
+        return 1 / total
+
+    def scores(self, num_labels: int) -> torch.Tensor:
+        """Probabilities of all classes, `(num_labels, height, width)` float32: as large as that says."""
+        maps = resize_maps(self.maps, tuple(self.label_map.shape))
+        scores = maps.new_zeros(num_labels, *maps.shape[1:])
+        scores[self.class_ids] = maps if self.refined else maps.softmax(dim=0)
+        return scores
+
+
+def prepare_image(processor: SynerNetImageProcessor, source: Any, timeout: float | None = None) -> PreparedImage:
+    """
+    Open an image and process it for the network; runs in the workers of a data loader too.
+
+    Args:
+        processor ([`SynerNetImageProcessor`]):
+            Its padding and its center crop are left out: the model pads by itself, and the whole image is asked for.
+        source:
+            The image in any form that `open_image` reads.
+        timeout (`float`, *optional*):
+            Seconds to wait for a URL.
+
+    Returns:
+        [`PreparedImage`]
+
+    Raises:
+        ValueError: If the image cannot be read.
+    """
+    image = open_image(source, timeout)
+    size = (image.height, image.width)
+    bounded = bounded_size(size, processor.max_pixels)
+    if bounded != size:
+        image = image.resize(bounded[::-1], Image.Resampling.BOX)
+    inputs = processor(images=image, do_center_crop=False, do_pad=False, return_tensors="pt")
+    return PreparedImage(inputs["pixel_values"][0], image, size)
+
+
+@torch.no_grad()
+def segment_images(
+    model: PreTrainedModel,
+    processor: SynerNetImageProcessor,
+    images: Sequence[Any],
+    labels: str | Sequence[torch.Tensor | None] | None = None,
+    scales: tuple[float, ...] | None = (1.0,),
+    flip: bool = False,
+    inference_branches: str | None = None,
+    crf: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+) -> list[SegmentedImage]:
+    """
+    Segment images; those of equal processed size go through the model together.
+
+    Args:
+        model ([`SynerNetForWeaklySupervisedSegmentation`]):
+            The model, in evaluation mode, of any dtype and on any device.
+        processor ([`SynerNetImageProcessor`]):
+            Saved with the model.
+        images (`Sequence`):
+            [`PreparedImage`] or anything that `open_image` reads.
+        labels (`str` or `Sequence[torch.Tensor]`, *optional*):
+            Classes that the label maps may show beside the background: `"predicted"`, those that the classifiers see
+            (a logit above 0, one more pass); or multi-hot rows `(num_labels - 1,)`, `None` for an image without
+            limit. With given labels the class prior is off, for which classes are there is known already.
+        scales (`tuple[float, ...]`, *optional*, defaults to `(1.0,)`):
+            Scales at which each image is seen; `None` stands for `config.inference_scales`.
+        flip (`bool`, *optional*, defaults to `False`):
+            Also see the mirror of every scale.
+        inference_branches (`str`, *optional*):
+            `"broad"`, `"precise"` or `"both"` (default).
+        crf (`Callable`, *optional*):
+            Refines the probabilities: takes the image that [`PreparedImage`] holds, uint8 `(h, w, 3)`, and class
+            probabilities, float32 `(num_labels, h, w)`, and returns such probabilities.
+
+    Returns:
+        `list[SegmentedImage]`: On the device of the model, in the order of `images`.
+    """
+    prepared = [_prepared(processor, image) for image in images]
+    results: list[SegmentedImage] = [None] * len(prepared)
+    limits = [None] * len(prepared) if labels is None else labels
+    if isinstance(labels, str):
+        limits = predict_labels(model, processor, prepared)
+    prior_off = [labels != "predicted" and limit is not None for limit in limits]
+    for members, pixel_values in _equal_batches(model, prepared, prior_off):
+        logits = model.multi_scale_logits(
+            pixel_values,
+            scales=scales,
+            flip=flip,
+            inference_branches=inference_branches,
+            class_prior_weight=0.0 if prior_off[members[0]] else None,
+        )
+        for index, maps in zip(members, logits, strict=True):
+            results[index] = _segmented(maps, limits[index], prepared[index], crf)
+    return results
+
+
+def _segmented(maps, labels, prepared: PreparedImage, crf) -> SegmentedImage:
+    num_labels = len(maps)
+    if labels is None:
+        class_ids = torch.arange(num_labels, device=maps.device)
+    else:
+        labels = labels.to(maps.device)
+        class_ids = torch.cat([labels.new_zeros(1, dtype=torch.int64), labels.nonzero()[:, 0] + 1])
+        maps = maps[class_ids]
+    if crf is not None:
+        maps = resize_maps(maps, (prepared.image.height, prepared.image.width)).softmax(dim=0)
+        probabilities = maps.new_zeros(num_labels, *maps.shape[1:])
+        probabilities[class_ids] = maps
+        refined = crf(np.asarray(prepared.image), probabilities.cpu().numpy())
+        maps = torch.from_numpy(np.asarray(refined, dtype=np.float32)).to(maps.device)[class_ids]
+    _, positions = resized_maximum(maps, prepared.size)
+    return SegmentedImage(class_ids[positions], labels, maps, class_ids, refined=crf is not None)
+
+
+@torch.no_grad()
+def predict_labels(model: PreTrainedModel, processor: SynerNetImageProcessor, images: Sequence[Any]) -> list:
+    """Multi-hot labels `(num_labels - 1,)`, float32, that the classifiers see in each image: a logit above 0."""
+    prepared = [_prepared(processor, image) for image in images]
+    rows = [None] * len(prepared)
+    for members, pixel_values in _equal_batches(model, prepared):
+        present = (model(pixel_values).classification_logits > 0).float()
+        for index, row in zip(members, present, strict=True):
+            rows[index] = row
+    return rows
+
+
+@torch.no_grad()
+def generate_image_cams(
+    model: PreTrainedModel,
+    processor: SynerNetImageProcessor,
+    images: Sequence[Any],
+    labels: Sequence[torch.Tensor] | None = None,
+    scales: tuple[float, ...] | None = None,
+    flip: bool | None = None,
+    plain: bool = False,
+) -> list[dict[str, torch.Tensor]]:
+    """
+    Generate the class activation maps of images; those of equal processed size go through the model together.
+
+    Args:
+        model, processor, images:
+            As in [`segment_images`].
+        labels (`Sequence[torch.Tensor]`, *optional*):
+            Multi-hot rows `(num_labels - 1,)`; the maps of other classes are zero. `None` gives the maps of all.
+        scales, flip, plain:
+            As in `model.generate_cams`.
+
+    Returns:
+        `list[dict[str, torch.Tensor]]`: Per image the fields of [`SynerNetCamOutput`], without the batch dimension:
+        maps `(num_labels - 1, h, w)` and `confidence` `(1, h, w)` at the size of `pixel_values`, to be resized by
+        `processor.post_process_class_activation_maps` or [`resize_maps`].
+    """
+    prepared = [_prepared(processor, image) for image in images]
+    results: list[dict[str, torch.Tensor]] = [None] * len(prepared)
+    for members, pixel_values in _equal_batches(model, prepared):
+        given = None
+        if labels is not None:
+            given = torch.stack([torch.as_tensor(labels[index], dtype=torch.float32) for index in members])
+            given = given.to(pixel_values.device)
+        options = {"plain": True} if plain else {}
+        cams = model.generate_cams(pixel_values, labels=given, scales=scales, flip=flip, **options)
+        for row, index in enumerate(members):
+            results[index] = {name: maps[row] for name, maps in cams.items()}
+    return results
+
+
+def _prepared(processor: SynerNetImageProcessor, image: Any) -> PreparedImage:
+    return image if isinstance(image, PreparedImage) else prepare_image(processor, image)
+
+
+def _equal_batches(
+    model: PreTrainedModel, prepared: list[PreparedImage], kinds: Sequence | None = None
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Positions of images of equal size (and kind), and their pixel values `(n, 3, h, w)` as the model takes them."""
+    kinds = [None] * len(prepared) if kinds is None else kinds
+    keys = [(tuple(item.pixel_values.shape[-2:]), kind) for item, kind in zip(prepared, kinds, strict=True)]
+    for key in dict.fromkeys(keys):
+        members = [index for index, other in enumerate(keys) if other == key]
+        batch = torch.stack([prepared[index].pixel_values for index in members])
+        yield members, batch.to(model.device, model.dtype)
+
+
+__all__ = [
+    "PreparedImage",
+    "SegmentedImage",
+    "generate_image_cams",
+    "predict_labels",
+    "prepare_image",
+    "resize_maps",
+    "segment_images",
+]
