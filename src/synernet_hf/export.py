@@ -20,8 +20,7 @@ from torch.nn import functional as F
 
 from synernet_hf.files import replace_file
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation
-from synernet_hf.model.modeling_synernet import lower_unlikely_classes, patch_map
-from synernet_hf.model.objective_synernet import chosen_branches
+from synernet_hf.model.modeling_synernet import chosen_branches, lower_unlikely_classes, patch_map
 from synernet_hf.model_folder import load_model
 
 

@@ -49,7 +49,12 @@ from synernet_hf.training.checkpoints import (
 )
 from synernet_hf.training.evaluation import evaluate_model
 from synernet_hf.training.monitoring import LossMeter, check_finite_weights
-from synernet_hf.training.optimization import LossWeightSchedule, learning_rate_multiplier, parameter_groups
+from synernet_hf.training.optimization import (
+    LossWeightSchedule,
+    gather_in_rank_order,
+    learning_rate_multiplier,
+    parameter_groups,
+)
 from synernet_hf.training.precision import SLOW_BF16, is_slow_in_bf16, resolve_precision
 from synernet_hf.training.reporting import write_card
 from synernet_hf.training.validation import build_model, run_record, validate_arguments
@@ -379,6 +384,7 @@ def train_step(run: TrainingRun, batch: dict[str, torch.Tensor]) -> tuple[torch.
             valid_boxes=batch["valid_boxes"],
             loss_weights=run.loss_weights(progress),
             training_progress=progress,
+            gather_embeddings=gather_in_rank_order,
         )
         accelerator.backward(outputs.loss)
         if accelerator.sync_gradients and args.max_grad_norm is not None:

@@ -1,6 +1,8 @@
-"""What changes over a run: parameter groups, learning rate, and the loss terms that count."""
+"""Parameter groups, learning rate, weights of the loss terms, and embeddings gathered from all processes."""
 
+import torch
 from torch import nn
+from torch.nn import functional as F
 
 from synernet_hf.model import SynerNetConfig
 
@@ -85,8 +87,9 @@ def learning_rate_multiplier(step: int, warmup_steps: int, total_steps: int) -> 
 
 class LossWeightSchedule:
     """
-    The weights of the loss terms at a moment of the run: those of the configuration, with 0 for a gated term
-    (`segmentation`, `spatial_bce`, `prototype_contrast`) until the share of steps done reaches `config.<term>_start`.
+    Weights of the loss terms during a run: those of the configuration, but 0 for a gated term (`segmentation`,
+    `spatial_bce`, `prototype_contrast`) as long as the share of steps done is at most `config.<term>_start` (authors'
+    code: 2,000 of 8,000 steps leave the first 2,001 without the term). A start of 0 has no gate.
 
     Args:
         config ([`SynerNetConfig`]):
@@ -99,7 +102,7 @@ class LossWeightSchedule:
     >>> from synernet_hf.training import LossWeightSchedule
 
     >>> schedule = LossWeightSchedule(SynerNetConfig(num_labels=3))
-    >>> schedule(0.2)["segmentation"], schedule(0.25)["segmentation"]
+    >>> schedule(0.25)["segmentation"], schedule(0.26)["segmentation"]
     (0.0, 0.17)
     ```"""
 
@@ -121,8 +124,40 @@ class LossWeightSchedule:
         """
         if not 0 <= progress <= 1:
             raise ValueError(f"`progress` is a share of the run in [0, 1], got {progress}.")
-        closed = {name for name, start in self.starts.items() if progress < start}
+        closed = {name for name, start in self.starts.items() if 0 < start and progress <= start}
         return {name: 0.0 if name in closed else weight for name, weight in self.weights.items()}
 
 
-__all__ = ["LossWeightSchedule", "learning_rate_multiplier", "parameter_groups"]
+def gather_in_rank_order(
+    embeddings: torch.Tensor, class_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, slice]:
+    """
+    Collects the embeddings of all processes in rank order, so that every process updates its prototypes alike. All
+    processes must call this together; their batches may differ in size.
+
+    Args:
+        embeddings (`torch.Tensor` of shape `(n, P)`): embeddings of the own images.
+        class_ids (`torch.Tensor` of shape `(n,)`): int64, class ids of the own images.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, slice]`: embeddings `(N, P)`, with gradient for the own ones only; class ids
+        `(N,)`, -1 in rows that pad a smaller batch; and the rows of the own images.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return embeddings, class_ids, slice(None)
+    ranks, rank, count = distributed.get_world_size(), distributed.get_rank(), class_ids.shape[0]
+    counts = [torch.zeros(1, dtype=torch.long, device=class_ids.device) for _ in range(ranks)]
+    distributed.all_gather(counts, torch.full_like(counts[0], count))
+    longest = int(torch.cat(counts).max())
+    embeddings = F.pad(embeddings, (0, 0, 0, longest - count))
+    class_ids = F.pad(class_ids, (0, longest - count), value=-1)
+    all_embeddings = [torch.empty_like(embeddings) for _ in range(ranks)]
+    all_ids = [torch.empty_like(class_ids) for _ in range(ranks)]
+    distributed.all_gather(all_embeddings, embeddings.detach().contiguous())
+    distributed.all_gather(all_ids, class_ids)
+    all_embeddings[rank] = embeddings
+    return torch.cat(all_embeddings), torch.cat(all_ids), slice(rank * longest, rank * longest + count)
+
+
+__all__ = ["LossWeightSchedule", "gather_in_rank_order", "learning_rate_multiplier", "parameter_groups"]
