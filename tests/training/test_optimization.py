@@ -34,11 +34,12 @@ def test_schedule_without_warmup_and_past_the_end():
 @pytest.mark.parametrize(
     ("term", "start"), [("segmentation", 0.25), ("spatial_bce", 0.375), ("prototype_contrast", 0.375)]
 )
-def test_a_gate_opens_at_its_share_of_the_run(term, start):
+def test_a_gate_opens_after_its_share_of_the_run(term, start):
     config = SynerNetConfig(num_labels=3)
     schedule = LossWeightSchedule(config)
     weights = [schedule(step / 8000)[term] for step in range(8000)]
-    first = round(start * 8000)
+    # the authors' first open steps, counted from 0: 2,001 and 3,001
+    first = round(start * 8000) + 1
     assert weights[:first] == [0.0] * first
     assert weights[first:] == [config.loss_weights[term]] * (8000 - first)
 
@@ -55,8 +56,9 @@ def test_terms_without_a_gate_always_count():
 def test_gates_are_settings():
     config = SynerNetConfig(num_labels=3, segmentation_start=0.0, spatial_bce_start=1.0)
     schedule = LossWeightSchedule(config)
+    # a start of 0 is no gate
     assert schedule(0.0)["segmentation"] == config.segmentation_weight
-    assert schedule(0.999)["spatial_bce"] == 0
+    assert schedule(0.999)["spatial_bce"] == schedule(1.0)["spatial_bce"] == 0
 
 
 @pytest.mark.parametrize("progress", [-0.1, 1.1])
