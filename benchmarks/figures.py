@@ -19,15 +19,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.nn import functional as F
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.data import multi_hot
 from synernet_hf.metrics import MeanIoU
-from synernet_hf.model.cam_synernet import cams_to_pseudo_labels, layer_confidence, multi_scale_cams
-from synernet_hf.model.objective_synernet import BRANCHES, fuse_branches
-from synernet_hf.model.refinement_synernet import SynerNetPixelAdaptiveRefinement, refine_pseudo_labels
+from synernet_hf.model import (
+    BranchPair,
+    SynerNetPixelAdaptiveRefinement,
+    cams_to_pseudo_labels,
+    fuse_branches,
+    layer_confidence,
+    mask_absent_classes,
+    multi_scale_cams,
+    open_image,
+    prepare_image,
+    refine_pseudo_labels,
+    segment_images,
+)
 from synernet_hf.training import DataArguments, InvalidArguments
 from synernet_hf.training.validation import load_data
 from synernet_hf.visualization import colorize, figure_panels, heat_map, voc_palette
@@ -58,12 +68,9 @@ def read_file(path: Path, labels: list[str] | None, names: list[str]) -> dict[st
     if unknown:
         raise InvalidArguments(f"--labels has unknown classes {', '.join(unknown)}; known are {', '.join(names[1:])}.")
     try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InvalidArguments(
-            f"The image {path} cannot be decoded ({error}); give a JPEG, PNG or the like."
-        ) from error
+        image = open_image(path)
+    except (OSError, ValueError) as error:
+        raise InvalidArguments(f"{error} Give a JPEG, PNG or the like.") from error
     label_ids = None if labels is None else [names.index(name) - 1 for name in labels]
     return {"image": image, "image_id": path.stem, "labels": label_ids, "mask": None}
 
@@ -125,36 +132,41 @@ def inspect_image(model, processor, image: Image.Image, label_ids: list[int] | N
         `label_maps` `(H, W)`: refined labels, fused labels and segmentations. Arrays of numpy.
     """
     config = model.config
-    inputs = processor(images=image, do_center_crop=False, do_pad=False, return_tensors="pt")
-    pixel_values, size = inputs["pixel_values"].to(model.device), (image.height, image.width)
-    outputs = model(pixel_values)
+    prepared = prepare_image(processor, image)
+    pixel_values, size = prepared.pixel_values[None].to(model.device), prepared.size
     if label_ids is None:
-        scores = outputs.classification_logits
+        scores = model(pixel_values).classification_logits
         labels = ((scores > 0) | (scores == scores.amax(dim=1, keepdim=True))).float()
     else:
         labels = multi_hot(label_ids, config.num_labels - 1)[None].to(model.device)
     low, high = config.low_threshold, config.high_threshold
-    cams = {
-        branch: tuple(F.interpolate(layer, size=size, mode="bilinear", align_corners=False) for layer in maps)
-        for branch, maps in multi_scale_cams(
-            model, pixel_values, labels, tuple(config.cam_scales), config.cam_flip
-        ).items()
-    }
+
+    def at_image(maps: torch.Tensor) -> torch.Tensor:
+        maps = mask_absent_classes(maps, labels)
+        return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+    seen = multi_scale_cams(model, pixel_values, None, config.cam_scales, config.cam_flip)
+    cams = BranchPair(*(tuple(map(at_image, maps)) for maps in seen))
+    names = ["last", "aux", *(f"block {layer}" for layer in config.additional_cam_layers)]
     layers = {
-        (branch, layer): maps for branch in BRANCHES for layer, maps in zip(("last", "aux"), cams[branch], strict=True)
+        (branch, name): layer
+        for branch, maps in zip(BranchPair._fields, cams, strict=True)
+        for name, layer in zip(names, maps, strict=True)
     }
     votes = {
         key: cams_to_pseudo_labels(maps, labels, low, high, ignore_index=UNCERTAIN) for key, maps in layers.items()
     }
-    confidence, agreed = layer_confidence(torch.stack(list(votes.values())), UNCERTAIN)
+    voting = {names[config.cam_layers.index(layer)] for layer in config.voting_layers}
+    counted = [vote for (_, name), vote in votes.items() if name in voting]
+    confidence, agreed = layer_confidence(torch.stack(counted), UNCERTAIN)
     agreed = agreed.masked_fill(confidence[:, 0] < config.confidence_threshold, UNCERTAIN)
 
-    pixels = torch.from_numpy(np.asarray(image).copy()).to(model.device)
+    pixels = torch.from_numpy(np.array(prepared.image)).to(model.device)
     unit_pixels = pixels.permute(2, 0, 1)[None].float() / 255
     refinement = SynerNetPixelAdaptiveRefinement(config.refinement_dilations, config.refinement_iterations)
     fused, _ = fuse_branches(config, cams, labels)
-    sources = {f"refined {LETTERS[branch]}-CAM": cams[branch][0] for branch in BRANCHES}
-    sources |= {f"label that teaches {LETTERS[branch]}": fused[branch] for branch in BRANCHES}
+    sources = {f"refined {LETTERS[name]}-CAM": maps[0] for name, maps in cams._asdict().items()}
+    sources |= {f"label that teaches {LETTERS[name]}": maps for name, maps in fused._asdict().items()}
     label_maps = {
         name: refine_pseudo_labels(unit_pixels, maps, labels, low, high, None, UNCERTAIN, refinement)
         for name, maps in sources.items()
@@ -164,9 +176,8 @@ def inspect_image(model, processor, image: Image.Image, label_ids: list[int] | N
         ("broad", "segmentation of B"),
         ("precise", "segmentation of P"),
     ):
-        logits = model.multi_scale_logits(pixel_values, scales=(1.0,), inference_branches=branches)
-        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        label_maps[title] = logits.argmax(dim=1)
+        (segmented,) = segment_images(model, processor, [prepared], inference_branches=branches)
+        label_maps[title] = segmented.label_map[None]
     return {
         "labels": labels[0].cpu().numpy(),
         "cams": {key: maps[0].amax(dim=0).cpu().numpy() for key, maps in layers.items()},

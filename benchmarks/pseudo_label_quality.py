@@ -10,6 +10,7 @@ pixels. Thresholds and dilations for images of another size than the full recipe
 """
 
 import argparse
+import copy
 import itertools
 import json
 import sys
@@ -21,11 +22,12 @@ import torch
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.data import multi_hot
 from synernet_hf.metrics import MeanIoU
-from synernet_hf.model.cam_synernet import multi_scale_cams
-from synernet_hf.model.objective_synernet import fuse_branches
-from synernet_hf.model.refinement_synernet import (
+from synernet_hf.model import (
     SynerNetPixelAdaptiveRefinement,
     denormalize,
+    fuse_branches,
+    mask_absent_classes,
+    multi_scale_cams,
     refine_pseudo_labels,
 )
 from synernet_hf.training import DataArguments, InvalidArguments
@@ -89,17 +91,19 @@ def measure(model, processor, split, settings: list[tuple], size: int | None) ->
     counts = [np.zeros((num_labels, num_labels + 1), dtype=np.int64) for _ in settings]
     resize = {} if size is None else {"size": {"shortest_edge": size}, "do_resize": True}
     for record in split:
-        inputs = processor(images=record["image"].convert("RGB"), return_tensors="pt", **resize)
+        inputs = processor(images=record["image"], return_tensors="pt", **resize)
         pixel_values = inputs["pixel_values"].to(model.device)
         labels = multi_hot(record["labels"], num_labels - 1)[None].to(model.device)
         height, width = pixel_values.shape[-2:]
         truth = np.asarray(record["mask"].resize((width, height), 0)).astype(np.int64)
         scored = truth != ignore_index
-        cams = multi_scale_cams(model, pixel_values, labels, tuple(config.cam_scales), config.cam_flip)
+        cams = multi_scale_cams(model, pixel_values, None, config.cam_scales, config.cam_flip)
         images = denormalize(pixel_values, config.image_mean, config.image_std)
         for count, (low, high, dilations) in zip(counts, settings, strict=True):
-            config.low_threshold, config.high_threshold = low, high
-            fused = fuse_branches(config, cams, labels)[0]["precise"]
+            # of the fields a copy: what the model reads is not set
+            tried = copy.copy(config)
+            tried.low_threshold, tried.high_threshold = low, high
+            fused = mask_absent_classes(fuse_branches(tried, cams, labels)[0].precise, labels)
             refinement = SynerNetPixelAdaptiveRefinement(dilations, config.refinement_iterations)
             given = refine_pseudo_labels(images, fused, labels, low, high, None, ignore_index, refinement)[0]
             given = np.where((given := given.cpu().numpy()) == ignore_index, num_labels, given)

@@ -95,10 +95,10 @@ def test_each_step_of_the_ladder_adds_one_part(ablation, recipe):
         {name for name in MODEL_FIELDS if getattr(before, name) != getattr(after, name)}
         for before, after in zip(fields, fields[1:], strict=False)
     ]
-    later = {"fusion", "confidence_weighting"}
+    later = {"fusion"}
     assert changed[0] == {"cross_supervision"}
     assert changed[1] and changed[1] <= set(ablation.ALONE) - {"cross_supervision", "with_class_token_head", *later}
-    assert {"fusion"} <= changed[2] <= later
+    assert changed[2] == later
     if recipe == "voc_animals":
         # the weight of the prior means nothing without the head
         assert changed[3] == {"with_class_token_head", "class_prior_weight"} and changed[4] == {"class_prior_weight"}
@@ -324,6 +324,19 @@ def test_what_a_figure_shows(figures, finished):
     truth[:16] = 2
     assert figures.image_iou(truth, truth, 6) == 1.0
     assert figures.image_iou(np.full_like(truth, 255), truth, 6) == pytest.approx(0.25)
+
+
+def test_figures_of_more_than_two_layers(figures):
+    from synernet_hf import SynerNetImageProcessor
+
+    model = SynerNetModelTester(confidence_layers=[1, -2, -1]).model()
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 48, 3), dtype=np.uint8))
+    seen = figures.inspect_image(model, SynerNetImageProcessor(size_divisor=8), image, [0, 2])
+    assert [layer for branch, layer in seen["cams"] if branch == "broad"] == ["last", "aux", "block 1"]
+    assert set(np.unique((6 * seen["confidence"]).round(4))) <= set(range(7))
+    record = {"image": image, "image_id": "image", "mask": None}
+    figure = figures.draw(record, seen, ["background", "cat", "dog", "horse"], 64)
+    assert figure.width == 8 + 9 * (64 + 8)
 
 
 def test_unknown_classes_are_refused(figures, tmp_path):

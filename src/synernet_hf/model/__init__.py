@@ -3,6 +3,14 @@
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 
+from .cam_synernet import (
+    BranchPair,
+    cams_to_pseudo_labels,
+    fuse_branches,
+    layer_confidence,
+    mask_absent_classes,
+    multi_scale_cams,
+)
 from .configuration_synernet import SynerNetConfig
 from .image_processing_synernet import SynerNetImageProcessor, open_image, to_rgb
 from .inference_synernet import (
@@ -20,6 +28,7 @@ from .modeling_synernet import (
     SynerNetPreTrainedModel,
 )
 from .pipeline_synernet import SynerNetSegmentationPipeline, register_pipeline
+from .refinement_synernet import SynerNetPixelAdaptiveRefinement, denormalize, refine_pseudo_labels
 
 
 AutoConfig.register("synernet", SynerNetConfig, exist_ok=True)
@@ -37,18 +46,27 @@ SynerNetImageProcessor.register_for_auto_class("AutoImageProcessor")
 VIDEO_PROCESSOR_MAPPING.register(SynerNetConfig, {}, exist_ok=True)
 
 __all__ = [
+    "BranchPair",
     "PreparedImage",
     "SegmentedImage",
     "SynerNetConfig",
     "SynerNetForWeaklySupervisedSegmentation",
     "SynerNetImageProcessor",
     "SynerNetModel",
+    "SynerNetPixelAdaptiveRefinement",
     "SynerNetPreTrainedModel",
     "SynerNetSegmentationPipeline",
+    "cams_to_pseudo_labels",
+    "denormalize",
+    "fuse_branches",
     "generate_image_cams",
+    "layer_confidence",
+    "mask_absent_classes",
+    "multi_scale_cams",
     "open_image",
     "predict_labels",
     "prepare_image",
+    "refine_pseudo_labels",
     "resize_maps",
     "segment_images",
     "to_rgb",
