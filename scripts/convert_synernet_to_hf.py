@@ -27,7 +27,7 @@ from convert_timm_vit_to_hf import (
 from transformers import ViTConfig
 
 from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
-from synernet_hf.data.schema import COCO_CLASSES, VOC_CLASSES, id2label_from
+from synernet_hf.data import COCO_CLASSES, VOC_CLASSES, id2label_from
 
 
 # The branch with the area-expanding loss is the broad one.
@@ -145,20 +145,26 @@ def convert_state_dict(state_dict: Mapping[str, torch.Tensor]) -> Conversion:
     return result
 
 
-def authors_config(state_dict: Mapping[str, torch.Tensor], num_heads: int | None = None) -> SynerNetConfig:
+def authors_config(
+    state_dict: Mapping[str, torch.Tensor], num_heads: int | None = None, classes: list[str] | None = None
+) -> SynerNetConfig:
     """
     The config of a checkpoint: sizes from its shapes, settings from the authors' code.
 
     Args:
         state_dict (`Mapping[str, torch.Tensor]`): Keys `branch1.…` and `branch2.…`.
         num_heads (`int`, *optional*, defaults to width / 64): Attention heads.
+        classes (`list[str]`, *optional*):
+            Names of the classes without the background. By default those of PASCAL VOC for 20 classes, those of COCO
+            for 80, and `class_1`, `class_2`, … for any other number. The settings are the authors' for COCO with 80
+            classes, and theirs for PASCAL VOC otherwise.
 
     Returns:
         [`SynerNetConfig`]
 
     Raises:
-        ValueError: A branch or a tensor that tells a size is missing, or the number of classes is neither PASCAL
-            VOC's 20 nor COCO's 80.
+        ValueError: A branch or a tensor that tells a size is missing, or the number of `classes` is another than the
+            checkpoint's.
     """
     branch = {key.partition(".")[2]: value for key, value in state_dict.items() if key.startswith("branch1.")}
     if not branch or not any(key.startswith("branch2.") for key in state_dict):
@@ -167,9 +173,14 @@ def authors_config(state_dict: Mapping[str, torch.Tensor], num_heads: int | None
     if missing:
         raise ValueError(f"The checkpoint is not the authors' network: branch1 has no {some(missing)}.")
     num_classes = branch["classifier.weight"].shape[0]
-    if num_classes not in DATASETS:
-        raise ValueError(f"The checkpoint has {num_classes} classes; known are 20 (PASCAL VOC) and 80 (COCO).")
-    names, dataset_fields = DATASETS[num_classes]
+    default_names = ["background", *(f"class_{index}" for index in range(1, num_classes + 1))]
+    names, dataset_fields = DATASETS.get(num_classes, (default_names, {}))
+    if classes is not None:
+        if len(classes) != num_classes:
+            raise ValueError(f"The checkpoint has {num_classes} classes, got {len(classes)} names; give one for each.")
+        if len(set(classes)) < len(classes):
+            raise ValueError(f"Class names must differ, got {', '.join(classes)}.")
+        names = ["background", *classes]
     fields = AUTHORS_FIELDS | dataset_fields | {"id2label": id2label_from(names)}
     fields["decoder_hidden_size"] = branch["decoder.conv6.weight"].shape[0]
     fields["with_projection_head"] = any(".patch_proj." in key for key in state_dict)
@@ -182,7 +193,7 @@ def authors_config(state_dict: Mapping[str, torch.Tensor], num_heads: int | None
 
 
 def build_model(
-    state_dict: Mapping[str, torch.Tensor], num_heads: int | None = None
+    state_dict: Mapping[str, torch.Tensor], num_heads: int | None = None, classes: list[str] | None = None
 ) -> tuple[SynerNetForWeaklySupervisedSegmentation, Conversion]:
     """
     The model of an authors' state dict, and the account of where each tensor went.
@@ -190,7 +201,7 @@ def build_model(
     Raises:
         ValueError: Keys are unknown or missing, shapes do not fit together, or a projection has a gain.
     """
-    config = authors_config(state_dict, num_heads)
+    config = authors_config(state_dict, num_heads, classes)
     conversion = convert_state_dict(state_dict)
     with torch.device("meta"):
         model = SynerNetForWeaklySupervisedSegmentation(config)
@@ -217,6 +228,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, help="torch file of plain tensors, as the authors' code saves it")
     parser.add_argument("out", type=Path, help="new folder for the model")
     parser.add_argument("--num_heads", type=int, help="attention heads (default: width / 64)")
+    parser.add_argument("--classes", nargs="+", metavar="NAME", help="class names, the background left out")
     return parser.parse_args(argv)
 
 
@@ -226,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_free(args.out)
         state_dict, others = read_state_dict(args.checkpoint)
-        model, conversion = build_model(state_dict, args.num_heads)
+        model, conversion = build_model(state_dict, args.num_heads, args.classes)
         processor = SynerNetImageProcessor(size_divisor=model.config.patch_size)
         save_checked(model, conversion.weights, args.out, processor)
     except (OSError, ValueError) as error:

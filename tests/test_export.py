@@ -7,7 +7,7 @@ import pytest
 import torch
 from testing_utils import SynerNetModelTester
 
-from synernet_hf import export
+from synernet_hf import SynerNetForWeaklySupervisedSegmentation, export
 from synernet_hf.export import SynerNetInferenceGraph, export_onnx, export_program, quantize_weights
 
 
@@ -106,6 +106,18 @@ def test_inference_is_one_graph_for_the_compiler(model):
     pixel_values = images(*SIZES[1])
     with torch.no_grad():
         assert torch.allclose(compiled(pixel_values).logits, model(pixel_values).logits, atol=1e-5)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_a_model_that_has_never_run_compiles_into_one_graph(tmp_path, shared):
+    SynerNetModelTester(shared_encoder_layers=shared).model().save_pretrained(tmp_path)
+    fresh, other = (SynerNetForWeaklySupervisedSegmentation.from_pretrained(tmp_path).eval() for _ in range(2))
+    torch.compiler.reset()
+    pixel_values = images(*SIZES[1])
+    with torch.no_grad():
+        found = torch.compile(fresh, fullgraph=True, backend="eager")(pixel_values).logits
+        assert torch.allclose(found, other(pixel_values).logits, atol=1e-5)
     torch.compiler.reset()
 
 

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from synernet_hf.model.refinement_synernet import (
     SynerNetPixelAdaptiveRefinement,
     box_mask,
+    denormalize,
     ignore_outside,
+    masks_to_boxes,
     present_classes,
     refine_pseudo_labels,
 )
@@ -211,3 +213,46 @@ def test_several_sets_of_cams_are_refined_as_if_one_by_one():
     together = refine_pseudo_labels(images, cams, labels, 0.25, 0.7)
     one_by_one = torch.stack([refine_pseudo_labels(images, maps, labels, 0.25, 0.7) for maps in cams])
     assert torch.equal(together, one_by_one)
+
+
+@pytest.mark.parametrize("mean, std", [((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ([0.5] * 3, [0.5] * 3)])
+@pytest.mark.parametrize("route", ["division", "rescaling"])
+def test_all_levels_of_an_8_bit_image_come_back(mean, std, route):
+    levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
+    unit = levels.float() / 255 if route == "division" else levels.float() * (1 / 255)
+    shape = (1, 3, 1, 1)
+    pixel_values = (unit - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+    found = denormalize(pixel_values, list(mean), list(std))
+    assert torch.equal(found, levels.float() / 255)
+    assert torch.equal((found * 255).round().to(torch.uint8), levels)
+
+
+def test_a_box_spans_the_gaps_of_its_mask():
+    mask = torch.zeros(4, 8, 10)
+    mask[0, 1:3, 2:4] = mask[0, 5:7, 6:9] = 1
+    mask[1, :, :] = 1
+    mask[2, 7, 9] = 1
+    assert masks_to_boxes(mask).tolist() == [[1, 7, 2, 9], [0, 8, 0, 10], [7, 8, 9, 10], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("size", [(6, 8), (24, 32), (5, 40)])
+def test_cams_of_another_size_are_resized_to_the_images(size):
+    images, labels = torch.rand(2, 3, 12, 16), torch.tensor([[1.0, 0, 1], [0, 1, 0]])
+    cams = torch.rand(2, 3, *size)
+    expected = torch.nn.functional.interpolate(cams, size=(12, 16), mode="bilinear", align_corners=False)
+    refinement = SynerNetPixelAdaptiveRefinement((1, 2), 2)
+    found = refine_pseudo_labels(images, cams, labels, LOW, HIGH, refinement=refinement)
+    assert found.shape == (2, 12, 16)
+    assert torch.equal(found, refine_pseudo_labels(images, expected, labels, LOW, HIGH, refinement=refinement))
+
+
+@pytest.mark.parametrize("size", [(12, 16), (6, 8)])
+def test_cams_that_are_no_numbers_count_as_zero(size):
+    images, labels = torch.rand(2, 3, 12, 16), torch.tensor([[1.0, 0, 1], [0, 1, 0]])
+    cams = torch.rand(2, 3, *size)
+    broken = cams.clone()
+    broken[0, 0, 2, 3] = broken[1, 1, 4] = float("nan")
+    refinement = SynerNetPixelAdaptiveRefinement((1, 2), 2)
+    found = refine_pseudo_labels(images, broken, labels, LOW, HIGH, refinement=refinement)
+    cleared = torch.where(broken.isnan(), 0.0, cams)
+    assert torch.equal(found, refine_pseudo_labels(images, cleared, labels, LOW, HIGH, refinement=refinement))

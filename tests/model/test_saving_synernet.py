@@ -196,6 +196,26 @@ def test_encoder_settings_can_be_overridden(vit_folder):
     assert model.config.backbone_config.layer_norm_eps == 1e-5
 
 
+@pytest.mark.parametrize("saved", [torch.float16, torch.bfloat16])
+def test_an_encoder_of_half_precision_gives_a_model_of_one_dtype(vit_folder, tmp_path, saved):
+    vit, _ = vit_folder
+    type(vit).from_pretrained(vit_folder[1], dtype=saved).save_pretrained(tmp_path / "half")
+    start = SynerNetForWeaklySupervisedSegmentation.from_backbone_pretrained
+    pixel_values = torch.randn(1, 3, 32, 32)
+    for dtype, expected in ((None, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)):
+        model = start(tmp_path / "half", num_labels=2, auxiliary_layer_index=-2, dtype=dtype)
+        assert {tensor.dtype for tensor in model.state_dict().values()} == {expected}
+        assert model.dtype == expected
+        with torch.no_grad():
+            assert model(pixel_values).logits.isfinite().all()
+        model.save_pretrained(tmp_path / "saved")
+        loaded = SynerNetForWeaklySupervisedSegmentation.from_pretrained(tmp_path / "saved")
+        assert {tensor.dtype for tensor in loaded.state_dict().values()} == {expected}
+        # the dtype asked for when loading wins over those that the folder names
+        loaded = SynerNetForWeaklySupervisedSegmentation.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+        assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.float32}
+
+
 def test_starting_without_labels_or_with_unknown_fields_is_refused(vit_folder):
     _, folder = vit_folder
     start = SynerNetForWeaklySupervisedSegmentation.from_backbone_pretrained
@@ -203,5 +223,7 @@ def test_starting_without_labels_or_with_unknown_fields_is_refused(vit_folder):
         start(folder)
     with pytest.raises(ValueError, match="SynerNetConfig has no field hihg_threshold"):
         start(folder, num_labels=2, hihg_threshold=0.8)
+    with pytest.raises(ValueError, match=r"has no field qkv_bais: did you mean qkv_bias\?"):
+        start(folder, num_labels=2, backbone_overrides={"qkv_bais": False})
     with pytest.raises(OSError):
         start(folder.parent / "nothing here", num_labels=2)

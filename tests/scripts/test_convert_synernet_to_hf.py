@@ -135,6 +135,29 @@ def test_a_coco_checkpoint(tmp_path, weights):
     assert list(config.cam_scales) == [1.0, 0.5, 0.75, 1.25, 1.5]
 
 
+def test_a_checkpoint_of_another_number_of_classes(tmp_path, capsys, weights):
+    for branch in ("branch1", "branch2"):
+        weights[f"{branch}.classifier.weight"] = torch.randn(3, 16, 1, 1)
+        weights[f"{branch}.aux_classifier.weight"] = torch.randn(3, 16, 1, 1)
+        weights[f"{branch}.decoder.conv8.weight"] = torch.randn(4, 8, 1, 1)
+    code, out = run(tmp_path, wrapped(weights))
+    assert code == 0
+    config = SynerNetForWeaklySupervisedSegmentation.from_pretrained(out).config
+    assert list(config.id2label.values()) == ["background", "class_1", "class_2", "class_3"]
+    # settings are those for PASCAL VOC
+    assert (config.background_threshold, config.high_threshold) == (0.5, 0.7)
+    arguments = [str(tmp_path / "checkpoint.pth"), str(tmp_path / "named"), "--num_heads", "2", "--classes"]
+    assert converter.main([*arguments, "cell", "nucleus", "debris"]) == 0
+    config = SynerNetForWeaklySupervisedSegmentation.from_pretrained(tmp_path / "named").config
+    assert list(config.id2label.values()) == ["background", "cell", "nucleus", "debris"]
+    arguments[1] = str(tmp_path / "refused")
+    capsys.readouterr()
+    assert converter.main([*arguments, "cell", "nucleus"]) == 2
+    assert "has 3 classes, got 2 names; give one for each" in capsys.readouterr().err
+    assert converter.main([*arguments, "cell", "cell", "debris"]) == 2
+    assert "Class names must differ" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("wrap", [lambda weights: weights, lambda weights: {"model": weights}, wrapped])
 def test_with_or_without_wrapper_keys(tmp_path, weights, wrap):
     code, out = run(tmp_path, wrap(weights))
@@ -196,7 +219,7 @@ def removed(*names):
         ),
         (
             lambda weights: weights | {"branch1.classifier.weight": torch.ones(7, 16, 1, 1)},
-            "The checkpoint has 7 classes; known are 20 (PASCAL VOC) and 80 (COCO).",
+            "do not fit together: synernet.",
         ),
         (
             lambda weights: weights | {"branch2.classifier.weight": torch.ones(80, 16, 1, 1)},

@@ -226,6 +226,8 @@ class SynerNetSharedEncoder(nn.Module):
         self.backbone = _part_of_encoder(config, config.shared_encoder_layers)
         # the final normalisation belongs to the branches
         setattr(self.backbone, _norm_name(self.backbone), nn.Identity())
+        # otherwise installed during the first forward, which `torch.compile(fullgraph=True)` cannot trace
+        maybe_install_capturing_hooks(self.backbone)
         self.backbone_arguments = _forward_arguments(self.backbone)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -245,7 +247,10 @@ class SynerNetBranch(nn.Module):
         shared = config.shared_encoder_layers
         self.backbone = _part_of_encoder(config, config.backbone_config.num_hidden_layers - shared)
         if shared:
+            # `_continue` runs the blocks one by one
             self.backbone.embeddings = nn.Identity()
+        else:
+            maybe_install_capturing_hooks(self.backbone)
         self.backbone_arguments = _forward_arguments(self.backbone)
         self.cam_head = SynerNetClassActivationHead(config, pooling_top_k)
         self.auxiliary_cam_head = SynerNetClassActivationHead(config, pooling_top_k)
@@ -392,12 +397,9 @@ def _part_of_encoder(config: SynerNetConfig, num_blocks: int) -> nn.Module:
         backbone_config = copy.deepcopy(backbone_config)
         backbone_config.num_hidden_layers = num_blocks
     # one dtype for encoder and heads, whatever the encoder was saved in
-    backbone = AutoModel.from_config(
+    return AutoModel.from_config(
         backbone_config, dtype=torch.get_default_dtype(), **pooling_arguments(backbone_config)
     )
-    # otherwise installed during the first forward, which `torch.compile(fullgraph=True)` cannot trace
-    maybe_install_capturing_hooks(backbone)
-    return backbone
 
 
 def _norm_name(backbone: nn.Module) -> str:

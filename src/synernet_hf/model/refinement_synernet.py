@@ -178,9 +178,10 @@ def refine_present(
 
     scores = []
     for maps in cams:
+        maps = maps.float().nan_to_num(0.0)
         if maps.shape[-2:] != size:
-            maps = F.interpolate(maps.float(), size=size, mode="bilinear", align_corners=False)
-        own = F.interpolate(maps.float().nan_to_num(0.0), size=half, mode="bilinear", align_corners=False)
+            maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+        own = F.interpolate(maps, size=half, mode="bilinear", align_corners=False)
         own = own.masked_fill(~present.mask[:, :, None, None], float("-inf"))
         for background in (high, low):
             scores.append(torch.cat([torch.full_like(own[:, :1], background), own], dim=1).softmax(dim=1))
