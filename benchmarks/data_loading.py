@@ -24,8 +24,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
-from synernet_hf.data import StreamBatchSampler, SynerNetDataCollator, TrainDataset, TrainTransform, class_names
-from synernet_hf.data.transforms import open_image
+from synernet_hf.data import (
+    StreamBatchSampler,
+    SynerNetDataCollator,
+    TrainDataset,
+    TrainTransform,
+    class_names,
+    open_image,
+)
 from synernet_hf.training.data_options import SourceArguments, read_data_arguments, unset_data_options
 from synernet_hf.training.validation import load_data
 

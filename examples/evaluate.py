@@ -8,13 +8,13 @@ import datasets
 from accelerate import Accelerator
 
 from synernet_hf.crf import DenseCRF
-from synernet_hf.data import class_names
+from synernet_hf.data import check_dataset, class_names
 from synernet_hf.files import write_json
 from synernet_hf.model_folder import check_model_folder, load_model_folder
 from synernet_hf.training import DataArguments
 from synernet_hf.training.data_options import name_own_classes, read_data_arguments
 from synernet_hf.training.evaluation import evaluate_model, results_table
-from synernet_hf.training.validation import check_data, load_data
+from synernet_hf.training.validation import load_data
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -65,7 +65,7 @@ def load_split(
     split = splits["validation"]
     if max_samples is not None:
         split = split.select(range(min(max_samples, len(split))))
-    checked = check_data(datasets.DatasetDict(validation=split), data_args.on_bad_image, skipped)
+    checked = check_dataset(datasets.DatasetDict(validation=split), data_args.on_bad_image, skipped=skipped)
     return checked, class_names(splits), skipped.get("validation", [])
 
 

@@ -15,12 +15,19 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image, ImageOps
 from transformers import HfArgumentParser
 
-from synernet_hf.data import class_names, inspect_dataset, self_describing, write_parquet
-from synernet_hf.data.report import DatasetReport
-from synernet_hf.data.transforms import open_image, to_rgb
+from synernet_hf.data import (
+    DatasetReport,
+    check_dataset,
+    class_names,
+    inspect_dataset,
+    open_image,
+    same_columns,
+    to_rgb,
+    write_parquet,
+)
 from synernet_hf.files import replace_file, write_json
 from synernet_hf.training.data_options import SourceArguments, read_data_arguments, unset_data_options
-from synernet_hf.training.validation import check_data, load_data
+from synernet_hf.training.validation import load_data
 from synernet_hf.visualization import figure_panels
 
 
@@ -93,7 +100,7 @@ def prepare(args: argparse.Namespace) -> None:
         replace_file(args.output / "contact_sheet.png", lambda path: sheet.save(path, format="PNG"))
         print(f"\nwritten: {args.output / 'report.json'}, {args.output / 'contact_sheet.png'}")
     if args.parquet or args.push_to_hub:
-        shared = self_describing(check_data(splits, data_args.on_bad_image))
+        shared = same_columns(check_dataset(splits, data_args.on_bad_image))
         if args.parquet:
             paths = write_parquet(shared, args.output)
             size = sum(path.stat().st_size for path in paths)

@@ -27,12 +27,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from synernet_hf.data import class_names, id2label_from
-from synernet_hf.data.transforms import to_rgb
+from synernet_hf.data import check_dataset, class_names, id2label_from, to_rgb
 from synernet_hf.metrics import MeanIoU
 from synernet_hf.pseudo_labels import with_pseudo_labels
 from synernet_hf.training.data_options import SourceArguments, read_data_arguments, unset_data_options
-from synernet_hf.training.validation import check_data, load_data
+from synernet_hf.training.validation import load_data
 
 
 @dataclass
@@ -127,7 +126,7 @@ class Scores:
 def train(data_args: Any, args: SegmenterArguments, training_args: TrainingArguments) -> None:
     """Join images and pseudo-labels, train, score, save."""
     data_args = read_data_arguments(data_args)
-    splits = check_data(load_data(data_args), data_args.on_bad_image)
+    splits = check_dataset(load_data(data_args), data_args.on_bad_image)
     names = class_names(splits)
     images = with_pseudo_labels(splits["train"], args.pseudo_labels, args.min_confidence)
     model = build_model(args, names)

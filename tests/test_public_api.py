@@ -21,7 +21,7 @@ PUBLIC_NAMES = {
     ],
     "synernet_hf.data": [
         "check_dataset",
-        "drop_bad_records",
+        "inspect_dataset",
         "load_coco2014",
         "load_image_labels",
         "load_shapes",

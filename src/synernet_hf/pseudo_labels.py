@@ -17,8 +17,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from tqdm.auto import tqdm
 
 from synernet_hf.data.checks import DECODING_ERRORS
-from synernet_hf.data.label_files import name_some
-from synernet_hf.data.schema import check_on_bad_image, class_names, multi_hot, record_features
+from synernet_hf.data.schema import check_on_bad_image, class_names, multi_hot, name_some, record_features
 from synernet_hf.data.transforms import open_image, shrink, to_rgb
 from synernet_hf.files import TEMPORARY_NAME, read_json, replace_file, write_json
 from synernet_hf.model.refinement_synernet import SynerNetPixelAdaptiveRefinement, refine_pseudo_labels

@@ -11,11 +11,10 @@ from synernet_hf.data import (
     TrainDataset,
     TrainTransform,
     check_dataset,
-    drop_bad_records,
     load_image_labels,
     load_voc2012,
+    to_rgb,
 )
-from synernet_hf.data.transforms import to_rgb
 
 
 GREEN = (20, 180, 60)
@@ -54,7 +53,7 @@ def test_corrupt_jpeg(tmp_path, caplog):
         check_dataset(loaded)
     with caplog.at_level(logging.WARNING):
         skipped = {}
-        kept = drop_bad_records(loaded, skipped=skipped)
+        kept = check_dataset(loaded, "skip", skipped=skipped)
     assert kept["train"]["image_id"][:] == ["good"]
     assert "2 records of the split 'train' are left out" in caplog.text and "cut.jpg" in caplog.text
     assert [("cut.jpg" in p, "text.jpg" in p) for p in skipped["train"]] == [
@@ -166,10 +165,8 @@ def test_mask_of_another_size(tmp_path):
     loaded = load_image_labels(root)
     with pytest.raises(ValueError, match=r"mask of b \(.*masks/b.png\) is 6 x 8 .* its image 8 x 6 pixels"):
         check_dataset(loaded)
-    kept = drop_bad_records(loaded)
-    assert len(kept["validation"]) == 0 and len(kept["train"]) == 1
     with pytest.raises(ValueError, match="The split 'validation' is empty"):
-        check_dataset(kept, decode_images=False)
+        check_dataset(loaded, "skip")
 
 
 def test_two_files_with_one_stem(tmp_path, devkit):
@@ -206,8 +203,11 @@ def test_csv_with_a_missing_file(tmp_path, caplog):
     assert list(skipped) == ["train"] and "row 3: there is no image lost.png" in skipped["train"][0]
     assert "1 records of the split 'train' are left out" in caplog.text
     # the checks add to the list what does not decode
-    (root / "a.png").write_bytes(b"none")
-    drop_bad_records(loaded, skipped=skipped)
+    write_table(root, ["a.png,cat", "lost.png,cat", "b.png,cat"])
+    (root / "b.png").write_bytes(b"none")
+    skipped = {}
+    loaded = load_image_labels(root, on_bad_image="skip", skipped=skipped)
+    assert check_dataset(loaded, "skip", skipped=skipped)["train"]["image_id"][:] == ["a"]
     assert len(skipped["train"]) == 2 and "does not decode" in skipped["train"][1]
 
 

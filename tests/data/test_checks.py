@@ -1,4 +1,5 @@
 import logging
+import re
 
 import datasets
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from devkit_utils import save_mask
 from PIL import Image
 
-from synernet_hf.data import build_split, check_dataset, load_shapes, load_voc2012
+from synernet_hf.data import build_split, check_dataset, inspect_dataset, load_shapes, load_voc2012
 
 
 NAMES = ["background", "cat", "dog"]
@@ -18,11 +19,13 @@ def split_of(labels):
 
 
 def test_a_good_data_set_passes_and_is_counted(devkit):
-    counts = check_dataset(load_voc2012(devkit.root))
+    loaded = load_voc2012(devkit.root)
+    assert check_dataset(loaded)["train"]._fingerprint == loaded["train"]._fingerprint
+    counts = {name: split.class_counts for name, split in inspect_dataset(loaded).splits.items()}
     for split, ids in (("train", devkit.train_ids), ("validation", devkit.validation_ids)):
         for name in ("cat", "dog", "person", "sofa"):
             assert counts[split][name] == sum(name in devkit.labels[image_id] for image_id in ids)
-    assert sum(check_dataset(load_shapes(4, 2))["train"].values()) >= 4
+    assert sum(inspect_dataset(load_shapes(4, 2)).splits["train"].class_counts.values()) >= 4
 
 
 def test_empty_split():
@@ -37,7 +40,7 @@ def test_labels_that_are_no_sorted_ids(labels):
     split = split_of([[0], [0, 1]])
     wrong = datasets.Dataset.from_dict(split.to_dict() | {"labels": [[0], labels]}, features=split.features)
     with pytest.raises(
-        ValueError, match=r"1 of 2 records of the split 'train' have wrong labels \(image_1: .* 0 to 1"
+        ValueError, match=r"1 of 2 records of the split 'train' have wrong labels \(image_1\): .* 0 to 1"
     ):
         check_dataset(datasets.DatasetDict(train=wrong))
 
@@ -137,3 +140,19 @@ def test_training_masks_are_not_touched():
         columns["image"], columns["image_id"], columns["labels"], ["background"] + list("abcde"), broken
     )
     check_dataset(datasets.DatasetDict(train=train))
+
+
+def test_the_checks_say_how_long_they_take_and_give_the_records_to_use(devkit, caplog):
+    broken = devkit.voc / "JPEGImages" / f"{devkit.train_ids[2]}.jpg"
+    broken.write_bytes(b"none")
+    loaded, skipped = load_voc2012(devkit.root), {}
+    with caplog.at_level(logging.INFO):
+        kept = check_dataset(loaded, "skip", skipped=skipped)
+    assert re.search(r"Checked 9 images in \d+ s\.", caplog.text)
+    assert kept["train"]["image_id"][:] == [name for name in devkit.train_ids if name != devkit.train_ids[2]]
+    assert kept["validation"]["image_id"][:] == devkit.validation_ids
+    assert list(skipped) == ["train"] and str(broken) in skipped["train"][0]
+    with pytest.raises(ValueError, match="on_bad_image is 'drop'"):
+        check_dataset(loaded, "drop")
+    with pytest.raises(ValueError, match="Streamed data can not be shuffled"):
+        check_dataset(load_voc2012(devkit.root, streaming=True))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from synernet_hf.data import COCO_CLASSES, check_dataset, class_names, load_coco2014, polygon_mask
+from synernet_hf.data import COCO_CLASSES, check_dataset, class_names, load_coco2014
 from synernet_hf.data import coco as coco_module
 
 
@@ -87,8 +87,8 @@ def test_streams_give_the_same_records(coco):
 
 def test_a_mask_is_drawn_when_its_record_is_opened_and_not_before(coco, monkeypatch):
     drawn = []
-    original = polygon_mask.draw_objects
-    monkeypatch.setattr(polygon_mask, "draw_objects", lambda *args: drawn.append(1) or original(*args))
+    original = coco_module.draw_objects
+    monkeypatch.setattr(coco_module, "draw_objects", lambda *args: drawn.append(1) or original(*args))
     loaded = load_coco2014(coco)
     check_dataset(loaded)
     assert loaded["validation"]["labels"][0] == [0, 1, 2]
@@ -213,4 +213,4 @@ def test_more_categories_than_a_mask_can_hold_are_refused(tmp_path):
 @pytest.mark.parametrize("class_id", [-1, 0, 256, 300])
 def test_an_object_with_an_impossible_class_id_is_refused(class_id):
     with pytest.raises(ValueError, match=f"class id {class_id}, expected are 1 to 254"):
-        polygon_mask.draw_objects([(class_id, square(1, 1, 4))], 16, 20)
+        coco_module.draw_objects([(class_id, square(1, 1, 4))], 16, 20)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from synernet_hf.data import check_dataset, class_names, load_image_labels, load_wsss_dataset
-from synernet_hf.data.class_lists import LabelReader
+from synernet_hf.data.labels import LabelReader
 
 
 def save_image(path, size=(10, 8), color=(200, 60, 40)):
@@ -315,3 +315,8 @@ def test_masks_that_do_not_follow_the_class_list_are_suspected(folder, caplog):
     save_ids(folder / "m.png", [2, 2])
     check_dataset(load_image_labels(folder))
     assert "the mask shows" not in caplog.text
+
+
+def test_the_first_row_of_a_table_without_header_is_not_split_at_its_labels(folder):
+    (folder / "labels.csv").write_text("a.jpg,cat;dog;emu\nb.jpg,dog\n")
+    assert labels_of(load_image_labels(folder)) == {"a": ["cat", "dog", "emu"], "b": ["dog"]}

@@ -11,7 +11,7 @@ from devkit_utils import vectors_of as vectors
 from PIL import Image
 
 from synernet_hf.data import class_names, load_image_labels
-from synernet_hf.data.image_folder import unique_ids
+from synernet_hf.data.files import unique_ids
 
 
 INTEGERS = datasets.List(datasets.Value("int64"))

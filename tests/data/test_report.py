@@ -9,9 +9,14 @@ import pytest
 from devkit_utils import ids_of
 from PIL import Image
 
-from synernet_hf.data import PolygonMask, build_split, load_shapes, load_voc2012
-from synernet_hf.data.report import inspect_dataset
-from synernet_hf.data.sharing import self_describing, write_parquet
+from synernet_hf.data import (
+    PolygonMask,
+    build_split,
+    inspect_dataset,
+    load_shapes,
+    load_voc2012,
+    write_parquet,
+)
 
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "prepare_data.py"
@@ -99,7 +104,7 @@ def test_training_masks_are_not_opened():
 
 def test_parquet_files_hold_images_and_classes(devkit, tmp_path):
     splits = load_voc2012(devkit.root)
-    paths = write_parquet(self_describing(splits), tmp_path / "out", images_per_file=4)
+    paths = write_parquet(splits, tmp_path / "out", images_per_file=4)
     assert [path.name for path in paths] == [
         "train-00000-of-00002.parquet",
         "train-00001-of-00002.parquet",
@@ -118,7 +123,7 @@ def test_parquet_files_hold_images_and_classes(devkit, tmp_path):
     assert loaded["train"][0]["mask"] is None
     assert loaded["validation"][0]["mask"].mode == "P"
     with pytest.raises(ValueError, match="other parquet files, such as train-00000-of-00002"):
-        write_parquet(self_describing(splits), tmp_path / "out", images_per_file=100)
+        write_parquet(splits, tmp_path / "out", images_per_file=100)
     with pytest.raises(ValueError, match="images_per_file is 0"):
         write_parquet(splits, tmp_path, images_per_file=0)
 
@@ -175,7 +180,7 @@ def test_the_script_refuses_bad_options(tmp_path, capsys):
 
 def test_generated_images_are_shared_too(tmp_path):
     splits = load_shapes(3, 2, image_size=32)
-    write_parquet(self_describing(splits), tmp_path / "out")
+    write_parquet(splits, tmp_path / "out")
     loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
     for record, original in zip(loaded["train"], splits["train"], strict=True):
         assert np.array_equal(np.asarray(record["image"]), np.asarray(original["image"]))
@@ -194,7 +199,7 @@ def annotated():
 def test_annotations_are_looked_at_and_shared_as_masks(annotated, tmp_path):
     faults = inspect_dataset(annotated).splits["validation"].unusable_masks
     assert list(faults) == ["turned"] and "10 x 20 pixels" in faults["turned"]
-    write_parquet(self_describing(annotated), tmp_path / "out")
+    write_parquet(annotated, tmp_path / "out")
     loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
     for record, original in zip(loaded["validation"], annotated["validation"], strict=True):
         assert np.array_equal(np.asarray(record["mask"]), np.asarray(original["mask"]))
@@ -210,7 +215,7 @@ def test_an_empty_split_is_not_left_out_in_silence(annotated, tmp_path):
 
 
 def test_streamed_data_is_refused_by_the_script(tmp_path, capsys):
-    write_parquet(self_describing(load_shapes(2, 1, image_size=32)), tmp_path / "data")
+    write_parquet(load_shapes(2, 1, image_size=32), tmp_path / "data")
     words = ["--dataset", "hub", "--data_dir", str(tmp_path / "data"), "--dataset_options", '{"streaming": true}']
     assert run(*words) == 2
     assert "Streamed data can not be counted" in capsys.readouterr().err

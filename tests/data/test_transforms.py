@@ -263,3 +263,37 @@ def test_photometry_follows_the_global_generator_and_keeps_the_range():
     assert (module(images) == one).all()
     assert not (module(images) == one).all()
     assert one.shape == images.shape and one.dtype == torch.float32 and one.min() >= 0 and one.max() <= 1
+
+
+# what brings the upright image into the form in which an orientation stores it
+STORED_AS = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("orientation", list(STORED_AS))
+@pytest.mark.parametrize("scale", [0.25, 1.5])
+def test_crops_are_those_of_the_upright_image(orientation, file_format, scale):
+    upright = smooth_image(96, 64)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    operation = STORED_AS[orientation]
+    stored = upright if operation is None else upright.transpose(operation)
+    options = {"quality": 100, "subsampling": 0} if file_format == "JPEG" else {}
+    cell = encoded(stored, format=file_format, exif=exif, **options)
+    transform = TrainTransform(48, (scale, scale), seed=3)
+    for position in range(4):
+        expected = transform(record(upright), position)
+        got = transform(record(cell), position)
+        assert got["valid_box"].tolist() == expected["valid_box"].tolist()
+        difference = (got["image"].int() - expected["image"].int()).abs()
+        # a JPEG that is decoded smaller is smoothed in another way
+        assert difference.max() <= (12 if file_format == "JPEG" else 1)

@@ -6,10 +6,10 @@ import pytest
 pytest.importorskip("datasets")
 
 PUSH = """
-from synernet_hf.data import load_shapes, self_describing
+from synernet_hf.data import load_shapes, same_columns
 
 shapes = load_shapes(num_train=6, num_validation=4, image_size=32)
-self_describing(shapes).push_to_hub("owner/shapes", private=True)
+same_columns(shapes).push_to_hub("owner/shapes", private=True)
 result = {name: [record["labels"] for record in split] for name, split in shapes.items()}
 """
 LOAD = """

@@ -11,7 +11,7 @@ from testing_utils import load_script
 from torch.nn import functional as F
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
-from synernet_hf.data.schema import COCO_CLASSES, VOC_CLASSES
+from synernet_hf.data import COCO_CLASSES, VOC_CLASSES
 from synernet_hf.training import read_recipe
 
 

@@ -6,13 +6,10 @@ from typing import Any
 
 import datasets
 
-from synernet_hf.data.checks import check_dataset, drop_bad_records
-from synernet_hf.data.coco import load_coco2014
-from synernet_hf.data.collator import SynerNetDataCollator
-from synernet_hf.data.image_labels import ColumnNames, load_image_labels
-from synernet_hf.data.label_files import read_label_file
-from synernet_hf.data.polygon_mask import PolygonMask
-from synernet_hf.data.report import inspect_dataset
+from synernet_hf.data.checks import DatasetReport, SplitReport, check_dataset, inspect_dataset, mask_ids
+from synernet_hf.data.coco import PolygonMask, load_coco2014
+from synernet_hf.data.hub import ColumnNames, load_image_labels, same_columns, write_parquet
+from synernet_hf.data.labels import read_label_file
 from synernet_hf.data.schema import (
     COCO_CLASSES,
     VOC_CLASSES,
@@ -22,8 +19,15 @@ from synernet_hf.data.schema import (
     multi_hot,
 )
 from synernet_hf.data.shapes import SHAPES_CLASSES, load_shapes
-from synernet_hf.data.sharing import self_describing, write_parquet
-from synernet_hf.data.transforms import PhotometricAugmentation, StreamBatchSampler, TrainDataset, TrainTransform
+from synernet_hf.data.transforms import (
+    PhotometricAugmentation,
+    StreamBatchSampler,
+    SynerNetDataCollator,
+    TrainDataset,
+    TrainTransform,
+    open_image,
+    to_rgb,
+)
 from synernet_hf.data.voc import load_voc2012
 
 
@@ -121,8 +125,10 @@ __all__ = [
     "SHAPES_CLASSES",
     "VOC_CLASSES",
     "ColumnNames",
+    "DatasetReport",
     "PhotometricAugmentation",
     "PolygonMask",
+    "SplitReport",
     "StreamBatchSampler",
     "SynerNetDataCollator",
     "TrainDataset",
@@ -130,7 +136,6 @@ __all__ = [
     "build_split",
     "check_dataset",
     "class_names",
-    "drop_bad_records",
     "id2label_from",
     "inspect_dataset",
     "load_coco2014",
@@ -138,8 +143,11 @@ __all__ = [
     "load_shapes",
     "load_voc2012",
     "load_wsss_dataset",
+    "mask_ids",
     "multi_hot",
+    "open_image",
     "read_label_file",
-    "self_describing",
+    "same_columns",
+    "to_rgb",
     "write_parquet",
 ]

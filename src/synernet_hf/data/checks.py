@@ -1,15 +1,21 @@
-"""What can be known to be wrong with a data set before training starts."""
+"""What is known of a data set without training on it: one scan of its records, to check, to skip or to report."""
 
+import hashlib
 import logging
+import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 from PIL import Image, ImageOps
 
-from synernet_hf.data.label_files import name_some
-from synernet_hf.data.polygon_mask import IGNORE_INDEX, PolygonMask
-from synernet_hf.data.schema import class_names, note_skipped
+from synernet_hf.data.coco import PolygonMask
+from synernet_hf.data.schema import IGNORE_INDEX, check_on_bad_image, class_names, name_some, note_skipped
 from synernet_hf.data.transforms import ORIENTATION_TAG, TRANSPOSED_ORIENTATIONS, open_image
 
 
@@ -18,84 +24,250 @@ logger = logging.getLogger(__name__)
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-def check_dataset(
-    dataset_dict: datasets.DatasetDict, decode_images: bool = True, num_threads: int = 2
-) -> dict[str, dict[str, int]]:
+@dataclass
+class RecordScan:
     """
-    Checks every split and says in one sentence what is wrong.
+    What a look at one record finds.
+
+    Args:
+        digest (`bytes`, *optional*): SHA-256 of the image file; `None` where it can not be read.
+        num_bytes (`int`): size of the image file.
+        size (`tuple[int, int]`, *optional*): width and height of the upright image.
+        kind (`str`, *optional*): file format and mode, such as `"JPEG RGB"`.
+        fault (`str`, *optional*): why the image does not decode.
+        mask_fault (`str`, *optional*): why the mask can not be used, a predicate such as `"is missing"`.
+        contradicts (`bool`): the mask shows a class that the labels do not name.
+        place (`str`): the image and its file, for error sentences; those of the mask where that is at fault.
+    """
+
+    digest: bytes | None = None
+    num_bytes: int = 0
+    size: tuple[int, int] | None = None
+    kind: str | None = None
+    fault: str | None = None
+    mask_fault: str | None = None
+    contradicts: bool = False
+    place: str = ""
+
+    @property
+    def complaint(self) -> str | None:
+        """What is wrong with the record, in one phrase."""
+        if self.fault:
+            return f"{self.place} does not decode ({self.fault})"
+        return f"{self.place} {self.mask_fault}" if self.mask_fault else None
+
+
+@dataclass
+class SplitReport:
+    """
+    What one split is like.
+
+    Args:
+        num_images (`int`): records of the split.
+        num_bytes (`int`): size of the image files together.
+        class_counts (`dict[str, int]`): for each foreground class, the number of images that show it.
+        unlabelled (`list[str]`): identifiers of images without any class.
+        bad_labels (`list[str]`): identifiers of images whose labels are missing or hold other ids than those of the
+            class list.
+        repeated_ids (`list[str]`): identifiers that occur more than once.
+        undecodable (`dict[str, str]`): for each image that does not decode, why.
+        unusable_masks (`dict[str, str]`): for each mask that evaluation would refuse, why. Masks of `train` are not
+            opened.
+        widths (`list[int]`, *optional*): smallest, median and largest width of the upright images, in pixels.
+        heights (`list[int]`, *optional*): smallest, median and largest height, in pixels.
+        formats (`dict[str, int]`): number of images of each file format and mode, such as `"JPEG RGB"`.
+    """
+
+    num_images: int
+    num_bytes: int
+    class_counts: dict[str, int]
+    unlabelled: list[str] = field(default_factory=list)
+    bad_labels: list[str] = field(default_factory=list)
+    repeated_ids: list[str] = field(default_factory=list)
+    undecodable: dict[str, str] = field(default_factory=dict)
+    unusable_masks: dict[str, str] = field(default_factory=dict)
+    widths: list[int] | None = None
+    heights: list[int] | None = None
+    formats: dict[str, int] = field(default_factory=dict)
+
+    def problems(self) -> list[str]:
+        """One sentence for each kind of thing that is worth a look."""
+        found = []
+        for fault, items in (
+            ("do not decode", [f"{key}: {why}" for key, why in self.undecodable.items()]),
+            ("have labels that are no ids of the class list", self.bad_labels),
+            ("have no class", self.unlabelled),
+            ("have a mask that can not be used", [f"{key} {why}" for key, why in self.unusable_masks.items()]),
+        ):
+            if items:
+                found.append(f"{len(items)} of {self.num_images} images {fault} ({name_some(items)}).")
+        if self.repeated_ids:
+            found.append(f"{len(self.repeated_ids)} identifiers occur twice ({name_some(self.repeated_ids)}).")
+        absent = [label for label, count in self.class_counts.items() if count == 0]
+        if absent:
+            found.append(f"{len(absent)} of {len(self.class_counts)} classes are in no image ({name_some(absent)}).")
+        doubtful = _likely_misspelt(self.class_counts)
+        if doubtful:
+            found.append(f"rare classes with almost the name of a common one ({name_some(doubtful)}).")
+        return found
+
+
+@dataclass
+class DatasetReport:
+    """
+    What a data set is like.
+
+    Args:
+        splits (`dict[str, SplitReport]`): by name.
+        duplicates (`list[list[str]]`): groups of images whose files are equal byte for byte, each as
+            `"split/image_id"`, over all splits.
+    """
+
+    splits: dict[str, SplitReport]
+    duplicates: list[list[str]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as mappings, lists, text and numbers."""
+        return asdict(self)
+
+    def problems(self) -> list[str]:
+        """One sentence for each kind of thing that is worth a look; empty where nothing is."""
+        found = [f"{name}: {problem}" for name, split in self.splits.items() for problem in split.problems()]
+        if self.duplicates:
+            groups = [" = ".join(group) for group in self.duplicates]
+            found.append(f"{len(groups)} groups of images are equal, byte for byte ({name_some(groups)}).")
+            across = [group for group in self.duplicates if len({member.split("/", 1)[0] for member in group}) > 1]
+            if across:
+                found.append(f"{len(across)} of these groups are in more than one split: scores would be too good.")
+        return found
+
+    def text(self) -> str:
+        """The report to read: sizes and formats, a table of class counts, and the problems."""
+        lines = []
+        for name, split in self.splits.items():
+            lines.append(f"{name}: {split.num_images:,} images, {split.num_bytes / 1e6:,.1f} MB")
+            if split.widths:
+                widths, heights = (", ".join(f"{v:,}" for v in values) for values in (split.widths, split.heights))
+                lines.append(f"  width {widths}, height {heights} (smallest, median, largest)")
+                lines.append(f"  {', '.join(f'{count:,} {kind}' for kind, count in split.formats.items())}")
+        names = list(next(iter(self.splits.values())).class_counts)
+        rows = [["class", *self.splits]]
+        rows += [[label, *(f"{split.class_counts[label]:,}" for split in self.splits.values())] for label in names]
+        widths = [max(len(row[0]) for row in rows), *(max(len(name), 7) for name in self.splits)]
+        lines.append("")
+        for first, *counts in rows:
+            cells = [count.rjust(width) for count, width in zip(counts, widths[1:], strict=True)]
+            lines.append("  ".join([first.ljust(widths[0]), *cells]))
+        problems = self.problems()
+        things = f"{len(problems)} {'thing' if len(problems) == 1 else 'things'} to look at:"
+        lines += ["", things if problems else "Nothing found that needs a look."]
+        return "\n".join(lines + [f"- {problem}" for problem in problems])
+
+
+def check_dataset(
+    dataset_dict: datasets.DatasetDict,
+    on_bad_image: str = "raise",
+    decode_images: bool = True,
+    skipped: dict[str, list[str]] | None = None,
+    num_threads: int = 2,
+) -> datasets.DatasetDict:
+    """
+    Makes sure that every record can be used, and logs how long that took.
 
     The `mask` column of a split named `train` is not touched.
 
     Args:
         dataset_dict (`datasets.DatasetDict`):
             What a loader of this package returned.
+        on_bad_image (`str`, *optional*, defaults to `"raise"`):
+            What to do about an image or mask that can not be used: `"raise"`, or `"skip"` to leave the record out.
         decode_images (`bool`, *optional*, defaults to `True`):
             Decodes every image, JPEGs at an eighth of their size, so that a truncated file is found now and not in
             the middle of a run, and every mask; `False` leaves images and masks unopened.
+        skipped (`dict[str, list[str]]`, *optional*):
+            Dictionary to which what is left out is added, a phrase for each record, by split.
         num_threads (`int`, *optional*, defaults to 2):
             Threads that decode.
 
     Returns:
-        `dict[str, dict[str, int]]`: for each split and foreground class, the number of images with that class.
+        `datasets.DatasetDict`: the records to use.
 
     Raises:
-        ValueError: No split, an empty split, labels that are missing or hold other ids than those of the class list, no
-            positive label in the training split, an image that does not decode, or, outside the training split, a
-            mask that is missing, does not decode, is no palette or greyscale image, has another size than its
-            image (both turned as their EXIF orientation says), or holds an id that is neither a class nor 255.
+        ValueError: No split, an empty split, a stream, labels that are missing or hold other ids than those of the
+            class list, no label in the training split, an image that does not decode, or, outside the training split,
+            a mask that is missing, does not decode, is no palette or greyscale image, has another size than its image
+            (both turned as their EXIF orientation says), or holds an id that is neither a class nor 255.
     """
-    if not dataset_dict:
-        raise ValueError("The data set has no split: a 'train' split is needed for training, 'validation' for scores.")
-    empty = [name for name, split in dataset_dict.items() if len(split) == 0]
-    if empty:
-        raise ValueError(f"The split {empty[0]!r} is empty: give at least one image.")
-    names = class_names(dataset_dict)[1:]
-    counts = {}
-    for split_name, split in dataset_dict.items():
-        positives = _check_labels(split, split_name, len(names))
-        counts[split_name] = dict(zip(names, positives.tolist(), strict=True))
-        if split_name == "train":
-            absent = [name for name, count in counts["train"].items() if count == 0]
-            if len(absent) == len(names):
-                raise ValueError(
-                    "No image of the split 'train' has a positive label: training from image-level labels needs "
-                    "images with classes, so check the label source."
-                )
-            if absent:
-                logger.warning("No training image shows %s: these classes can not be learned.", ", ".join(absent))
-    if decode_images:
-        for split_name, split in dataset_dict.items():
-            _check_images(split, split_name, len(names) + 1, num_threads)
-    return counts
+    check_on_bad_image(on_bad_image)
+    if isinstance(dataset_dict, datasets.IterableDatasetDict):
+        raise ValueError("Streamed data can not be shuffled and checked: leave `streaming` out of `dataset_options`.")
+    _check_labels(dataset_dict)
+    if not decode_images:
+        return dataset_dict
+    num_labels, start = len(class_names(dataset_dict)), time.monotonic()
+    kept = datasets.DatasetDict()
+    for name, split in dataset_dict.items():
+        scans = _scan(split, name, num_labels, num_threads)
+        complaints = [scan.complaint for scan in scans if scan.complaint]
+        if complaints and on_bad_image == "raise":
+            raise ValueError(
+                f"{len(complaints)} of {len(split)} records of the split {name!r} can not be used: "
+                f"{name_some(complaints)}. Repair them or take them out of the split (on_bad_image='skip', "
+                "--on_bad_image skip, leaves them out)."
+            )
+        contradictions = sum(scan.contradicts for scan in scans)
+        if contradictions > len(split) / 2:
+            logger.warning(
+                "In %d of %d records of the split %r the mask shows classes that the image labels do not name: ids in "
+                "masks are positions in the class list, so check its order.",
+                contradictions,
+                len(split),
+                name,
+            )
+        note_skipped(skipped, name, complaints)
+        good = [index for index, scan in enumerate(scans) if not scan.complaint]
+        kept[name] = split.select(good) if complaints else split
+    num_images = sum(len(split) for split in dataset_dict.values())
+    logger.info("Checked %s images in %.0f s.", f"{num_images:,}", time.monotonic() - start)
+    if any(len(kept[name]) < len(dataset_dict[name]) for name in kept):
+        _check_labels(kept)
+    return kept
 
 
-def drop_bad_records(
-    dataset_dict: datasets.DatasetDict, num_threads: int = 2, skipped: dict[str, list[str]] | None = None
-) -> datasets.DatasetDict:
+def inspect_dataset(dataset_dict: datasets.DatasetDict, num_threads: int = 2) -> DatasetReport:
     """
-    Leaves out the records that [`check_dataset`] would refuse for their image or mask.
+    Looks at every record of every split, and goes on where [`check_dataset`] would raise.
 
     Args:
         dataset_dict (`datasets.DatasetDict`):
             What a loader of this package returned.
         num_threads (`int`, *optional*, defaults to 2):
             Threads that decode.
-        skipped (`dict[str, list[str]]`, *optional*):
-            Dictionary to which what is left out is added, a phrase for each record, by split.
 
     Returns:
-        `datasets.DatasetDict`: the other records. What is left out is logged too.
+        [`DatasetReport`]: `text()` to read, `to_dict()` to keep.
+
+    Raises:
+        ValueError: There is no split, or the splits do not share one class list.
     """
     names = class_names(dataset_dict)
-    kept = {}
+    splits, places = {}, {}
     for split_name, split in dataset_dict.items():
-        complaints = _complaints(split, split_name, len(names), num_threads)
-        phrases = [complaint for complaint in complaints if complaint]
-        kept[split_name] = split
-        if phrases:
-            kept[split_name] = split.select([index for index, complaint in enumerate(complaints) if not complaint])
-            note_skipped(skipped, split_name, phrases)
-    return datasets.DatasetDict(kept)
+        report = splits[split_name] = _label_report(split, names[1:])
+        scans = _scan(split, split_name, len(names), num_threads)
+        for image_id, scan in zip(split["image_id"], scans, strict=True):
+            if scan.digest is not None:
+                places.setdefault(scan.digest, []).append(f"{split_name}/{image_id}")
+            if scan.fault:
+                report.undecodable[image_id] = scan.fault
+            if scan.mask_fault:
+                report.unusable_masks[image_id] = scan.mask_fault
+        report.num_bytes = sum(scan.num_bytes for scan in scans)
+        good = [scan for scan in scans if not scan.fault]
+        if good:
+            report.widths, report.heights = (_three([scan.size[axis] for scan in good]) for axis in (0, 1))
+        report.formats = dict(sorted(Counter(scan.kind for scan in good).items()))
+    return DatasetReport(splits, [group for group in places.values() if len(group) > 1])
 
 
 def mask_ids(
@@ -139,40 +311,84 @@ def mask_ids(
     return ids.astype(np.int64)
 
 
-def undecoded(split: datasets.Dataset, columns: list[str]) -> datasets.Dataset:
-    """
-    Columns of a split with images and masks as they are stored.
+def _check_labels(dataset_dict: datasets.DatasetDict) -> None:
+    if not dataset_dict:
+        raise ValueError("The data set has no split: a 'train' split is needed for training, 'validation' for scores.")
+    empty = [name for name, split in dataset_dict.items() if len(split) == 0]
+    if empty:
+        raise ValueError(f"The split {empty[0]!r} is empty: give at least one image.")
+    names = class_names(dataset_dict)[1:]
+    for split_name, split in dataset_dict.items():
+        report = _label_report(split, names)
+        if report.bad_labels:
+            raise ValueError(
+                f"{len(report.bad_labels)} of {len(split)} records of the split {split_name!r} have wrong labels "
+                f"({name_some(report.bad_labels)}): a list of different ids from 0 to {len(names) - 1}, sorted, is "
+                "expected."
+            )
+        absent = [name for name, count in report.class_counts.items() if count == 0]
+        if split_name == "train" and len(absent) == len(names):
+            raise ValueError(
+                "No image of the split 'train' has a positive label: training from image-level labels needs "
+                "images with classes, so check the label source."
+            )
+        if split_name == "train" and absent:
+            logger.warning("No training image shows %s: these classes can not be learned.", ", ".join(absent))
 
-    Args:
-        split (`datasets.Dataset`):
-            Of a loader of this package.
-        columns (`list[str]`):
-            Names of the columns.
 
-    Returns:
-        `datasets.Dataset`: these columns; cells of `image` and `mask` are dictionaries.
-    """
-    split = split.select_columns(columns)
-    for column in [name for name in ("image", "mask") if name in columns]:
-        kind = PolygonMask if isinstance(split.features[column], PolygonMask) else datasets.Image
-        split = split.cast_column(column, kind(decode=False))
-    return split
+def _label_report(split: datasets.Dataset, names: list[str]) -> SplitReport:
+    """What identifiers and labels say of a split; `names` are those of the foreground classes."""
+    table = split.select_columns(["image_id", "labels"])[:]
+    counts, unlabelled, bad = [0] * len(names), [], []
+    for image_id, ids in zip(table["image_id"], table["labels"], strict=True):
+        if ids is None or None in ids or sorted(set(ids)) != ids or not set(ids) <= set(range(len(names))):
+            bad.append(image_id)
+        elif not ids:
+            unlabelled.append(image_id)
+        else:
+            for label in ids:
+                counts[label] += 1
+    repeated = sorted(image_id for image_id, number in Counter(table["image_id"]).items() if number > 1)
+    return SplitReport(len(split), 0, dict(zip(names, counts, strict=True)), unlabelled, bad, repeated)
 
 
-def decode_size(image: Image.Image) -> tuple[int, int]:
-    """
-    Decodes an image to see whether it does, a JPEG at an eighth of its size.
+def _scan(split: datasets.Dataset, split_name: str, num_labels: int, num_threads: int) -> list[RecordScan]:
+    """Reads and decodes every image once, and every mask outside the training split."""
+    columns = ["image", "image_id", "labels"] + ["mask"] * ("mask" in split.column_names and split_name != "train")
+    split = split.select_columns(columns).cast_column("image", datasets.Image(decode=False))
+    if "mask" in columns:
+        kind = PolygonMask if isinstance(split.features["mask"], PolygonMask) else datasets.Image
+        split = split.cast_column("mask", kind(decode=False))
+    with ThreadPoolExecutor(num_threads) as pool:
+        return list(pool.map(lambda index: _scan_record(split[index], num_labels), range(len(split))))
 
-    Args:
-        image (`PIL.Image.Image`):
-            As [`open_image`] gives it.
 
-    Returns:
-        `tuple[int, int]`: width and height of the upright image.
+def _scan_record(record: dict, num_labels: int) -> RecordScan:
+    path = record["image"].get("path")
+    scan = RecordScan(place=f"the image {record['image_id']}" + (f" ({path})" if path else ""))
+    try:
+        content = record["image"]["bytes"]
+        content = Path(path).read_bytes() if content is None else content
+        scan.digest, scan.num_bytes = hashlib.sha256(content).digest(), len(content)
+        image = open_image({"bytes": content, "path": None})
+        scan.kind = f"{image.format} {image.mode}"
+        scan.size = _decoded_size(image)
+    except DECODING_ERRORS as error:
+        scan.fault = " ".join(str(error).split())
+        return scan
+    if "mask" in record:
+        scan.mask_fault, ids = _examine_mask(record["mask"], scan.size, num_labels)
+        if scan.mask_fault:
+            path = (record["mask"] or {}).get("path")
+            scan.place = f"the mask of {record['image_id']}" + (f" ({path})" if path else "")
+        elif ids is not None:
+            named = {0, IGNORE_INDEX, *(label + 1 for label in record["labels"])}
+            scan.contradicts = not named.issuperset(np.unique(ids).tolist())
+    return scan
 
-    Raises:
-        One of `DECODING_ERRORS`: It does not decode.
-    """
+
+def _decoded_size(image: Image.Image) -> tuple[int, int]:
+    """Decodes an image, a JPEG at an eighth of its size; gives width and height of the upright image."""
     size = image.size
     image.draft("RGB", (max(1, size[0] // 8), max(1, size[1] // 8)))
     image.load()
@@ -180,22 +396,8 @@ def decode_size(image: Image.Image) -> tuple[int, int]:
     return size[::-1] if image.getexif().get(ORIENTATION_TAG) in TRANSPOSED_ORIENTATIONS else size
 
 
-def examine_mask(cell: dict | None, size: tuple[int, int], num_labels: int) -> tuple[str | None, np.ndarray | None]:
-    """
-    Looks at one stored mask.
-
-    Args:
-        cell (`dict`, *optional*):
-            What [`undecoded`] gives.
-        size (`tuple[int, int]`):
-            Width and height of its image, upright.
-        num_labels (`int`):
-            Number of classes, background included.
-
-    Returns:
-        `tuple[str | None, np.ndarray | None]`: what is wrong, a predicate such as `"is missing"`, or `None`; and the
-        ids as in [`mask_ids`] where the mask was opened and can be used. Annotations are not drawn.
-    """
+def _examine_mask(cell: dict | None, size: tuple[int, int], num_labels: int) -> tuple[str | None, np.ndarray | None]:
+    """What is wrong with a stored mask, a predicate; and its ids, where it can be used and is no annotation."""
     if cell is None:
         return "is missing", None
     if "objects" in cell:
@@ -219,85 +421,18 @@ def examine_mask(cell: dict | None, size: tuple[int, int], num_labels: int) -> t
         return str(error), None
 
 
-def _check_labels(split: datasets.Dataset, split_name: str, num_classes: int) -> np.ndarray:
-    table = split.select_columns(["image_id", "labels"])[:]
-    counts = np.zeros(num_classes, dtype=int)
-    bad = []
-    for image_id, ids in zip(table["image_id"], table["labels"], strict=True):
-        if good_labels(ids, num_classes):
-            counts[ids] += 1
-        else:
-            bad.append(f"{image_id}: {ids}")
-    if bad:
-        raise ValueError(
-            f"{len(bad)} of {len(split)} records of the split {split_name!r} have wrong labels ({name_some(bad)}): a "
-            f"list of different ids from 0 to {num_classes - 1}, sorted, is expected."
-        )
-    return counts
+def _likely_misspelt(class_counts: dict[str, int]) -> list[str]:
+    """Classes at most a tenth as frequent as another of nearly the same name."""
+    found = []
+    for label, count in class_counts.items():
+        common = [other for other, number in class_counts.items() if number >= 10 * max(count, 1)]
+        near = get_close_matches(label, common, n=1, cutoff=0.8) if count else []
+        found += [f"{label}: {count}, {other}: {class_counts[other]}" for other in near]
+    return found
 
 
-def good_labels(label_ids: list[int] | None, num_classes: int) -> bool:
-    """
-    Says whether the labels of a record are as the contract has them.
-
-    Args:
-        label_ids (`list[int]`, *optional*):
-            The cell.
-        num_classes (`int`):
-            Number C of foreground classes.
-
-    Returns:
-        `bool`: They are ids from 0 to C - 1, sorted and without repeats.
-    """
-    if label_ids is None or None in label_ids or sorted(set(label_ids)) != label_ids:
-        return False
-    return not label_ids or 0 <= label_ids[0] <= label_ids[-1] < num_classes
+def _three(values: list[int]) -> list[int]:
+    return [min(values), int(np.median(values)), max(values)]
 
 
-def _check_images(split: datasets.Dataset, split_name: str, num_labels: int, num_threads: int) -> None:
-    complaints = [complaint for complaint in _complaints(split, split_name, num_labels, num_threads) if complaint]
-    if complaints:
-        raise ValueError(
-            f"{len(complaints)} of {len(split)} records of the split {split_name!r} can not be used: "
-            f"{name_some(complaints)}. Repair them or take them out of the split (on_bad_image='skip', --on_bad_image skip, leaves them out)."
-        )
-
-
-def _complaints(split: datasets.Dataset, split_name: str, num_labels: int, num_threads: int) -> list[str | None]:
-    """What is wrong with each record, `None` where nothing is."""
-    scored = "mask" in split.column_names and split_name != "train"
-    columns = ["image", "image_id", "labels", "mask"] if scored else ["image", "image_id"]
-    split = undecoded(split, columns)
-    with ThreadPoolExecutor(num_threads) as pool:
-        outcomes = list(pool.map(lambda index: _examine(split[index], num_labels), range(len(split))))
-    contradictions = sum(contradicts for _, contradicts in outcomes)
-    if contradictions > len(split) / 2:
-        logger.warning(
-            "In %d of %d records of the split %r the mask shows classes that the image labels do not name: ids in "
-            "masks are positions in the class list, so check its order.",
-            contradictions,
-            len(split),
-            split_name,
-        )
-    return [complaint for complaint, _ in outcomes]
-
-
-def _examine(record: dict, num_labels: int) -> tuple[str | None, bool]:
-    """What is wrong with a record, and whether its mask shows a class that its labels do not name."""
-    path = record["image"].get("path")
-    name = f"the image {record['image_id']}" + (f" ({path})" if path else "")
-    try:
-        size = decode_size(open_image(record["image"]))
-    except DECODING_ERRORS as error:
-        return f"{name} does not decode ({error})", False
-    if "mask" not in record:
-        return None, False
-    fault, ids = examine_mask(record["mask"], size, num_labels)
-    if fault:
-        path = (record["mask"] or {}).get("path")
-        return f"the mask of {record['image_id']}" + (f" ({path})" if path else "") + f" {fault}", False
-    named = {0, IGNORE_INDEX, *(label + 1 for label in record["labels"])}
-    return None, ids is not None and not named.issuperset(np.unique(ids).tolist())
-
-
-__all__ = ["check_dataset", "decode_size", "drop_bad_records", "examine_mask", "good_labels", "mask_ids", "undecoded"]
+__all__ = ["DatasetReport", "SplitReport", "check_dataset", "inspect_dataset", "mask_ids"]

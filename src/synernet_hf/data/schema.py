@@ -2,7 +2,7 @@
 
 import difflib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import datasets
@@ -10,6 +10,10 @@ import torch
 
 
 logger = logging.getLogger(__name__)
+
+# class id of pixels that are not scored
+IGNORE_INDEX = 255
+VALIDATION_NAMES = ("validation", "val", "test")
 
 VOC_CLASSES = (
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
@@ -75,9 +79,26 @@ def class_index(name: str, class_names: Sequence[str]) -> int:
     raise ValueError(f"Unknown class name {name!r}: {hint}")
 
 
+def name_some(items: Sequence[str], limit: int = 3) -> str:
+    """
+    Names the first few of many things, for an error sentence.
+
+    Args:
+        items (`Sequence[str]`):
+            What is to be named.
+        limit (`int`, *optional*, defaults to 3):
+            The largest number of names.
+
+    Returns:
+        `str`: For example `"a, b, c and 7 more"`.
+    """
+    shown = ", ".join(items[:limit])
+    return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"
+
+
 def check_on_bad_image(on_bad_image: str) -> None:
     """
-    Refuses another word than the two that there are.
+    Checks a choice of what to do about bad images.
 
     Args:
         on_bad_image (`str`):
@@ -190,6 +211,26 @@ def build_split(
     return datasets.Dataset.from_dict(columns, features=record_features(class_names, masks is not None, mask_feature))
 
 
+def choose_splits(found: Iterable[str], train: str | None, validation: str | None) -> dict[str, str]:
+    """
+    Decides which splits of a source are to train and to evaluate on.
+
+    Args:
+        found (`Iterable[str]`):
+            Names of its splits.
+        train (`str`, *optional*, defaults to `"train"`):
+            Name of the training split.
+        validation (`str`, *optional*):
+            Name of the split to evaluate on; `validation`, `val` or `test` where it is not given.
+
+    Returns:
+        `dict[str, str]`: names by `train` and `validation`, as far as they are there.
+    """
+    train = train or "train"
+    validation = validation or next((name for name in VALIDATION_NAMES if name in found and name != train), "")
+    return {split: name for split, name in (("train", train), ("validation", validation)) if name in found}
+
+
 def note_skipped(skipped: dict[str, list[str]] | None, split_name: str, phrases: Sequence[str]) -> None:
     """
     Logs what is left out of a split, and hands it to the caller.
@@ -245,14 +286,17 @@ def class_names(dataset_dict: datasets.DatasetDict) -> list[str]:
 
 __all__ = [
     "COCO_CLASSES",
+    "IGNORE_INDEX",
     "VOC_CLASSES",
     "as_streams",
     "build_split",
     "check_on_bad_image",
+    "choose_splits",
     "class_index",
     "class_names",
     "id2label_from",
     "multi_hot",
+    "name_some",
     "note_skipped",
     "record_features",
 ]

@@ -1,4 +1,4 @@
-"""Training images: geometry in the loader's workers (PIL), photometry on the training device (kornia)."""
+"""Training batches: geometry in the loader's workers (PIL), photometry on the training device (kornia)."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -12,6 +12,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import Dataset, Sampler
+
+from synernet_hf.data.schema import multi_hot
 
 
 # Orientations of the EXIF standard that swap the axes.
@@ -154,15 +156,17 @@ class TrainTransform:
     def _crop(self, image: Image.Image, rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, int, int, int]]:
         size = self.crop_size
         factor, mirror = rng.uniform(*self.scale_range), self.flip and rng.random() < 0.5
-        orientation = image.getexif().get(ORIENTATION_TAG, 1)
         width, height = (max(1, round(side * factor)) for side in image.size)
         # a JPEG gives half, a quarter or an eighth of its size cheaply; never less than width x height
         image.draft("RGB", (width, height))
+        image.load()
+        # asked after loading: a TIFF has been turned by loading, and a PNG may have its EXIF after the pixels
+        orientation = image.getexif().get(ORIENTATION_TAG, 1)
         if orientation != 1:
             image = ImageOps.exif_transpose(image)
-        image = to_rgb(image)
         if orientation in TRANSPOSED_ORIENTATIONS:
             width, height = height, width
+        image = to_rgb(image)
 
         top, bottom, row_start = _place(height, size, rng)
         left, right, column_start = _place(width, size, rng)
@@ -274,6 +278,38 @@ class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
             yield keys
 
 
+class SynerNetDataCollator:
+    """
+    Stacks the samples of [`TrainTransform`] into a batch.
+
+    Args:
+        num_classes (`int`):
+            Number C of foreground classes.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+
+    def __call__(self, samples: Sequence[dict]) -> dict[str, torch.Tensor]:
+        """
+        Stacks samples of one crop size.
+
+        Args:
+            samples (`Sequence[dict]`):
+                B dictionaries with `image` (`(3, S, S)` uint8), `labels` (class ids) and `valid_box` (`(4,)`
+                int64); other entries are left out.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `images` (`(B, 3, S, S)` uint8), `labels` (`(B, C)` float32 multi-hot) and
+            `valid_boxes` (`(B, 4)` int64: top, bottom, left, right).
+        """
+        return {
+            "images": torch.stack([sample["image"] for sample in samples]),
+            "labels": torch.stack([multi_hot(sample["labels"], self.num_classes) for sample in samples]),
+            "valid_boxes": torch.stack([sample["valid_box"] for sample in samples]),
+        }
+
+
 class PhotometricAugmentation(nn.Module):
     """
     Colour jitter, greyscale and blur of a batch on its device, then the normalisation that the encoder expects.
@@ -344,4 +380,12 @@ class PhotometricAugmentation(nn.Module):
         return (pixels.clamp(0, 1) - self.mean) / self.std
 
 
-__all__ = ["PhotometricAugmentation", "StreamBatchSampler", "TrainDataset", "TrainTransform", "open_image", "to_rgb"]
+__all__ = [
+    "PhotometricAugmentation",
+    "StreamBatchSampler",
+    "SynerNetDataCollator",
+    "TrainDataset",
+    "TrainTransform",
+    "open_image",
+    "to_rgb",
+]

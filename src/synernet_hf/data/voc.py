@@ -1,7 +1,6 @@
 """PASCAL VOC 2012 devkit folder → `datasets.DatasetDict`."""
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
@@ -10,15 +9,9 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from synernet_hf.data.label_files import (
-    IMAGE_SUFFIXES,
-    label_ids,
-    name_some,
-    read_label_file,
-    select_labels,
-    strip_image_suffix,
-)
-from synernet_hf.data.schema import VOC_CLASSES, as_streams, build_split, check_on_bad_image, note_skipped
+from synernet_hf.data.files import ImageIndex, first_file, image_name
+from synernet_hf.data.labels import ids_from_names, read_label_file
+from synernet_hf.data.schema import VOC_CLASSES, as_streams, build_split, check_on_bad_image, name_some, note_skipped
 
 
 logger = logging.getLogger(__name__)
@@ -78,7 +71,7 @@ def load_voc2012(
     source = "annotations" if image_labels is None else image_labels
     table = None if source in ("annotations", "masks") else read_label_file(source, VOC_CLASSES)
 
-    images = _find_images(root / "JPEGImages")
+    images = ImageIndex(root / "JPEGImages").by_key
     splits = {}
     for split, split_ids in ids.items():
         list_name = train_list if split == "train" else validation_split
@@ -102,7 +95,7 @@ def load_voc2012(
         elif source == "masks":
             labels = _labels_from_masks(_find_masks(root, split_ids, list_name, required=True))
         else:
-            labels = select_labels(table, split_ids, source, list_name)
+            labels = _labels_from_table(table, split_ids, source, list_name)
         masks = _find_masks(root, split_ids, list_name) if split == "validation" else None
         paths = [str(root / "JPEGImages" / images[image_id][0]) for image_id in split_ids]
         phrases = [f"{image_id} of the list {list_name} is not in {root / 'JPEGImages'}" for image_id in missing]
@@ -124,19 +117,6 @@ def _find_root(data_dir: Path) -> Path:
     return root
 
 
-def _list_folder(folder: Path) -> list[str]:
-    return sorted(os.listdir(folder)) if folder.is_dir() else []
-
-
-def _find_images(folder: Path) -> dict[str, list[str]]:
-    """File names by identifier."""
-    images = {}
-    for name in _list_folder(folder):
-        if Path(name).suffix.lower() in IMAGE_SUFFIXES:
-            images.setdefault(Path(name).stem, []).append(name)
-    return images
-
-
 def _default_train_split(root: Path) -> str:
     folder = root / "ImageSets" / "Segmentation"
     if not (folder / "train_aug.txt").is_file() and (folder / "train.txt").is_file():
@@ -148,27 +128,21 @@ def _default_train_split(root: Path) -> str:
 def _read_list(root: Path, name: str) -> list[str]:
     path = root / "ImageSets" / "Segmentation" / f"{name}.txt"
     if not path.is_file():
-        existing = [Path(other).stem for other in _list_folder(path.parent) if other.endswith(".txt")]
+        existing = sorted(other.stem for other in path.parent.glob("*.txt"))
         raise FileNotFoundError(
             f"There is no list {path} for the split {name!r}: the folder has {', '.join(existing) or 'no lists'}."
         )
     # Lists of the field's repositories hold "/JPEGImages/ID.jpg /SegmentationClassAug/ID.png" instead of "ID".
-    ids = [strip_image_suffix(line.split()[0]) for line in path.read_text().splitlines() if line.strip()]
+    ids = [image_name(line.split()[0]) for line in path.read_text().splitlines() if line.strip()]
     if not ids:
         raise ValueError(f"The list {path} of the split {name!r} is empty: give at least one image.")
     return ids
 
 
 def _find_masks(root: Path, image_ids: Sequence[str], split: str, required: bool = False) -> list[str] | None:
-    folders = [(root / name, set(_list_folder(root / name))) for name in MASK_FOLDERS]
-    found, missing = [], []
-    for image_id in image_ids:
-        folder = next((folder for folder, names in folders if f"{image_id}.png" in names), None)
-        if folder is None:
-            missing.append(image_id)
-        else:
-            found.append(str(folder / f"{image_id}.png"))
-    if not found and not required:
+    masks = [first_file(root / folder / f"{image_id}.png" for folder in MASK_FOLDERS) for image_id in image_ids]
+    missing = [image_id for image_id, mask in zip(image_ids, masks, strict=True) if mask is None]
+    if len(missing) == len(masks) and not required:
         logger.warning("The split %r has no masks in %s: it can not be scored.", split, " or ".join(MASK_FOLDERS))
         return None
     if missing:
@@ -176,7 +150,19 @@ def _find_masks(root: Path, image_ids: Sequence[str], split: str, required: bool
             f"{len(missing)} of the {len(image_ids)} images of the split {split!r} have no mask in "
             f"{' or '.join(MASK_FOLDERS)} of {root} ({name_some(missing)}): add them or take them out of the list."
         )
-    return found
+    return masks
+
+
+def _labels_from_table(
+    table: dict[str, list[int]], image_ids: Sequence[str], source: str | Path, split: str
+) -> list[list[int]]:
+    missing = [image_id for image_id in image_ids if image_id not in table]
+    if missing:
+        raise ValueError(
+            f"The label file {source} lacks {len(missing)} of the {len(image_ids)} images of the split {split!r} "
+            f"({name_some(missing)}): add them to the file or take them out of the split."
+        )
+    return [table[image_id] for image_id in image_ids]
 
 
 def _labels_from_annotations(root: Path, image_ids: Sequence[str]) -> list[list[int]]:
@@ -186,8 +172,7 @@ def _labels_from_annotations(root: Path, image_ids: Sequence[str]) -> list[list[
             f"The folder {root} has no Annotations: give image_labels as the path of an .npz, .json or .csv file, or "
             "as 'masks' to read the labels off the masks."
         )
-    files = set(_list_folder(folder))
-    missing = [image_id for image_id in image_ids if f"{image_id}.xml" not in files]
+    missing = [image_id for image_id in image_ids if not (folder / f"{image_id}.xml").is_file()]
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(image_ids)} images have no annotation in {folder} ({name_some(missing)}): add "
@@ -198,9 +183,9 @@ def _labels_from_annotations(root: Path, image_ids: Sequence[str]) -> list[list[
         path = folder / f"{image_id}.xml"
         try:
             names = [(node.text or "").strip() for node in ElementTree.parse(path).iterfind("object/name")]
-            labels.append(label_ids(names, VOC_CLASSES))
-        except (ElementTree.ParseError, ValueError) as error:
-            raise ValueError(f"The annotation {path} can not be read: {error}") from error
+        except ElementTree.ParseError as error:
+            raise ValueError(f"The annotation {path} can not be read: {error}.") from error
+        labels.append(ids_from_names(names, VOC_CLASSES, str(path)))
     return labels
 
 

@@ -17,7 +17,6 @@ from transformers import AutoConfig
 from synernet_hf.data import (
     check_dataset,
     class_names,
-    drop_bad_records,
     id2label_from,
     load_wsss_dataset,
 )
@@ -69,7 +68,7 @@ def validate_arguments(
     try:
         splits = load_data(data_args, skipped)
         names = class_names(splits)
-        splits = check_data(splits, data_args.on_bad_image, skipped)
+        splits = check_dataset(splits, data_args.on_bad_image, skipped=skipped)
         if "train" not in splits:
             problems.append(f"There is no split to train on, only {', '.join(splits)}: name one with `train_split`.")
     except INPUT_ERRORS as error:
@@ -119,34 +118,6 @@ def load_data(data_args: DataArguments, skipped: dict[str, list[str]] | None = N
         dataset_options=data_args.loader_options(),
         skipped=skipped,
     )
-
-
-def check_data(
-    splits: datasets.DatasetDict, on_bad_image: str, skipped: dict[str, list[str]] | None = None
-) -> datasets.DatasetDict:
-    """
-    Makes sure that every record can be used.
-
-    Args:
-        splits (`datasets.DatasetDict`):
-            From [`load_data`].
-        on_bad_image (`str`):
-            `"raise"`, or `"skip"` to leave out records with an image or mask that can not be used.
-        skipped (`dict[str, list[str]]`, *optional*):
-            Dictionary to which what is left out is added, a phrase for each record, by split.
-
-    Returns:
-        `datasets.DatasetDict`: the records to use.
-
-    Raises:
-        ValueError: see [`check_dataset`]; also if no record is left.
-    """
-    if isinstance(splits, datasets.IterableDatasetDict):
-        raise ValueError("Streamed data can not be shuffled and checked: leave `streaming` out of `dataset_options`.")
-    if on_bad_image == "skip":
-        splits = drop_bad_records(splits, skipped=skipped)
-    check_dataset(splits, decode_images=on_bad_image == "raise")
-    return splits
 
 
 def _model_problems(model_args: ModelArguments, crop_size: int, names: list[str] | None) -> list[str]:
@@ -289,4 +260,4 @@ def run_record(
     }
 
 
-__all__ = ["build_model", "check_data", "load_data", "model_config_from", "run_record", "validate_arguments"]
+__all__ = ["build_model", "load_data", "model_config_from", "run_record", "validate_arguments"]

@@ -1,24 +1,131 @@
-"""A data set of the Hub, or a folder of parquet files, with named columns → splits of records."""
+"""Images of one's own: a folder, a data set of the Hub or parquet files, read with named columns; and written."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import datasets
 from datasets.exceptions import DatasetsError
+from datasets.table import embed_table_storage
 
-from synernet_hf.data.class_lists import (
+from synernet_hf.data.coco import PolygonMask
+from synernet_hf.data.folders import LABEL_HEADERS, TABLE_SUFFIXES, find_table, load_folder
+from synernet_hf.data.labels import (
+    IMAGE_HEADERS,
     LabelReader,
-    checked_class_names,
+    choose_class_names,
     ids_from_names,
     ids_from_vector,
     vector_length,
 )
-from synernet_hf.data.image_folder import IMAGE_HEADERS, LABEL_HEADERS, VALIDATION_NAMES
-from synernet_hf.data.schema import record_features
+from synernet_hf.data.schema import as_streams, check_on_bad_image, choose_splits, record_features
+from synernet_hf.files import replace_file
 
 
 ID_COLUMNS = ("image_id", "id", "file_name", "filename")
+
+
+class ColumnNames(TypedDict, total=False):
+    """
+    Which columns of a table or data set to take.
+
+    Attributes:
+        image_column (`str`, *optional*):
+            Images, or in a table their files. Found by itself where its name is a usual one (`image`, `file_name`).
+        label_column (`str`, *optional*):
+            Labels. Found by itself where its name is a usual one (`labels`, `label`, `class`).
+        mask_column (`str`, *optional*):
+            Masks of the images to evaluate on, or in a table their files; `mask` where there is such a column.
+    """
+
+    image_column: str | None
+    label_column: str | None
+    mask_column: str | None
+
+
+def load_image_labels(
+    data_dir: str | Path,
+    class_names: Sequence[str] | None = None,
+    train_split: str | None = None,
+    validation_split: str | None = None,
+    on_bad_image: str = "raise",
+    streaming: bool = False,
+    skipped: dict[str, list[str]] | None = None,
+    **columns: Unpack[ColumnNames],
+) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+    """
+    Loads images with image-level labels from wherever they are, without decoding one.
+
+    - **A folder with a table** (`labels.csv`, `metadata.csv` or `metadata.jsonl`, or the table itself): a row for each
+      image, with its file (or its name without suffix) and its labels; several labels are separated by `;`, `|` or
+      `,`, or stand in rows or in 0/1 columns of their own. The column `split` says what is `train` and `validation`.
+    - **A folder with a subfolder for each class.**
+    - **A folder with `train` and `validation`** (or `val`, `test`), each of one of these two kinds.
+    - **A Hub data set, a folder of parquet files, or what `save_to_disk` wrote**: the label column is a `ClassLabel`,
+      a name, a class id, or a list of these, or a list of one 0 or 1 for each class.
+
+    Masks for evaluation come from the mask column, or from `masks/NAME.png` beside the images of a folder
+    (`masks/FOLDER/NAME.png` where images share a name). Masks of the training split are not looked at.
+
+    Args:
+        data_dir (`str` or `Path`):
+            The folder, table or Hub id.
+        class_names (`Sequence[str]`, *optional*):
+            The class list, background first. Without it, it is the one that the source has (`ClassLabel`, names of 0/1
+            columns), or else the names that occur in the training split, in alphabetical order (numbers by size).
+            Ids in masks are positions in this list.
+        train_split (`str`, *optional*, defaults to `"train"`):
+            Name of the training split.
+        validation_split (`str`, *optional*):
+            Name of the split to evaluate on; `validation`, `val` or `test` where it is not given.
+        on_bad_image (`str`, *optional*, defaults to `"raise"`):
+            What to do about images that a table names and that are not there: `"raise"`, or `"skip"` to leave them
+            out, log them and list them in `skipped`.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Gives an `IterableDatasetDict` to go through; a Hub or parquet data set is read meanwhile. Not for
+            training, which draws images at random.
+        skipped (`dict[str, list[str]]`, *optional*):
+            Dictionary to which what is left out is added, a phrase for each record, by split.
+        columns ([`ColumnNames`]):
+            `image_column`, `label_column` and `mask_column`.
+
+    Returns:
+        `datasets.DatasetDict` or `datasets.IterableDatasetDict`: `train` (`image`, `image_id`, `labels`) and
+        `validation` (the same and, where there are masks, `mask`), as far as they are there.
+
+    Raises:
+        FileNotFoundError: The source, an image or a mask is missing; of a table, the row is named.
+        ValueError: A table that can not be read, an ambiguous image, a column that is not there, a label that is not
+            in the class list.
+
+    Example:
+
+    ```python
+    >>> from synernet_hf.data import load_image_labels
+
+    >>> pets = load_image_labels("path/to/pets", label_column="species")  # doctest: +SKIP
+    >>> hub = load_image_labels("user/pets", validation_split="test")  # doctest: +SKIP
+    ```"""
+    check_on_bad_image(on_bad_image)
+    known = ColumnNames.__annotations__
+    unknown = [name for name in columns if name not in known]
+    if unknown:
+        raise TypeError(f"load_image_labels does not take {', '.join(unknown)}: columns are {', '.join(known)}.")
+    path = Path(data_dir).expanduser()
+    is_table = path.is_file() and path.suffix.lower() in TABLE_SUFFIXES
+    if is_table or (path.is_dir() and not _holds_columns(path)):
+        wanted = (train_split, validation_split)
+        built = load_folder(path, dict(columns), class_names, wanted, on_bad_image, skipped)
+        return as_streams(built) if streaming else built
+    if not path.exists() and str(data_dir).count("/") != 1:
+        raise FileNotFoundError(f"There is no folder {data_dir}, and it is no Hub id of the form owner/name.")
+    splits = load_columns(data_dir, dict(columns), class_names, (train_split, validation_split), streaming)
+    return datasets.IterableDatasetDict(splits) if streaming else datasets.DatasetDict(splits)
+
+
+def _holds_columns(folder: Path) -> bool:
+    saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    return saved or (find_table(folder) is None and next(folder.rglob("*.parquet"), None) is not None)
 
 
 class ImageLabelColumn:
@@ -151,7 +258,7 @@ def load_columns(
         first = first._resolve_features()
     image, label, mask = _choose_columns(first.features, source, columns)
     column = ImageLabelColumn(first.features[label], label)
-    names = checked_class_names(class_names, column.class_names, str(source))
+    names = choose_class_names(class_names, column.class_names, str(source))
     if streaming and names is None:
         raise ValueError(
             f"The labels of {source} come without a class list, which can not be inferred while streaming: give "
@@ -186,10 +293,7 @@ def _choose_splits(
     missing = [name for name in wanted if name and name not in splits]
     if missing:
         raise ValueError(f"The data set {source} has no split {missing[0]!r}: it has {', '.join(splits)}.")
-    train, validation = wanted[0] or "train", wanted[1]
-    validation = validation or next((name for name in VALIDATION_NAMES if name in splits and name != train), None)
-    found = {"train": train, "validation": validation}
-    found = {split: splits[name] for split, name in found.items() if name in splits}
+    found = {split: splits[name] for split, name in choose_splits(splits, *wanted).items()}
     if not found:
         raise ValueError(
             f"The data set {source} has neither a split 'train' nor one to evaluate on: name one of "
@@ -277,4 +381,79 @@ def _stream(
     return split.map(record, with_indices=True, remove_columns=split.column_names, features=features)
 
 
-__all__ = ["ImageLabelColumn", "load_columns", "open_dataset"]
+def same_columns(dataset_dict: datasets.DatasetDict) -> datasets.DatasetDict:
+    """
+    Gives all splits the same columns, as `push_to_hub` and the files of one data set need.
+
+    Args:
+        dataset_dict (`datasets.DatasetDict`):
+            What a loader of this package returned.
+
+    Returns:
+        `datasets.DatasetDict`: the same records. Where one split has a `mask` column all have it, empty in the
+        others. Masks that are kept as annotations are drawn and become PNG files in memory.
+    """
+    if not any("mask" in split.column_names for split in dataset_dict.values()):
+        return dataset_dict
+    aligned = datasets.DatasetDict()
+    for name, split in dataset_dict.items():
+        masks = [None] * len(split)
+        if isinstance(split.features.get("mask"), PolygonMask):
+            masks = split["mask"][:]
+            split = split.remove_columns("mask")
+        if "mask" not in split.column_names:
+            cells = [mask and datasets.Image().encode_example(mask) for mask in masks]
+            split = split.add_column("mask", cells, feature=datasets.Image())
+        aligned[name] = split
+    return aligned
+
+
+def write_parquet(dataset_dict: datasets.DatasetDict, folder: str | Path, images_per_file: int = 1000) -> list[Path]:
+    """
+    Writes a data set as parquet files with the images in them, in the layout that `datasets.load_dataset(folder)`
+    and the Hub read. `Dataset.to_parquet` alone would write the paths of images that lie in files.
+
+    Args:
+        dataset_dict (`datasets.DatasetDict`):
+            What a loader of this package returned; [`same_columns`] is applied.
+        folder (`str` or `Path`):
+            Files are named `data/SPLIT-00000-of-00003.parquet` in it, each written under a temporary name first.
+        images_per_file (`int`, *optional*, defaults to 1000):
+            The largest number of records of a file, all of which are in memory while it is written.
+
+    Returns:
+        `list[Path]`: the files.
+
+    Raises:
+        ValueError: `images_per_file` is not positive, a split is empty, or the folder holds parquet files of another number.
+    """
+    if images_per_file < 1:
+        raise ValueError(f"images_per_file is {images_per_file}; a positive number is expected.")
+    empty = [name for name, split in dataset_dict.items() if len(split) == 0]
+    if empty:
+        raise ValueError(f"The split {empty[0]!r} is empty: leave it out, or give at least one image.")
+    data = Path(folder) / "data"
+    counts = {name: -(-len(split) // images_per_file) for name, split in dataset_dict.items()}
+    paths = {
+        name: [data / f"{name}-{index:05d}-of-{count:05d}.parquet" for index in range(count)]
+        for name, count in counts.items()
+    }
+    others = sorted(set(data.glob("*.parquet")) - {path for group in paths.values() for path in group})
+    if others:
+        raise ValueError(f"{data} holds other parquet files, such as {others[0].name}; give a new folder.")
+    data.mkdir(parents=True, exist_ok=True)
+    for name, split in same_columns(dataset_dict).items():
+        for index, path in enumerate(paths[name]):
+            shard = split.shard(counts[name], index, contiguous=True)
+            _write_embedded(shard, path)
+    return [path for group in paths.values() for path in group]
+
+
+def _write_embedded(shard: datasets.Dataset, path: Path) -> None:
+    embedded = shard.with_format("arrow").map(
+        embed_table_storage, batched=True, batch_size=100, keep_in_memory=True, load_from_cache_file=False
+    )
+    replace_file(path, embedded.with_format(None).to_parquet)
+
+
+__all__ = ["ColumnNames", "load_image_labels", "same_columns", "write_parquet"]

@@ -1,26 +1,26 @@
-"""A folder of images with a table of labels, or with one subfolder for each class → columns of records."""
+"""A folder of images with a table of labels, or with one subfolder for each class → splits of records."""
 
-import csv
 import io
 import json
-import os
-import posixpath
-import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from synernet_hf.data.label_files import IMAGE_SUFFIXES, name_some, strip_image_suffix
+import datasets
+
+from synernet_hf.data.files import IMAGE_SUFFIXES, MASK_FOLDER, ImageIndex, unique_ids
+from synernet_hf.data.labels import IMAGE_HEADERS, LabelReader, choose_class_names, read_csv_rows, read_text
+from synernet_hf.data.schema import build_split, choose_splits, name_some, note_skipped
 
 
+logger = logging.getLogger(__name__)
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 TABLE_NAMES = ("labels.csv", "metadata.csv", "metadata.jsonl")
-MASK_FOLDER = "masks"
 SPLIT_FOLDERS = ("train", "validation", "val", "test")
-VALIDATION_NAMES = ("validation", "val", "test")
 
-IMAGE_HEADERS = ("file_name", "filename", "file", "path", "image", "image_id", "picture", "name", "id", "ids")
 LABEL_HEADERS = ("labels", "label", "image_labels", "classes", "class", "class_name", "tags", "categories", "category")
 MASK_HEADERS = ("mask", "mask_file_name", "mask_file")
 SPLIT_HEADER = "split"
@@ -50,6 +50,69 @@ class LabelledImages:
     class_names: list[str] | None = None
     label_column: str | None = None
     skipped: list[str] = field(default_factory=list)
+
+
+def load_folder(
+    path: Path,
+    columns: dict[str, str | None],
+    class_names: Sequence[str] | None,
+    wanted: tuple[str | None, str | None],
+    on_bad_image: str,
+    skipped: dict[str, list[str]] | None,
+) -> datasets.DatasetDict:
+    """
+    Loads a folder of images with labels; no image is opened.
+
+    Args:
+        path (`Path`):
+            The folder, or a table in it.
+        columns (`dict[str, str | None]`):
+            `image_column`, `label_column` and `mask_column` of a table, as far as they are given.
+        class_names (`Sequence[str]`, *optional*):
+            Class names, background first.
+        wanted (`tuple[str | None, str | None]`):
+            Names of the training split and of the one to evaluate on, as far as they are given.
+        on_bad_image (`str`):
+            What to do about images that a table names and that are not there: `"raise"` or `"skip"`.
+        skipped (`dict[str, list[str]]`, *optional*):
+            Dictionary to which what is left out is added, a phrase for each record, by split.
+
+    Returns:
+        `datasets.DatasetDict`: `train` and `validation`, as far as they are there.
+
+    Raises:
+        FileNotFoundError: A split, an image or a mask is missing.
+        ValueError: A table can not be read, or a label is not in the class list.
+    """
+    splits = _read_folder(path, columns, *wanted)
+    first = next(iter(splits.values()))
+    names = choose_class_names(class_names, first.class_names, str(path))
+    cells = (cell for images in splits.values() for image in images.labels for cell in image)
+    reader = LabelReader(cells, first.label_column, names)
+    if names is None:
+        names = reader.infer_class_names(zip(first.labels, first.places, strict=True))
+        logger.info("%s: %d classes: %s.", path, len(names) - 1, ", ".join(names[1:]))
+    built = {}
+    for split, images in splits.items():
+        if images.skipped and on_bad_image == "raise":
+            raise FileNotFoundError(
+                f"{len(images.skipped)} images are missing ({name_some(images.skipped)}): add them, take the "
+                "rows out, or leave them out with on_bad_image='skip' (--on_bad_image skip)."
+            )
+        labels = [reader.ids(cells, names, place) for cells, place in zip(images.labels, images.places, strict=True)]
+        unlabelled = [image_id for image_id, ids in zip(images.image_ids, labels, strict=True) if not ids]
+        if unlabelled:
+            logger.warning(
+                "%s: %d images of the split %r have no label (%s); they count as images of background alone.",
+                path,
+                len(unlabelled),
+                split,
+                name_some(unlabelled),
+            )
+        masks = None if split == "train" else _masks(images, split, path)
+        note_skipped(skipped, split, images.skipped)
+        built[split] = build_split(images.paths, images.image_ids, labels, names, masks)
+    return datasets.DatasetDict(built)
 
 
 def find_table(folder: Path) -> Path | None:
@@ -97,114 +160,7 @@ def split_folders(root: Path, train_split: str | None, validation_split: str | N
         raise FileNotFoundError(
             f"There is no folder {root / missing[0]}: {root} has the folders {', '.join(sorted(folders))}."
         )
-    found = {"train": train_split or "train"}
-    found["validation"] = validation_split or next((name for name in VALIDATION_NAMES if name in folders), "")
-    return {split: root / name for split, name in found.items() if name in folders}
-
-
-class ImageIndex:
-    """
-    The images below a folder, found by path, file name or name without suffix.
-
-    Args:
-        folder (`Path`):
-            The folder; its subfolder `masks` and hidden files are not looked into.
-        left_out (`Iterable[str]`, *optional*):
-            Paths below the folder that are no images, such as masks.
-    """
-
-    def __init__(self, folder: Path, left_out: Iterable[str] = ()) -> None:
-        self.folder = folder
-        self.paths: list[str] = []
-        self.by_key: dict[str, list[str]] = {}
-        self.mask_paths: Counter[Path] = Counter()
-        self.mask_names: Counter[str] = Counter()
-        left_out = {posixpath.normpath(path.replace("\\", "/")) for path in left_out}
-        for parent, folders, files in os.walk(folder):
-            folders[:] = sorted(name for name in folders if not name.startswith(".") and name != MASK_FOLDER)
-            for file in sorted(files):
-                path = (Path(parent) / file).relative_to(folder).as_posix()
-                is_image = not file.startswith(".") and Path(file).suffix.lower() in IMAGE_SUFFIXES
-                if is_image and path not in left_out:
-                    self.paths.append(path)
-                    mask = Path(path).with_suffix(".png")
-                    self.mask_paths[mask] += 1
-                    self.mask_names[mask.name] += 1
-                    for key in {path, file, strip_image_suffix(file)}:
-                        self.by_key.setdefault(key, []).append(path)
-
-    def find(self, name: str) -> str | None:
-        """
-        Finds an image.
-
-        Args:
-            name (`str`):
-                A path below the folder, an absolute path, a file name, or a name without suffix.
-
-        Returns:
-            `str` or `None`: the file, `None` where there is none.
-
-        Raises:
-            ValueError: Several images have that name. The message is a predicate: the caller says where.
-        """
-        name = posixpath.normpath(name.strip().replace("\\", "/"))
-        if Path(name).is_absolute():
-            inside = os.path.relpath(name, self.folder).replace(os.sep, "/")
-            if inside not in self.by_key.get(inside, []):
-                return name if Path(name).is_file() else None
-            name = inside
-        found = self.by_key.get(name, [])
-        if len(found) > 1 and name not in found:
-            raise ValueError(f"names {name!r}, which may be {' or '.join(found[:3])}: write the path")
-        chosen = name if name in found else next(iter(found), None)
-        return None if chosen is None else str(self.folder / chosen)
-
-    def mask_of(self, image: str) -> str | None:
-        """
-        Finds the mask of an image in the subfolder `masks`.
-
-        Args:
-            image (`str`):
-                File of the image.
-
-        Returns:
-            `str` or `None`: the PNG file under the path of the image or else under its bare name, unless it might
-            just as well be that of another image.
-        """
-        path = Path(os.path.relpath(image, self.folder)).with_suffix(".png")
-        masks = self.folder / MASK_FOLDER
-        for mask, sharing in ((masks / path, self.mask_paths[path]), (masks / path.name, self.mask_names[path.name])):
-            if sharing <= 1 and mask.is_file():
-                return str(mask)
-        return None
-
-
-def unique_ids(paths: Sequence[str], root: Path) -> list[str]:
-    """
-    Names images: by file name without suffix, or where two share it, by their path.
-
-    Args:
-        paths (`Sequence[str]`):
-            N files.
-        root (`Path`):
-            The folder that paths start from.
-
-    Returns:
-        `list[str]`: N names, without slashes.
-    """
-    stems = [strip_image_suffix(path) for path in paths]
-    if len(set(stems)) == len(stems):
-        return stems
-    relative = [os.path.relpath(path, root).replace(os.sep, "/") for path in paths]
-    without = [path.rsplit(".", 1)[0] for path in relative]
-    # names may hold underscores: more of them than any name has tell all paths apart
-    longest = max(len(run) for path in relative for run in re.findall("_*", path))
-    for number in range(2, max(longest + 2, 3)):
-        for names in (without, relative):
-            ids = [name.replace("/", "_" * number) for name in names]
-            if len(set(ids)) == len(ids):
-                return ids
-    return ids
+    return {split: root / name for split, name in choose_splits(folders, train_split, validation_split).items()}
 
 
 def read_class_folders(folder: Path) -> LabelledImages:
@@ -361,24 +317,16 @@ def _column(path: Path, headers: Sequence[str], given: str | None, argument: str
 
 def _read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """Numbered rows; the header of a table is row 1."""
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        row = content[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"{path}, row {row}, is not UTF-8 text (byte 0x{content[error.start]:02x}): save the table as UTF-8."
-        ) from error
-    rows = _read_json_lines(path, text) if path.suffix.lower() == ".jsonl" else _read_csv(path, text)
+    rows = _read_json_lines(path) if path.suffix.lower() == ".jsonl" else _read_table_rows(path)
     if not rows:
         raise ValueError(f"The table {path} has no rows: give at least one image.")
     return rows
 
 
-def _read_json_lines(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
+def _read_json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     rows = []
     # not splitlines, which also splits at characters that may stand in names
-    for number, line in enumerate(io.StringIO(text, newline=""), start=1):
+    for number, line in enumerate(io.StringIO(read_text(path), newline=""), start=1):
         if not line.strip():
             continue
         try:
@@ -391,29 +339,20 @@ def _read_json_lines(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
     return rows
 
 
-def _read_csv(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
-    first = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=first.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    rows, header = [], None
-    try:
-        for cells in reader:
-            cells = [cell.strip() for cell in cells]
-            if not any(cells):
-                continue
-            if header is None:
-                header = _header(f"{path}, row {reader.line_num}", cells)
-                if header is cells:
-                    continue
-            if len(cells) != len(header):
-                raise ValueError(
-                    f"{path}, row {reader.line_num}, has {len(cells)} cells, but {len(header)} are expected "
-                    f"({', '.join(header)}): put several labels in quotes or separate them by a semicolon."
-                )
-            rows.append((reader.line_num, dict(zip(header, cells, strict=True))))
-    except csv.Error as error:
-        raise ValueError(f"{path}, row {reader.line_num}, is not a row of a table ({error}).") from error
-    return rows
+def _read_table_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    rows = read_csv_rows(path)
+    if not rows:
+        return []
+    number, first = rows[0]
+    header = _header(f"{path}, row {number}", first)
+    rows = rows[1:] if header is first else rows
+    for number, cells in rows:
+        if len(cells) != len(header):
+            raise ValueError(
+                f"{path}, row {number}, has {len(cells)} cells, but {len(header)} are expected ({', '.join(header)}): "
+                "put several labels in quotes or separate them by a semicolon."
+            )
+    return [(number, dict(zip(header, cells, strict=True))) for number, cells in rows]
 
 
 def _header(place: str, cells: list[str]) -> list[str]:
@@ -435,12 +374,63 @@ def _header(place: str, cells: list[str]) -> list[str]:
     return cells
 
 
-__all__ = [
-    "ImageIndex",
-    "LabelledImages",
-    "find_table",
-    "read_class_folders",
-    "read_table",
-    "split_folders",
-    "unique_ids",
-]
+def _read_folder(
+    path: Path, columns: dict[str, str | None], train_split: str | None, validation_split: str | None
+) -> dict[str, LabelledImages]:
+    table = path if path.is_file() else find_table(path)
+    if table is not None:
+        found = read_table(table, **columns)
+        if set(found) == {""}:
+            if validation_split or train_split:
+                raise ValueError(
+                    f"{table} has no column 'split', so there is no split {validation_split or train_split!r}: add the "
+                    "column, or put the images into the folders train and validation with a table each."
+                )
+            return {"train": found[""]}
+        missing = [name for name in (train_split, validation_split) if name and name not in found]
+        if missing:
+            raise ValueError(f"{table} has no row of the split {missing[0]!r}: it has {', '.join(found)}.")
+        names = choose_splits(found, train_split, validation_split)
+        left_out = [name for name in found if name not in names.values()]
+        if left_out:
+            logger.warning("%s: rows of the splits %s are not used.", table, ", ".join(map(repr, left_out)))
+        if not names:
+            raise ValueError(
+                f"{table} has neither rows of the split 'train' nor of one to evaluate on: it has {', '.join(found)}. "
+                "Name one with train_split or validation_split."
+            )
+        return {split: found[name] for split, name in names.items()}
+    folders = split_folders(path, train_split, validation_split)
+    if folders is None and (train_split or validation_split):
+        raise FileNotFoundError(
+            f"{path} is not divided into splits, so there is no {validation_split or train_split!r}: make the folders "
+            "train and validation."
+        )
+    return {split: _read_part(folder, columns) for split, folder in (folders or {"train": path}).items()}
+
+
+def _read_part(folder: Path, columns: dict[str, str | None]) -> LabelledImages:
+    table = find_table(folder)
+    given = [f"{argument}={name}" for argument, name in columns.items() if name is not None]
+    if table is None and given:
+        raise ValueError(f"{folder} has no table, so {given[0]} names nothing: add a table or leave it out.")
+    if table is None:
+        return read_class_folders(folder)
+    return read_table(table, **columns, ignore_splits=True)[""]
+
+
+def _masks(images: LabelledImages, split: str, path: Path) -> list[str] | None:
+    without = [place for place, mask in zip(images.places, images.masks, strict=True) if mask is None]
+    if len(without) == len(images.masks):
+        logger.warning("%s: the split %r has no masks: it can not be scored.", path, split)
+        return None
+    if without:
+        raise FileNotFoundError(
+            f"{len(without)} of {len(images.masks)} images of the split {split!r} have no mask "
+            f"({name_some(without)}): add them, under the path of the image (as masks/cat/1.png) where two share a "
+            "name, or take the images out."
+        )
+    return list(images.masks)
+
+
+__all__ = ["LABEL_HEADERS", "TABLE_SUFFIXES", "find_table", "load_folder"]

@@ -1,0 +1,149 @@
+"""Where images and masks lie on disk, and what they are called."""
+
+import os
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
+MASK_FOLDER = "masks"
+
+
+def image_name(path: str) -> str:
+    """
+    Turns a file name or path into an identifier.
+
+    Args:
+        path (`str`):
+            For example `"2007_000032"`, `"2007_000032.jpg"` or `"/JPEGImages/2007_000032.jpg"`.
+
+    Returns:
+        `str`: The name without folders and without an image suffix, `"2007_000032"` in all three cases.
+    """
+    name = path.strip().replace("\\", "/").rsplit("/", 1)[-1]
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in IMAGE_SUFFIXES else name
+
+
+def unique_ids(paths: Sequence[str], root: str | Path) -> list[str]:
+    """
+    Names images: by file name without suffix, or where two share it, by their path.
+
+    Args:
+        paths (`Sequence[str]`):
+            N files.
+        root (`str` or `Path`):
+            The folder that paths start from.
+
+    Returns:
+        `list[str]`: N names, without slashes.
+    """
+    stems = [image_name(path) for path in paths]
+    if len(set(stems)) == len(stems):
+        return stems
+    relative = [os.path.relpath(path, root).replace(os.sep, "/") for path in paths]
+    without = [path.rsplit(".", 1)[0] for path in relative]
+    # names may hold underscores: more of them than any name has tell all paths apart
+    longest = max(len(run) for path in relative for run in re.findall("_*", path))
+    for number in range(2, max(longest + 2, 3)):
+        for names in (without, relative):
+            ids = [name.replace("/", "_" * number) for name in names]
+            if len(set(ids)) == len(ids):
+                return ids
+    return ids
+
+
+def first_file(candidates: Iterable[Path]) -> str | None:
+    """
+    Finds a file that may lie in several places.
+
+    Args:
+        candidates (`Iterable[Path]`):
+            The places, best first.
+
+    Returns:
+        `str` or `None`: the first that is there.
+    """
+    return next((str(path) for path in candidates if path.is_file()), None)
+
+
+class ImageIndex:
+    """
+    The images below a folder, found by path, file name or name without suffix.
+
+    Args:
+        folder (`Path`):
+            The folder; its subfolder `masks` and hidden files are not looked into.
+        left_out (`Iterable[str]`, *optional*):
+            Paths below the folder that are no images, such as masks.
+
+    Attributes:
+        paths (`list[str]`): below the folder, sorted.
+        by_key (`dict[str, list[str]]`): paths by path, file name and name without suffix.
+    """
+
+    def __init__(self, folder: Path, left_out: Iterable[str] = ()) -> None:
+        self.folder = folder
+        self.paths: list[str] = []
+        self.by_key: dict[str, list[str]] = {}
+        left_out = {posixpath.normpath(path.replace("\\", "/")) for path in left_out}
+        for parent, folders, files in os.walk(folder):
+            folders[:] = sorted(name for name in folders if not name.startswith(".") and name != MASK_FOLDER)
+            for file in sorted(files):
+                path = (Path(parent) / file).relative_to(folder).as_posix()
+                is_image = not file.startswith(".") and Path(file).suffix.lower() in IMAGE_SUFFIXES
+                if is_image and path not in left_out:
+                    self.paths.append(path)
+                    for key in {path, file, image_name(file)}:
+                        self.by_key.setdefault(key, []).append(path)
+        self.mask_paths = Counter(Path(path).with_suffix(".png") for path in self.paths)
+        self.mask_names = Counter(Path(path).with_suffix(".png").name for path in self.paths)
+
+    def find(self, name: str) -> str | None:
+        """
+        Finds an image.
+
+        Args:
+            name (`str`):
+                A path below the folder, an absolute path, a file name, or a name without suffix.
+
+        Returns:
+            `str` or `None`: the file, `None` where there is none.
+
+        Raises:
+            ValueError: Several images have that name. The message is a predicate: the caller says where.
+        """
+        name = posixpath.normpath(name.strip().replace("\\", "/"))
+        if Path(name).is_absolute():
+            inside = os.path.relpath(name, self.folder).replace(os.sep, "/")
+            if inside not in self.by_key.get(inside, []):
+                return first_file([Path(name)])
+            name = inside
+        found = self.by_key.get(name, [])
+        if len(found) > 1 and name not in found:
+            raise ValueError(f"names {name!r}, which may be {' or '.join(found[:3])}: write the path")
+        chosen = name if name in found else next(iter(found), None)
+        return None if chosen is None else str(self.folder / chosen)
+
+    def mask_of(self, image: str) -> str | None:
+        """
+        Finds the mask of an image in the subfolder `masks`.
+
+        Args:
+            image (`str`):
+                File of the image.
+
+        Returns:
+            `str` or `None`: the PNG file under the path of the image or else under its bare name, unless it might
+            just as well be that of another image.
+        """
+        path = Path(os.path.relpath(image, self.folder)).with_suffix(".png")
+        masks = self.folder / MASK_FOLDER
+        candidates = ((masks / path, self.mask_paths[path]), (masks / path.name, self.mask_names[path.name]))
+        return first_file(mask for mask, sharing in candidates if sharing <= 1)
+
+
+__all__ = ["IMAGE_SUFFIXES", "MASK_FOLDER", "ImageIndex", "first_file", "image_name", "unique_ids"]
