@@ -12,7 +12,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examp
 # A Python block below this line is run; blocks of one page share their names, as when pasted one after another.
 RUNNABLE = "<!-- runnable -->"
 PYTHON_BLOCK = re.compile(re.escape(RUNNABLE) + r"\n+```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
-PAGES_WITH_CODE = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("quickstart.md", "inference.md", "hub.md"))]
+PAGES_WITH_CODE = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("index.md", "inference.md", "hub.md"))]
 
 
 def page_name(path: Path) -> str:
