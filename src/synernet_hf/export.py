@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from synernet_hf.files import replace_file
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation
-from synernet_hf.model.modeling_synernet import chosen_branches, lower_unlikely_classes, patch_map
+from synernet_hf.model.cam_synernet import patch_map
+from synernet_hf.model.modeling_synernet import chosen_branches, lower_unlikely_classes
 from synernet_hf.model_folder import load_model
 
 

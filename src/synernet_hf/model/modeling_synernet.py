@@ -24,11 +24,13 @@ from .cam_synernet import (
     joint_features,
     multi_scale_cams,
     normalize_cams,
+    patch_map,
     propagate_cams,
     spread_classes,
+    token_map,
 )
 from .configuration_synernet import SynerNetConfig, pretrained_backbone_config
-from .objective_synernet import batch_objective
+from .objective_synernet import SynerNetObjective, batch_objective
 from .refinement_synernet import masks_to_boxes, present_classes
 
 
@@ -41,17 +43,16 @@ class SynerNetBranchOutput(ModelOutput):
     Output of one branch; `h` and `w` count tokens.
 
     Args:
-        classification_logits (`torch.FloatTensor` of shape `(B, C)`): pooled class scores of the last layer.
-        auxiliary_classification_logits (`torch.FloatTensor` of shape `(B, C)`): those of the auxiliary layer.
-        class_token_logits (`torch.FloatTensor` of shape `(B, C)`, *optional*): class scores of the class token, with
-            `config.with_class_token_head`.
-        cam_logits (`torch.FloatTensor` of shape `(B, C, h, w)`): the last layer's CAM, unnormalised.
-        auxiliary_cam_logits (`torch.FloatTensor` of shape `(B, C, h, w)`): the auxiliary layer's CAM, unnormalised.
+        classification_logits (`torch.FloatTensor` of shape `(B, C)`): class scores, pooled from the last layer.
+        auxiliary_classification_logits (`torch.FloatTensor` of shape `(B, C)`): pooled from the auxiliary layer.
+        class_token_logits (`torch.FloatTensor` of shape `(B, C)`, *optional*): with `config.with_class_token_head`.
+        cam_logits (`torch.FloatTensor` of shape `(B, C, h, w)`): CAM of the last layer, unnormalised.
+        auxiliary_cam_logits (`torch.FloatTensor` of shape `(B, C, h, w)`): CAM of the auxiliary layer, unnormalised.
         logits (`torch.FloatTensor` of shape `(B, K, h, w)`): segmentation logits.
         features (`torch.FloatTensor` of shape `(B, D, h, w)`): patch features after the final normalisation.
         auxiliary_features (`torch.FloatTensor` of shape `(B, D, h, w)`): patch features of the auxiliary layer.
         class_token (`torch.FloatTensor` of shape `(B, D)`): class token after the final normalisation.
-        hidden_states (`tuple(torch.FloatTensor)`, *optional*): embeddings and every block's output, if asked for.
+        hidden_states (`tuple(torch.FloatTensor)`): embeddings and the output of every block.
         attentions (`tuple(torch.FloatTensor)`, *optional*): attention maps, if asked for.
     """
 
@@ -77,12 +78,12 @@ class SynerNetBranchOutput(ModelOutput):
 class SynerNetModelOutput(ModelOutput):
     """
     Args:
-        last_hidden_state (`torch.FloatTensor` of shape `(B, 1 + h·w, n·D)`): class token and patch features after the
-            final normalisation, the n branches that ran side by side, broad first.
+        last_hidden_state (`torch.FloatTensor` of shape `(B, 1 + h·w, n·D)`):
+            Class token and patch features after the final normalisation, of the n branches that ran, broad first.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*): of the branches that ran, broad first.
         attentions (`tuple(torch.FloatTensor)`, *optional*): of the branches that ran, broad first.
-        broad ([`SynerNetBranchOutput`], *optional*): the broad branch's output, if it was asked for.
-        precise ([`SynerNetBranchOutput`], *optional*): the precise branch's output, if it was asked for.
+        broad ([`SynerNetBranchOutput`], *optional*): output of the broad branch, if it ran.
+        precise ([`SynerNetBranchOutput`], *optional*): output of the precise branch, if it ran.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -90,6 +91,11 @@ class SynerNetModelOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
     broad: SynerNetBranchOutput | None = None
     precise: SynerNetBranchOutput | None = None
+
+    @property
+    def pair(self) -> BranchPair[SynerNetBranchOutput | None]:
+        """`BranchPair`: the outputs of both branches, `None` for one that did not run."""
+        return BranchPair(self.broad, self.precise)
 
 
 @dataclass
@@ -102,25 +108,20 @@ class SynerNetSegmenterOutput(ModelOutput):
             `loss_cls`, `loss_cls_aux`, `loss_cls_token`, `loss_spatial_bce`, `loss_patch_contrast`,
             `loss_prototype_contrast`, `loss_segmentation`.
         logits (`torch.FloatTensor` of shape `(B, K, H, W)`):
-            Segmentation scores at the size of `pixel_values`, float32: both branches mixed by
-            `config.broad_share_in_logits`, resized bilinearly from the token grid. With a class token head, classes
-            that are unlikely in the image are lowered.
-        broad_logits (`torch.FloatTensor` of shape `(B, K, H, W)`, *optional*):
-            Those of the broad branch alone, without the class prior.
-        precise_logits (`torch.FloatTensor` of shape `(B, K, H, W)`, *optional*): those of the precise branch alone.
+            Segmentation logits, float32, at the size of `pixel_values`: both branches mixed by
+            `config.broad_share_in_logits`, resized bilinearly. With a class token head, unlikely classes are lowered.
+        broad_logits (`torch.FloatTensor` of shape `(B, K, H, W)`, *optional*): broad branch, without class prior.
+        precise_logits (`torch.FloatTensor` of shape `(B, K, H, W)`, *optional*): precise branch, likewise.
         classification_logits (`torch.FloatTensor` of shape `(B, C)`):
-            Class scores of the image, mean of the branches: from the class tokens where the model has heads for them,
-            from the pooled patches otherwise.
+            Class scores of the image, mean of the branches, from the class token heads if the model has them.
         broad_cams (`torch.FloatTensor` of shape `(B, C, H, W)`, *optional*):
-            Single-scale CAMs of the broad branch in [0, 1] at the size of `pixel_values`, of every class, as the
-            classifier gives them. `None` in training mode; [`~SynerNetForWeaklySupervisedSegmentation.generate_cams`]
-            gives those that labels are made of.
+            Single-scale CAMs of the broad branch in [0, 1] at the size of `pixel_values`, of every class; `None` in
+            training mode. [`~SynerNetForWeaklySupervisedSegmentation.generate_cams`] gives those that make labels.
         precise_cams (`torch.FloatTensor` of shape `(B, C, H, W)`, *optional*): those of the precise branch.
         confidence (`torch.FloatTensor` of shape `(B, 1, H, W)`, *optional*):
-            Share of layers and branches that agree on a pixel; returned when pseudo-labels are made.
+            Share of layers and branches that agree on a pixel, with `pseudo_labels`.
         pseudo_labels (`torch.LongTensor` of shape `(B, H, W)`, *optional*):
-            The refined fused label that teaches the precise branch, 255 where undecided; returned with `labels` when
-            a loss that needs it is active.
+            Label that teaches the precise branch, 255 where undecided; with `labels` and a loss that needs it.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*): of both branches, broad first, if asked for.
         attentions (`tuple(torch.FloatTensor)`, *optional*): of both branches, broad first, if asked for.
     """
@@ -267,16 +268,8 @@ class SynerNetBranch(nn.Module):
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...] | None]:
         """
-        Runs the encoder.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): sides multiples of the patch.
-            shared_states (`tuple[torch.Tensor]`, *optional*): of [`SynerNetSharedEncoder`], where blocks are shared.
-            output_attentions (`bool`, *optional*, defaults to `False`): whether to return attention maps.
-
-        Returns:
-            `tuple`: all tokens after the final normalisation, `(B, N, D)`; the hidden states, embeddings first;
-            the attention maps or `None`.
+        `(B, 3, H, W)` images, sides multiples of the patch, and the `shared_states` of [`SynerNetSharedEncoder`] → all
+        tokens after the final normalisation `(B, N, D)`, the hidden states (embeddings first), attention maps or `None`.
         """
         if shared_states is not None:
             return *self._continue(pixel_values, shared_states), None
@@ -354,15 +347,8 @@ class SynerNetBranch(nn.Module):
 
 def lower_unlikely_classes(logits: torch.Tensor, log_probabilities: torch.Tensor, weight: float) -> torch.Tensor:
     """
-    Segmentation logits, each class lowered by how much less likely it is in the image than the likeliest (ours).
-
-    Args:
-        logits (`torch.Tensor` of shape `(B, K, h, w)`): segmentation logits, background first.
-        log_probabilities (`torch.Tensor` of shape `(B, C)`): of each class in the image, log σ of its score.
-        weight (`float`): of the difference; 0 changes nothing.
-
-    Returns:
-        `torch.Tensor` of shape `(B, K, h, w)`: the likeliest class and the background stay as they are.
+    Segmentation logits `(B, K, h, w)`, each class lowered by `weight` times the gap between its log-probability in
+    `log_probabilities` `(B, C)` and that of the image's likeliest class (ours). The background stays as it is.
     """
     penalty = weight * (log_probabilities.amax(dim=1, keepdim=True) - log_probabilities)
     return logits - F.pad(penalty, (1, 0))[..., None, None]
@@ -409,19 +395,6 @@ def _norm_name(backbone: nn.Module) -> str:
 def _forward_arguments(backbone: nn.Module) -> dict[str, bool]:
     accepted = inspect.signature(type(backbone).forward).parameters
     return {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
-
-
-def patch_map(tokens: torch.Tensor, pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Tokens `(B, prefix + h·w, D)` of padded images `(B, 3, h·p, w·p)` → `(B, D, h, w)`."""
-    return token_map(tokens, (pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size))
-
-
-def token_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """
-    Tokens `(B, prefix + h·w, D)` of a `grid` (h, w) → `(B, D, h, w)`; prefix tokens (class, distillation, registers)
-    come first in every family.
-    """
-    return tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
 
 
 def pooling_arguments(backbone_config: PreTrainedConfig) -> dict[str, bool]:
@@ -586,17 +559,18 @@ class SynerNetModel(SynerNetPreTrainedModel):
             raise ValueError("Attention maps need `shared_encoder_layers` = 0; leave out output_attentions.")
         pixel_values = self.pad(pixel_values.to(self.dtype))
         shared_states = self.shared_states(pixel_values)
-        outputs = {
-            name: getattr(self.pair, name)(pixel_values, self.config.patch_size, shared_states, bool(keep_attentions))
-            for name in branches
-        }
-        states = tuple(state for output in outputs.values() for state in output.hidden_states)
-        attentions = tuple(item for output in outputs.values() for item in output.attentions or ())
+        arguments = (pixel_values, self.config.patch_size, shared_states, bool(keep_attentions))
+        pair = BranchPair(
+            *(branch(*arguments) if name in branches else None for name, branch in self.pair._asdict().items())
+        )
+        ran = [output for output in pair if output is not None]
+        states = tuple(state for output in ran for state in output.hidden_states)
         return SynerNetModelOutput(
-            **outputs,
-            last_hidden_state=torch.cat([output.tokens for output in outputs.values()], dim=-1),
+            last_hidden_state=torch.cat([output.tokens for output in ran], dim=-1),
             hidden_states=select_states(states, keep_states),
-            attentions=attentions if keep_attentions else None,
+            attentions=tuple(item for output in ran for item in output.attentions) if keep_attentions else None,
+            broad=pair.broad,
+            precise=pair.precise,
         )
 
 
@@ -738,7 +712,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
                 scaled = F.interpolate(pixel_values, size=scaled_size, mode="bilinear", align_corners=False)
             for mirrored in (False, True) if flip else (False,):
                 view = scaled.flip(-1) if mirrored else scaled
-                logits, _ = self._mix(self.synernet(view, branches=branches), branches, class_prior_weight)
+                logits, _ = self._mix(self.synernet(view, branches=branches), class_prior_weight)
                 logits = crop_to_input(logits, scaled_size, self.config.patch_size)
                 logits = logits.flip(-1) if mirrored else logits
                 logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
@@ -810,48 +784,54 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             output_attentions=output_attentions,
             return_dict=True,
         )
-        mixed, scores = self._mix(outputs, branches)
-        patch_size = self.config.patch_size
-        logits = {f"{name}_logits": at_input_size(outputs[name].logits, size, patch_size) for name in branches}
-        learnt = {}
+        mixed, scores = self._mix(outputs)
+        logits = BranchPair(*(self._at_input(output, "logits", size) for output in outputs.pair))
+        objective, cams = SynerNetObjective(), BranchPair(None, None)
         if labels is not None:
             objective = batch_objective(
                 self.synernet,
                 pixel_values,
                 outputs,
-                BranchPair(logits["broad_logits"], logits["precise_logits"]),
+                logits,
                 labels,
                 valid_boxes,
                 self._weights(loss_weights),
                 float(training_progress or 0.0),
                 gather_embeddings,
             )
-            learnt = objective._asdict()
-        cams = {}
         if not self.training:
-            for name in branches:
-                maps = at_input_size(outputs[name].cam_logits.detach(), size, patch_size)
-                cams[f"{name}_cams"] = normalize_cams(maps.relu())
+            maps = [self._at_input(output, "cam_logits", size) for output in outputs.pair]
+            cams = BranchPair(*(None if cam is None else normalize_cams(cam.detach().relu()) for cam in maps))
         return SynerNetSegmenterOutput(
-            logits=at_input_size(mixed, size, patch_size),
+            loss=objective.loss,
+            loss_dict=objective.loss_dict,
+            logits=at_input_size(mixed, size, self.config.patch_size),
+            broad_logits=logits.broad,
+            precise_logits=logits.precise,
             classification_logits=scores,
+            broad_cams=cams.broad,
+            precise_cams=cams.precise,
+            confidence=objective.confidence,
+            pseudo_labels=objective.pseudo_labels,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **logits,
-            **cams,
-            **learnt,
         )
 
-    def _mix(self, outputs, branches: tuple[str, ...], prior_weight: float | None = None):
+    def _at_input(self, output: SynerNetBranchOutput | None, name: str, size: tuple[int, int]) -> torch.Tensor | None:
+        return None if output is None else at_input_size(output[name], size, self.config.patch_size)
+
+    def _mix(self, outputs: SynerNetModelOutput, prior_weight: float | None = None):
         """The branches' segmentation logits `(B, K, h, w)` mixed, and the class scores `(B, C)` of the images."""
         share = self.config.broad_share_in_logits
-        shares = {"broad": share, "precise": 1 - share} if len(branches) == 2 else {branches[0]: 1.0}
-        logits = sum(shares[name] * outputs[name].logits for name in branches)
+        ran = [pair for pair in zip((share, 1 - share), outputs.pair, strict=True) if pair[1] is not None]
+        if len(ran) == 1:
+            ran = [(1.0, ran[0][1])]
+        logits = sum(share * output.logits for share, output in ran)
         if not self.config.with_class_token_head:
-            return logits, sum(outputs[name].classification_logits for name in branches) / len(branches)
-        likely = sum(shares[name] * F.logsigmoid(outputs[name].class_token_logits) for name in branches)
+            return logits, sum(output.classification_logits for _, output in ran) / len(ran)
+        likely = sum(share * F.logsigmoid(output.class_token_logits) for share, output in ran)
         weight = self.config.class_prior_weight if prior_weight is None else prior_weight
-        scores = sum(outputs[name].class_token_logits for name in branches) / len(branches)
+        scores = sum(output.class_token_logits for _, output in ran) / len(ran)
         return lower_unlikely_classes(logits, likely, weight), scores
 
     def _check_labels(self, labels: torch.Tensor, pixel_values: torch.Tensor):

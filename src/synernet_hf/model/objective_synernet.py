@@ -54,14 +54,14 @@ class SynerNetObjective(NamedTuple):
     Result of [`batch_objective`].
 
     Attributes:
-        loss (`torch.Tensor`): scalar.
-        loss_dict (`dict[str, torch.Tensor]`): the active terms, weighted, without gradient; they sum to `loss`.
+        loss (`torch.Tensor`, *optional*): scalar.
+        loss_dict (`dict[str, torch.Tensor]`, *optional*): the active terms, weighted, without gradient; they sum to `loss`.
         confidence (`torch.Tensor` of shape `(B, 1, H, W)`, *optional*): share of layers and branches that agree.
         pseudo_labels (`torch.Tensor` of shape `(B, H, W)`, *optional*): the label that teaches the precise branch.
     """
 
-    loss: torch.Tensor
-    loss_dict: dict[str, torch.Tensor]
+    loss: torch.Tensor | None = None
+    loss_dict: dict[str, torch.Tensor] | None = None
     confidence: torch.Tensor | None = None
     pseudo_labels: torch.Tensor | None = None
 
@@ -101,7 +101,7 @@ def batch_objective(
     terms: dict[str, list[torch.Tensor]] = {}
     # half precision ends here: ranks and sums of the losses need float32
     with torch.autocast(device_type=pixel_values.device.type, enabled=False):
-        branches = zip(model.pair, (outputs.broad, outputs.precise), logits, targets, instances, strict=True)
+        branches = zip(model.pair, outputs.pair, logits, targets, instances, strict=True)
         for branch, output, branch_logits, target, instance in branches:
             losses = _branch_losses(model.config, output, branch_logits, labels, target, weights)
             if instance is not None:
