@@ -11,7 +11,8 @@ from testing_utils import SynerNetModelTester, tiny_backbone_config
 from transformers import AutoConfig, ViTConfig
 
 from synernet_hf import SynerNetConfig
-from synernet_hf.model.configuration_synernet import OLD_NAMES, pretrained_backbone_config
+from synernet_hf.model.configuration_synernet import OLD_NAMES
+from synernet_hf.model.encoder_synernet import pretrained_backbone_config
 
 
 def test_the_default_encoder_is_vit_base():

@@ -12,6 +12,7 @@ from .cam_synernet import (
     multi_scale_cams,
 )
 from .configuration_synernet import SynerNetConfig
+from .encoder_synernet import pretrained_backbone_config
 from .image_processing_synernet import SynerNetImageProcessor, open_image, to_rgb
 from .inference_synernet import (
     PreparedImage,
@@ -66,6 +67,7 @@ __all__ = [
     "open_image",
     "predict_labels",
     "prepare_image",
+    "pretrained_backbone_config",
     "refine_pseudo_labels",
     "resize_maps",
     "segment_images",

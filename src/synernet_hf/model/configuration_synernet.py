@@ -1,6 +1,5 @@
 """Configuration of SynerNet."""
 
-import difflib
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -383,29 +382,4 @@ class SynerNetConfig(PreTrainedConfig):
             )
 
 
-def pretrained_backbone_config(name_or_path: str, overrides: dict | None = None) -> PreTrainedConfig:
-    """
-    Configuration of a pretrained encoder with some fields changed.
-
-    Args:
-        name_or_path (`str`): Hub id or folder of a ViT-family model.
-        overrides (`dict`, *optional*): fields to change.
-
-    Returns:
-        `PreTrainedConfig`
-
-    Raises:
-        OSError: if the encoder cannot be found.
-        ValueError: if an override is not a field of the configuration.
-    """
-    overrides = overrides or {}
-    known = [name for name in AutoConfig.from_pretrained(name_or_path).to_dict() if not name.startswith("_")]
-    for name in overrides:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(sorted(known))}."
-            raise ValueError(f"The configuration of the encoder {name_or_path} has no field {name}: {hint}")
-    return AutoConfig.from_pretrained(name_or_path, **overrides)
-
-
-__all__ = ["SynerNetConfig", "pretrained_backbone_config"]
+__all__ = ["SynerNetConfig"]

@@ -1,6 +1,5 @@
 """SynerNet: two ViT branches, a broad and a precise one, that teach each other segmentation from image-level labels."""
 
-import copy
 import difflib
 import inspect
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
@@ -29,7 +28,16 @@ from .cam_synernet import (
     spread_classes,
     token_map,
 )
-from .configuration_synernet import SynerNetConfig, pretrained_backbone_config
+from .configuration_synernet import SynerNetConfig
+from .encoder_synernet import (
+    copy_encoder,
+    encoder_blocks,
+    forward_arguments,
+    norm_name,
+    part_of_encoder,
+    pretrained_encoder,
+    select_states,
+)
 from .objective_synernet import SynerNetObjective, batch_objective
 from .refinement_synernet import masks_to_boxes, present_classes
 
@@ -224,12 +232,12 @@ class SynerNetSharedEncoder(nn.Module):
 
     def __init__(self, config: SynerNetConfig):
         super().__init__()
-        self.backbone = _part_of_encoder(config, config.shared_encoder_layers)
+        self.backbone = part_of_encoder(config, config.shared_encoder_layers)
         # the final normalisation belongs to the branches
-        setattr(self.backbone, _norm_name(self.backbone), nn.Identity())
+        setattr(self.backbone, norm_name(self.backbone), nn.Identity())
         # otherwise installed during the first forward, which `torch.compile(fullgraph=True)` cannot trace
         maybe_install_capturing_hooks(self.backbone)
-        self.backbone_arguments = _forward_arguments(self.backbone)
+        self.backbone_arguments = forward_arguments(self.backbone)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """`(B, 3, H, W)`, sides multiples of the patch → embeddings and every shared block's output, `(B, N, D)` each."""
@@ -246,13 +254,13 @@ class SynerNetBranch(nn.Module):
         self.auxiliary_layer_index = config.auxiliary_layer_index
         self.additional_cam_layers = config.additional_cam_layers
         shared = config.shared_encoder_layers
-        self.backbone = _part_of_encoder(config, config.backbone_config.num_hidden_layers - shared)
+        self.backbone = part_of_encoder(config, config.backbone_config.num_hidden_layers - shared)
         if shared:
             # `_continue` runs the blocks one by one
             self.backbone.embeddings = nn.Identity()
         else:
             maybe_install_capturing_hooks(self.backbone)
-        self.backbone_arguments = _forward_arguments(self.backbone)
+        self.backbone_arguments = forward_arguments(self.backbone)
         self.cam_head = SynerNetClassActivationHead(config, pooling_top_k)
         self.auxiliary_cam_head = SynerNetClassActivationHead(config, pooling_top_k)
         self.class_token_head = None
@@ -290,7 +298,7 @@ class SynerNetBranch(nn.Module):
         for block in encoder_blocks(self.backbone):
             tokens = block(tokens, **arguments)
             states.append(tokens)
-        return getattr(self.backbone, _norm_name(self.backbone))(tokens), tuple(states)
+        return getattr(self.backbone, norm_name(self.backbone))(tokens), tuple(states)
 
     def read_cams(
         self, pixel_values: torch.Tensor, patch_size: int, shared_states: tuple[torch.Tensor, ...] | None = None
@@ -309,7 +317,7 @@ class SynerNetBranch(nn.Module):
 
     @torch.no_grad()
     def cams_of(self, output: SynerNetBranchOutput) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Result of `read_cams` for the images of an `output` of `forward`, without gradient and without encoding."""
+        """The result of `read_cams` from the `output` of `forward` for the same images, without gradient."""
         grid = output.features.shape[-2:]
         earlier = [token_map(output.hidden_states[layer], grid) for layer in self.additional_cam_layers]
         maps = [output.cam_logits, output.auxiliary_cam_logits, *map(self.auxiliary_cam_head.cam_logits, earlier)]
@@ -354,64 +362,6 @@ def lower_unlikely_classes(logits: torch.Tensor, log_probabilities: torch.Tensor
     return logits - F.pad(penalty, (1, 0))[..., None, None]
 
 
-def encoder_blocks(backbone: nn.Module) -> nn.ModuleList:
-    """The blocks of a ViT-family encoder, which each family keeps under another name."""
-    for owner in (backbone, getattr(backbone, "encoder", None), getattr(backbone, "model", None)):
-        for name in ("layers", "layer"):
-            if isinstance(getattr(owner, name, None), nn.ModuleList):
-                return getattr(owner, name)
-    raise ValueError(
-        f"Sharing blocks needs a ViT-family encoder whose blocks are a module list, got {type(backbone).__name__}; "
-        "set `shared_encoder_layers` to 0."
-    )
-
-
-def copy_encoder(source: nn.Module, target: nn.Module, first_block: int = 0):
-    """Gives `target`, all or a run of the blocks of the encoder `source` from `first_block` on, its weights."""
-    for block, original in zip(encoder_blocks(target), encoder_blocks(source)[first_block:], strict=False):
-        block.load_state_dict(original.state_dict())
-    for name in ("embeddings", "layernorm", "norm"):
-        part = getattr(target, name, None)
-        if part is not None and not isinstance(part, nn.Identity):
-            part.load_state_dict(getattr(source, name).state_dict())
-
-
-def _part_of_encoder(config: SynerNetConfig, num_blocks: int) -> nn.Module:
-    """An encoder of `config.backbone_config` with `num_blocks` blocks."""
-    backbone_config = config.backbone_config
-    if num_blocks != backbone_config.num_hidden_layers:
-        backbone_config = copy.deepcopy(backbone_config)
-        backbone_config.num_hidden_layers = num_blocks
-    # one dtype for encoder and heads, whatever the encoder was saved in
-    return AutoModel.from_config(
-        backbone_config, dtype=torch.get_default_dtype(), **pooling_arguments(backbone_config)
-    )
-
-
-def _norm_name(backbone: nn.Module) -> str:
-    return "layernorm" if hasattr(backbone, "layernorm") else "norm"
-
-
-def _forward_arguments(backbone: nn.Module) -> dict[str, bool]:
-    accepted = inspect.signature(type(backbone).forward).parameters
-    return {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
-
-
-def pooling_arguments(backbone_config: PreTrainedConfig) -> dict[str, bool]:
-    """ViT and DeiT would add a pooling layer that nothing here uses; other families know no such argument."""
-    return {"add_pooling_layer": False} if backbone_config.model_type in ("vit", "deit") else {}
-
-
-def select_states(
-    states: tuple[torch.Tensor, ...], wanted: bool | int | list[int] | None
-) -> tuple[torch.Tensor | None, ...] | None:
-    """What `output_hidden_states` asks for: all states, none, or those at some indices with `None` for the others."""
-    if wanted is None or isinstance(wanted, bool):
-        return states if wanted else None
-    indices = {range(len(states))[index] for index in ([wanted] if isinstance(wanted, int) else wanted)}
-    return tuple(state if index in indices else None for index, state in enumerate(states))
-
-
 class SynerNetPreTrainedModel(PreTrainedModel):
     """Weight initialisation and loading for every SynerNet model."""
 
@@ -439,13 +389,12 @@ class SynerNetModel(SynerNetPreTrainedModel):
     def __init__(self, config: SynerNetConfig):
         super().__init__(config)
         depth = config.backbone_config.num_hidden_layers
-        for name in ("auxiliary_layer_index", "confidence_layers"):
-            given = getattr(config, name)
-            for index in given if isinstance(given, (list, tuple)) else (given,):
-                if index is not None and not -depth - 1 <= index <= depth:
-                    raise ValueError(
-                        f"`{name}` must pick out of the encoder's {depth + 1} hidden states, got {index}."
-                    )
+        chosen = {"auxiliary_layer_index": [config.auxiliary_layer_index]}
+        chosen["confidence_layers"] = config.confidence_layers or ()
+        for name, indices in chosen.items():
+            wrong = [index for index in indices if not -depth - 1 <= index <= depth]
+            if wrong:
+                raise ValueError(f"`{name}` must pick out of the encoder's {depth + 1} hidden states, got {wrong[0]}.")
         if config.shared_encoder_layers >= depth:
             raise ValueError(
                 f"`shared_encoder_layers` must leave each branch one of the encoder's {depth} blocks, got "
@@ -486,9 +435,9 @@ class SynerNetModel(SynerNetPreTrainedModel):
 
     def cam_logits(self, pixel_values: torch.Tensor, plain: bool = False) -> BranchPair[tuple[torch.Tensor, ...]]:
         """
-        CAM logits of both branches from which labels, areas and votes are read; the decoders do not run. In a branch
-        with a propagation temperature they are spread over tokens that look alike to both branches, and none is
-        negative. The losses act on the CAM logits of `forward`, which are never spread.
+        CAM logits of both branches from which labels, areas and votes are read; the decoders do not run. Those of a
+        branch with a propagation temperature are propagated, which leaves none below 0; the losses act on the CAM
+        logits of `forward`, which never are.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised images of any size.
@@ -600,15 +549,16 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         **config_fields,
     ) -> "SynerNetForWeaklySupervisedSegmentation":
         r"""
-        Builds a SynerNet whose two encoders hold the weights of a pretrained ViT; the heads are drawn at random.
+        Builds a SynerNet whose two encoders have the weights of a pretrained ViT; the heads are drawn at random.
 
         Args:
             name_or_path (`str`): Hub id or folder of a ViT-family model, for example `google/vit-base-patch16-224`.
-            num_labels (`int`, *optional*): labels with background, needed unless `id2label` is given.
+            num_labels (`int`, *optional*): number of labels with background, unless `id2label` is given.
             id2label (`dict[int, str]`, *optional*): label names, 0 the background.
             backbone_overrides (`dict`, *optional*): encoder config fields to change, for example `qkv_bias`; weights
-                that then have no place are dropped, as they are by the authors' code.
-            dtype (`torch.dtype`, *optional*): dtype of the whole model, float32 by default, whatever the checkpoint's.
+                that then have no place are dropped, as in the authors' code.
+            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): dtype of the whole model, for training
+                float32, whatever the dtype of the checkpoint.
             config_fields: further fields of [`SynerNetConfig`].
 
         Returns:
@@ -627,16 +577,9 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         unknown = sorted(set(config_fields) - set(inspect.signature(SynerNetConfig).parameters))
         if unknown:
             raise ValueError(f"SynerNetConfig has no field {', '.join(unknown)}; see its documentation for the names.")
-        backbone_config = pretrained_backbone_config(name_or_path, backbone_overrides)
-        backbone = AutoModel.from_pretrained(
-            name_or_path, config=backbone_config, dtype=torch.float32, **pooling_arguments(backbone_config)
-        )
-        # the encoder's own labels are of another task, its dtype that of its file
-        other = ("id2label", "label2id", "dtype")
-        fields = {key: value for key, value in backbone.config.to_dict().items() if key not in other}
+        backbone = pretrained_encoder(name_or_path, backbone_overrides)
         labels = {"id2label": id2label} if id2label is not None else {"num_labels": num_labels}
-        config = SynerNetConfig(backbone_config=type(backbone.config)(**fields), **labels, **config_fields)
-        model = cls(config)
+        model = cls(SynerNetConfig(backbone_config=backbone.config, **labels, **config_fields))
         model.synernet.load_encoder(backbone)
         return model if dtype is None else model.to(dtype)
 
