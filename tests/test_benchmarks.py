@@ -286,7 +286,6 @@ def test_figures_of_the_split_and_of_a_file(figures, finished, tmp_path, capsys)
 
 def test_figures_show_what_the_model_sees_in_evaluation(figures, finished):
     from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
-    from synernet_hf.training.evaluation import segmentation_logits
 
     run = finished / "runs" / "class_prior-seed0"
     model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(run).eval()
@@ -296,7 +295,7 @@ def test_figures_show_what_the_model_sees_in_evaluation(figures, finished):
     pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
     assert pixel_values.shape[-2:] == (24, 36)
     with torch.no_grad():
-        logits = segmentation_logits(model, pixel_values)["segmentation"]
+        logits = model.multi_scale_logits(pixel_values, scales=(1.0,))
     expected = torch.nn.functional.interpolate(logits, size=(48, 72), mode="bilinear", align_corners=False)
     np.testing.assert_array_equal(seen["label_maps"]["segmentation"], expected.argmax(dim=1)[0].numpy())
     assert {maps.shape for maps in (*seen["cams"].values(), *seen["label_maps"].values())} == {(48, 72)}

@@ -13,13 +13,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
 from synernet_hf.data.checks import DECODING_ERRORS
 from synernet_hf.data.schema import check_on_bad_image, class_names, multi_hot, name_some, record_features
-from synernet_hf.data.transforms import open_image, shrink, to_rgb
 from synernet_hf.files import TEMPORARY_NAME, read_json, replace_file, write_json
+from synernet_hf.model import (
+    generate_image_cams,
+    open_image,
+    predict_labels,
+    prepare_image,
+    resize_maps,
+    segment_images,
+)
 from synernet_hf.model.refinement_synernet import SynerNetPixelAdaptiveRefinement, refine_pseudo_labels
 from synernet_hf.visualization import palette_image
 
@@ -123,8 +130,8 @@ class PseudoLabeler:
 
         Args:
             image (`PIL.Image.Image`):
-                Upright RGB image of any size. One of more than a million pixels is seen smaller, and its label map
-                enlarged, so that memory does not grow with the image.
+                Of any size and mode. The image processor bounds what the model sees of it (`max_pixels`); the label
+                map has the size of the image.
             label_ids (`Sequence[int]`, *optional*):
                 Its labels, 0-based ids over the foreground classes.
 
@@ -135,28 +142,19 @@ class PseudoLabeler:
             mean share of layers and branches that agree on a pixel, of `"segmentation"` the mean probability of the
             chosen class), `coverage` (share of decided pixels) and `foreground` (share of pixels with a class).
         """
-        seen = shrink(image)
-        inputs = self.processor(images=seen, do_center_crop=False, do_pad=False, return_tensors="pt")
-        pixel_values = inputs["pixel_values"].to(self.model.device, self.model.dtype)
+        prepared = prepare_image(self.processor, image)
         source = label_source(self.options, label_ids)
+        labels = "predicted"
         if source == "given":
-            labels = multi_hot(label_ids, self.model.config.num_labels - 1)[None].to(self.model.device)
-        else:
-            labels = (self.model(pixel_values).classification_logits > 0).float()
-        if self.options.map == "pseudo_label":
-            label_map, confidence = self._pseudo_label(pixel_values, labels, seen)
-        else:
-            # which classes are there is known already where labels are given
-            prior = 0.0 if source == "given" else None
-            label_map, confidence = self._segmentation(pixel_values, labels, seen, prior)
-        if seen.size != image.size:
-            label_map = F.interpolate(label_map[None, None].float(), size=(image.height, image.width))[0, 0]
+            labels = [multi_hot(label_ids, self.model.config.num_labels - 1)]
+        make = self._pseudo_label if self.options.map == "pseudo_label" else self._segmentation
+        label_map, confidence, labels = make(prepared, labels)
         label_map = label_map.to("cpu", torch.uint8).numpy()
         found = [int(class_id) for class_id in np.unique(label_map) if 0 < class_id < 255]
         return label_map, {
             "width": image.width,
             "height": image.height,
-            "labels": (labels[0].nonzero()[:, 0] + 1).tolist(),
+            "labels": (labels.nonzero()[:, 0] + 1).tolist(),
             "label_source": source,
             "found": found,
             "confidence": round(float(confidence), 6),
@@ -164,29 +162,31 @@ class PseudoLabeler:
             "foreground": round(float(((label_map != 0) & (label_map != 255)).mean()), 6),
         }
 
-    def _pseudo_label(self, pixel_values, labels, image) -> tuple[torch.Tensor, torch.Tensor]:
-        config = self.model.config
-        cams = self.model.generate_cams(pixel_values, labels, scales=self.options.scales, flip=self.options.flip)
-        fused = F.interpolate(cams.fused_cams.float(), size=image.size[::-1], mode="bilinear", align_corners=False)
-        pixels = torch.from_numpy(np.array(image)).to(self.model.device).permute(2, 0, 1)[None].float() / 255
+    def _pseudo_label(self, prepared, labels) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        config, options = self.model.config, self.options
+        if labels == "predicted":
+            labels = predict_labels(self.model, self.processor, [prepared])
+        [cams] = generate_image_cams(self.model, self.processor, [prepared], labels, options.scales, options.flip)
+        given = labels[0].to(self.model.device)
+        pixels = torch.from_numpy(np.array(prepared.image)).to(self.model.device).permute(2, 0, 1).float() / 255
         label_maps = refine_pseudo_labels(
-            pixels,
-            fused,
-            labels,
+            pixels[None],
+            resize_maps(cams["fused_cams"], tuple(pixels.shape[1:]))[None],
+            given[None],
             config.low_threshold,
             config.high_threshold,
             refinement=SynerNetPixelAdaptiveRefinement(config.refinement_dilations, config.refinement_iterations),
         )
-        return label_maps[0], cams.confidence.float().mean()
+        # ids and 255 cannot be mixed: the nearest pixel of an image that was shrunk
+        label_map = F.interpolate(label_maps[None].float(), size=prepared.size)[0, 0]
+        return label_map, cams["confidence"].float().mean(), given
 
-    def _segmentation(self, pixel_values, labels, image, prior) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = self.model.multi_scale_logits(
-            pixel_values, self.options.scales, flip=bool(self.options.flip), class_prior_weight=prior
+    def _segmentation(self, prepared, labels) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        options = self.options
+        [segmented] = segment_images(
+            self.model, self.processor, [prepared], labels, scales=options.scales, flip=bool(options.flip)
         )
-        possible = F.pad(labels[0].nonzero()[:, 0] + 1, (1, 0))
-        logits = F.interpolate(logits[:, possible], size=image.size[::-1], mode="bilinear", align_corners=False)
-        probabilities, winners = logits[0].softmax(dim=0).max(dim=0)
-        return possible[winners], probabilities.mean()
+        return segmented.label_map, segmented.probabilities().mean(), segmented.labels
 
 
 def label_source(options: PseudoLabelOptions, label_ids: Sequence[int] | None) -> str:
@@ -266,7 +266,7 @@ def write_pseudo_labels(
                 digest = hashlib.sha256(content).hexdigest()
                 if _is_current(_mask_record(path), record, digest, options):
                     continue
-                image = _upright(content)
+                image = open_image(content)
             except DECODING_ERRORS as error:
                 fault = f"The image {record['image_id']} does not decode ({error})"
                 if on_bad_image == "raise":
@@ -377,12 +377,6 @@ def _wait(accelerator: "Accelerator | None") -> None:
 
 def _file_content(image: dict) -> bytes:
     return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
-
-
-def _upright(content: bytes) -> Image.Image:
-    image = open_image({"bytes": content, "path": None})
-    image.load()
-    return to_rgb(ImageOps.exif_transpose(image))
 
 
 def _check_classes(model, dataset: datasets.Dataset, options: PseudoLabelOptions) -> None:

@@ -45,7 +45,7 @@ def label_maps():
 class OracleModel(torch.nn.Module):
     """Reads the true classes off the red channel; `shift` rolls its answer to the right by so many pixels."""
 
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, shift=0, cam_value=0.9):
         super().__init__()
@@ -70,11 +70,11 @@ class OracleModel(torch.nn.Module):
     def forward(self, pixel_values):
         return SimpleNamespace(classification_logits=self.one_hot(pixel_values)[:, 1:].amax(dim=(2, 3)) - 0.5)
 
-    def multi_scale_logits(self, pixel_values, scales, flip):
+    def multi_scale_logits(self, pixel_values, scales, flip, **options):
         self.seen.append((tuple(scales), flip))
         return self.one_hot(pixel_values)
 
-    def generate_cams(self, pixel_values, labels=None, scales=None, flip=None):
+    def generate_cams(self, pixel_values, labels=None, scales=None, flip=None, plain=False):
         self.cam_labels.append(labels)
         cams = self.one_hot(pixel_values)[:, 1:] * labels[:, :, None, None] * self.cam_value
         return SynerNetCamOutput(**{f"{kind}s": cams for kind in CAM_KINDS})

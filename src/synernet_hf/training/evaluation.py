@@ -1,9 +1,10 @@
 """Scores of a model's segmentation and class activation maps on a split with masks, streaming and sharded."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -11,18 +12,20 @@ from tqdm.auto import tqdm
 
 from synernet_hf.data.checks import mask_ids
 from synernet_hf.data.schema import multi_hot
-from synernet_hf.data.transforms import shrink, to_rgb
 from synernet_hf.metrics import MeanIoU
+from synernet_hf.model import PreparedImage, generate_image_cams, prepare_image, segment_images
 
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from datasets import Dataset
 
-    from synernet_hf.model import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+    from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 
 
 CAM_KINDS = ("broad_cam", "precise_cam", "fused_cam", "broad_aux_cam", "precise_aux_cam")
+# images of one batch have no more pixels together, unless it is a single one: this bounds the memory
+MAX_BATCH_PIXELS = 2**20
 BASELINE_KINDS = ("single_scale_cam", "single_scale_cam_predicted", "background_only")
 
 
@@ -46,6 +49,11 @@ class PredictionKinds(TypedDict, total=False):
             returns refined probabilities of the same shape. Adds a kind whose name ends in `_crf`.
         progress (`bool`, *optional*, defaults to `False`):
             Show a progress bar on the first process.
+        batch_size (`int`, *optional*, defaults to 4):
+            Images of equal processed size go through the model together, so many at most, with a million pixels
+            together at most. The scores do not depend on it.
+        num_workers (`int`, *optional*, defaults to 0):
+            Worker processes that decode and process images; 0 does so in this process.
     """
 
     multi_scale: bool
@@ -54,6 +62,8 @@ class PredictionKinds(TypedDict, total=False):
     baselines: bool
     crf: Callable[[np.ndarray, np.ndarray], np.ndarray] | None
     progress: bool
+    batch_size: int
+    num_workers: int
 
 
 @contextmanager
@@ -134,56 +144,6 @@ def _check_inputs(dataset: "Dataset", needs_labels: bool) -> None:
         )
 
 
-def segmentation_logits(
-    model: "SynerNetForWeaklySupervisedSegmentation",
-    pixel_values: torch.Tensor,
-    multi_scale: bool = False,
-    flip: bool = False,
-) -> dict[str, torch.Tensor]:
-    """
-    Segmentation logits of one batch in the forms that are reported separately.
-
-    Args:
-        model ([`SynerNetForWeaklySupervisedSegmentation`]):
-            The model, in evaluation mode.
-        pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`):
-            Normalised images.
-        multi_scale (`bool`, *optional*, defaults to `False`):
-            Add `"segmentation_multi_scale"`: `config.inference_scales`, no mirror (the authors' inference).
-        flip (`bool`, *optional*, defaults to `False`):
-            Add `"segmentation_multi_scale_flip"`: the same with the mirror of every scale.
-
-    Returns:
-        `dict[str, torch.Tensor]`: Logits of shape `(batch_size, num_labels, height, width)` by kind; always
-        `"segmentation"` (scale 1, no mirror).
-    """
-    logits = {"segmentation": model.multi_scale_logits(pixel_values, scales=(1.0,), flip=False)}
-    scales = tuple(model.config.inference_scales)
-    if multi_scale:
-        logits["segmentation_multi_scale"] = model.multi_scale_logits(pixel_values, scales=scales, flip=False)
-    if flip:
-        logits["segmentation_multi_scale_flip"] = model.multi_scale_logits(pixel_values, scales=scales, flip=True)
-    return logits
-
-
-@contextmanager
-def _plain_cams(config: "SynerNetConfig") -> Iterator[None]:
-    """CAMs as the classifiers give them: spreading and comparing them is part of the method, not of the baseline."""
-    plain = {
-        "broad_propagation_temperature": None,
-        "precise_propagation_temperature": None,
-        "precise_consensus": False,
-    }
-    kept = {name: getattr(config, name) for name in plain}
-    try:
-        for name, value in plain.items():
-            setattr(config, name, value)
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(config, name, value)
-
-
 def single_scale_cams(
     model: "SynerNetForWeaklySupervisedSegmentation", pixel_values: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
@@ -203,44 +163,83 @@ def single_scale_cams(
         `torch.Tensor` of shape `(batch_size, num_labels - 1, height, width)`: CAMs in [0, 1]. Each present class's map
         is divided by its maximum, as every CAM of the method is (our choice for the mean of two).
     """
-    with _plain_cams(model.config):
-        cams = model.generate_cams(pixel_values, labels=labels, scales=(1.0,), flip=False)
+    cams = model.generate_cams(pixel_values, labels=labels, scales=(1.0,), flip=False, plain=True)
     mean = (cams.broad_cams + cams.precise_cams) / 2
     return mean / (mean.amax(dim=(2, 3), keepdim=True) + 1e-5)
 
 
-def _resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Maps `(batch_size, channels, h, w)` at the image's size: a processor may show the model another one."""
-    if tuple(maps.shape[-2:]) == size:
-        return maps
-    return torch.nn.functional.interpolate(maps.float(), size=size, mode="bilinear", align_corners=False)
+class _EvaluationImage(NamedTuple):
+    """An image ready for the model, its mask `(height, width)` and its multi-hot labels `(num_labels - 1,)`."""
+
+    prepared: PreparedImage
+    mask: torch.Tensor
+    labels: torch.Tensor | None
 
 
-def _enlarged(ids: torch.Tensor | np.ndarray, size: tuple[int, int]) -> torch.Tensor | np.ndarray:
-    """A label map `(h, w)` at the size of an image that was shrunk."""
-    if tuple(ids.shape) == size:
-        return ids
-    return torch.nn.functional.interpolate(torch.as_tensor(ids)[None, None].float(), size=size)[0, 0].long()
+class _EvaluationImages(torch.utils.data.Dataset):
+    """
+    Decodes and processes the images of a split, in the workers of a data loader too.
+
+    An unusable record comes as its `ValueError`, for a worker would wrap the sentence in a traceback.
+    """
+
+    def __init__(self, dataset, processor, order: _ClassOrder, positions: range, scorer: "_KindScorer") -> None:
+        self.dataset, self.processor, self.order, self.positions = dataset, processor, order, positions
+        self.needs_labels, self.needs_image = scorer.needs_labels, scorer.crf is not None
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> _EvaluationImage | ValueError:
+        record = self.dataset[self.positions[index]]
+        try:
+            mask = torch.from_numpy(self.order.mask(record))
+            prepared = prepare_image(self.processor, record["image"])
+        except ValueError as error:
+            return error
+        if not self.needs_image:
+            prepared = dataclasses.replace(prepared, image=None)
+        labels = multi_hot(self.order.labels(record), len(self.order.names) - 1) if self.needs_labels else None
+        return _EvaluationImage(prepared, mask, labels)
+
+
+def _equal_batches(items: Iterator[_EvaluationImage], batch_size: int) -> Iterator[list[_EvaluationImage]]:
+    """Groups images by their processed size; what waits is bounded by `MAX_BATCH_PIXELS` and 8 batches."""
+    waiting: dict[tuple[int, int], list[_EvaluationImage]] = {}
+    for item in items:
+        size = tuple(item.prepared.pixel_values.shape[-2:])
+        group = waiting.setdefault(size, [])
+        group.append(item)
+        pixels = max(size[0] * size[1], item.prepared.size[0] * item.prepared.size[1])
+        if len(group) >= min(batch_size, MAX_BATCH_PIXELS // pixels):
+            yield waiting.pop(size)
+        elif sum(map(len, waiting.values())) >= 8 * batch_size:
+            yield waiting.pop(max(waiting, key=lambda key: len(waiting[key])))
+    yield from waiting.values()
 
 
 class _KindScorer:
-    """Label maps of one image for every kind asked for."""
+    """Label maps of a batch of images of equal size, one kind of prediction after another."""
 
     def __init__(self, model, processor, kinds: PredictionKinds):
         self.model = model
         self.processor = processor
-        self.multi_scale = kinds.get("multi_scale", False)
-        self.flip = kinds.get("flip", False)
         self.cams = kinds.get("cams", True)
         self.baselines = kinds.get("baselines", False)
         self.crf = kinds.get("crf")
+        scales = tuple(model.config.inference_scales)
+        self.segmentations = {"segmentation": {"scales": (1.0,), "flip": False}}
+        if kinds.get("multi_scale", False):
+            self.segmentations["segmentation_multi_scale"] = {"scales": scales, "flip": False}
+        if kinds.get("flip", False):
+            self.segmentations["segmentation_multi_scale_flip"] = {"scales": scales, "flip": True}
+        if self.crf is not None:
+            last = list(self.segmentations)[-1]
+            self.segmentations[f"{last}_crf"] = self.segmentations[last] | {"crf": self.crf}
 
     @property
     def names(self) -> list[str]:
-        names = ["segmentation"]
-        names += ["segmentation_multi_scale"] * self.multi_scale
-        names += ["segmentation_multi_scale_flip"] * self.flip
-        names += [f"{names[-1]}_crf"] * (self.crf is not None)
+        names = list(self.segmentations)
         names += list(CAM_KINDS) * self.cams
         names += list(BASELINE_KINDS) * self.baselines
         return names
@@ -249,45 +248,32 @@ class _KindScorer:
     def needs_labels(self) -> bool:
         return self.cams or self.baselines
 
-    def __call__(self, record: dict) -> dict[str, torch.Tensor | np.ndarray]:
-        image = shrink(to_rgb(record["image"]))
-        inputs = self.processor(images=image, do_center_crop=False, do_pad=False, return_tensors="pt")
-        pixel_values = inputs["pixel_values"].to(device=self.model.device)
-        size = (image.height, image.width)
-        logits = {
-            name: _resized(values, size)
-            for name, values in segmentation_logits(self.model, pixel_values, self.multi_scale, self.flip).items()
-        }
-        predictions = {name: values[0].argmax(dim=0) for name, values in logits.items()}
-        if self.crf is not None:
-            last = list(logits)[-1]
-            probabilities = logits[last][0].float().softmax(dim=0).cpu().numpy()
-            predictions[f"{last}_crf"] = self.crf(np.asarray(image), probabilities).argmax(axis=0)
-        if self.needs_labels:
-            labels = multi_hot(record["labels"], self.model.config.num_labels - 1)[None].to(self.model.device)
-            predictions |= self._cam_predictions(pixel_values, labels, size)
-        return {name: _enlarged(ids, record["image"].size[::-1]) for name, ids in predictions.items()}
-
-    def _cam_predictions(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor, size: tuple[int, int]
-    ) -> dict[str, torch.Tensor]:
-        cams = {}
+    def __call__(self, batch: list[_EvaluationImage]) -> Iterator[tuple[str, list[torch.Tensor]]]:
+        """Yields `(kind, label maps at the size of each image)`."""
+        prepared = [item.prepared for item in batch]
+        for name, options in self.segmentations.items():
+            segmented = segment_images(self.model, self.processor, prepared, **options)
+            yield name, [item.label_map for item in segmented]
+        if not self.needs_labels:
+            return
+        labels = torch.stack([item.labels for item in batch])
         if self.cams:
-            output = self.model.generate_cams(pixel_values, labels=labels)
-            cams = {kind: output[f"{kind}s"] for kind in CAM_KINDS}
+            cams = generate_image_cams(self.model, self.processor, prepared, labels)
+            for kind in CAM_KINDS:
+                yield kind, self._label_maps([maps[f"{kind}s"] for maps in cams], prepared)
         if self.baselines:
-            cams["single_scale_cam"] = single_scale_cams(self.model, pixel_values, labels)
+            pixel_values = torch.stack([item.pixel_values for item in prepared])
+            pixel_values = pixel_values.to(self.model.device, self.model.dtype)
             # as the segmentation has to do: without being told what is in the image
             predicted = (self.model(pixel_values).classification_logits > 0).float()
-            cams["single_scale_cam_predicted"] = single_scale_cams(self.model, pixel_values, predicted)
-        threshold = self.model.config.background_threshold
-        predictions = {
-            kind: self.processor.post_process_class_activation_maps(_resized(maps, size), threshold=threshold)[0]
-            for kind, maps in cams.items()
-        }
-        if self.baselines:
-            predictions["background_only"] = torch.zeros(size, dtype=torch.int64)
-        return predictions
+            for kind, given in zip(BASELINE_KINDS, (labels.to(self.model.device), predicted), strict=False):
+                yield kind, self._label_maps(single_scale_cams(self.model, pixel_values, given), prepared)
+            yield "background_only", [torch.zeros(item.size, dtype=torch.int64) for item in prepared]
+
+    def _label_maps(self, maps: Sequence[torch.Tensor], prepared: list[PreparedImage]) -> list[torch.Tensor]:
+        return self.processor.post_process_class_activation_maps(
+            maps, self.model.config.background_threshold, target_sizes=[item.size for item in prepared]
+        )
 
 
 def evaluate_model(
@@ -304,8 +290,8 @@ def evaluate_model(
     """
     Score the segmentation and the class activation maps of a model on images with masks.
 
-    Every image is taken alone at its native size; one of more than a million pixels is shrunk for the model, and its
-    label maps are enlarged again. One confusion matrix per kind of prediction is kept and nothing
+    Predictions are those of the pipeline: [`segment_images`] at the size of the image. One confusion matrix per kind
+    of prediction is kept and nothing
     else, so memory does not grow with the split. With an accelerator each process takes every n-th image, and the
     matrices are summed at the end: all processes must call this function and all get the same result. CAMs are scored
     as in the paper's tables: the true image labels, and the single threshold `config.background_threshold` (at or
@@ -330,7 +316,7 @@ def evaluate_model(
         accelerator (`accelerate.Accelerator`, *optional*):
             Shares the images over its processes.
         kinds ([`PredictionKinds`]):
-            `multi_scale`, `flip`, `cams`, `baselines`, `crf` and `progress`.
+            `multi_scale`, `flip`, `cams`, `baselines`, `crf`, `progress`, `batch_size` and `num_workers`.
 
     Returns:
         `dict[str, dict]`: By kind (`"segmentation"`, `"segmentation_multi_scale"`, `"segmentation_multi_scale_flip"`,
@@ -355,18 +341,24 @@ def evaluate_model(
     first, step = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     ignore_index = model.config.semantic_loss_ignore_index
     metrics = {name: MeanIoU(model.config.num_labels, ignore_index) for name in scorer.names}
+    images = _EvaluationImages(dataset, processor, order, range(first, num_images, step), scorer)
+    loader = torch.utils.data.DataLoader(images, batch_size=None, num_workers=kinds.get("num_workers", 0))
+    bar = tqdm(loader, desc="evaluate", disable=not kinds.get("progress", False) or first > 0)
     with _inference_mode_of(model):
-        positions = range(first, num_images, step)
-        for position in tqdm(positions, desc="evaluate", disable=not kinds.get("progress", False) or first > 0):
-            record = dataset[position]
-            mask = order.mask(record)
-            predictions = scorer(record | {"labels": order.labels(record)} if scorer.needs_labels else record)
-            for name, metric in metrics.items():
-                metric.update(predictions[name], mask)
+        for batch in _equal_batches(map(_checked, bar), kinds.get("batch_size", 4)):
+            for name, label_maps in scorer(batch):
+                for label_map, item in zip(label_maps, batch, strict=True):
+                    metrics[name].update(label_map, item.mask)
     if accelerator is not None:
         for metric in metrics.values():
             metric.reduce(accelerator)
     return {name: _summary(metric, order.names, class_ids, num_images) for name, metric in metrics.items()}
+
+
+def _checked(item: _EvaluationImage | ValueError) -> _EvaluationImage:
+    if isinstance(item, ValueError):
+        raise item
+    return item
 
 
 def _summary(metric: MeanIoU, class_names: Sequence[str], class_ids: list[int], num_images: int) -> dict:
@@ -424,4 +416,4 @@ def _percent(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
 
 
-__all__ = ["PredictionKinds", "evaluate_model", "results_table", "segmentation_logits", "single_scale_cams"]
+__all__ = ["PredictionKinds", "evaluate_model", "results_table", "single_scale_cams"]
