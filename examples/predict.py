@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from synernet_hf.crf import DenseCRF
-from synernet_hf.data.transforms import to_rgb
 from synernet_hf.files import replace_file
+from synernet_hf.model import open_image, segment_images
 from synernet_hf.model_folder import load_model_folder
 from synernet_hf.visualization import overlay, palette_image
 
@@ -30,16 +30,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_image(path: Path) -> Image.Image:
-    """Decode an image as RGB, turned upright as its EXIF orientation says."""
+    """An image as the model sees it, upright and in colour; [`ValueError`] says what is wrong with it."""
     if not path.is_file():
         raise ValueError(f"There is no image {path}; check the path.")
     try:
-        with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"The image {path} cannot be decoded ({error}); give a valid JPEG, PNG or the like."
-        ) from error
+        return open_image(path)
+    except ValueError as error:
+        raise ValueError(f"The image {path} cannot be decoded; give a valid JPEG, PNG or the like.") from error
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -58,7 +55,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         seen[path.stem] = path
 
 
-@torch.no_grad()
 def predict(args: argparse.Namespace) -> None:
     """Segment every image and write its results."""
     crf = DenseCRF() if args.crf else None
@@ -68,14 +64,9 @@ def predict(args: argparse.Namespace) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for path in args.images:
         image = read_image(path)
-        pixel_values = processor(images=image, return_tensors="pt")["pixel_values"].to(device)
-        logits = model.multi_scale_logits(pixel_values, scales=args.scales, flip=args.flip).float()
-        size = (image.height, image.width)
-        logits = torch.nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)[0]
-        scores = logits.softmax(dim=0).cpu().numpy()  # (num_labels, height, width)
-        if crf is not None:
-            scores = crf(np.asarray(image), scores)
-        label_map = scores.argmax(axis=0)
+        scales = args.scales and tuple(args.scales)
+        [segmented] = segment_images(model, processor, [image], scales=scales, flip=args.flip, crf=crf)
+        label_map = segmented.label_map.cpu().numpy()
         mask_path = args.output_dir / f"{path.stem}_mask.png"
         overlay_path = args.output_dir / f"{path.stem}_overlay.png"
         for drawn, target in ((palette_image(label_map), mask_path), (overlay(image, label_map), overlay_path)):

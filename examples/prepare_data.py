@@ -22,10 +22,10 @@ from synernet_hf.data import (
     inspect_dataset,
     open_image,
     same_columns,
-    to_rgb,
     write_parquet,
 )
 from synernet_hf.files import replace_file, write_json
+from synernet_hf.model import to_rgb
 from synernet_hf.training.data_options import SourceArguments, read_data_arguments, unset_data_options
 from synernet_hf.training.validation import load_data
 from synernet_hf.visualization import figure_panels

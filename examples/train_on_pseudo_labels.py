@@ -27,8 +27,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from synernet_hf.data import check_dataset, class_names, id2label_from, to_rgb
+from synernet_hf.data import check_dataset, class_names, id2label_from
 from synernet_hf.metrics import MeanIoU
+from synernet_hf.model import to_rgb
 from synernet_hf.pseudo_labels import with_pseudo_labels
 from synernet_hf.training.data_options import SourceArguments, read_data_arguments, unset_data_options
 from synernet_hf.training.validation import load_data

@@ -23,7 +23,7 @@ ROOMS = {
     "__init__": ({"model"}, set()),
     "model": (set(), {"torch", "numpy", "PIL", "transformers", "huggingface_hub", "safetensors"}),
     "files": (set(), set()),
-    "data": ({"files"}, DATA_LIBRARIES),
+    "data": ({"files", "model"}, DATA_LIBRARIES),
     "metrics": (set(), DATA_LIBRARIES),
     "visualization": (set(), DATA_LIBRARIES),
     "crf": (set(), {"numpy", "PIL", "pydensecrf"}),

@@ -13,8 +13,8 @@ from synernet_hf.data import (
     check_dataset,
     load_image_labels,
     load_voc2012,
-    to_rgb,
 )
+from synernet_hf.model import to_rgb
 
 
 GREEN = (20, 180, 60)

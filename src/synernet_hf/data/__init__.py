@@ -26,7 +26,6 @@ from synernet_hf.data.transforms import (
     TrainDataset,
     TrainTransform,
     open_image,
-    to_rgb,
 )
 from synernet_hf.data.voc import load_voc2012
 
@@ -148,6 +147,5 @@ __all__ = [
     "open_image",
     "read_label_file",
     "same_columns",
-    "to_rgb",
     "write_parquet",
 ]

@@ -14,13 +14,12 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 
 from synernet_hf.data.schema import multi_hot
+from synernet_hf.model import to_rgb
 
 
 # Orientations of the EXIF standard that swap the axes.
 TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)
 ORIENTATION_TAG = 0x0112
-# larger images are shrunk to this many pixels before a model sees them whole, which bounds the memory
-MAX_PIXELS = 2**20
 
 
 def open_image(image: dict | str | Path | Image.Image) -> Image.Image:
@@ -45,43 +44,6 @@ def open_image(image: dict | str | Path | Image.Image) -> Image.Image:
     if not isinstance(image, str | Path | io.BytesIO):
         raise TypeError(f"An image, a path or a dictionary of bytes and path is expected, not {type(image).__name__}.")
     return Image.open(image)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """
-    Gives an image 8-bit colours.
-
-    Args:
-        image (`PIL.Image.Image`):
-            Any mode; of an animation, the frame that is shown. Grey values of 16 bits are divided by 256, for Pillow
-            alone would cut them off at 255 and leave a white image.
-
-    Returns:
-        `PIL.Image.Image`: mode `RGB`.
-    """
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def shrink(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """
-    Bounds the number of pixels of an image.
-
-    Args:
-        image (`PIL.Image.Image`):
-            Any size, mode `RGB` or `L`.
-        max_pixels (`int`, *optional*, defaults to 1048576):
-            The bound.
-
-    Returns:
-        `PIL.Image.Image`: the image itself if it is within the bound, else a smaller one of the same shape.
-    """
-    factor = (max_pixels / (image.width * image.height)) ** 0.5
-    if factor >= 1:
-        return image
-    size = (max(1, int(image.width * factor)), max(1, int(image.height * factor)))
-    return image.resize(size, Image.Resampling.BOX)
 
 
 class TrainTransform:
@@ -387,5 +349,4 @@ __all__ = [
     "TrainDataset",
     "TrainTransform",
     "open_image",
-    "to_rgb",
 ]

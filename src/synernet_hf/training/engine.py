@@ -48,7 +48,7 @@ from synernet_hf.training.checkpoints import (
     write_state,
 )
 from synernet_hf.training.evaluation import evaluate_model
-from synernet_hf.training.monitoring import LossMeter, check_finite_weights
+from synernet_hf.training.monitoring import LossMeter, check_finite_weights, hardware
 from synernet_hf.training.optimization import (
     LossWeightSchedule,
     gather_in_rank_order,
@@ -444,6 +444,7 @@ def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
             metric_classes=run.data_args.metric_classes,
             max_samples=run.data_args.max_eval_samples,
             accelerator=accelerator,
+            num_workers=run.data_args.num_workers,
         )
     run.model.train()
     scores = {f"{kind}/mean_iou": values["mean_iou"] for kind, values in results.items()}
@@ -486,7 +487,10 @@ def finish(run: TrainingRun) -> dict[str, dict[str, Any]]:
         files = [(RESULTS_FILE, {"step": state.step, **results})] if results else []
         save_model_folder(run.output_dir, run.bare_model, run.processor, [*files, (ARGUMENTS_FILE, record)])
         with _full_precision(run.bare_model):
-            write_card(run, results)
+            used = run.accelerator
+            facts = {"steps": state.step, "minutes": state.elapsed_seconds / 60, "hardware": hardware(used)}
+            facts |= {"num_processes": used.num_processes, "precision": used.mixed_precision}
+            write_card(run.output_dir, run.bare_model, run.processor, run.splits, record, results, **facts)
     run.accelerator.wait_for_everyone()
     losses = next((entry for entry in reversed(state.history) if "loss" in entry), {})
     training = {
