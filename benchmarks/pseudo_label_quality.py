@@ -49,7 +49,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--dilations",
         nargs="+",
         default=["1,2,4,8,12,24", "1,2,4,8", "1,2,4", "1"],
-        help="lists of dilations to try, numbers parted by commas",
+        help="lists of dilations to try, numbers separated by commas",
     )
     parser.add_argument("--data_dir", help="folder of the data set (default: as in training)")
     return parser.parse_args(argv)

@@ -22,10 +22,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a trained model, such as runs/voc_animals")
     parser.add_argument("images", type=Path, nargs="+", help="image files")
-    parser.add_argument("--output_dir", type=Path, default=Path("predictions"), help="where results go")
-    parser.add_argument("--scales", type=float, nargs="+", help="scales to look at (default: those of the model)")
-    parser.add_argument("--flip", action="store_true", help="also look at the mirror of every scale")
-    parser.add_argument("--crf", action="store_true", help="snap the result to contours with DenseCRF (extra `crf`)")
+    parser.add_argument("--output_dir", type=Path, default=Path("predictions"), help="folder of the results")
+    parser.add_argument("--scales", type=float, nargs="+", help="scales to use (default: those of the model)")
+    parser.add_argument("--flip", action="store_true", help="also use the mirrored image at every scale")
+    parser.add_argument("--crf", action="store_true", help="refine the result with DenseCRF (extra `crf`)")
     return parser.parse_args(argv)
 
 

@@ -54,8 +54,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default="auto",
         help="the image's given labels, those the classifier predicts, or predicted where none is given (auto)",
     )
-    parser.add_argument("--scales", type=float, nargs="+", help="scales to look at (default: those of the model)")
-    parser.add_argument("--flip", action="store_true", default=None, help="also look at the mirror of every scale")
+    parser.add_argument("--scales", type=float, nargs="+", help="scales of the maps (default: those of the model)")
+    parser.add_argument("--flip", action="store_true", default=None, help="also use the mirrored image at every scale")
     parser.add_argument(
         "--num_threads", type=int, default=1, help="CPU threads of a process; more processes are faster (default: 1)"
     )

@@ -49,7 +49,7 @@ class SynerNetConfig(PreTrainedConfig):
     Everything that fixes a SynerNet: its encoder, its heads, the thresholds that turn class activation maps (CAMs)
     into labels, and the weights of its losses. `id2label` counts the background as label 0.
 
-    Where a default comes from is said in brackets: *authors* is the authors' public code (values for PASCAL VOC
+    Brackets name the source of a default: *authors* is the authors' public code (values for PASCAL VOC
     unless said otherwise), *paper* the publication, *ours* our own choice.
 
     Args:
@@ -58,27 +58,26 @@ class SynerNetConfig(PreTrainedConfig):
         pooling_top_k (`int`, *optional*, defaults to 5):
             Tokens averaged per channel before the classifier; 1 is max pooling. [authors]
         broad_pooling_top_k (`int`, *optional*):
-            The same for the broad branch: a classifier that reads more tokens spreads its CAM. `None` means as many as
-            for the precise branch. [ours; authors: as many]
+            The same for the broad branch; more tokens widen its CAM. `None` means `pooling_top_k`. [ours; authors: the
+            same number]
         auxiliary_layer_index (`int`, *optional*, defaults to -3):
-            Which of the encoder's hidden states (embeddings first, so -3 of 12 blocks is the output of the 10th)
-            feeds the auxiliary classifier. [authors]
+            Index of the hidden state that feeds the auxiliary classifier; embeddings come first, so -3 of 12 blocks
+            is the output of the 10th. [authors]
         shared_encoder_layers (`int`, *optional*, defaults to 0):
-            Blocks, counted from the image, that both branches share: less memory and time, less difference between
-            the branches. [ours; authors: none]
+            Number of first blocks that both branches share, which saves memory and time but makes the branches more
+            alike. [ours; authors: none]
         decoder_hidden_size (`int`, *optional*, defaults to 512):
             Channels of the LargeFOV decoder. [authors]
         decoder_dilation (`int`, *optional*, defaults to 5):
             Dilation and padding of the decoder's two 3×3 convolutions, in tokens. [authors]
         with_class_token_head (`bool`, *optional*, defaults to `False`):
-            Whether each branch also classifies its class token, which in a pretrained encoder knows the image's
-            classes far better than pooled patches do. The scores then are the model's `classification_logits`, and
-            part of its segmentation by `class_prior_weight`. [ours, measured in docs/experiment_log.md; authors and
-            paper: none]
+            Whether each branch also classifies its class token, which in a pretrained encoder separates classes
+            better than pooled patches. Its scores become `classification_logits`, and act on the segmentation through
+            `class_prior_weight`. [ours, measured in docs/experiment_log.md; authors and paper: none]
         class_prior_weight (`float`, *optional*, defaults to 4.0):
-            How much a class loses of its segmentation logits for being less likely in the image than the likeliest
-            class, in log-probabilities of the class tokens, mixed as the logits are; 0 leaves them as they are, and
-            so do image labels that are given. Only with `with_class_token_head`. [ours]
+            Strength of the class prior: segmentation logits are lowered by this times the log-probability gap to the
+            likeliest class, read from the class tokens and mixed as the logits are. 0 switches the prior off, and so
+            do given image labels. Only with `with_class_token_head`. [ours]
         with_projection_head (`bool`, *optional*, defaults to `True`):
             Whether the projection heads and prototypes, used in training only, are part of the model. [ours]
         projection_hidden_size (`int`, *optional*, defaults to 2048):
@@ -94,9 +93,9 @@ class SynerNetConfig(PreTrainedConfig):
         prototype_branches (`list[str]`, *optional*, defaults to `("broad", "precise")`):
             Branches with instance learning. [authors: both]
         image_mean (`list[float]`, *optional*, defaults to ImageNet's):
-            Mean with which `pixel_values` were normalised; refinement undoes it. [authors]
+            Mean of the normalisation of `pixel_values`, undone before the refinement. [authors]
         image_std (`list[float]`, *optional*, defaults to ImageNet's):
-            Standard deviation with which `pixel_values` were normalised. [authors]
+            Standard deviation of that normalisation. [authors]
         low_threshold (`float`, *optional*, defaults to 0.25):
             A CAM whose largest value is at or below this is background. [authors; COCO 0.25]
         background_threshold (`float`, *optional*, defaults to 0.5):
@@ -104,24 +103,24 @@ class SynerNetConfig(PreTrainedConfig):
         high_threshold (`float`, *optional*, defaults to 0.7):
             A CAM whose largest value is above this is a class. [authors; COCO 0.65]
         cam_scales (`list[float]`, *optional*, defaults to `(1.0, 0.5, 0.75, 1.5)`):
-            Scales of the CAMs that make labels. [authors; COCO adds 1.25]
+            Scales of the CAMs from which labels are made. [authors; COCO adds 1.25]
         cam_flip (`bool`, *optional*, defaults to `True`):
-            Whether each scale is also seen mirrored. [authors]
+            Whether each scale is also computed on the mirrored image. [authors]
         floor_scaled_views (`bool`, *optional*, defaults to `False`):
-            What to do where a scaled view is no multiple of the patch: cut the rest off and stretch the CAM over it
-            [authors] or pad and crop [ours, the default]. The same where every view is a multiple.
+            Whether scaled views are cut to a multiple of the patch and their CAMs stretched [authors], instead of
+            padded and cropped back [ours, the default].
         broad_propagation_temperature (`float`, *optional*):
-            Spreads the broad branch's CAMs over all tokens that look alike before labels, areas and votes are read off
-            them: each token takes the mean of all, weighted by a softmax of the cosine of their features, mean of both
-            branches, divided by this, at least 0.001. Lower keeps closer to the CAM; 0.14 did best in
-            docs/experiment_log.md. `None` leaves CAMs as they are. The losses act on the CAM before it is spread.
-            [paper: global attention widens the broad CAM; formula ours; authors: none]
+            Temperature, at least 0.001, of the propagation of the broad branch's CAMs: each token takes the mean of
+            all tokens, weighted by a softmax over their feature cosines (mean of both branches) divided by this.
+            Lower values stay closer to the CAM; 0.14 did best in docs/experiment_log.md. `None` switches it off.
+            Labels, areas and votes use the propagated CAM, the losses the CAM before. [paper: global attention widens
+            the broad CAM; formula ours; authors: none]
         precise_propagation_temperature (`float`, *optional*):
             The same for the precise branch. [ours; authors: none]
         precise_consensus (`bool`, *optional*, defaults to `False`):
-            Whether the precise branch's CAM is, pixel by pixel, the least of the CAMs of its layers that vote
-            (`confidence_layers`), so that it covers only what they all see. [paper: the branch's coverage objective
-            pushes unsupported pixels to the background; formula ours; authors: none]
+            Whether the precise branch's CAM is the pixelwise minimum over its voting layers (`confidence_layers`).
+            [paper: the branch's coverage objective pushes unsupported pixels to the background; formula ours; authors:
+            none]
         inference_scales (`list[float]`, *optional*, defaults to `(1.0, 1.25, 1.5)`):
             Scales of multi-scale segmentation. [authors]
         broad_share_in_logits (`float`, *optional*, defaults to 0.7):
@@ -134,32 +133,31 @@ class SynerNetConfig(PreTrainedConfig):
         broad_share_in_precise_label (`float`, *optional*, defaults to 0.5):
             Share of the broad CAM in the label that teaches the precise branch. [authors]
         fusion_range (`float`, *optional*, defaults to 0.2):
-            How far the per-pixel share may leave the constant one. [ours]
+            Largest difference between the per-pixel share and the constant one. [ours]
         confidence_layers (`list[int]`, *optional*):
             Hidden states whose CAMs vote on the confidence of a pixel; others than the last read the auxiliary
             classifier. `None` means the auxiliary and the last one. [paper: several layers; which are ours]
         confidence_threshold (`float`, *optional*, defaults to 1.0):
-            Share of equal votes from which a pixel is confident; 1 means unanimous. [ours]
+            Smallest share of equal votes of a confident pixel; 1 means unanimous. [ours]
         cross_supervision (`bool`, *optional*, defaults to `True`):
-            Whether a branch's segmentation learns from fused labels; `False` lets each learn from its own CAM.
-            [paper]
+            Whether the segmentation of a branch trains on fused labels instead of labels from its own CAM. [paper]
         refinement_dilations (`list[int]`, *optional*, defaults to `(1, 2, 4, 8, 12, 24)`):
             Neighbour distances of pixel-adaptive refinement, in pixels of the half-resolution image. [authors]
         refinement_iterations (`int`, *optional*, defaults to 10):
             Steps of pixel-adaptive refinement. [authors]
         broad_coverage (`float`, *optional*, defaults to 0.2):
-            Share of the ambiguous area that the broad branch's spatial loss gives to the foreground until
-            `coverage_switch`, if it has one. [authors]
+            Share of the ambiguous area that the broad branch's spatial loss, if it has one, assigns to the foreground
+            before `coverage_switch`. [authors]
         broad_coverage_late (`float`, *optional*, defaults to 0.1):
-            The same from `coverage_switch` on, where it falls to 0 along a quarter cosine. [authors]
+            The same from `coverage_switch` on, decaying to 0 along a quarter cosine. [authors]
         precise_coverage (`float`, *optional*, defaults to 0.0):
             The same for the precise branch, throughout. [ours]
         coverage_switch (`float`, *optional*, defaults to 0.5):
             Fraction of training at which the area is read from the mean of both CAMs instead of the branch's own
             auxiliary CAM. [authors; COCO 0]
         spatial_bce_branches (`list[str]`, *optional*, defaults to `("precise",)`):
-            Branches with the spatial loss. [ours: it was measured to sharpen whichever branch has it; authors: the branch
-            that is the broad one in our reading of their code]
+            Branches with the spatial loss, which sharpens the CAM of its branch. [ours; authors: the broad branch, in
+            our reading of their code]
         cls_weight (`float`, *optional*, defaults to 1.0):
             Weight of the classification loss of each branch. [authors]
         cls_aux_weight (`float`, *optional*, defaults to 1.0):
@@ -181,14 +179,14 @@ class SynerNetConfig(PreTrainedConfig):
         prototype_contrast_start (`float`, *optional*, defaults to 0.375):
             Fraction of training after which the prototype contrast counts. [authors: 3,000 of 8,000 steps]
         semantic_loss_ignore_index (`int`, *optional*, defaults to 255):
-            Label of pixels that teach nothing. [authors]
+            Label of pixels left out of the segmentation loss. [authors]
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of freshly drawn weights. [ours]
 
     Raises:
-        StrictDataclassClassValidationError: if thresholds do not rise, a share is outside [0, 1], a size, scale or
-            dilation is not positive or absurdly large, a weight is negative or the ignore index is one of the labels.
-        StrictDataclassFieldValidationError: if a field has another type than it should.
+        StrictDataclassClassValidationError: if thresholds do not increase, a share is outside [0, 1], a size, scale or
+            dilation is not positive or too large, a weight is negative or the ignore index is one of the labels.
+        StrictDataclassFieldValidationError: if a field has a wrong type.
 
     Example:
 
