@@ -249,39 +249,17 @@ class PolygonMask:
         return array_cast(storage, self.pa_type)
 
     def decode_example(self, value: dict, token_per_repo_id: dict | None = None) -> Image.Image:
-        """
-        Draws one mask.
-
-        Args:
-            value (`dict`):
-                A cell.
-            token_per_repo_id (`dict`, *optional*):
-                Part of the interface of features; not used.
-
-        Returns:
-            `PIL.Image.Image`: mode `L`, 0 = background, 1..C = classes, 255 = ignore.
-        """
+        """Draws a mask: mode `L`, 0 = background, 1..C = classes, 255 = ignore."""
         return Image.fromarray(draw_objects(json.loads(value["objects"]), value["height"], value["width"]))
 
 
 def draw_objects(objects: list[tuple[int, Any]], height: int, width: int) -> np.ndarray:
     """
-    Draws objects over one another, crowds first, then the largest to the smallest.
+    Draws pairs of class id (255 for a crowd) and COCO segmentation over one another: crowds, then the largest to the
+    smallest.
 
-    Args:
-        objects (`list[tuple[int, Any]]`):
-            Class id (255 for a crowd) and COCO segmentation of each object.
-        height (`int`):
-            Height of the image.
-        width (`int`):
-            Width of the image.
-
-    Returns:
-        `np.ndarray`: `(height, width)` uint8.
-
-    Raises:
-        ValueError: A class id is not between 1 and 255, or a segmentation is none of COCO's kinds or belongs to an
-            image of another size.
+    Returns `(height, width)` uint8. Raises `ValueError` for a class id that is not between 1 and 255, and for a
+    segmentation that is none of COCO's kinds or belongs to an image of another size.
     """
     wrong = [class_id for class_id, _ in objects if not 1 <= class_id <= IGNORE_INDEX]
     if wrong:

@@ -14,14 +14,7 @@ MASK_FOLDER = "masks"
 
 def image_name(path: str) -> str:
     """
-    Turns a file name or path into an identifier.
-
-    Args:
-        path (`str`):
-            For example `"2007_000032"`, `"2007_000032.jpg"` or `"/JPEGImages/2007_000032.jpg"`.
-
-    Returns:
-        `str`: The name without folders and without an image suffix, `"2007_000032"` in all three cases.
+    The identifier in a file name or path: `"2007_000032"` of `"/JPEGImages/2007_000032.jpg"` and of `"2007_000032"`.
     """
     name = path.strip().replace("\\", "/").rsplit("/", 1)[-1]
     stem, suffix = os.path.splitext(name)
@@ -29,18 +22,7 @@ def image_name(path: str) -> str:
 
 
 def unique_ids(paths: Sequence[str], root: str | Path) -> list[str]:
-    """
-    Names images: by file name without suffix, or where two share it, by their path.
-
-    Args:
-        paths (`Sequence[str]`):
-            N files.
-        root (`str` or `Path`):
-            The folder that paths start from.
-
-    Returns:
-        `list[str]`: N names, without slashes.
-    """
+    """Names files: by file name without suffix, or where two share it, by their path below `root`, without slashes."""
     stems = [image_name(path) for path in paths]
     if len(set(stems)) == len(stems):
         return stems
@@ -57,16 +39,7 @@ def unique_ids(paths: Sequence[str], root: str | Path) -> list[str]:
 
 
 def first_file(candidates: Iterable[Path]) -> str | None:
-    """
-    Finds a file that may lie in several places.
-
-    Args:
-        candidates (`Iterable[Path]`):
-            The places, best first.
-
-    Returns:
-        `str` or `None`: the first that is there.
-    """
+    """The first of several places where a file is, `None` where there is none."""
     return next((str(path) for path in candidates if path.is_file()), None)
 
 
@@ -104,17 +77,10 @@ class ImageIndex:
 
     def find(self, name: str) -> str | None:
         """
-        Finds an image.
+        The file of a path below the folder, an absolute path, a file name or a name without suffix; `None` where there
+        is none.
 
-        Args:
-            name (`str`):
-                A path below the folder, an absolute path, a file name, or a name without suffix.
-
-        Returns:
-            `str` or `None`: the file, `None` where there is none.
-
-        Raises:
-            ValueError: Several images have that name. The message is a predicate: the caller says where.
+        Raises `ValueError` if several images have that name. The message is a predicate: the caller says where.
         """
         name = posixpath.normpath(name.strip().replace("\\", "/"))
         if Path(name).is_absolute():
@@ -130,15 +96,10 @@ class ImageIndex:
 
     def mask_of(self, image: str) -> str | None:
         """
-        Finds the mask of an image in the subfolder `masks`.
+        The mask of an image in the subfolder `masks`, `None` where there is none.
 
-        Args:
-            image (`str`):
-                File of the image.
-
-        Returns:
-            `str` or `None`: the PNG file under the path of the image or else under its bare name, unless it might
-            just as well be that of another image.
+        It is the PNG file under the path of the image or else under its bare name, unless it might just as well be
+        that of another image.
         """
         path = Path(os.path.relpath(image, self.folder)).with_suffix(".png")
         masks = self.folder / MASK_FOLDER

@@ -61,28 +61,13 @@ def load_folder(
     skipped: dict[str, list[str]] | None,
 ) -> datasets.DatasetDict:
     """
-    Loads a folder of images with labels; no image is opened.
+    Loads a folder of images with labels, or a table in it; no image is opened.
 
-    Args:
-        path (`Path`):
-            The folder, or a table in it.
-        columns (`dict[str, str | None]`):
-            `image_column`, `label_column` and `mask_column` of a table, as far as they are given.
-        class_names (`Sequence[str]`, *optional*):
-            Class names, background first.
-        wanted (`tuple[str | None, str | None]`):
-            Names of the training split and of the one to evaluate on, as far as they are given.
-        on_bad_image (`str`):
-            What to do about images that a table names and that are not there: `"raise"` or `"skip"`.
-        skipped (`dict[str, list[str]]`, *optional*):
-            Dictionary to which what is left out is added, a phrase for each record, by split.
+    `columns` are `image_column`, `label_column` and `mask_column` of a table, `wanted` the names of the training split
+    and of the one to evaluate on, as far as they are given; see [`load_image_labels`] for the others.
 
-    Returns:
-        `datasets.DatasetDict`: `train` and `validation`, as far as they are there.
-
-    Raises:
-        FileNotFoundError: A split, an image or a mask is missing.
-        ValueError: A table can not be read, or a label is not in the class list.
+    Raises `FileNotFoundError` if a split, an image or a mask is missing, and `ValueError` if a table can not be read
+    or a label is not in the class list.
     """
     splits = _read_folder(path, columns, *wanted)
     first = next(iter(splits.values()))
@@ -116,37 +101,15 @@ def load_folder(
 
 
 def find_table(folder: Path) -> Path | None:
-    """
-    Finds the table of labels of a folder.
-
-    Args:
-        folder (`Path`):
-            Its folder.
-
-    Returns:
-        `Path` or `None`: the first of `labels.csv`, `metadata.csv` and `metadata.jsonl` that is there.
-    """
+    """The first of `labels.csv`, `metadata.csv` and `metadata.jsonl` that is in a folder."""
     return next((folder / name for name in TABLE_NAMES if (folder / name).is_file()), None)
 
 
 def split_folders(root: Path, train_split: str | None, validation_split: str | None) -> dict[str, Path] | None:
     """
-    Says which folders hold the splits.
+    The folders of `train` and `validation`, as far as they are there; `None` if `root` is not divided into splits.
 
-    Args:
-        root (`Path`):
-            The folder of the data set.
-        train_split (`str`, *optional*):
-            Folder of the training images, `train` where it is not given.
-        validation_split (`str`, *optional*):
-            Folder of the images to evaluate on; `validation`, `val` or `test` where it is not given.
-
-    Returns:
-        `dict[str, Path]` or `None`: folders of `train` and `validation`, as far as they are there; `None` if `root`
-        is not divided into folders of splits.
-
-    Raises:
-        FileNotFoundError: A folder that was named is not there.
+    Raises `FileNotFoundError` if a folder that was named is not there.
     """
     if find_table(root) is not None:
         return None
@@ -167,16 +130,8 @@ def read_class_folders(folder: Path) -> LabelledImages:
     """
     Reads a folder in which each subfolder holds the images of one class; those of `background` have no class.
 
-    Args:
-        folder (`Path`):
-            The folder.
-
-    Returns:
-        [`LabelledImages`]: in the order of the paths.
-
-    Raises:
-        ValueError: There is no image in a subfolder, images lie beside the subfolders, or the folder `masks` holds
-            no mask of them.
+    Raises `ValueError` if no image is in a subfolder, images lie beside the subfolders, or the folder `masks` holds no
+    mask of them.
     """
     index = ImageIndex(folder)
     if not index.paths:
@@ -216,28 +171,16 @@ def read_table(
     ignore_splits: bool = False,
 ) -> dict[str, LabelledImages]:
     """
-    Reads a table of labels and finds its images.
+    Reads a table of labels (`.csv`, `.tsv` or `.jsonl`) and finds its images.
 
-    Args:
-        path (`Path`):
-            A `.csv` (also separated by `;` or tabulators) or `.jsonl` file beside the images.
-        image_column (`str`, *optional*):
-            Column of the images; the first with a usual name (`file_name`, `image`, `id`, ...) or else the first.
-        label_column (`str`, *optional*):
-            Column of the labels; the first with a usual name (`labels`, `label`, `class`, ...), else the only one
-            left, else all that are left if they hold 0 and 1 only.
-        mask_column (`str`, *optional*):
-            Column of the masks' files; `mask` or `mask_file_name` where there is one.
-        ignore_splits (`bool`, *optional*, defaults to `False`):
-            Takes all rows for one split.
+    The image column is the first with a usual name (`file_name`, `image`, `id`, ...) or else the first; the label
+    column the first with a usual name (`labels`, `label`, `class`, ...), else the only one left, else all that are
+    left if they hold 0 and 1 only; the mask column `mask` or `mask_file_name`. Rows of one image are taken together.
+    Images that are not there are in `skipped`.
 
-    Returns:
-        `dict[str, LabelledImages]`: by the value of the column `split`, `""` where there is none. Rows of one
-        image are taken together. Images that are not there are in `skipped`.
-
-    Raises:
-        ValueError: The table can not be read, a column is missing, or a row is ambiguous; the sentence names file and
-            row.
+    Returns splits by the value of the column `split`; `""` is the key where there is none, or with `ignore_splits`.
+    Raises `ValueError` that names file and row if the table can not be read, a column is missing or a row is
+    ambiguous.
     """
     rows = _read_rows(path)
     headers = list(dict.fromkeys(key for _, row in rows for key in row))

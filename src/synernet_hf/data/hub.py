@@ -132,14 +132,7 @@ class ImageLabelColumn:
     """
     The column of labels of a data set: a `ClassLabel`, a name or a number, or a list of these.
 
-    Args:
-        feature (`Any`):
-            Its feature.
-        name (`str`):
-            Its name.
-
-    Raises:
-        ValueError: The feature is no label.
+    Raises `ValueError` if the feature is none of them.
     """
 
     def __init__(self, feature: Any, name: str) -> None:
@@ -185,20 +178,10 @@ class ImageLabelColumn:
 
 def open_dataset(source: str | Path, streaming: bool = False) -> dict[str, Any]:
     """
-    Opens a data set as it is.
+    Opens a Hub id, a `.parquet` file, a folder that `datasets.load_dataset` reads or one that `save_to_disk` wrote.
 
-    Args:
-        source (`str` or `Path`):
-            Hub id, `.parquet` file, folder of such files, or folder that `save_to_disk` wrote.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Opens it without downloading or converting it.
-
-    Returns:
-        `dict[str, Any]`: splits by name.
-
-    Raises:
-        FileNotFoundError: There is no such data set.
-        ValueError: It can not be read.
+    Returns splits by name. Raises `FileNotFoundError` if there is no such data set, `ValueError` if it can not be
+    read.
     """
     path = Path(source).expanduser()
     try:
@@ -231,26 +214,11 @@ def load_columns(
     """
     Loads a data set with named columns; no image is opened.
 
-    Args:
-        source (`str` or `Path`):
-            See [`open_dataset`].
-        columns (`dict[str, str | None]`):
-            `image_column`, `label_column` and `mask_column`, as far as they are given.
-        class_names (`Sequence[str]`, *optional*):
-            Class names, background first.
-        wanted (`tuple[str | None, str | None]`):
-            Names of the training split and of the one to evaluate on, as far as they are given.
-        streaming (`bool`):
-            Gives `datasets.IterableDataset`.
+    `columns` are `image_column`, `label_column` and `mask_column`, `wanted` the names of the training split and of the
+    one to evaluate on, as far as they are given. Returns `train` and `validation`, as far as they are there.
 
-    Returns:
-        `dict[str, datasets.Dataset]` or `dict[str, datasets.IterableDataset]`: `train` and `validation`, as far as
-        they are there.
-
-    Raises:
-        FileNotFoundError: There is no such data set.
-        ValueError: A split or column is missing or of a kind that holds no images or labels, or a label is not in
-            the class list.
+    Raises `FileNotFoundError` if there is no such data set, `ValueError` if a split or column is missing or of a kind
+    that holds no images or labels, or a label is not in the class list.
     """
     splits = _choose_splits(open_dataset(source, streaming), source, wanted)
     first = next(iter(splits.values()))

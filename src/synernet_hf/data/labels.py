@@ -54,19 +54,10 @@ class LabelReader:
 
     def names(self, cell: Any, place: str) -> list[str]:
         """
-        The names or ids in one cell that holds no label vector.
+        The names in one cell that holds no label vector, numbers as text, without repeats.
 
-        Args:
-            cell (`Any`):
-                The cell.
-            place (`str`):
-                Where it stands, for the error sentence.
-
-        Returns:
-            `list[str]`: names, or numbers as text, without repeats.
-
-        Raises:
-            ValueError: It is a list of numbers with a 0 or a repeat, which ids of classes do not have.
+        Raises `ValueError` for a list of numbers with a 0 or a repeat, which ids of classes do not have; `place` says
+        where it stands.
         """
         if _is_empty(cell):
             return []
@@ -84,21 +75,10 @@ class LabelReader:
 
     def ids(self, cells: Sequence[Any], class_names: Sequence[str], place: str) -> list[int]:
         """
-        The label ids of one image.
+        The label ids of one image, sorted: 0-based over the foreground classes of `class_names`.
 
-        Args:
-            cells (`Sequence[Any]`):
-                Its cells, one for each row that the image has.
-            class_names (`Sequence[str]`):
-                C + 1 class names, background first.
-            place (`str`):
-                Where they stand, for the error sentence.
-
-        Returns:
-            `list[int]`: 0-based ids over the foreground classes, sorted.
-
-        Raises:
-            ValueError: A label vector of another length, or a name or id that is not in the class list.
+        `cells` are those of all rows of the image. Raises `ValueError`, beginning with `place`, for a label vector of
+        another length and for a name or id that is not in the class list.
         """
         if self.vector_length is None:
             return ids_from_names([name for cell in cells for name in self.names(cell, place)], class_names, place)
@@ -109,15 +89,8 @@ class LabelReader:
         """
         The class list of labels that come without one: names in alphabetical order, numbers by their size.
 
-        Args:
-            images (`Iterable[tuple[Sequence[Any], str]]`):
-                Cells of each image of the training split, and where they stand.
-
-        Returns:
-            `list[str]`: class names, `"background"` first; `class_1`, ... for label vectors.
-
-        Raises:
-            ValueError: There is no label.
+        `images` are the cells of each image of the training split, and where they stand. Label vectors give `class_1`,
+        `class_2`, ... Raises `ValueError` where there is no label.
         """
         if self.vector_length is not None:
             return ["background", *(f"class_{index}" for index in range(1, self.vector_length + 1))]
@@ -138,15 +111,9 @@ class LabelReader:
 
 def vector_length(cells: Iterable[Any]) -> int | None:
     """
-    Says whether cells are label vectors.
+    The length of label vectors, if all cells (none empty) are lists of as many numbers 0 and 1; else `None`.
 
-    Args:
-        cells (`Iterable[Any]`):
-            Cells that are not empty.
-
-    Returns:
-        `int` or `None`: their length if each is a list of as many numbers 0 and 1; lists of a single number must hold
-        a 0 somewhere, for `[1]` is also a list of ids.
+    Lists of a single number must hold a 0 somewhere, for `[1]` is also a list of ids.
     """
     lengths, single = set(), set()
     for cell in cells:
@@ -161,22 +128,10 @@ def vector_length(cells: Iterable[Any]) -> int | None:
 
 def ids_from_names(names: Iterable[str], class_names: Sequence[str], place: str) -> list[int]:
     """
-    Turns the labels of one image into ids.
+    Turns the labels of one image into sorted ids, 0-based over the foreground classes.
 
-    Args:
-        names (`Iterable[str]`):
-            Foreground class names, or, where no class is called by a number, their positions 1 to C in the class list
-            as text; in any order, repeats allowed.
-        class_names (`Sequence[str]`):
-            C + 1 class names, background first.
-        place (`str`):
-            Where the labels stand, for the error sentence.
-
-    Returns:
-        `list[int]`: 0-based ids over the foreground classes, sorted.
-
-    Raises:
-        ValueError: A name or number is not in the class list, or is the background.
+    Labels are class names or, where no class is called by a number, positions 1 to C in the class list as text. Raises
+    `ValueError`, beginning with `place`, for a name or number that is not in the list, and for the background.
     """
     # where classes are called "1" and "3", a "2" is no position
     with_numbers = any(name.isdecimal() for name in class_names[1:])
@@ -201,21 +156,9 @@ def ids_from_names(names: Iterable[str], class_names: Sequence[str], place: str)
 
 def ids_from_vector(values: Sequence[Any], num_classes: int, place: str) -> list[int]:
     """
-    Reads a multi-hot vector.
+    Turns a 0 or 1 for each foreground class, as numbers or text, into sorted 0-based ids.
 
-    Args:
-        values (`Sequence[Any]`):
-            A 0 or 1 for each foreground class; text is converted.
-        num_classes (`int`):
-            Number C of foreground classes.
-        place (`str`):
-            Where the vector stands, for the error sentence.
-
-    Returns:
-        `list[int]`: 0-based ids over the foreground classes, sorted.
-
-    Raises:
-        ValueError: It has another length or other values.
+    Raises `ValueError`, beginning with `place`, for another length or other values.
     """
     try:
         vector = np.asarray(values, dtype=float)
@@ -232,22 +175,10 @@ def ids_from_vector(values: Sequence[Any], num_classes: int, place: str) -> list
 
 def choose_class_names(given: Sequence[str] | None, own: Sequence[str] | None, source: str) -> list[str] | None:
     """
-    Decides between a class list that was asked for and the one that a source has.
+    Decides between the class list that the user gave and the one that a source itself numbers, background first.
 
-    Args:
-        given (`Sequence[str]`, *optional*):
-            Class names, background first, as the user gave them.
-        own (`Sequence[str]`, *optional*):
-            Class names that the source itself numbers.
-        source (`str`):
-            Where they come from, for the error sentence.
-
-    Returns:
-        `list[str]` or `None`: the source's own order where it has one, for the ids in its masks follow it; else the
-        given one.
-
-    Raises:
-        ValueError: The given list is no class list, or lacks a class of the source.
+    The source's own order counts, for the ids in its masks follow it. Raises `ValueError` if the given list is no
+    class list or lacks a class of the source.
     """
     if given is not None:
         given = list(id2label_from(given).values())
@@ -301,17 +232,10 @@ def read_label_file(path: str | Path, class_names: Sequence[str]) -> dict[str, l
 
 def read_csv_rows(path: Path) -> list[tuple[int, list[str]]]:
     """
-    Reads a table of text separated by `,`, `;` or tabulators, whichever comes first in the first line.
+    Line number, from 1, and stripped cells of each row that is not empty.
 
-    Args:
-        path (`Path`):
-            The file.
-
-    Returns:
-        `list[tuple[int, list[str]]]`: line number, from 1, and stripped cells of each row that is not empty.
-
-    Raises:
-        ValueError: It is no UTF-8 text or no table; the sentence names the row.
+    Cells are separated by `,`, `;` or tabulators, whichever comes first in the first line. Raises `ValueError` that
+    names the row where the file is no UTF-8 text or no table.
     """
     text = read_text(path)
     first = text.split("\n", 1)[0]
@@ -325,19 +249,7 @@ def read_csv_rows(path: Path) -> list[tuple[int, list[str]]]:
 
 
 def read_text(path: Path) -> str:
-    """
-    Reads UTF-8 text, with or without a byte order mark.
-
-    Args:
-        path (`Path`):
-            The file.
-
-    Returns:
-        `str`: its text.
-
-    Raises:
-        ValueError: It is no UTF-8 text; the sentence names the row.
-    """
+    """Reads UTF-8 text, with or without a byte order mark. Raises `ValueError` that names the row where it is none."""
     content = path.read_bytes()
     try:
         return content.decode("utf-8-sig")

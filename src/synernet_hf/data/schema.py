@@ -58,19 +58,7 @@ def id2label_from(names: Sequence[str]) -> dict[int, str]:
 
 def class_index(name: str, class_names: Sequence[str]) -> int:
     """
-    Finds a class by its name.
-
-    Args:
-        name (`str`):
-            The name to look up, spelled as in `class_names`.
-        class_names (`Sequence[str]`):
-            Class names, background first.
-
-    Returns:
-        `int`: The id of the class, 0 for the background.
-
-    Raises:
-        ValueError: The name is not in the list; the sentence names close matches.
+    Position of a name in a class list, background first. Raises `ValueError` with close matches where it is not there.
     """
     if name in class_names:
         return list(class_names).index(name)
@@ -80,33 +68,13 @@ def class_index(name: str, class_names: Sequence[str]) -> int:
 
 
 def name_some(items: Sequence[str], limit: int = 3) -> str:
-    """
-    Names the first few of many things, for an error sentence.
-
-    Args:
-        items (`Sequence[str]`):
-            What is to be named.
-        limit (`int`, *optional*, defaults to 3):
-            The largest number of names.
-
-    Returns:
-        `str`: For example `"a, b, c and 7 more"`.
-    """
+    """Names the first few of many things, as in `"a, b, c and 7 more"`."""
     shown = ", ".join(items[:limit])
     return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"
 
 
 def check_on_bad_image(on_bad_image: str) -> None:
-    """
-    Checks a choice of what to do about bad images.
-
-    Args:
-        on_bad_image (`str`):
-            `"raise"` or `"skip"`.
-
-    Raises:
-        ValueError: It is neither.
-    """
+    """Raises `ValueError` unless the choice is `"raise"` or `"skip"`."""
     if on_bad_image not in ("raise", "skip"):
         raise ValueError(f"on_bad_image is {on_bad_image!r}, but 'raise' or 'skip' is expected.")
 
@@ -136,20 +104,9 @@ def record_features(
     class_names: Sequence[str], with_mask: bool = False, mask_feature: Any = None
 ) -> datasets.Features:
     """
-    The columns of a split.
-
-    Args:
-        class_names (`Sequence[str]`):
-            C + 1 class names, background first.
-        with_mask (`bool`, *optional*, defaults to `False`):
-            Adds the `mask` column, which evaluation splits have where masks exist and training splits never have.
-        mask_feature (`Any`, *optional*, defaults to `datasets.Image()`):
-            Another feature that gives masks as images.
-
-    Returns:
-        `datasets.Features`: `image` (`datasets.Image`), `image_id` (`string`), `labels` (list of `datasets.ClassLabel`
-        over the C foreground classes) and optionally `mask` (`datasets.Image`: 0 = background, 1..C = class ids,
-        255 = ignore).
+    The columns of a split: `image` (`datasets.Image`), `image_id` (`string`), `labels` (list of `datasets.ClassLabel`
+    over the foreground classes) and, `with_mask`, `mask` (`datasets.Image` or another feature that gives masks as
+    images: 0 = background, 1..C = class ids, 255 = ignore).
     """
     features = {
         "image": datasets.Image(),
@@ -215,16 +172,8 @@ def choose_splits(found: Iterable[str], train: str | None, validation: str | Non
     """
     Decides which splits of a source are to train and to evaluate on.
 
-    Args:
-        found (`Iterable[str]`):
-            Names of its splits.
-        train (`str`, *optional*, defaults to `"train"`):
-            Name of the training split.
-        validation (`str`, *optional*):
-            Name of the split to evaluate on; `validation`, `val` or `test` where it is not given.
-
-    Returns:
-        `dict[str, str]`: names by `train` and `validation`, as far as they are there.
+    `train` is called `train` and `validation` is called `validation`, `val` or `test` where no name is given. Returns
+    the source's names by `"train"` and `"validation"`, as far as they are there.
     """
     train = train or "train"
     validation = validation or next((name for name in VALIDATION_NAMES if name in found and name != train), "")
@@ -233,15 +182,7 @@ def choose_splits(found: Iterable[str], train: str | None, validation: str | Non
 
 def note_skipped(skipped: dict[str, list[str]] | None, split_name: str, phrases: Sequence[str]) -> None:
     """
-    Logs what is left out of a split, and hands it to the caller.
-
-    Args:
-        skipped (`dict[str, list[str]]`, *optional*):
-            The caller's dictionary, by split; the phrases are added to it.
-        split_name (`str`):
-            Name of the split.
-        phrases (`Sequence[str]`):
-            What was left out and why, a phrase for each record.
+    Logs what is left out of a split, a phrase for each record, and adds it to the caller's dictionary if there is one.
     """
     if not phrases:
         return

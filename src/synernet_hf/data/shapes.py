@@ -78,21 +78,9 @@ def load_shapes(
 
 def generate_shapes(number: int, image_size: int, seed: int, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """
-    Draws the images of one split.
+    Draws `number` images of a split: image `(S, S, 3)` uint8 and mask `(S, S)` uint8 with class ids, 0 = background.
 
-    Args:
-        number (`int`):
-            How many.
-        image_size (`int`):
-            Height and width S in pixels.
-        seed (`int`):
-            Seed of all random choices.
-        split (`str`):
-            `"train"` or `"validation"`; the two have no image in common.
-
-    Yields:
-        `tuple[np.ndarray, np.ndarray]`: image `(S, S, 3)` uint8 and mask `(S, S)` uint8 with class ids, 0 =
-        background.
+    The splits `"train"` and `"validation"` have no image in common.
     """
     grid = np.mgrid[0:image_size, 0:image_size].astype(np.float32)
     for index in range(number):

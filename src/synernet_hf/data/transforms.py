@@ -24,18 +24,8 @@ ORIENTATION_TAG = 0x0112
 
 def open_image(image: dict | str | Path | Image.Image) -> Image.Image:
     """
-    Opens an image without decoding its pixels.
-
-    Args:
-        image (`dict`, `str`, `Path` or `PIL.Image.Image`):
-            What an undecoded `datasets.Image` column holds (`{"bytes": ..., "path": ...}`), a path, or an image.
-
-    Returns:
-        `PIL.Image.Image`: The image in its stored mode and orientation.
-
-    Raises:
-        TypeError: `image` is none of these.
-        OSError: The file is missing or holds no image.
+    Opens an undecoded `datasets.Image` (`{"bytes": ..., "path": ...}`), a path or an image, as it is stored; no pixel
+    is decoded.
     """
     if isinstance(image, Image.Image):
         return image
