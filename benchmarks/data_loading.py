@@ -11,6 +11,7 @@ medians of the ratios within a round, with the lowest and highest, so that a bus
 """
 
 import argparse
+import io
 import json
 import multiprocessing
 import statistics
@@ -30,7 +31,6 @@ from synernet_hf.data import (
     TrainDataset,
     TrainTransform,
     class_names,
-    open_image,
 )
 from synernet_hf.training.data_options import SourceArguments, read_data_arguments, unset_data_options
 from synernet_hf.training.validation import load_data
@@ -70,9 +70,11 @@ def factor_of(position: int, scale_range: tuple[float, float]) -> float:
     return float(np.random.default_rng((SEED, position)).uniform(*scale_range))
 
 
-def decode_and_resize(image: dict, factor: float, draft: bool) -> Image.Image:
+def decode_and_resize(image: dict | Image.Image, factor: float, draft: bool) -> Image.Image:
     """A whole RGB image, rescaled; with `draft` a JPEG is decoded no larger than needed."""
-    opened = open_image(image)
+    opened = image
+    if isinstance(image, dict):
+        opened = Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
     size = (max(1, round(opened.width * factor)), max(1, round(opened.height * factor)))
     if draft:
         opened.draft("RGB", size)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import datasets
 from huggingface_hub.errors import HfHubHTTPError
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import HfArgumentParser
 
 from synernet_hf.data import (
@@ -20,12 +20,11 @@ from synernet_hf.data import (
     check_dataset,
     class_names,
     inspect_dataset,
-    open_image,
     same_columns,
     write_parquet,
 )
 from synernet_hf.files import replace_file, write_json
-from synernet_hf.model import to_rgb
+from synernet_hf.model import open_image
 from synernet_hf.training.data_options import SourceArguments, read_data_arguments, unset_data_options
 from synernet_hf.training.validation import load_data
 from synernet_hf.visualization import figure_panels
@@ -77,10 +76,8 @@ def contact_sheet(splits: datasets.DatasetDict, report: DatasetReport, images_pe
 
 
 def thumbnail(image: dict) -> Image.Image:
-    """An upright image of about 144 pixels; a JPEG is not decoded at its full size."""
+    """An upright image of about 144 pixels."""
     opened = open_image(image)
-    opened.draft("RGB", (144, 144))
-    opened = to_rgb(ImageOps.exif_transpose(opened))
     opened.thumbnail((144, 144))
     return opened
 

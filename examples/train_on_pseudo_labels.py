@@ -29,7 +29,7 @@ from transformers import (
 
 from synernet_hf.data import check_dataset, class_names, id2label_from
 from synernet_hf.metrics import MeanIoU
-from synernet_hf.model import to_rgb
+from synernet_hf.model import open_image
 from synernet_hf.pseudo_labels import with_pseudo_labels
 from synernet_hf.training.data_options import SourceArguments, read_data_arguments, unset_data_options
 from synernet_hf.training.validation import load_data
@@ -63,7 +63,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         record = self.dataset[index]
-        inputs = self.processor(to_rgb(record["image"]), segmentation_maps=record["mask"], return_tensors="pt")
+        inputs = self.processor(open_image(record["image"]), segmentation_maps=record["mask"], return_tensors="pt")
         # (3, S, S) and (S, S)
         item = {"pixel_values": inputs["pixel_values"][0], "labels": inputs["labels"][0].long()}
         if self.mirror and torch.rand(()) < 0.5:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from synernet_hf.data import check_dataset, class_names, load_image_labels, load_wsss_dataset
+from synernet_hf.data import check_dataset, class_names, load_image_labels, load_wsss_dataset, read_label_file
 from synernet_hf.data.labels import LabelReader
 
 
@@ -320,3 +320,23 @@ def test_masks_that_do_not_follow_the_class_list_are_suspected(folder, caplog):
 def test_the_first_row_of_a_table_without_header_is_not_split_at_its_labels(folder):
     (folder / "labels.csv").write_text("a.jpg,cat;dog;emu\nb.jpg,dog\n")
     assert labels_of(load_image_labels(folder)) == {"a": ["cat", "dog", "emu"], "b": ["dog"]}
+
+
+def test_a_folder_with_parquet_metadata_goes_through_the_reader_of_the_library(tmp_path):
+    rows = {"file_name": ["a.jpg", "more/b.png"], "labels": [["dog", "cat"], []], "image_id": ["one", "two"]}
+    for name in rows["file_name"]:
+        save_image(tmp_path / "pets" / name)
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "pets" / "metadata.parquet")
+    loaded = load_image_labels(tmp_path / "pets")
+    assert labels_of(loaded) == {"one": ["cat", "dog"], "two": []}
+    assert loaded["train"][1]["image"].size == (10, 8)
+    check_dataset(loaded)
+
+
+def test_spaces_and_commas_separate_names_in_a_label_file_as_in_a_table(tmp_path):
+    listed = ["background", "cat", "dog", "traffic light"]
+    for text in ("a,cat dog\nb,\n", "id,labels\na,cat;dog\nb,\n", "a;cat,dog\nb;\n", 'a,"dog, cat"\nb,""\n'):
+        (tmp_path / "labels.csv").write_text(text)
+        assert read_label_file(tmp_path / "labels.csv", listed) == {"a": [0, 1], "b": []}, text
+    (tmp_path / "labels.csv").write_text("a.jpg,traffic light;dog\n")
+    assert read_label_file(tmp_path / "labels.csv", listed) == {"a": [1, 2]}

@@ -25,7 +25,6 @@ from synernet_hf.data.transforms import (
     SynerNetDataCollator,
     TrainDataset,
     TrainTransform,
-    open_image,
 )
 from synernet_hf.data.voc import load_voc2012
 
@@ -144,7 +143,6 @@ __all__ = [
     "load_wsss_dataset",
     "mask_ids",
     "multi_hot",
-    "open_image",
     "read_label_file",
     "same_columns",
     "write_parquet",
