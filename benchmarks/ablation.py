@@ -28,18 +28,25 @@ from transformers.utils import logging
 from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.data import class_names
 from synernet_hf.files import write_json, write_text
-from synernet_hf.training import InvalidArguments, evaluate_model, parse_arguments, read_recipe, train
-from synernet_hf.training.precision import resolve_precision
-from synernet_hf.training.validation import MODEL_FIELDS, load_data
+from synernet_hf.training import (
+    InvalidArguments,
+    evaluate_model,
+    load_data,
+    parse_arguments,
+    read_recipe,
+    resolve_precision,
+    train,
+)
 
 
+MODEL_FIELDS = set(SynerNetConfig.__annotations__) - {"backbone_config"}
 RECIPES = Path(__file__).resolve().parents[1] / "examples" / "recipes"
 DATA = {"shapes": "tiny_cpu.yaml", "voc_animals": "voc_animals.yaml"}
 # set by the ablation itself, row by row
 OWN_SETTINGS = ("output_dir", "seed", "resume_from_checkpoint")
 # settings that a result does not depend on
 FREE_SETTINGS = (*OWN_SETTINGS, "data_dir", "image_labels", "num_workers", "eval_steps", "save_steps", "logging_steps")
-FREE_SETTINGS += ("save_total_limit", "report_to", "max_eval_samples")
+FREE_SETTINGS += ("save_total_limit", "report_to", "max_eval_samples", "check_data")
 ALONE = {
     "cross_supervision": False,
     "fusion": "fixed",

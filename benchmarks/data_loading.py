@@ -23,7 +23,6 @@ import datasets
 import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import HfArgumentParser
 
 from synernet_hf.data import (
     StreamBatchSampler,
@@ -32,8 +31,7 @@ from synernet_hf.data import (
     TrainTransform,
     class_names,
 )
-from synernet_hf.training.data_options import SourceArguments, read_data_arguments, unset_data_options
-from synernet_hf.training.validation import load_data
+from synernet_hf.training import data_parser, load_data, read_data_arguments
 
 
 SEED = 0
@@ -42,12 +40,7 @@ KINDS = ("bare", "bare, draft", "loader")
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = HfArgumentParser(
-        SourceArguments,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = data_parser(description=__doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes to try")
     parser.add_argument("--num_images", type=int, default=256, help="images of a round")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions")
@@ -55,7 +48,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--crop_size", type=int, default=448, help="side of the crop in pixels")
     parser.add_argument("--scale_range", type=float, nargs=2, default=[0.5, 2.0], help="rescale factors")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
-    unset_data_options(parser)
     args = parser.parse_args(argv)
     for name in ("num_images", "rounds", "batch_size"):
         if getattr(args, name) < 1:

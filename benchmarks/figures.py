@@ -38,8 +38,7 @@ from synernet_hf.model import (
     refine_pseudo_labels,
     segment_images,
 )
-from synernet_hf.training import DataArguments, InvalidArguments
-from synernet_hf.training.validation import load_data
+from synernet_hf.training import DataArguments, InvalidArguments, load_data
 from synernet_hf.visualization import colorize, figure_panels, heat_map, voc_palette
 
 

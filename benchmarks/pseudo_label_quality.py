@@ -30,8 +30,7 @@ from synernet_hf.model import (
     multi_scale_cams,
     refine_pseudo_labels,
 )
-from synernet_hf.training import DataArguments, InvalidArguments
-from synernet_hf.training.validation import load_data
+from synernet_hf.training import DataArguments, InvalidArguments, load_data
 
 
 HEADER = ("low, high", "dilations", "fg decided", "fg right", "fg precision", "bg decided", "mIoU of decided")

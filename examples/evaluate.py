@@ -11,27 +11,21 @@ from synernet_hf.crf import DenseCRF
 from synernet_hf.data import check_dataset, class_names
 from synernet_hf.files import write_json
 from synernet_hf.model_folder import check_model_folder, load_model_folder
-from synernet_hf.training import DataArguments
-from synernet_hf.training.data_options import name_own_classes, read_data_arguments
-from synernet_hf.training.evaluation import evaluate_model, results_table
-from synernet_hf.training.validation import load_data
+from synernet_hf.training import (
+    DataArguments,
+    data_parser,
+    evaluate_model,
+    load_data,
+    read_data_arguments,
+    results_table,
+)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = data_parser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a trained model, such as runs/voc_animals")
-    data = parser.add_argument_group("data (default: as in training, from RUN/training_args.json)")
-    data.add_argument("--dataset", help="voc2012, coco2014, image_folder, hub or shapes; or a folder, or a Hub id")
-    data.add_argument("--data_dir", help="folder of the data set, for hub also a Hub id")
-    data.add_argument(
-        "--image_labels", help="source of the image labels: a npz, json or csv file, annotations or masks"
-    )
-    data.add_argument("--validation_split", help="list of images to evaluate on, such as val")
-    data.add_argument("--image_column", help="column of the images in a table or Hub data set")
-    data.add_argument("--label_column", help="column of the labels")
-    data.add_argument("--mask_column", help="column of the masks")
-    data.add_argument("--on_bad_image", choices=("raise", "skip"), help="refuse unusable records, or leave them out")
+    data = parser.add_argument_group("what to score on (default: the data of the training, RUN/training_args.json)")
     data.add_argument("--classes", nargs="+", help="classes that the means are taken over")
     data.add_argument("--max_samples", type=int, help="score the first so many images only")
     kinds = parser.add_argument_group("what to score")
@@ -57,15 +51,16 @@ def load_split(
     read by name. The loaders give all splits at once, so the lists and image labels of the training split must be
     there too where there is one; none of its images is opened.
     """
-    name_own_classes(data_args, id2label)
     skipped: dict[str, list[str]] = {}
-    splits = load_data(data_args, skipped)
+    splits = load_data(data_args, skipped, id2label)
     if "validation" not in splits:
         raise ValueError(f"The data has no split to evaluate on, only {', '.join(splits)}; see docs/data.md.")
     split = splits["validation"]
     if max_samples is not None:
         split = split.select(range(min(max_samples, len(split))))
-    checked = check_dataset(datasets.DatasetDict(validation=split), data_args.on_bad_image, skipped=skipped)
+    checked = check_dataset(
+        datasets.DatasetDict(validation=split), data_args.on_bad_image, data_args.check_data, skipped
+    )
     return checked, class_names(splits), skipped.get("validation", [])
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import datasets
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
-from transformers import HfArgumentParser
 
 from synernet_hf.data import (
     DatasetReport,
@@ -25,25 +24,18 @@ from synernet_hf.data import (
 )
 from synernet_hf.files import replace_file, write_json
 from synernet_hf.model import open_image
-from synernet_hf.training.data_options import SourceArguments, read_data_arguments, unset_data_options
-from synernet_hf.training.validation import load_data
+from synernet_hf.training import data_parser, load_data, read_data_arguments
 from synernet_hf.visualization import figure_panels
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; data options that are not on it are None."""
-    parser = HfArgumentParser(
-        SourceArguments,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = data_parser(description=__doc__)
     parser.add_argument("--output", type=Path, help="folder for report.json and contact_sheet.png")
     parser.add_argument("--parquet", action="store_true", help="also write the data to OUTPUT/data as parquet files")
     parser.add_argument("--push_to_hub", metavar="REPO", help="also upload the data as this data set, such as me/pets")
     parser.add_argument("--images_per_class", type=int, default=6, help="width of the contact sheet (default: 6)")
     parser.add_argument("--num_threads", type=int, default=2, help="threads that decode (default: 2)")
-    unset_data_options(parser)
     return parser.parse_args(argv)
 
 

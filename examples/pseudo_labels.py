@@ -13,17 +13,10 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import Accelerator
-from transformers import HfArgumentParser
 
 from synernet_hf.model_folder import load_model_folder
 from synernet_hf.pseudo_labels import LABEL_SOURCES, MAPS, PseudoLabelOptions, write_pseudo_labels
-from synernet_hf.training.data_options import (
-    SourceArguments,
-    name_own_classes,
-    read_data_arguments,
-    unset_data_options,
-)
-from synernet_hf.training.validation import load_data
+from synernet_hf.training import data_parser, load_data, read_data_arguments
 
 
 NUM_SHOWN = 5
@@ -31,12 +24,7 @@ NUM_SHOWN = 5
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; data options that are not on it are None."""
-    parser = HfArgumentParser(
-        SourceArguments,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = data_parser(description=__doc__)
     parser.add_argument("run", help="folder or Hub id of a trained model, such as runs/voc_animals")
     parser.add_argument("--output", type=Path, required=True, help="folder of the masks and their manifest")
     parser.add_argument("--split", default="train", help="split to label (default: train)")
@@ -59,7 +47,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--num_threads", type=int, default=1, help="CPU threads of a process; more processes are faster (default: 1)"
     )
-    unset_data_options(parser)
     return parser.parse_args(argv)
 
 
@@ -80,9 +67,7 @@ def label_images(args: argparse.Namespace) -> None:
     options = PseudoLabelOptions(args.map, args.classes_from, args.scales and tuple(args.scales), args.flip)
     data_args = read_data_arguments(args, args.run)
     model, processor = load_model_folder(args.run)
-    if args.classes_from != "predicted":
-        name_own_classes(data_args, model.config.id2label)
-    splits = load_data(data_args)
+    splits = load_data(data_args, id2label=None if args.classes_from == "predicted" else model.config.id2label)
     if isinstance(splits, datasets.IterableDatasetDict):
         raise ValueError("Streamed data can not be shared over processes: leave `streaming` out of `dataset_options`.")
     if args.split not in splits:

@@ -20,7 +20,6 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForSemanticSegmentation,
-    HfArgumentParser,
     PreTrainedModel,
     SegformerImageProcessorPil,
     Trainer,
@@ -31,8 +30,7 @@ from synernet_hf.data import check_dataset, class_names, id2label_from
 from synernet_hf.metrics import MeanIoU
 from synernet_hf.model import open_image
 from synernet_hf.pseudo_labels import with_pseudo_labels
-from synernet_hf.training.data_options import SourceArguments, read_data_arguments, unset_data_options
-from synernet_hf.training.validation import load_data
+from synernet_hf.training import data_parser, load_data, read_data_arguments
 
 
 @dataclass
@@ -127,7 +125,7 @@ class Scores:
 def train(data_args: Any, args: SegmenterArguments, training_args: TrainingArguments) -> None:
     """Join images and pseudo-labels, train, score, save."""
     data_args = read_data_arguments(data_args)
-    splits = check_dataset(load_data(data_args), data_args.on_bad_image)
+    splits = check_dataset(load_data(data_args), data_args.on_bad_image, data_args.check_data)
     names = class_names(splits)
     images = with_pseudo_labels(splits["train"], args.pseudo_labels, args.min_confidence)
     model = build_model(args, names)
@@ -154,12 +152,7 @@ def train(data_args: Any, args: SegmenterArguments, training_args: TrainingArgum
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code."""
-    parser = HfArgumentParser(
-        (SourceArguments, SegmenterArguments, TrainingArguments),
-        description=__doc__.splitlines()[1],
-        allow_abbrev=False,
-    )
-    unset_data_options(parser)
+    parser = data_parser(SegmenterArguments, TrainingArguments, description=__doc__.splitlines()[1])
     try:
         train(*parser.parse_args_into_dataclasses(argv))
     except (ValueError, OSError) as error:

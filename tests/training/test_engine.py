@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
@@ -22,10 +23,11 @@ from synernet_hf.training import (
     InvalidArguments,
     ModelArguments,
     SynerNetTrainingArguments,
+    building,
     engine,
     learning_rate_multiplier,
+    load_data,
     train,
-    validation,
 )
 from synernet_hf.training.checkpoints import list_checkpoints
 
@@ -191,7 +193,7 @@ def test_gates_and_rates_follow_the_optimizer_steps(tmp_path, accumulation):
     history = [entry for entry in state_of(tmp_path / "run" / "checkpoint-4")["history"] if "loss" in entry]
     assert [entry["step"] for entry in history] == [1, 2, 3, 4]
     gated = {"loss_segmentation", "loss_spatial_bce", "loss_prototype_contrast"}
-    assert [gated & set(entry) for entry in history] == [set(), gated, gated, gated]
+    assert [gated & set(entry) for entry in history] == [set(), set(), gated, gated]
     assert all({"loss_cls", "loss_cls_aux", "loss_patch_contrast"} <= set(entry) for entry in history)
     expected = [2e-3 * learning_rate_multiplier(step, 2, 4) for step in range(4)]
     assert [entry["learning_rate"] for entry in history] == pytest.approx(expected)
@@ -325,7 +327,7 @@ def test_evaluation_under_bf16_is_that_of_the_saved_model(tmp_path, monkeypatch)
     assert seen[-1].dtype == expected.dtype == torch.float32
     assert torch.equal(seen[-1], expected)
     processor = SynerNetImageProcessor.from_pretrained(tmp_path / "run")
-    data = validation.load_data(DataArguments(**DATA))
+    data = load_data(DataArguments(**DATA))
     names = json.loads((tmp_path / "run" / "training_args.json").read_text())["class_names"]
     again = evaluate_model(model, processor, data["validation"], class_names=names)
     assert {kind: scores["per_class_iou"] for kind, scores in again.items()} == {
@@ -379,6 +381,104 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
     with pytest.raises(FloatingPointError, match=r"weights are not finite after step 3.*checkpoint-2"):
         run(tmp_path / "run", save_steps=1)
     assert list_checkpoints(tmp_path / "run")[-1].name == "checkpoint-2"
+
+
+def test_buffers_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
+    def broken(original, training_run, batch):
+        result = original(training_run, batch)
+        with torch.no_grad():
+            next(tensor for name, tensor in training_run.model.named_buffers() if "prototypes" in name)[0] = math.nan
+        return result
+
+    stop_at(monkeypatch, 2, broken)
+    with pytest.raises(FloatingPointError, match=r"not finite after step 3 \(.*prototypes\).*checkpoint-2"):
+        run(tmp_path / "run", save_steps=1)
+    assert list_checkpoints(tmp_path / "run")[-1].name == "checkpoint-2"
+
+
+def skip_steps(monkeypatch, skipped) -> list[int]:
+    """Makes accelerate skip the optimizer steps with these numbers, as the gradient scaler of fp16 does."""
+    original, calls = AcceleratedOptimizer.step, []
+
+    def step(self, closure=None):
+        self._is_overflow = len(calls) in skipped
+        if not self._is_overflow:
+            original(self, closure)
+        calls.append(len(calls))
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", step)
+    return calls
+
+
+def test_skipped_steps_advance_neither_schedule_nor_gates(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        calls = skip_steps(patch, {0, 2})
+        run(tmp_path / "straight", warmup_ratio=0.5)
+    assert len(calls) == 6
+    state = state_of(tmp_path / "straight" / "checkpoint-4")
+    assert (state["step"], state["skipped_steps"]) == (4, 2)
+    history = [entry for entry in state["history"] if "loss" in entry]
+    assert [entry["step"] for entry in history] == [1, 2, 3, 4]
+    assert [entry["learning_rate"] for entry in history] == pytest.approx(
+        [2e-3 * learning_rate_multiplier(step, 2, 4) for step in range(4)]
+    )
+    assert torch.load(tmp_path / "straight" / "checkpoint-2" / "scheduler.bin", weights_only=False)["last_epoch"] == 2
+    # the stream goes on behind the batches of the skipped steps
+    with monkeypatch.context() as patch:
+        skip_steps(patch, {0, 2})
+        stop_at(patch, 4, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "broken", warmup_ratio=0.5)
+    run(tmp_path / "broken", warmup_ratio=0.5, resume_from_checkpoint="latest")
+    assert_equal_weights(tmp_path / "straight", tmp_path / "broken")
+
+
+def test_a_run_whose_steps_are_all_skipped_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "MAX_SKIPPED_IN_A_ROW", 3)
+    calls = skip_steps(monkeypatch, range(100))
+    with pytest.raises(FloatingPointError, match="gradients are not finite in 3 passes after step 0.*no checkpoint"):
+        run(tmp_path / "run")
+    assert len(calls) == 3
+
+
+def count_checks(monkeypatch) -> list[str]:
+    """Records each scan of the images of the data, by what is done about bad ones."""
+    original, scans = building.check_dataset, []
+
+    def recorded(splits, on_bad_image="raise", decode_images=True, **kwargs):
+        if decode_images:
+            scans.append(on_bad_image)
+        return original(splits, on_bad_image, decode_images, **kwargs)
+
+    monkeypatch.setattr(building, "check_dataset", recorded)
+    return scans
+
+
+def test_data_is_checked_once_and_not_again_on_resume(tmp_path, monkeypatch, capsys):
+    scans = count_checks(monkeypatch)
+    run(tmp_path / "run")
+    assert scans == ["raise"]
+    assert "Checked 8 images in 0." in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    run(tmp_path / "run", resume_from_checkpoint="latest")
+    assert scans == ["raise"]
+    # other data is checked, also where the weights do not depend on it
+    other = {"dataset_options": DATA["dataset_options"] | {"num_validation": 3}}
+    with pytest.raises(InvalidArguments, match="dataset_options"):
+        run(tmp_path / "other", data=other, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert scans == ["raise", "raise"]
+
+
+def test_the_check_of_images_can_be_left_out(tmp_path, monkeypatch, capsys):
+    scans = count_checks(monkeypatch)
+    run(tmp_path / "run", data={"check_data": False})
+    assert scans == []
+    assert "Checked" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "training_args.json").read_text())["checked"] is None
+    # what was not checked is checked by a continuation that wants it
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    run(tmp_path / "run", resume_from_checkpoint="latest")
+    assert scans == ["raise"]
 
 
 @pytest.mark.parametrize(
@@ -620,7 +720,7 @@ def test_a_pretrained_encoder_starts_both_branches(tmp_path):
     assert model.config.id2label == {0: "background", 1: "cat", 2: "dog"}
     assert model.config.backbone_config.layer_norm_eps == 1e-5
     # the two ways to the configuration agree, and `validate_arguments` looks at the right one
-    looked_at = validation.model_config_from(arguments, ["background", "cat", "dog"])
+    looked_at = building.model_config_from(arguments, ["background", "cat", "dog"])
     assert looked_at.backbone_config.layer_norm_eps == 1e-5
     expected = encoder.vit.state_dict()
     for branch in ("broad", "precise"):
@@ -632,6 +732,7 @@ RANK_SCRIPT = """
 import sys
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
 from synernet_hf.training import engine, parse_arguments
 

@@ -29,6 +29,8 @@ def test_schedule_of_the_full_run():
 def test_schedule_without_warmup_and_past_the_end():
     assert learning_rate_multiplier(0, 0, 10) == 1
     assert learning_rate_multiplier(11, 0, 10) == 0
+    # a run without steps has nothing to divide by
+    assert learning_rate_multiplier(0, 0, 0) == 0
 
 
 @pytest.mark.parametrize(

@@ -2,27 +2,39 @@
 
 from synernet_hf.training.arguments import (
     DataArguments,
+    DataSourceArguments,
     InvalidArguments,
     ModelArguments,
     SynerNetTrainingArguments,
+    data_parser,
     parse_arguments,
+    read_data_arguments,
     read_recipe,
 )
+from synernet_hf.training.building import load_data
+from synernet_hf.training.devices import gather_in_rank_order, resolve_precision
 from synernet_hf.training.engine import train
-from synernet_hf.training.evaluation import evaluate_model
+from synernet_hf.training.evaluation import evaluate_model, results_table
 from synernet_hf.training.optimization import LossWeightSchedule, learning_rate_multiplier, parameter_groups
 
 
 __all__ = [
     "DataArguments",
+    "DataSourceArguments",
     "InvalidArguments",
     "LossWeightSchedule",
     "ModelArguments",
     "SynerNetTrainingArguments",
+    "data_parser",
     "evaluate_model",
+    "gather_in_rank_order",
     "learning_rate_multiplier",
+    "load_data",
     "parameter_groups",
     "parse_arguments",
+    "read_data_arguments",
     "read_recipe",
+    "resolve_precision",
+    "results_table",
     "train",
 ]

@@ -1,8 +1,10 @@
 """Arguments of a training run: three dataclasses, read from the command line and from a recipe."""
 
 import argparse
+import copy
 import dataclasses
 import importlib.util
+import inspect
 import json
 import math
 import re
@@ -15,9 +17,15 @@ from typing import Any, Literal
 import yaml
 from transformers import HfArgumentParser
 
+from synernet_hf.files import read_json
+
+
+# the record of a run's settings, in its folder and in each checkpoint
+ARGUMENTS_FILE = "training_args.json"
+
 
 class InvalidArguments(ValueError):
-    """Input that a run refuses before it does any work; the message has one sentence per problem."""
+    """Input with which a run does not start; the message has one sentence per problem."""
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -42,34 +50,38 @@ def _read_mapping(value: dict[str, Any] | str | None, name: str) -> dict[str, An
     return mapping
 
 
+def documented(group: type) -> type:
+    """Appends to a dataclass's docstring an `Args` section made of the help texts of its fields."""
+    lines = []
+    for item in dataclasses.fields(group):
+        hint = str(item.type.__name__ if isinstance(item.type, type) else item.type).replace("typing.", "")
+        default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        lines.append(f"    {item.name} (`{hint}`, defaults to `{default!r}`):\n        {item.metadata['help']}")
+    group.__doc__ = inspect.cleandoc(group.__doc__) + "\n\nArgs:\n" + "\n".join(lines) + "\n"
+    return group
+
+
+def setting(default: Any, text: str) -> Any:
+    """A dataclass field with a default (mutable ones are copied) and its one description, shown by `--help`."""
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: copy.copy(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@documented
 @dataclass
 class ModelArguments:
-    """
-    What is trained.
+    """What is trained. Give exactly one of `backbone` and `backbone_config`."""
 
-    Args:
-        backbone (`str`, *optional*):
-            Folder or hub id of a pretrained ViT-family encoder that both branches start from.
-        backbone_config (`dict`, *optional*):
-            Configuration (with its `model_type`) of an encoder that starts from random weights. Exactly one of
-            `backbone` and `backbone_config` is given.
-        backbone_overrides (`dict`, *optional*, defaults to `{}`):
-            Fields of the pretrained encoder's configuration to change, such as `qkv_bias`; only with `backbone`.
-        model_config (`dict`, *optional*, defaults to `{}`):
-            Fields of [`SynerNetConfig`] that differ from their defaults.
-    """
-
-    backbone: str | None = field(
-        default=None, metadata={"help": "Folder or hub id of the pretrained encoder that both branches start from."}
+    backbone: str | None = setting(None, "Folder or Hub id of the pretrained encoder that both branches start from.")
+    backbone_config: dict[str, Any] | str | None = setting(
+        None, "Configuration of an encoder with random weights, as JSON with a model_type."
     )
-    backbone_config: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Configuration of an encoder with random weights, as JSON with a model_type."}
+    backbone_overrides: dict[str, Any] | str | None = setting(
+        {}, "Fields of the pretrained encoder's configuration to change, as JSON, such as qkv_bias; needs backbone."
     )
-    backbone_overrides: dict[str, Any] | str | None = field(
-        default_factory=dict, metadata={"help": "Fields of the pretrained encoder's configuration to change, as JSON."}
-    )
-    model_config: dict[str, Any] | str | None = field(
-        default_factory=dict, metadata={"help": "Fields of SynerNetConfig that differ from their defaults, as JSON."}
+    model_config: dict[str, Any] | str | None = setting(
+        {}, "Fields of SynerNetConfig that differ from their defaults, as JSON."
     )
 
     def __post_init__(self):
@@ -78,67 +90,32 @@ class ModelArguments:
         self.model_config = _read_mapping(self.model_config, "model_config") or {}
 
 
-DATASET_HELP = "voc2012, coco2014, image_folder, hub or shapes; or a folder, or a Hub id owner/name."
-
-
+@documented
 @dataclass
-class DataArguments:
-    """
-    What it is trained and evaluated on.
+class DataSourceArguments:
+    """Where the data is and how it is read. Scripts that do not train take these options too."""
 
-    Args:
-        dataset (`str`, *optional*, defaults to `"voc2012"`):
-            Name known to [`~synernet_hf.data.load_wsss_dataset`], a folder or a Hub id.
-        data_dir (`str`, *optional*):
-            Folder of the data set, for `hub` also a Hub id; not needed by generated data.
-        image_labels (`str`, *optional*):
-            Where image-level labels come from; `None` is the data set's own source.
-        train_split (`str`, *optional*):
-            List of training images; `None` is the data set's default.
-        validation_split (`str`, *optional*):
-            List of images to evaluate on; `None` is the data set's default.
-        metric_classes (`list[str]`, *optional*):
-            Classes that the reported means run over; `None` means all.
-        max_eval_samples (`int`, *optional*):
-            Evaluate on the first so many images only; `None` means all.
-        num_workers (`int`, *optional*, defaults to 2):
-            Loader processes per training process; 0 loads in the training process.
-        image_column (`str`, *optional*):
-            Column of the images in a table or a Hub data set; `None` finds it by its name.
-        label_column (`str`, *optional*):
-            Column of the labels; `None` finds it by its name.
-        mask_column (`str`, *optional*):
-            Column of the masks to evaluate on; `None` is `mask`, where there is one.
-        on_bad_image (`str`, *optional*, defaults to `"raise"`):
-            `"raise"` refuses data with an image or mask that is missing or can not be used, `"skip"` leaves such
-            records out, counts and lists them.
-        dataset_options (`dict`, *optional*, defaults to `{}`):
-            Further arguments of the loader, such as `num_train` of the generated shapes or `class_names` of images
-            of your own.
-    """
-
-    dataset: str = field(default="voc2012", metadata={"help": DATASET_HELP})
-    data_dir: str | None = field(default=None, metadata={"help": "Folder of the data set."})
-    image_labels: str | None = field(
-        default=None, metadata={"help": "Source of the image labels: a npz, json or csv file, annotations, or masks."}
+    dataset: str = setting(
+        "voc2012", "voc2012, coco2014, image_folder, hub or shapes; or a folder, or a Hub id owner/name."
     )
-    train_split: str | None = field(default=None, metadata={"help": "List of training images, such as train_aug."})
-    validation_split: str | None = field(default=None, metadata={"help": "List of images to evaluate on."})
-    metric_classes: list[str] | None = field(
-        default=None, metadata={"help": "Names of the classes that the reported means run over (default: all)."}
+    data_dir: str | None = setting(None, "Folder of the data set, for hub also a Hub id; shapes needs none.")
+    image_labels: str | None = setting(
+        None, "Source of the image labels: a npz, json or csv file, annotations, or masks (default: the data set's)."
     )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Evaluate on the first so many images only (default: all)."}
+    train_split: str | None = setting(None, "List of training images, such as train_aug (default: the data set's).")
+    validation_split: str | None = setting(None, "List of images to evaluate on (default: the data set's).")
+    image_column: str | None = setting(None, "Column of the images (own tables, Hub; default: found by its name).")
+    label_column: str | None = setting(None, "Column of the labels (own tables, Hub; default: found by its name).")
+    mask_column: str | None = setting(None, "Column of the masks (own tables, Hub; default: mask, where present).")
+    on_bad_image: Literal["raise", "skip"] = setting(
+        "raise",
+        "raise: stop at missing or unusable images and masks; skip: leave these records out, count and list them.",
     )
-    num_workers: int = field(default=2, metadata={"help": "Loader processes per training process."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images (own tables, Hub)."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of the labels (own tables, Hub)."})
-    mask_column: str | None = field(default=None, metadata={"help": "Column of the masks (own tables, Hub)."})
-    on_bad_image: Literal["raise", "skip"] = field(
-        default="raise", metadata={"help": "Refuse data with unusable images or masks, or leave these out."}
+    check_data: bool = setting(
+        True, "Decode every image and validation mask before the run starts; false: only check names and labels."
     )
-    dataset_options: dict[str, Any] | str | None = field(
-        default_factory=dict, metadata={"help": "Further arguments of the data set's loader, as JSON."}
+    dataset_options: dict[str, Any] | str | None = setting(
+        {}, "Further arguments of the data set's loader, as JSON, such as num_train of shapes or class_names."
     )
 
     def __post_init__(self):
@@ -146,7 +123,7 @@ class DataArguments:
 
     def loader_options(self) -> dict[str, Any]:
         """
-        What the loader takes beside folder, labels and splits.
+        Collects the loader's arguments beyond folder, labels and splits.
 
         Returns:
             `dict[str, Any]`: `dataset_options`, and the columns and `on_bad_image` where they are set.
@@ -156,102 +133,57 @@ class DataArguments:
         return self.dataset_options | given | ({} if self.on_bad_image == "raise" else {"on_bad_image": "skip"})
 
 
+@documented
+@dataclass
+class DataArguments(DataSourceArguments):
+    """Where the data is, how it is read, and how a run uses it."""
+
+    metric_classes: list[str] | None = setting(
+        None, "Names of the classes that the reported means run over (default: all)."
+    )
+    max_eval_samples: int | None = setting(None, "Evaluate on the first so many images only (default: all).")
+    num_workers: int = setting(2, "Loader processes per training process; 0 loads in the training process.")
+
+
+@documented
 @dataclass
 class SynerNetTrainingArguments:
     """
-    How it is trained. Defaults are the authors' PASCAL VOC run (method.md, "Optimisation") unless said otherwise.
-
-    Args:
-        output_dir (`str`):
-            Folder of the run; it must not hold another one.
-        max_steps (`int`, *optional*, defaults to 8000):
-            Optimizer steps, T. Gates and warm-up are fractions of it.
-        crop_size (`int`, *optional*, defaults to 448):
-            Side of the square training crop, in pixels.
-        per_device_batch_size (`int`, *optional*, defaults to 12):
-            Images per process and forward pass.
-        gradient_accumulation_steps (`int`, *optional*, defaults to 1):
-            Forward passes per optimizer step.
-        learning_rate (`float`, *optional*, defaults to 6e-5):
-            Base rate of AdamW.
-        encoder_lr_multiplier (`float`, *optional*, defaults to 2.0):
-            Factor on the rate of the two encoders.
-        head_lr_multiplier (`float`, *optional*, defaults to 10.0):
-            Factor on the rate of everything else.
-        weight_decay (`float`, *optional*, defaults to 0.01):
-            AdamW's weight decay, on every parameter.
-        warmup_ratio (`float`, *optional*, defaults to 1500 / 8000):
-            Share of the steps with a rising rate.
-        max_grad_norm (`float`, *optional*):
-            Largest norm of the gradient; `None` does not clip.
-        mixed_precision (`str`, *optional*):
-            `"no"`, `"fp16"`, `"bf16"`, or `"auto"`: bf16 on a device that has arithmetic for it (a CPU without it is
-            many times slower), full precision on others. `None` takes what `accelerate launch` says, else `"no"`.
-            [ours]
-        seed (`int`, *optional*, defaults to 0):
-            Seed of weights, data order, augmentation and random classes. [ours]
-        eval_steps (`int`, *optional*, defaults to 2000):
-            Steps between two evaluations; one more follows the last step.
-        save_steps (`int`, *optional*, defaults to 1000):
-            Steps between two checkpoints; one more follows the last step. [ours]
-        save_total_limit (`int`, *optional*, defaults to 2):
-            Checkpoints kept, the newest ones; `None` keeps all. [ours]
-        logging_steps (`int`, *optional*, defaults to 20):
-            Steps over which logged losses are averaged. [ours]
-        resume_from_checkpoint (`str`, *optional*):
-            Checkpoint folder, or `"latest"` for the newest one of `output_dir`.
-        report_to (`str`, *optional*, defaults to `"tensorboard"`):
-            `"tensorboard"`, `"trackio"` or `"none"`. [ours]
-        scale_range (`list[float]`, *optional*, defaults to `[0.5, 2.0]`):
-            Smallest and largest random rescaling of a training image.
-        flip (`bool`, *optional*, defaults to `True`):
-            Mirror half of the training images.
-        color_jitter (`float`, *optional*, defaults to 0.8):
-            Probability of colour jitter.
-        grayscale (`float`, *optional*, defaults to 0.2):
-            Probability of a grey image.
-        blur (`float`, *optional*, defaults to 1.0):
-            Probability of Gaussian blur.
-        inference_size (`int`, *optional*):
-            Shortest edge, in pixels, to which the saved image processor resizes images at evaluation and inference;
-            `None` keeps their size. [authors: native size]
+    How it is trained. Defaults are the authors' PASCAL VOC run (method.md, "Optimisation") unless marked [ours].
     """
 
-    output_dir: str | None = field(default=None, metadata={"help": "Folder of the run; must not hold another one."})
-    max_steps: int = field(default=8000, metadata={"help": "Optimizer steps; gates and warm-up scale with it."})
-    crop_size: int = field(default=448, metadata={"help": "Side of the square training crop in pixels."})
-    per_device_batch_size: int = field(default=12, metadata={"help": "Images per process and forward pass."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes per optimizer step."})
-    learning_rate: float = field(default=6e-5, metadata={"help": "Base learning rate of AdamW."})
-    encoder_lr_multiplier: float = field(default=2.0, metadata={"help": "Factor on the rate of the encoders."})
-    head_lr_multiplier: float = field(default=10.0, metadata={"help": "Factor on the rate of everything else."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay on every parameter."})
-    warmup_ratio: float = field(default=1500 / 8000, metadata={"help": "Share of the steps with a rising rate."})
-    max_grad_norm: float | None = field(default=None, metadata={"help": "Clip the gradient's norm (default: no)."})
-    mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = field(
-        default=None,
-        metadata={"help": "no, fp16, bf16, or auto: bf16 where it is fast (default: what accelerate launch says)."},
+    output_dir: str | None = setting(None, "Folder of the run; must not hold another one.")
+    max_steps: int = setting(8000, "Optimizer steps; gates and warm-up are fractions of it.")
+    crop_size: int = setting(448, "Side of the square training crop in pixels.")
+    per_device_batch_size: int = setting(12, "Images per process and forward pass.")
+    gradient_accumulation_steps: int = setting(1, "Forward passes per optimizer step.")
+    learning_rate: float = setting(6e-5, "Base learning rate of AdamW.")
+    encoder_lr_multiplier: float = setting(2.0, "Factor on the learning rate of the encoders.")
+    head_lr_multiplier: float = setting(10.0, "Factor on the learning rate of everything else.")
+    weight_decay: float = setting(0.01, "Weight decay of AdamW, on every parameter.")
+    warmup_ratio: float = setting(1500 / 8000, "Fraction of the steps with a rising learning rate.")
+    max_grad_norm: float | None = setting(None, "Largest norm of the gradient (default: no clipping).")
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = setting(
+        None, "no, fp16, bf16, or auto: bf16 where it is fast (default: what accelerate launch says, else no). [ours]"
     )
-    seed: int = field(default=0, metadata={"help": "Seed of weights, data order, augmentation, random classes."})
-    eval_steps: int = field(default=2000, metadata={"help": "Steps between two evaluations."})
-    save_steps: int = field(default=1000, metadata={"help": "Steps between two checkpoints."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Number of newest checkpoints to keep."})
-    logging_steps: int = field(default=20, metadata={"help": "Steps over which logged losses are averaged."})
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "Checkpoint folder, or latest for the newest one of output_dir."}
+    seed: int = setting(0, "Seed of weights, data order, augmentation and random classes. [ours]")
+    eval_steps: int = setting(2000, "Steps between two evaluations; one more follows the last step.")
+    save_steps: int = setting(1000, "Steps between two checkpoints; one more follows the last step. [ours]")
+    save_total_limit: int | None = setting(2, "Number of newest checkpoints to keep; none keeps all. [ours]")
+    logging_steps: int = setting(20, "Steps over which logged losses are averaged. [ours]")
+    resume_from_checkpoint: str | None = setting(
+        None, "Checkpoint folder, or latest for the newest one of output_dir."
     )
-    report_to: Literal["tensorboard", "trackio", "none"] = field(
-        default="tensorboard", metadata={"help": "Where curves go: tensorboard, trackio or none."}
+    report_to: Literal["tensorboard", "trackio", "none"] = setting(
+        "tensorboard", "Where curves go: tensorboard, trackio or none. [ours]"
     )
-    scale_range: list[float] = field(
-        default_factory=lambda: [0.5, 2.0], metadata={"help": "Smallest and largest random rescaling."}
-    )
-    flip: bool = field(default=True, metadata={"help": "Mirror half of the training images."})
-    color_jitter: float = field(default=0.8, metadata={"help": "Probability of colour jitter."})
-    grayscale: float = field(default=0.2, metadata={"help": "Probability of a grey image."})
-    blur: float = field(default=1.0, metadata={"help": "Probability of Gaussian blur."})
-    inference_size: int | None = field(
-        default=None, metadata={"help": "Shortest edge at evaluation and inference (default: the image's own size)."}
+    scale_range: list[float] = setting([0.5, 2.0], "Smallest and largest random rescaling of a training image.")
+    flip: bool = setting(True, "Mirror half of the training images.")
+    color_jitter: float = setting(0.8, "Probability of colour jitter.")
+    grayscale: float = setting(0.2, "Probability of a grey image.")
+    blur: float = setting(1.0, "Probability of Gaussian blur.")
+    inference_size: int | None = setting(
+        None, "Shortest edge, in pixels, at evaluation and inference (default: the image's own size)."
     )
 
     def __post_init__(self):
@@ -413,12 +345,82 @@ def _as_default(value: Any) -> Any:
     return str(value) if is_number else value
 
 
+def data_parser(*groups: type, description: str | None = None) -> HfArgumentParser:
+    """
+    Makes the parser of a script that reads data without training on it. Data options that are not on the command
+    line are `None`, for [`read_data_arguments`] to fill in.
+
+    Args:
+        groups (`type`):
+            Further dataclasses of options.
+        description (`str`, *optional*):
+            Shown by `--help` as it is.
+
+    Returns:
+        [`~transformers.HfArgumentParser`]: with the fields of [`DataSourceArguments`] and of `groups`.
+    """
+    parser = HfArgumentParser(
+        (DataSourceArguments, *groups),
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(**dict.fromkeys(item.name for item in dataclasses.fields(DataSourceArguments)))
+    return parser
+
+
+def read_data_arguments(
+    given: argparse.Namespace | DataSourceArguments, run: str | Path | None = None
+) -> DataArguments:
+    """
+    Reads the data source that a command line names, on top of the one a run was trained on. A data set that is not the
+    run's starts from the defaults, because folder and labels of the run belong to another one.
+
+    Args:
+        given (`argparse.Namespace` or [`DataSourceArguments`]):
+            What a [`data_parser`] read; only data options that are not `None` count.
+        run (`str` or `Path`, *optional*):
+            Folder of a run. Its `training_args.json`, if present, says what is not on the command line.
+
+    Returns:
+        [`DataArguments`]: for [`load_data`].
+
+    Raises:
+        InvalidArguments: if the run's record cannot be read, or neither it nor the command line names a data set.
+    """
+    names = {item.name for item in dataclasses.fields(DataSourceArguments)}
+    given_settings = {name: value for name, value in vars(given).items() if name in names and value is not None}
+    if run is None:
+        return DataArguments(**given_settings)
+    path = Path(run) / ARGUMENTS_FILE
+    settings = {}
+    if path.is_file():
+        try:
+            settings = dict(read_json(path)["data_args"])
+            DataArguments(**settings)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidArguments(
+                f"{path} is no record of a run's data ({type(error).__name__}: {error}); remove it and name the data "
+                "set with --dataset."
+            ) from error
+    if given_settings.get("dataset") not in (None, settings.get("dataset")):
+        settings = {}
+    settings |= given_settings
+    if settings.get("dataset") is None:
+        raise InvalidArguments(f"{run} does not say which data set it was trained on; name one with --dataset.")
+    return DataArguments(**settings)
+
+
 __all__ = [
+    "ARGUMENTS_FILE",
     "ARGUMENT_CLASSES",
     "DataArguments",
+    "DataSourceArguments",
     "InvalidArguments",
     "ModelArguments",
     "SynerNetTrainingArguments",
+    "data_parser",
     "parse_arguments",
+    "read_data_arguments",
     "read_recipe",
 ]

@@ -13,10 +13,9 @@ from accelerate import Accelerator
 
 from synernet_hf.files import TEMPORARY_NAME, finite, read_json, write_json
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
-from synernet_hf.training.arguments import InvalidArguments
+from synernet_hf.training.arguments import ARGUMENTS_FILE, InvalidArguments
 
 
-ARGUMENTS_FILE = "training_args.json"
 STATE_FILE = "trainer_state.json"
 RESULTS_FILE = "eval_results.json"
 CARD_FILE = "README.md"
@@ -39,6 +38,7 @@ FREE_SETTINGS = {
         "validation_split",
         # what it leaves out shows in the fingerprint of the training split
         "on_bad_image",
+        "check_data",
     },
     "training_args": {
         "output_dir",
@@ -62,6 +62,8 @@ class TrainerState:
     Args:
         step (`int`, *optional*, defaults to 0):
             Optimizer steps done.
+        skipped_steps (`int`, *optional*, defaults to 0):
+            Steps that the gradient scaler of fp16 skipped; they used up batches and changed nothing else.
         elapsed_seconds (`float`, *optional*, defaults to 0.0):
             Time in the loop, evaluations included, summed over continuations.
         best_metric (`float`, *optional*):
@@ -73,6 +75,7 @@ class TrainerState:
     """
 
     step: int = 0
+    skipped_steps: int = 0
     elapsed_seconds: float = 0.0
     best_metric: float | None = None
     best_step: int | None = None
@@ -84,7 +87,20 @@ class TrainerState:
         return any(entry["step"] == self.step and "loss" not in entry for entry in self.history)
 
 
-def _read_record(path: Path) -> Any:
+def read_record(path: Path) -> Any:
+    """
+    Reads a JSON file of a run or checkpoint.
+
+    Args:
+        path (`Path`):
+            The file.
+
+    Returns:
+        `Any`: its content.
+
+    Raises:
+        InvalidArguments: if it is missing or not JSON.
+    """
     try:
         return read_json(path)
     except ValueError as error:
@@ -242,7 +258,7 @@ def check_same_settings(checkpoint: Path, current: Mapping[str, Any]) -> None:
     Raises:
         InvalidArguments: if a setting that weights depend on differs; the sentence names all that do.
     """
-    differing = differing_settings(_read_record(checkpoint / ARGUMENTS_FILE), current)
+    differing = differing_settings(read_record(checkpoint / ARGUMENTS_FILE), current)
     if differing:
         raise InvalidArguments(
             f"{checkpoint} was made with other settings: {', '.join(differing)}. Resume with the same ones, or start a "
@@ -330,11 +346,11 @@ def read_state(checkpoint: Path, output_dir: Path) -> TrainerState:
     Raises:
         InvalidArguments: if the counters cannot be read.
     """
-    state = TrainerState(**_read_record(checkpoint / STATE_FILE))
+    state = TrainerState(**read_record(checkpoint / STATE_FILE))
     state.best_metric = state.best_step = None
     results = output_dir / "best" / RESULTS_FILE
     if results.is_file():
-        best = _read_record(results)
+        best = read_record(results)
         state.best_metric, state.best_step = best["segmentation"]["mean_iou"], best["step"]
     return state
 
@@ -390,7 +406,6 @@ def save_model_folder(
 
 
 __all__ = [
-    "ARGUMENTS_FILE",
     "CARD_FILE",
     "IMAGES_FILE",
     "RESULTS_FILE",
@@ -401,6 +416,7 @@ __all__ = [
     "find_resume_checkpoint",
     "is_without_checkpoint",
     "list_checkpoints",
+    "read_record",
     "read_state",
     "remove_unfinished",
     "save_checkpoint",

@@ -1,4 +1,4 @@
-"""The only training loop: validate_arguments → setup → build_run → fit → finish."""
+"""The only training loop: validate_arguments → setup → prepare_data → build_run → fit → finish."""
 
 import math
 import signal
@@ -13,51 +13,66 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import ProjectConfiguration, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from synernet_hf.data import (
     PhotometricAugmentation,
-    StreamBatchSampler,
-    SynerNetDataCollator,
-    TrainDataset,
-    TrainTransform,
     class_names,
 )
 from synernet_hf.files import write_json
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.training.arguments import (
+    ARGUMENTS_FILE,
     DataArguments,
     ModelArguments,
     SynerNetTrainingArguments,
 )
+from synernet_hf.training.building import (
+    RunData,
+    build_model,
+    make_processor,
+    prepare_data,
+    run_record,
+    train_loader,
+)
 from synernet_hf.training.checkpoints import (
-    ARGUMENTS_FILE,
     RESULTS_FILE,
     TrainerState,
     check_same_settings,
-    find_resume_checkpoint,
     is_without_checkpoint,
     list_checkpoints,
+    read_record,
     read_state,
     remove_unfinished,
     save_checkpoint,
     save_model_folder,
     write_state,
 )
-from synernet_hf.training.evaluation import evaluate_model
-from synernet_hf.training.monitoring import LossMeter, check_finite_weights, hardware
-from synernet_hf.training.optimization import (
-    LossWeightSchedule,
+from synernet_hf.training.devices import (
+    PATIENCE,
+    SLOW_BF16,
     gather_in_rank_order,
+    hardware,
+    is_slow_in_bf16,
+    resolve_precision,
+)
+from synernet_hf.training.evaluation import evaluate_model
+from synernet_hf.training.optimization import (
+    LossMeter,
+    LossWeightSchedule,
+    check_finite_weights,
     learning_rate_multiplier,
     parameter_groups,
 )
-from synernet_hf.training.precision import SLOW_BF16, is_slow_in_bf16, resolve_precision
 from synernet_hf.training.reporting import write_card
-from synernet_hf.training.validation import build_model, run_record, validate_arguments
+from synernet_hf.training.validation import validate_arguments
+
+
+# a gradient scaler halves its scale at each skipped step; no finite gradient needs this many halvings
+MAX_SKIPPED_IN_A_ROW = 100
 
 
 @dataclass
@@ -137,9 +152,10 @@ def train(
         InvalidArguments: with one sentence per problem, before any work and before the output folder is made.
         FloatingPointError: if a loss or weight becomes NaN or infinite; the last checkpoint stays good.
     """
-    splits, skipped = validate_arguments(model_args, data_args, training_args)
+    checkpoint = validate_arguments(model_args, data_args, training_args)
     accelerator = setup(training_args)
-    run = build_run(model_args, data_args, training_args, accelerator, splits, skipped)
+    data = prepare_data(data_args, accelerator, checkpoint and read_record(checkpoint / ARGUMENTS_FILE))
+    run = build_run(model_args, data_args, training_args, accelerator, data, checkpoint)
     if not run.can_evaluate:
         accelerator.print("The data has no validation split with masks: this run goes without scores.")
     with _stop_cleanly(run):
@@ -170,7 +186,10 @@ def setup(training_args: SynerNetTrainingArguments) -> Accelerator:
         # otherwise accelerate steps the scheduler once per process, and the rate would depend on their number
         step_scheduler_with_optimizer=False,
         # a loss term of weight 0 is skipped, so decoder and projection head get no gradient before their gates open
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
     )
     if accelerator.mixed_precision == "bf16" and is_slow_in_bf16(accelerator.device):
         accelerator.print(SLOW_BF16)
@@ -184,11 +203,11 @@ def build_run(
     data_args: DataArguments,
     training_args: SynerNetTrainingArguments,
     accelerator: Accelerator,
-    splits: datasets.DatasetDict,
-    skipped: dict[str, list[str]],
+    data: RunData,
+    checkpoint: Path | None = None,
 ) -> TrainingRun:
     """
-    Makes model, optimizer and data stream, restores a checkpoint if one is named, and makes the output folder.
+    Makes model, optimizer and data stream, restores the checkpoint if there is one, and makes the output folder.
 
     Args:
         model_args ([`ModelArguments`]):
@@ -199,9 +218,9 @@ def build_run(
             Validated.
         accelerator (`Accelerator`):
             From [`setup`].
-        splits (`datasets.DatasetDict`):
-            From [`validate_arguments`].
-        skipped (`dict[str, list[str]]`):
+        data ([`RunData`]):
+            From [`prepare_data`].
+        checkpoint (`Path`, *optional*):
             From [`validate_arguments`].
 
     Returns:
@@ -211,8 +230,8 @@ def build_run(
         InvalidArguments: if the checkpoint was made with other settings; nothing is written then.
     """
     output_dir = Path(training_args.output_dir)
-    record = run_record(model_args, data_args, training_args, accelerator, splits, skipped)
-    checkpoint = find_resume_checkpoint(output_dir, training_args.resume_from_checkpoint)
+    splits = data.splits
+    record = run_record(model_args, data_args, training_args, accelerator, data)
     if checkpoint is not None:
         check_same_settings(checkpoint, record)
         accelerator.print(f"Going on from {checkpoint}.")
@@ -239,7 +258,8 @@ def build_run(
     ).to(accelerator.device)
     config = model.config
     state = TrainerState() if checkpoint is None else read_state(checkpoint, output_dir)
-    loader = _train_loader(data_args, training_args, accelerator, splits["train"], state.step)
+    done = state.step + state.skipped_steps
+    loader = train_loader(data_args, training_args, accelerator, splits["train"], done)
     model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
     run = TrainingRun(
         accelerator=accelerator,
@@ -249,7 +269,7 @@ def build_run(
         loader=loader,
         augmentation=augmentation,
         loss_weights=LossWeightSchedule(config),
-        processor=_make_processor(config, training_args.inference_size),
+        processor=make_processor(config, training_args.inference_size),
         splits=splits,
         data_args=data_args,
         training_args=training_args,
@@ -271,43 +291,6 @@ def build_run(
     return run
 
 
-def _make_processor(config, inference_size: int | None) -> SynerNetImageProcessor:
-    """The processor saved with the model; images keep their size unless one is named."""
-    resizing = {} if inference_size is None else {"do_resize": True, "size": {"shortest_edge": inference_size}}
-    return SynerNetImageProcessor(
-        image_mean=list(config.image_mean),
-        image_std=list(config.image_std),
-        size_divisor=config.patch_size,
-        **resizing,
-    )
-
-
-def _train_loader(
-    data_args, training_args, accelerator: Accelerator, split: datasets.Dataset, step: int
-) -> DataLoader:
-    """The stream from `step` on; order, crops and mirrors depend on the position alone, so nothing is replayed."""
-    batches_per_step = training_args.gradient_accumulation_steps * accelerator.num_processes
-    sampler = StreamBatchSampler(
-        len(split),
-        training_args.per_device_batch_size,
-        num_batches=training_args.max_steps * batches_per_step,
-        seed=training_args.seed,
-        start_batch=step * batches_per_step,
-    )
-    transform = TrainTransform(
-        training_args.crop_size, tuple(training_args.scale_range), flip=training_args.flip, seed=training_args.seed
-    )
-    return DataLoader(
-        TrainDataset(split, transform),
-        batch_sampler=sampler,
-        collate_fn=SynerNetDataCollator(len(class_names({"train": split})) - 1),
-        num_workers=data_args.num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        # the loader draws a seed when it starts; from the global generator that would shift a resumed run's numbers
-        generator=torch.Generator(),
-    )
-
-
 def fit(run: TrainingRun) -> None:
     """
     The loop: one optimizer step after another until `max_steps`, with logs, evaluations and checkpoints in between.
@@ -322,7 +305,7 @@ def fit(run: TrainingRun) -> None:
         FloatingPointError: see [`train`].
     """
     args, state, accelerator = run.training_args, run.state, run.accelerator
-    meter = LossMeter()
+    meter, skipped_in_a_row = LossMeter(), 0
     started = time.perf_counter() - state.elapsed_seconds
     bar = tqdm(
         total=args.max_steps,
@@ -335,6 +318,9 @@ def fit(run: TrainingRun) -> None:
     run.model.train()
     if state.step and _evaluates(run) and not state.is_evaluated:
         evaluate(run)
+    if state.step == args.max_steps:
+        bar.close()
+        return
     # closes before the final folder is written, so that the bar's last line stands above the messages
     with bar:
         for batch in run.loader:
@@ -342,6 +328,16 @@ def fit(run: TrainingRun) -> None:
             meter.add(state.step + 1, loss, loss_dict)
             if not accelerator.sync_gradients:
                 continue
+            if accelerator.optimizer_step_was_skipped:
+                state.skipped_steps += 1
+                skipped_in_a_row += 1
+                if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                    raise FloatingPointError(
+                        f"The gradients are not finite in {skipped_in_a_row} passes after step {state.step}: try a "
+                        "smaller learning_rate, bf16 or full precision."
+                    )
+                continue
+            skipped_in_a_row = 0
             state.step += 1
             bar.update()
             evaluates = _evaluates(run)
@@ -354,6 +350,8 @@ def fit(run: TrainingRun) -> None:
                 save_checkpoint(accelerator, run.output_dir, state, run.record, args.save_total_limit)
             if evaluates:
                 evaluate(run)
+            if state.step == args.max_steps:
+                break
 
 
 def _evaluates(run: TrainingRun) -> bool:
@@ -390,7 +388,8 @@ def train_step(run: TrainingRun, batch: dict[str, torch.Tensor]) -> tuple[torch.
         if accelerator.sync_gradients and args.max_grad_norm is not None:
             accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
         run.optimizer.step()
-        if accelerator.sync_gradients:
+        # a step that the fp16 scaler skips changes no weight and must not change the rate
+        if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
             run.scheduler.step()
         run.optimizer.zero_grad()
     return outputs.loss.detach(), outputs.loss_dict

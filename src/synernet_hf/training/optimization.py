@@ -1,8 +1,11 @@
-"""Parameter groups, learning rate, weights of the loss terms, and embeddings gathered from all processes."""
+"""Optimization of a run: parameter groups, learning rate, loss weights, and the checks that numbers stay finite."""
+
+import itertools
+import math
 
 import torch
+from accelerate import Accelerator
 from torch import nn
-from torch.nn import functional as F
 
 from synernet_hf.model import SynerNetConfig
 
@@ -80,9 +83,11 @@ def learning_rate_multiplier(step: int, warmup_steps: int, total_steps: int) -> 
     Returns:
         `float`: factor in [0, 1].
     """
+    if step >= total_steps:
+        return 0.0
     if step < warmup_steps:
         return 1 - (1 - step / warmup_steps) * (1 - 6e-6)
-    return max(0.0, 1 - step / total_steps) ** 0.9
+    return (1 - step / total_steps) ** 0.9
 
 
 class LossWeightSchedule:
@@ -128,36 +133,71 @@ class LossWeightSchedule:
         return {name: 0.0 if name in closed else weight for name, weight in self.weights.items()}
 
 
-def gather_in_rank_order(
-    embeddings: torch.Tensor, class_ids: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, slice]:
+class LossMeter:
+    """Collects loss terms as device tensors and reads them together, so that most steps never wait for the device."""
+
+    def __init__(self):
+        self.steps: list[int] = []
+        self.terms: list[dict[str, torch.Tensor]] = []
+
+    def add(self, step: int, loss: torch.Tensor, loss_dict: dict[str, torch.Tensor]) -> None:
+        """Keeps the loss and its terms (scalars) of a forward pass made at `step`."""
+        self.steps.append(step)
+        self.terms.append({"loss": loss.detach(), **loss_dict})
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """
+        Averages over passes and processes and starts anew; the one place where a step waits for the device.
+
+        Returns:
+            `dict[str, float]`: mean of each term over the passes that had it; empty if nothing was added.
+
+        Raises:
+            FloatingPointError: if a value is not finite; every process raises, because all read the same numbers.
+        """
+        if not self.steps:
+            return {}
+        names = list(dict.fromkeys(name for terms in self.terms for name in terms))
+        zero = torch.zeros_like(self.terms[0]["loss"], dtype=torch.float32)
+        rows = torch.stack([torch.stack([terms.get(name, zero).float() for name in names]) for terms in self.terms])
+        values = accelerator.reduce(rows, reduction="mean").tolist()
+        for step, row in zip(self.steps, values, strict=True):
+            broken = [name for name, value in zip(names, row, strict=True) if not math.isfinite(value)]
+            if broken:
+                raise FloatingPointError(
+                    f"The loss is not finite at step {step} ({', '.join(broken)}): try a smaller learning_rate, "
+                    "bf16 or full precision."
+                )
+        means = {}
+        for column, name in enumerate(names):
+            present = [row[column] for row, terms in zip(values, self.terms, strict=True) if name in terms]
+            means[name] = sum(present) / len(present)
+        self.steps, self.terms = [], []
+        return means
+
+
+def check_finite_weights(model: torch.nn.Module, step: int) -> None:
     """
-    Collects the embeddings of all processes in rank order, so that every process updates its prototypes alike. All
-    processes must call this together; their batches may differ in size.
+    Checks every parameter and buffer: a finite loss may have had a gradient that is not, and training must be able to
+    continue from each checkpoint.
 
     Args:
-        embeddings (`torch.Tensor` of shape `(n, P)`): embeddings of the own images.
-        class_ids (`torch.Tensor` of shape `(n,)`): int64, class ids of the own images.
+        model (`torch.nn.Module`):
+            The model in training.
+        step (`int`):
+            Optimizer steps done.
 
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor, slice]`: embeddings `(N, P)`, with gradient for the own ones only; class ids
-        `(N,)`, -1 in rows that pad a smaller batch; and the rows of the own images.
+    Raises:
+        FloatingPointError: if a value is NaN or infinite; the sentence names the first parameter or buffer.
     """
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return embeddings, class_ids, slice(None)
-    ranks, rank, count = distributed.get_world_size(), distributed.get_rank(), class_ids.shape[0]
-    counts = [torch.zeros(1, dtype=torch.long, device=class_ids.device) for _ in range(ranks)]
-    distributed.all_gather(counts, torch.full_like(counts[0], count))
-    longest = int(torch.cat(counts).max())
-    embeddings = F.pad(embeddings, (0, 0, 0, longest - count))
-    class_ids = F.pad(class_ids, (0, longest - count), value=-1)
-    all_embeddings = [torch.empty_like(embeddings) for _ in range(ranks)]
-    all_ids = [torch.empty_like(class_ids) for _ in range(ranks)]
-    distributed.all_gather(all_embeddings, embeddings.detach().contiguous())
-    distributed.all_gather(all_ids, class_ids)
-    all_embeddings[rank] = embeddings
-    return torch.cat(all_embeddings), torch.cat(all_ids), slice(rank * longest, rank * longest + count)
+    tensors = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+    finite = torch.stack([tensor.detach().isfinite().all() for tensor in tensors.values()]).tolist()
+    if not all(finite):
+        name = list(tensors)[finite.index(False)].removeprefix("module.")
+        raise FloatingPointError(
+            f"The weights are not finite after step {step} ({name}): try a smaller learning_rate, bf16 or full "
+            "precision."
+        )
 
 
-__all__ = ["LossWeightSchedule", "gather_in_rank_order", "learning_rate_multiplier", "parameter_groups"]
+__all__ = ["LossMeter", "LossWeightSchedule", "check_finite_weights", "learning_rate_multiplier", "parameter_groups"]

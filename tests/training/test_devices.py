@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from synernet_hf.training import SynerNetTrainingArguments, engine, precision
+from synernet_hf.training import SynerNetTrainingArguments, devices, engine
 
 
 @pytest.fixture(autouse=True)
@@ -34,15 +34,15 @@ def test_auto_is_bf16_on_gpus_that_have_it(monkeypatch, supported):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
     for name, expected in (("cuda", "bf16" if supported else "no"), ("mps", "no")):
         state = SimpleNamespace(device=torch.device(name))
-        monkeypatch.setattr(precision, "PartialState", lambda cpu, state=state: state)
-        assert precision.resolve_precision("auto") == expected
-    assert precision.is_slow_in_bf16(torch.device("cuda")) != supported
-    assert not precision.is_slow_in_bf16(torch.device("mps"))
+        monkeypatch.setattr(devices, "PartialState", lambda cpu, timeout, state=state: state)
+        assert devices.resolve_precision("auto") == expected
+    assert devices.is_slow_in_bf16(torch.device("cuda")) != supported
+    assert not devices.is_slow_in_bf16(torch.device("mps"))
 
 
 @pytest.mark.parametrize("name", [None, "no", "fp16", "bf16"])
 def test_what_is_named_stays(name):
-    assert precision.resolve_precision(name) == name
+    assert devices.resolve_precision(name) == name
 
 
 @pytest.mark.parametrize("wanted", [None, "true"])
@@ -52,10 +52,10 @@ def test_the_processes_are_told_of_a_cpu_that_was_asked_for(monkeypatch, wanted)
         monkeypatch.setenv("ACCELERATE_USE_CPU", wanted)
     seen = []
 
-    def state(cpu):
+    def state(cpu, timeout):
         seen.append(cpu)
         return SimpleNamespace(device=torch.device("cpu"))
 
-    monkeypatch.setattr(precision, "PartialState", state)
-    precision.resolve_precision("auto")
+    monkeypatch.setattr(devices, "PartialState", state)
+    devices.resolve_precision("auto")
     assert seen == [bool(wanted)]

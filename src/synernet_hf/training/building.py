@@ -1,0 +1,391 @@
+"""The data, the model and the record of a run, made of its arguments."""
+
+import dataclasses
+import hashlib
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import datasets
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch.utils.data import DataLoader
+from transformers import AutoConfig
+
+from synernet_hf.data import (
+    StreamBatchSampler,
+    SynerNetDataCollator,
+    TrainDataset,
+    TrainTransform,
+    check_dataset,
+    class_names,
+    id2label_from,
+    load_wsss_dataset,
+)
+from synernet_hf.model import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+from synernet_hf.model.configuration_synernet import pretrained_backbone_config
+from synernet_hf.training.arguments import (
+    DataArguments,
+    DataSourceArguments,
+    InvalidArguments,
+    ModelArguments,
+    SynerNetTrainingArguments,
+)
+
+
+# what loaders and configurations raise: missing files and values that do not fit
+INPUT_ERRORS = (OSError, ValueError, TypeError)
+# batches of the training stream: the loop ends it
+ENDLESS = 2**48
+MODEL_FIELDS = set(SynerNetConfig.__annotations__) - {"backbone_config"}
+
+
+def load_data(
+    data_args: DataSourceArguments,
+    skipped: dict[str, list[str]] | None = None,
+    id2label: Mapping[int, str] | None = None,
+) -> datasets.DatasetDict:
+    """
+    Loads the data that the arguments name.
+
+    Args:
+        data_args ([`DataSourceArguments`]):
+            Name, folder, splits, labels and options.
+        skipped (`dict[str, list[str]]`, *optional*):
+            Receives, by split, a phrase for each record that is left out.
+        id2label (`Mapping[int, str]`, *optional*):
+            Class names of a model by id, background first. They are the class list of images of the user's own that
+            come without one, so that labels are read by name.
+
+    Returns:
+        `datasets.DatasetDict`: splits `train` and `validation`, as far as they exist.
+
+    Raises:
+        ValueError: if the name or an option is unknown, or the data is inconsistent.
+        FileNotFoundError: if a file is missing.
+    """
+    options = data_args.loader_options()
+    if id2label is not None and data_args.dataset not in ("voc2012", "coco2014", "shapes"):
+        options = {"class_names": [id2label[label] for label in sorted(id2label)]} | options
+    return load_wsss_dataset(
+        data_args.dataset,
+        data_dir=data_args.data_dir,
+        image_labels=data_args.image_labels,
+        train_split=data_args.train_split,
+        validation_split=data_args.validation_split,
+        dataset_options=options,
+        skipped=skipped,
+    )
+
+
+@dataclasses.dataclass
+class RunData:
+    """
+    The data of a run, as [`prepare_data`] loads and checks it.
+
+    Args:
+        splits (`datasets.DatasetDict`): the records to use.
+        skipped (`dict[str, list[str]]`): by split, a phrase for each record that was left out.
+        checked (`dict`, *optional*): `fingerprint` of the data as it was loaded and, by split, `left_out` image ids;
+            `None` if no image was opened. A continuation on the same data does not check again.
+    """
+
+    splits: datasets.DatasetDict
+    skipped: dict[str, list[str]]
+    checked: dict[str, Any] | None
+
+
+def prepare_data(
+    data_args: DataArguments, accelerator: Accelerator, record: Mapping[str, Any] | None = None
+) -> RunData:
+    """
+    Loads the data in every process. The main process alone checks it, unless a checkpoint says that the same data was
+    checked before. A problem in any process ends all of them with the same sentences.
+
+    Args:
+        data_args ([`DataArguments`]):
+            Which data.
+        accelerator (`Accelerator`):
+            Of the run.
+        record (`Mapping`, *optional*):
+            `training_args.json` of the checkpoint to continue.
+
+    Returns:
+        [`RunData`]
+
+    Raises:
+        InvalidArguments: with one sentence per problem.
+    """
+    problems, splits, result = [], None, None
+    skipped: dict[str, list[str]] = {}
+    with accelerator.main_process_first():
+        try:
+            splits = load_data(data_args, skipped)
+            problems += data_problems(splits, data_args)
+            if accelerator.is_main_process and not problems:
+                result = _check_once(splits, data_args, skipped, record or {})
+        except INPUT_ERRORS as error:
+            problems.append(one_line(error))
+    problems = list(dict.fromkeys(gather_object(problems)))
+    if problems:
+        raise InvalidArguments("\n".join(problems))
+    skipped, checked = broadcast_object_list([result])[0]
+    for name, left_out in (checked or {"left_out": {}})["left_out"].items():
+        ids = set(left_out)
+        splits[name] = splits[name].select([i for i, image in enumerate(splits[name]["image_id"]) if image not in ids])
+    return RunData(splits, skipped, checked)
+
+
+def _check_once(
+    splits, data_args: DataArguments, skipped: dict, record: Mapping[str, Any]
+) -> tuple[dict, dict | None]:
+    """What was skipped, and the `checked` of [`RunData`]: the checkpoint's where it is of the same data."""
+    fingerprint = _fingerprint(splits, f"{data_args.dataset} {data_args.data_dir} {data_args.on_bad_image}")
+    earlier = record.get("checked")
+    if earlier is not None and earlier["fingerprint"] == fingerprint:
+        return record["skipped"], earlier
+    if not data_args.check_data:
+        return skipped, None
+    started = time.perf_counter()
+    kept = check_dataset(splits, data_args.on_bad_image, skipped=skipped)
+    number = sum(len(split) for split in splits.values())
+    print(f"Checked {number:,} images in {time.perf_counter() - started:.1f} s.")
+    left_out = {
+        name: sorted(set(split["image_id"]) - set(kept[name]["image_id"]))
+        for name, split in splits.items()
+        if len(kept[name]) < len(split)
+    }
+    return skipped, {"fingerprint": fingerprint, "left_out": left_out}
+
+
+def _fingerprint(splits: Mapping[str, datasets.Dataset], source: str = "") -> str:
+    """A digest of source, identifiers and labels."""
+    digest = hashlib.sha256(source.encode())
+    for name, split in splits.items():
+        digest.update(f"{name} {sorted(split.column_names)};".encode())
+        for image_id, labels in zip(split["image_id"], split["labels"], strict=True):
+            digest.update(f"{image_id}:{','.join(map(str, labels))};".encode())
+    return digest.hexdigest()[:16]
+
+
+def data_problems(splits: datasets.DatasetDict, data_args: DataArguments) -> list[str]:
+    """
+    Checks labels and names of loaded data, without opening an image.
+
+    Args:
+        splits (`datasets.DatasetDict`):
+            From [`load_data`].
+        data_args ([`DataArguments`]):
+            Its `metric_classes` must be classes of the data.
+
+    Returns:
+        `list[str]`: one sentence per problem.
+
+    Raises:
+        ValueError: see [`~synernet_hf.data.check_dataset`].
+    """
+    check_dataset(splits, decode_images=False)
+    names, problems = class_names(splits), []
+    if "train" not in splits:
+        problems.append(f"There is no split to train on, only {', '.join(splits)}: name one with `train_split`.")
+    unknown = [name for name in data_args.metric_classes or () if name not in names]
+    if unknown:
+        problems.append(f"`metric_classes` has unknown names {', '.join(unknown)}; known are {', '.join(names)}.")
+    return problems
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks."""
+    return " ".join(str(error).split())
+
+
+def model_config_from(model_args: ModelArguments, names: list[str]) -> SynerNetConfig:
+    """
+    The configuration that the model of these arguments will have.
+
+    Args:
+        model_args ([`ModelArguments`]):
+            Encoder and fields.
+        names (`list[str]`):
+            Class names, background first.
+
+    Returns:
+        [`SynerNetConfig`]
+
+    Raises:
+        OSError: if the pretrained encoder cannot be found.
+        ValueError: if a field has a value it cannot have.
+    """
+    if model_args.backbone is not None:
+        backbone_config = pretrained_backbone_config(model_args.backbone, model_args.backbone_overrides)
+    else:
+        backbone_config = AutoConfig.for_model(**model_args.backbone_config)
+    fields = {name: value for name, value in model_args.model_config.items() if name in MODEL_FIELDS}
+    return SynerNetConfig(backbone_config=backbone_config, id2label=id2label_from(names), **fields)
+
+
+def build_model(model_args: ModelArguments, names: list[str]) -> SynerNetForWeaklySupervisedSegmentation:
+    """
+    Makes the model, from a pretrained encoder or from random weights.
+
+    Args:
+        model_args ([`ModelArguments`]):
+            Encoder and fields.
+        names (`list[str]`):
+            Class names, background first.
+
+    Returns:
+        [`SynerNetForWeaklySupervisedSegmentation`]: in training mode, on the CPU.
+    """
+    if model_args.backbone is None:
+        model = SynerNetForWeaklySupervisedSegmentation(model_config_from(model_args, names))
+    else:
+        model = SynerNetForWeaklySupervisedSegmentation.from_backbone_pretrained(
+            model_args.backbone,
+            id2label=id2label_from(names),
+            backbone_overrides=model_args.backbone_overrides,
+            **model_args.model_config,
+        )
+    return model.train()
+
+
+def make_processor(config: SynerNetConfig, inference_size: int | None) -> SynerNetImageProcessor:
+    """
+    Makes the processor that is saved with the model.
+
+    Args:
+        config ([`SynerNetConfig`]):
+            Of the model.
+        inference_size (`int`, *optional*):
+            Shortest edge of the images in pixels; `None` keeps their size.
+
+    Returns:
+        [`SynerNetImageProcessor`]
+    """
+    resizing = {} if inference_size is None else {"do_resize": True, "size": {"shortest_edge": inference_size}}
+    return SynerNetImageProcessor(
+        image_mean=list(config.image_mean),
+        image_std=list(config.image_std),
+        size_divisor=config.patch_size,
+        **resizing,
+    )
+
+
+def train_loader(
+    data_args: DataArguments,
+    training_args: SynerNetTrainingArguments,
+    accelerator: Accelerator,
+    split: datasets.Dataset,
+    step: int,
+) -> DataLoader:
+    """
+    Makes the stream of training batches. It has no end, because steps that a gradient scaler skips use up batches too.
+    Order, crops and mirrors depend on the position alone, so a continuation repeats nothing.
+
+    Args:
+        data_args ([`DataArguments`]):
+            Number of workers.
+        training_args ([`SynerNetTrainingArguments`]):
+            Batch, crop and seed.
+        accelerator (`Accelerator`):
+            Of the run.
+        split (`datasets.Dataset`):
+            The training split.
+        step (`int`):
+            Steps whose batches are already used up.
+
+    Returns:
+        `DataLoader`: of all processes; `accelerator.prepare` gives each its share.
+    """
+    batches_per_step = training_args.gradient_accumulation_steps * accelerator.num_processes
+    sampler = StreamBatchSampler(
+        len(split),
+        training_args.per_device_batch_size,
+        num_batches=ENDLESS,
+        seed=training_args.seed,
+        start_batch=step * batches_per_step,
+    )
+    transform = TrainTransform(
+        training_args.crop_size, tuple(training_args.scale_range), flip=training_args.flip, seed=training_args.seed
+    )
+    return DataLoader(
+        TrainDataset(split, transform),
+        batch_sampler=sampler,
+        collate_fn=SynerNetDataCollator(len(class_names({"train": split})) - 1),
+        num_workers=data_args.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        # the loader draws a seed when it starts; from the global generator that would shift a resumed run's numbers
+        generator=torch.Generator(),
+    )
+
+
+def run_record(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: SynerNetTrainingArguments,
+    accelerator: Accelerator,
+    data: RunData,
+) -> dict[str, Any]:
+    """
+    Collects the content of `training_args.json`.
+
+    Args:
+        model_args ([`ModelArguments`]):
+            As given.
+        data_args ([`DataArguments`]):
+            As given.
+        training_args ([`SynerNetTrainingArguments`]):
+            As given.
+        accelerator (`Accelerator`):
+            Number of processes and precision.
+        data ([`RunData`]):
+            From [`prepare_data`].
+
+    Returns:
+        `dict[str, Any]`: the three argument groups, `class_names`, `skipped` records, what was `checked`, `versions`,
+        and under `run` what else the weights depend on.
+    """
+    train_split = data.splits["train"]
+    return {
+        "model_args": dataclasses.asdict(model_args),
+        "data_args": dataclasses.asdict(data_args),
+        "training_args": dataclasses.asdict(training_args),
+        "class_names": class_names(data.splits),
+        "skipped": data.skipped,
+        "checked": data.checked,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+            "datasets": datasets.__version__,
+        },
+        "run": {
+            "backbone_name": Path(model_args.backbone).name if model_args.backbone else None,
+            "data_fingerprint": _fingerprint({"train": train_split.select_columns(["image_id", "labels"])}),
+            "num_train": len(train_split),
+            "num_processes": accelerator.num_processes,
+            "mixed_precision": accelerator.mixed_precision,
+        },
+    }
+
+
+__all__ = [
+    "INPUT_ERRORS",
+    "MODEL_FIELDS",
+    "RunData",
+    "build_model",
+    "data_problems",
+    "load_data",
+    "make_processor",
+    "model_config_from",
+    "one_line",
+    "prepare_data",
+    "run_record",
+    "train_loader",
+]
