@@ -28,7 +28,7 @@ from synernet_hf.data import (
     load_wsss_dataset,
 )
 from synernet_hf.model import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
-from synernet_hf.model.configuration_synernet import pretrained_backbone_config
+from synernet_hf.model.encoder_synernet import pretrained_backbone_config
 from synernet_hf.training.arguments import (
     DataArguments,
     DataSourceArguments,

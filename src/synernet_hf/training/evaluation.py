@@ -342,7 +342,10 @@ def evaluate_model(
     ignore_index = model.config.semantic_loss_ignore_index
     metrics = {name: MeanIoU(model.config.num_labels, ignore_index) for name in scorer.names}
     images = _EvaluationImages(dataset, processor, order, range(first, num_images, step), scorer)
-    loader = torch.utils.data.DataLoader(images, batch_size=None, num_workers=kinds.get("num_workers", 0))
+    # a loader draws a seed when it starts; from the global generator that would shift the numbers of a resumed run
+    loader = torch.utils.data.DataLoader(
+        images, batch_size=None, num_workers=kinds.get("num_workers", 0), generator=torch.Generator()
+    )
     bar = tqdm(loader, desc="evaluate", disable=not kinds.get("progress", False) or first > 0)
     with _inference_mode_of(model):
         for batch in _equal_batches(map(_checked, bar), kinds.get("batch_size", 4)):
