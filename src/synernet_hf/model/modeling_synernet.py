@@ -126,8 +126,7 @@ class SynerNetSegmenterOutput(ModelOutput):
             Single-scale CAMs of the broad branch in [0, 1] at the size of `pixel_values`, of every class; `None` in
             training mode. [`~SynerNetForWeaklySupervisedSegmentation.generate_cams`] gives those that make labels.
         precise_cams (`torch.FloatTensor` of shape `(B, C, H, W)`, *optional*): those of the precise branch.
-        confidence (`torch.FloatTensor` of shape `(B, 1, H, W)`, *optional*):
-            Share of layers and branches that agree on a pixel, with `pseudo_labels`.
+        confidence (`torch.FloatTensor` of shape `(B, 1, H, W)`, *optional*): share of layers and branches that agree.
         pseudo_labels (`torch.LongTensor` of shape `(B, H, W)`, *optional*):
             Label that teaches the precise branch, 255 where undecided; with `labels` and a loss that needs it.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*): of both branches, broad first, if asked for.
@@ -435,17 +434,10 @@ class SynerNetModel(SynerNetPreTrainedModel):
 
     def cam_logits(self, pixel_values: torch.Tensor, plain: bool = False) -> BranchPair[tuple[torch.Tensor, ...]]:
         """
-        CAM logits of both branches from which labels, areas and votes are read; the decoders do not run. Those of a
-        branch with a propagation temperature are propagated, which leaves none below 0; the losses act on the CAM
-        logits of `forward`, which never are.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised images of any size.
-            plain (`bool`, *optional*, defaults to `False`): whether to leave the propagation out.
-
-        Returns:
-            `BranchPair[tuple[torch.Tensor, ...]]`: per branch the CAM logits of the last, the auxiliary and the
-            `config.additional_cam_layers` layers, `(B, C, h, w)`, or `(B, C, H, W)` where the image had to be padded.
+        CAM logits of both branches from which labels, areas and votes are read, for images `(B, 3, H, W)` of any size;
+        the decoders do not run. Per branch those of the last, the auxiliary and the `config.additional_cam_layers`
+        layers, `(B, C, h, w)`, or `(B, C, H, W)` where the image had to be padded. Those of a branch with a propagation
+        temperature are propagated, and not negative, unless `plain`.
         """
         padded = self.pad(pixel_values.to(self.dtype))
         shared_states = self.shared_states(padded)
@@ -457,8 +449,8 @@ class SynerNetModel(SynerNetPreTrainedModel):
         self, outputs: SynerNetModelOutput, size: tuple[int, int]
     ) -> BranchPair[tuple[torch.Tensor, ...]] | None:
         """
-        CAM logits as [`~SynerNetModel.cam_logits`] gives them, from the `outputs` of both branches for images of
-        `size` = (H, W) that `forward` has seen. `None` where the CAM views of such images are cut instead of padded.
+        [`~SynerNetModel.cam_logits`] from the `outputs` of `forward` for images of `size` = (H, W); `None` where the
+        CAM views of such images are cut instead of padded.
         """
         if self.config.floor_scaled_views and any(side % self.config.patch_size for side in size):
             return None
@@ -490,8 +482,7 @@ class SynerNetModel(SynerNetPreTrainedModel):
             pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): normalised images of any size; padded right
                 and bottom with 0 to multiples of the patch, so that maps have `ceil(H / p)` × `ceil(W / p)` tokens.
             branches (`tuple[str, ...]`, *optional*, defaults to both): which branches to run.
-            output_hidden_states (`bool` or `list[int]`, *optional*): whether to return hidden states, or which of them;
-                `None` stands in the place of the others.
+            output_hidden_states (`bool` or `list[int]`, *optional*): whether to return hidden states, or which of them.
             output_attentions (`bool`, *optional*): whether to return attention maps.
 
         Returns:
@@ -557,8 +548,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             id2label (`dict[int, str]`, *optional*): label names, 0 the background.
             backbone_overrides (`dict`, *optional*): encoder config fields to change, for example `qkv_bias`; weights
                 that then have no place are dropped, as in the authors' code.
-            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): dtype of the whole model, for training
-                float32, whatever the dtype of the checkpoint.
+            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the whole model, whatever the checkpoint's.
             config_fields: further fields of [`SynerNetConfig`].
 
         Returns:
@@ -604,8 +594,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             labels (`torch.Tensor` of shape `(B, C)`, *optional*): multi-hot; the maps of absent classes are 0.
             scales (`tuple[float, ...]`, *optional*, defaults to `config.cam_scales`): factors of height and width.
             flip (`bool`, *optional*, defaults to `config.cam_flip`): whether to use the mirrored image too.
-            plain (`bool`, *optional*, defaults to `False`): leave out propagation and the precise consensus, as for a
-                baseline of plain CAMs.
+            plain (`bool`, *optional*, defaults to `False`): leave out propagation and consensus, as for a baseline.
 
         Returns:
             [`SynerNetCamOutput`]
@@ -640,8 +629,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             scales (`tuple[float, ...]`, *optional*, defaults to `config.inference_scales`): factors of the sides.
             flip (`bool`, *optional*, defaults to `False`): whether to use the mirrored image too.
             inference_branches (`str`, *optional*): as in `forward`.
-            class_prior_weight (`float`, *optional*, defaults to `config.class_prior_weight`):
-                Strength of the class prior; 0 where the classes of the images are known.
+            class_prior_weight (`float`, *optional*, defaults to `config.class_prior_weight`): 0 for known classes.
 
         Returns:
             `torch.Tensor` of shape `(B, K, H, W)`: float32.
@@ -683,8 +671,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
                 Images normalised with `config.image_mean` and `config.image_std`, of any size.
             labels (`torch.Tensor` of shape `(B, num_labels - 1)`, *optional*):
                 Image-level labels, multi-hot over the foreground classes. With them the loss is computed.
-            valid_boxes (`torch.LongTensor` of shape `(B, 4)`, *optional*):
-                [top, bottom, left, right) of the real pixels of each image; the losses leave the padding out.
+            valid_boxes (`torch.LongTensor` of shape `(B, 4)`, *optional*): [top, bottom, left, right) of real pixels.
             loss_weights (`dict[str, float]`, *optional*, defaults to `config.loss_weights`):
                 Weight of each term: `cls`, `cls_aux`, `cls_token`, `spatial_bce` (the share of the spatial term in
                 the classification term of its branches), `patch_contrast`, `prototype_contrast`, `segmentation`.
@@ -694,12 +681,10 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
                 `"broad"`, `"precise"` or `"both"`: which branches to run; training needs both.
             output_hidden_states (`bool` or `list[int]`, *optional*): whether to return hidden states, or which of them.
             output_attentions (`bool`, *optional*): whether to return attention maps; they need eager attention.
-            pixel_mask (`torch.Tensor` of shape `(B, H, W)`, *optional*):
-                1 on real pixels, 0 on padding, as the image processor gives it; replaces `valid_boxes`.
+            pixel_mask (`torch.Tensor` of shape `(B, H, W)`, *optional*): 1 on real pixels, for `valid_boxes`.
             gather_embeddings (`Callable`, *optional*):
-                Collects instance embeddings from all processes, so that every process updates the prototypes alike:
-                takes embeddings `(n, P)` and class ids `(n,)`, returns both for all processes and the `slice` of the
-                own rows. `None` uses the own batch alone.
+                Collects embeddings `(n, P)` and class ids `(n,)` from all processes, so that all update the prototypes
+                alike, and returns both and the `slice` of the own rows. `None` uses the own batch alone.
 
         Returns:
             [`SynerNetSegmenterOutput`]
@@ -738,7 +723,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
                 logits,
                 labels,
                 valid_boxes,
-                self._weights(loss_weights),
+                self.config.loss_weights if loss_weights is None else loss_weights,
                 float(training_progress or 0.0),
                 gather_embeddings,
             )
@@ -784,13 +769,6 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
                 f"labels must be multi-hot, one row per image and one column per class without background: {expected}, "
                 f"got {tuple(labels.shape)}."
             )
-
-    def _weights(self, loss_weights: dict[str, float] | None) -> dict[str, float]:
-        given = self.config.loss_weights if loss_weights is None else loss_weights
-        unknown = sorted(set(given) - set(self.config.loss_weights))
-        if unknown:
-            raise ValueError(f"loss_weights knows {', '.join(self.config.loss_weights)}, got {', '.join(unknown)}.")
-        return dict.fromkeys(self.config.loss_weights, 0.0) | given
 
 
 def chosen_branches(inference_branches: str | None) -> tuple[str, ...]:

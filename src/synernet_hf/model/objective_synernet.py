@@ -73,7 +73,7 @@ def batch_objective(
     logits: BranchPair[torch.Tensor],
     labels: torch.Tensor,
     valid_boxes: torch.Tensor | None,
-    weights: dict[str, float],
+    loss_weights: dict[str, float],
     progress: float,
     gather_embeddings: Callable | None = None,
 ) -> SynerNetObjective:
@@ -87,13 +87,21 @@ def batch_objective(
         logits (`BranchPair[torch.Tensor]`): segmentation logits of the branches, `(B, K, H, W)`.
         labels (`torch.Tensor` of shape `(B, C)`): multi-hot.
         valid_boxes (`torch.Tensor` of shape `(B, 4)`, *optional*): [top, bottom, left, right) of real pixels.
-        weights (`dict[str, float]`): weight of every term.
+        loss_weights (`dict[str, float]`): weight of each term; terms that are not named weigh 0.
         progress (`float`): t/T in [0, 1].
         gather_embeddings (`Callable`, *optional*): see [`SynerNetForWeaklySupervisedSegmentation.forward`].
 
     Returns:
         [`SynerNetObjective`]
+
+    Raises:
+        ValueError: if a name in `loss_weights` is unknown.
     """
+    known = model.config.loss_weights
+    unknown = sorted(set(loss_weights) - set(known))
+    if unknown:
+        raise ValueError(f"loss_weights knows {', '.join(known)}, got {', '.join(unknown)}.")
+    weights = dict.fromkeys(known, 0.0) | loss_weights
     targets, confidence = make_targets(model, pixel_values, outputs, labels, valid_boxes, weights, progress)
     instances = [None, None]
     if weights["prototype_contrast"] and model.config.with_projection_head:
