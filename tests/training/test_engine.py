@@ -753,6 +753,45 @@ engine.train(*parse_arguments(sys.argv[2:] + resumed))
 """
 
 
+ALONE_SCRIPT = """
+import sys
+import torch
+from testing_utils import ALL_TERMS, SynerNetModelTester
+from synernet_hf.training import gather_in_rank_order
+
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+tester = SynerNetModelTester()
+model = tester.model().train()
+if rank == 0:
+    # nobody else takes part in this step
+    assert model(**tester.inputs(), loss_weights=ALL_TERMS).loss.isfinite()
+torch.distributed.barrier()
+# batches of different sizes, gathered
+inputs = tester.inputs(2 + rank)
+torch.manual_seed(rank)
+model = tester.model().train()
+loss = model(**inputs, loss_weights=ALL_TERMS, gather_embeddings=gather_in_rank_order).loss
+loss.backward()
+torch.save({name: buffer for name, buffer in model.named_buffers()}, f"{sys.argv[1]}/buffers{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_step_of_one_process_alone_waits_for_nobody(root, tmp_path):
+    (tmp_path / "script.py").write_text(ALONE_SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    paths = os.pathsep.join([str(root / "src"), str(root / "tests")])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command += [str(tmp_path / "script.py"), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"buffers{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert any(buffer.any() for buffer in first.values())
+    for name, buffer in first.items():
+        assert torch.equal(buffer, second[name]), name
+
+
 def test_two_processes_keep_equal_weights_and_prototypes_and_resume(root, tmp_path):
     (tmp_path / "script.py").write_text(RANK_SCRIPT)
     settings = MODEL | DATA | TRAINING | {"output_dir": str(tmp_path / "run"), "num_workers": 0, "save_total_limit": 2}
