@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from synernet_hf.data.coco import PolygonMask
 from synernet_hf.data.schema import IGNORE_INDEX, check_on_bad_image, class_names, name_some, note_skipped
-from synernet_hf.data.transforms import ORIENTATION_TAG, TRANSPOSED_ORIENTATIONS, open_image
+from synernet_hf.data.transforms import ORIENTATION_TAG, TRANSPOSED_ORIENTATIONS, open_stored
 
 
 logger = logging.getLogger(__name__)
@@ -370,7 +370,7 @@ def _scan_record(record: dict, num_labels: int) -> RecordScan:
         content = record["image"]["bytes"]
         content = Path(path).read_bytes() if content is None else content
         scan.digest, scan.num_bytes = hashlib.sha256(content).digest(), len(content)
-        image = open_image({"bytes": content, "path": None})
+        image = open_stored({"bytes": content, "path": None})
         scan.kind = f"{image.format} {image.mode}"
         scan.size = _decoded_size(image)
     except DECODING_ERRORS as error:
@@ -410,7 +410,7 @@ def _examine_mask(cell: dict | None, size: tuple[int, int], num_labels: int) -> 
             None,
         )
     try:
-        mask = open_image(cell)
+        mask = open_stored(cell)
         mask.load()
         mask = ImageOps.exif_transpose(mask)
     except DECODING_ERRORS as error:

@@ -57,13 +57,8 @@ def load_coco2014(
             Name of the training images' folder and of their annotation file.
         validation_split (`str`, *optional*, defaults to `"val2014"`):
             The same of the images to evaluate on.
-        on_bad_image (`str`, *optional*, defaults to `"raise"`):
-            What to do about annotated images that are not there: `"raise"`, or `"skip"` to leave them out, log
-            them and list them in `skipped`.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Gives an `IterableDatasetDict` to go through; not for training, which draws images at random.
-        skipped (`dict[str, list[str]]`, *optional*):
-            Dictionary to which what is left out is added, a phrase for each record, by split.
+        on_bad_image, streaming, skipped:
+            See [`load_image_labels`].
 
     Returns:
         `datasets.DatasetDict` or `datasets.IterableDatasetDict`: `train` (`image`, `image_id`, `labels`) and

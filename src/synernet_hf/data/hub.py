@@ -79,7 +79,7 @@ def load_image_labels(
         validation_split (`str`, *optional*):
             Name of the split to evaluate on; `validation`, `val` or `test` where it is not given.
         on_bad_image (`str`, *optional*, defaults to `"raise"`):
-            What to do about images that a table names and that are not there: `"raise"`, or `"skip"` to leave them
+            What to do about images that a table or list names and that are not there: `"raise"`, or `"skip"` to leave them
             out, log them and list them in `skipped`.
         streaming (`bool`, *optional*, defaults to `False`):
             Gives an `IterableDatasetDict` to go through; a Hub or parquet data set is read meanwhile. Not for

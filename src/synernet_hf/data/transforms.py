@@ -22,7 +22,7 @@ TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)
 ORIENTATION_TAG = 0x0112
 
 
-def open_image(image: dict | str | Path | Image.Image) -> Image.Image:
+def open_stored(image: dict | str | Path | Image.Image) -> Image.Image:
     """
     Opens an undecoded `datasets.Image` (`{"bytes": ..., "path": ...}`), a path or an image, as it is stored; no pixel
     is decoded.
@@ -81,7 +81,7 @@ class TrainTransform:
 
         Args:
             record (`dict`):
-                `image` (see [`open_image`]), `image_id` and `labels`.
+                `image` (see [`open_stored`]), `image_id` and `labels`.
             position (`int`):
                 Place of the sample in the training stream.
 
@@ -95,7 +95,7 @@ class TrainTransform:
         """
         rng = np.random.default_rng((self.seed, position))
         try:
-            crop, valid_box = self._crop(open_image(record["image"]), rng)
+            crop, valid_box = self._crop(open_stored(record["image"]), rng)
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"The image {record['image_id']} does not decode: {error}") from error
         return {
@@ -338,5 +338,5 @@ __all__ = [
     "SynerNetDataCollator",
     "TrainDataset",
     "TrainTransform",
-    "open_image",
+    "open_stored",
 ]
