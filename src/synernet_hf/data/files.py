@@ -65,15 +65,17 @@ class ImageIndex:
         left_out = {posixpath.normpath(path.replace("\\", "/")) for path in left_out}
         for parent, folders, files in os.walk(folder):
             folders[:] = sorted(name for name in folders if not name.startswith(".") and name != MASK_FOLDER)
+            below = Path(parent).relative_to(folder).as_posix()
             for file in sorted(files):
-                path = (Path(parent) / file).relative_to(folder).as_posix()
-                is_image = not file.startswith(".") and Path(file).suffix.lower() in IMAGE_SUFFIXES
+                path = file if below == "." else f"{below}/{file}"
+                is_image = not file.startswith(".") and os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
                 if is_image and path not in left_out:
                     self.paths.append(path)
                     for key in {path, file, image_name(file)}:
                         self.by_key.setdefault(key, []).append(path)
-        self.mask_paths = Counter(Path(path).with_suffix(".png") for path in self.paths)
-        self.mask_names = Counter(Path(path).with_suffix(".png").name for path in self.paths)
+        masks = [f"{os.path.splitext(path)[0]}.png" for path in self.paths]
+        self.mask_paths = Counter(masks)
+        self.mask_names = Counter(posixpath.basename(mask) for mask in masks)
 
     def find(self, name: str) -> str | None:
         """
@@ -103,7 +105,10 @@ class ImageIndex:
         """
         path = Path(os.path.relpath(image, self.folder)).with_suffix(".png")
         masks = self.folder / MASK_FOLDER
-        candidates = ((masks / path, self.mask_paths[path]), (masks / path.name, self.mask_names[path.name]))
+        candidates = (
+            (masks / path, self.mask_paths[path.as_posix()]),
+            (masks / path.name, self.mask_names[path.name]),
+        )
         return first_file(mask for mask, sharing in candidates if sharing <= 1)
 
 
