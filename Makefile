@@ -82,7 +82,7 @@ quality: $(STAMP) ## check the code with ruff (rules and format)
 	@$(PY) -m ruff check $(SOURCES)
 	@$(PY) -m ruff format --check $(SOURCES)
 
-style: $(STAMP) ## put the code into the house's form with ruff
+style: $(STAMP) ## format the code with ruff
 	@$(PY) -m ruff check --fix $(SOURCES)
 	@$(PY) -m ruff format $(SOURCES)
 
