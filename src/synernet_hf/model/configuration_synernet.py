@@ -288,10 +288,6 @@ class SynerNetConfig(PreTrainedConfig):
         """`int`: side of the encoder's square patch, in pixels."""
         return self.backbone_config.patch_size
 
-    def propagation_temperature(self, branch: str) -> float | None:
-        """`float`, *optional*: the temperature of the `"broad"` or the `"precise"` branch."""
-        return {"broad": self.broad_propagation_temperature, "precise": self.precise_propagation_temperature}[branch]
-
     @property
     def voting_layers(self) -> tuple[int, ...]:
         """`tuple[int]`: the hidden states whose CAMs vote, counted from the embeddings."""

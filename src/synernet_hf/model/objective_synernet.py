@@ -230,17 +230,9 @@ def label_tokens(
 
 def pick_instance_classes(pseudo_labels: torch.Tensor, labels: torch.Tensor, draw: bool = True) -> torch.Tensor:
     """
-    One class per image for instance learning, drawn at random from those in its label map, or from its image-level
-    labels if the map holds none (authors' code, which mixes up class ids here).
-
-    Args:
-        pseudo_labels (`torch.Tensor` of shape `(B, H, W)`): int64 label maps.
-        labels (`torch.Tensor` of shape `(B, C)`): multi-hot.
-        draw (`bool`, *optional*, defaults to `True`): whether to draw; otherwise the first class is taken, so that a
-            loss in evaluation mode is the same every time (ours).
-
-    Returns:
-        `torch.Tensor` of shape `(B,)`: int64, 0-based foreground class, -1 for an image without any.
+    One class per image for instance learning, `(B,)` int64 from 0, -1 for an image without any: drawn from those in its
+    label map `(B, H, W)`, or from its multi-hot labels `(B, C)` if the map holds none (authors' code, which mixes up
+    class ids here). Without `draw` the first one, so that a loss in evaluation mode is the same every time (ours).
     """
     num_classes = labels.shape[1]
     flat = pseudo_labels.flatten(1)
@@ -260,17 +252,8 @@ def cut_instances(
     ignore_index: int = 255,
 ) -> torch.Tensor:
     """
-    Images in which only one class and the undecided pixels inside the valid box are left (authors' code).
-
-    Args:
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised images.
-        pseudo_labels (`torch.Tensor` of shape `(B, H, W)`): int64 label maps.
-        class_ids (`torch.Tensor` of shape `(B,)`): int64, 0-based foreground class to keep.
-        valid_boxes (`torch.Tensor` of shape `(B, 4)`, *optional*): [top, bottom, left, right) of real pixels.
-        ignore_index (`int`, *optional*, defaults to 255): label of undecided pixels.
-
-    Returns:
-        `torch.Tensor` of shape `(B, 3, H, W)`: 0 at all other pixels.
+    Images `(B, 3, H, W)` with 0 at all pixels but those of one class, `class_ids` `(B,)` from 0, and the undecided ones
+    of the label maps `(B, H, W)`, inside the valid boxes `(B, 4)` (authors' code).
     """
     keep = (pseudo_labels == (class_ids + 1)[:, None, None]) | (pseudo_labels == ignore_index)
     if valid_boxes is not None:
