@@ -1,6 +1,7 @@
-"""Who may import whom, and the rules that keep `model/` exportable to the Hub as a flat folder of files."""
+"""Who may import whom, what scripts may import, and the rules that keep `model/` exportable to the Hub as a flat folder of files."""
 
 import ast
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -168,3 +169,30 @@ def test_signatures_are_short(path):
             # training loops hand in `gather_embeddings`
             count = len([name for name in names if name not in ("self", "cls", "pixel_mask", "gather_embeddings")])
             assert count <= MAX_ARGUMENTS, f"{relative(path)}:{node.lineno} {node.name} takes {count} arguments"
+
+
+PUBLIC_MODULES = {
+    "synernet_hf",
+    *(
+        f"synernet_hf.{name}"
+        for name in (
+            "crf data export files metrics model model_card model_folder pseudo_labels training visualization".split()
+        )
+    ),
+}
+ROOT = SOURCE.parents[1]
+SCRIPTS = sorted(path for folder in ("examples", "scripts", "benchmarks") for path in (ROOT / folder).glob("*.py"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_scripts_import_public_names_only(path):
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names if alias.name.split(".")[0] == "synernet_hf"]
+            assert not set(modules) - PUBLIC_MODULES, f"{path.name}:{node.lineno} imports {modules}"
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "synernet_hf":
+            where = f"{path.name}:{node.lineno}"
+            assert node.module in PUBLIC_MODULES, f"{where} imports from {node.module}, which is inside a room"
+            public = importlib.import_module(node.module).__all__
+            private = [alias.name for alias in node.names if alias.name not in public]
+            assert not private, f"{where} imports {private}, not in the __all__ of {node.module}"

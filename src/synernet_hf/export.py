@@ -248,5 +248,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+__all__ = ["SynerNetInferenceGraph", "export_onnx", "export_program", "quantize_weights"]
+
+
 if __name__ == "__main__":
     sys.exit(main())

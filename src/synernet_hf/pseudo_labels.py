@@ -519,4 +519,12 @@ def _manifest(output_dir: Path, records: list[dict], id2label: dict[int, str]) -
     return pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
 
 
-__all__ = ["PseudoLabelOptions", "PseudoLabeler", "pseudo_label_classes", "with_pseudo_labels", "write_pseudo_labels"]
+__all__ = [
+    "LABEL_SOURCES",
+    "MAPS",
+    "PseudoLabelOptions",
+    "PseudoLabeler",
+    "pseudo_label_classes",
+    "with_pseudo_labels",
+    "write_pseudo_labels",
+]

@@ -104,22 +104,9 @@ def prepare_data(
     data_args: DataArguments, accelerator: Accelerator, record: Mapping[str, Any] | None = None
 ) -> RunData:
     """
-    Loads the data in every process. The main process alone checks it, unless a checkpoint says that the same data was
-    checked before. A problem in any process ends all of them with the same sentences.
-
-    Args:
-        data_args ([`DataArguments`]):
-            Which data.
-        accelerator (`Accelerator`):
-            Of the run.
-        record (`Mapping`, *optional*):
-            `training_args.json` of the checkpoint to continue.
-
-    Returns:
-        [`RunData`]
-
-    Raises:
-        InvalidArguments: with one sentence per problem.
+    Loads the data in every process. The main process alone checks its images, unless `record`, the
+    `training_args.json` of the checkpoint to continue, says that the same data was checked before. A problem in any
+    process ends all of them with the same `InvalidArguments`, one sentence per problem.
     """
     problems, splits, result = [], None, None
     skipped: dict[str, list[str]] = {}
@@ -174,21 +161,7 @@ def _fingerprint(splits: Mapping[str, datasets.Dataset], source: str = "") -> st
 
 
 def data_problems(splits: datasets.DatasetDict, data_args: DataArguments) -> list[str]:
-    """
-    Checks labels and names of loaded data, without opening an image.
-
-    Args:
-        splits (`datasets.DatasetDict`):
-            From [`load_data`].
-        data_args ([`DataArguments`]):
-            Its `metric_classes` must be classes of the data.
-
-    Returns:
-        `list[str]`: one sentence per problem.
-
-    Raises:
-        ValueError: see [`~synernet_hf.data.check_dataset`].
-    """
+    """Checks labels and names of loaded data without opening an image; one sentence per problem."""
     check_dataset(splits, decode_images=False)
     names, problems = class_names(splits), []
     if "train" not in splits:
@@ -206,20 +179,8 @@ def one_line(error: BaseException) -> str:
 
 def model_config_from(model_args: ModelArguments, names: list[str]) -> SynerNetConfig:
     """
-    The configuration that the model of these arguments will have.
-
-    Args:
-        model_args ([`ModelArguments`]):
-            Encoder and fields.
-        names (`list[str]`):
-            Class names, background first.
-
-    Returns:
-        [`SynerNetConfig`]
-
-    Raises:
-        OSError: if the pretrained encoder cannot be found.
-        ValueError: if a field has a value it cannot have.
+    Makes the configuration of the model, with `names` as classes (background first). `OSError` if the pretrained
+    encoder cannot be found, `ValueError` if a field has a value it cannot have.
     """
     if model_args.backbone is not None:
         backbone_config = pretrained_backbone_config(model_args.backbone, model_args.backbone_overrides)
@@ -230,18 +191,7 @@ def model_config_from(model_args: ModelArguments, names: list[str]) -> SynerNetC
 
 
 def build_model(model_args: ModelArguments, names: list[str]) -> SynerNetForWeaklySupervisedSegmentation:
-    """
-    Makes the model, from a pretrained encoder or from random weights.
-
-    Args:
-        model_args ([`ModelArguments`]):
-            Encoder and fields.
-        names (`list[str]`):
-            Class names, background first.
-
-    Returns:
-        [`SynerNetForWeaklySupervisedSegmentation`]: in training mode, on the CPU.
-    """
+    """Makes the model in training mode on the CPU, from a pretrained encoder or from random weights."""
     if model_args.backbone is None:
         model = SynerNetForWeaklySupervisedSegmentation(model_config_from(model_args, names))
     else:
@@ -255,18 +205,7 @@ def build_model(model_args: ModelArguments, names: list[str]) -> SynerNetForWeak
 
 
 def make_processor(config: SynerNetConfig, inference_size: int | None) -> SynerNetImageProcessor:
-    """
-    Makes the processor that is saved with the model.
-
-    Args:
-        config ([`SynerNetConfig`]):
-            Of the model.
-        inference_size (`int`, *optional*):
-            Shortest edge of the images in pixels; `None` keeps their size.
-
-    Returns:
-        [`SynerNetImageProcessor`]
-    """
+    """Makes the processor saved with the model; without `inference_size`, images keep their size."""
     resizing = {} if inference_size is None else {"do_resize": True, "size": {"shortest_edge": inference_size}}
     return SynerNetImageProcessor(
         image_mean=list(config.image_mean),
@@ -284,23 +223,8 @@ def train_loader(
     step: int,
 ) -> DataLoader:
     """
-    Makes the stream of training batches. It has no end, because steps that a gradient scaler skips use up batches too.
-    Order, crops and mirrors depend on the position alone, so a continuation repeats nothing.
-
-    Args:
-        data_args ([`DataArguments`]):
-            Number of workers.
-        training_args ([`SynerNetTrainingArguments`]):
-            Batch, crop and seed.
-        accelerator (`Accelerator`):
-            Of the run.
-        split (`datasets.Dataset`):
-            The training split.
-        step (`int`):
-            Steps whose batches are already used up.
-
-    Returns:
-        `DataLoader`: of all processes; `accelerator.prepare` gives each its share.
+    Makes the stream of training batches from `step` on. It has no end, because steps that a gradient scaler skips use
+    up batches too. Order, crops and mirrors depend on the position alone, so a continuation repeats nothing.
     """
     batches_per_step = training_args.gradient_accumulation_steps * accelerator.num_processes
     sampler = StreamBatchSampler(
@@ -332,23 +256,8 @@ def run_record(
     data: RunData,
 ) -> dict[str, Any]:
     """
-    Collects the content of `training_args.json`.
-
-    Args:
-        model_args ([`ModelArguments`]):
-            As given.
-        data_args ([`DataArguments`]):
-            As given.
-        training_args ([`SynerNetTrainingArguments`]):
-            As given.
-        accelerator (`Accelerator`):
-            Number of processes and precision.
-        data ([`RunData`]):
-            From [`prepare_data`].
-
-    Returns:
-        `dict[str, Any]`: the three argument groups, `class_names`, `skipped` records, what was `checked`, `versions`,
-        and under `run` what else the weights depend on.
+    Collects the content of `training_args.json`: the three argument groups, `class_names`, `skipped` records, what was
+    `checked`, `versions`, and under `run` what else the weights depend on.
     """
     train_split = data.splits["train"]
     return {

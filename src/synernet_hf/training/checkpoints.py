@@ -88,19 +88,7 @@ class TrainerState:
 
 
 def read_record(path: Path) -> Any:
-    """
-    Reads a JSON file of a run or checkpoint.
-
-    Args:
-        path (`Path`):
-            The file.
-
-    Returns:
-        `Any`: its content.
-
-    Raises:
-        InvalidArguments: if it is missing or not JSON.
-    """
+    """Reads a JSON file of a run or checkpoint; `InvalidArguments` if it is missing or not JSON."""
     try:
         return read_json(path)
     except ValueError as error:
@@ -108,16 +96,7 @@ def read_record(path: Path) -> Any:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """
-    The complete checkpoints of a run.
-
-    Args:
-        output_dir (`Path`):
-            Folder of the run; it need not exist.
-
-    Returns:
-        `list[Path]`: folders `checkpoint-<step>`, lowest step first.
-    """
+    """Lists the complete checkpoints of a run, folders `checkpoint-<step>`, lowest step first."""
     if not output_dir.is_dir():
         return []
     found = [(CHECKPOINT_NAME.fullmatch(path.name), path) for path in output_dir.iterdir()]
@@ -142,37 +121,16 @@ def _is_own_record(path: Path) -> bool:
 
 
 def is_without_checkpoint(output_dir: Path) -> bool:
-    """
-    Says whether a run was interrupted before its first checkpoint.
-
-    Args:
-        output_dir (`Path`):
-            Folder of the run; it need not exist.
-
-    Returns:
-        `bool`: `True` if the folder holds the settings of a run but neither a checkpoint nor a final model.
-    """
+    """Tells whether a folder has the settings of a run but neither a checkpoint nor a final model."""
     finished = (output_dir / "config.json").exists() or (output_dir / "model.safetensors").exists()
     return not finished and not list_checkpoints(output_dir) and _is_own_record(output_dir / ARGUMENTS_FILE)
 
 
 def find_resume_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
     """
-    Decides what a run starts from. With `"latest"`, a run that was interrupted before its first checkpoint starts
-    over in its folder.
-
-    Args:
-        output_dir (`Path`):
-            Folder of the run.
-        resume_from_checkpoint (`str`, *optional*):
-            `None`, `"latest"` or a checkpoint folder.
-
-    Returns:
-        `Path` or `None`: the checkpoint to continue from, `None` for a run from the first step on.
-
-    Raises:
-        InvalidArguments: if the run would write into a folder that holds another run or other files or is no folder,
-            or the named checkpoint is not there.
+    Finds the checkpoint that a run continues from; `None` for a run from the first step on. With `"latest"`, a run
+    that was interrupted before its first checkpoint starts over in its folder. `InvalidArguments` if the folder holds
+    another run, other files, or is no folder, or if the named checkpoint does not exist.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise InvalidArguments(f"The output folder {output_dir} is a file: choose another `output_dir`.")
@@ -220,16 +178,8 @@ def find_resume_checkpoint(output_dir: Path, resume_from_checkpoint: str | None)
 
 def differing_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """
-    Compares the settings of a checkpoint with those of the run that would continue it.
-
-    Args:
-        saved (`Mapping`):
-            Content of the checkpoint's `training_args.json`.
-        current (`Mapping`):
-            The same of this run.
-
-    Returns:
-        `list[str]`: one entry `name (then → now)` per setting that weights depend on and that differs.
+    Compares two contents of `training_args.json`: one entry `name (then → now)` per setting that weights depend on and
+    that differs.
     """
     differing = []
     current = finite(current)
@@ -247,16 +197,8 @@ def differing_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> 
 
 def check_same_settings(checkpoint: Path, current: Mapping[str, Any]) -> None:
     """
-    Makes sure that a run can go on from a checkpoint.
-
-    Args:
-        checkpoint (`Path`):
-            The checkpoint folder.
-        current (`Mapping`):
-            Content of this run's `training_args.json`.
-
-    Raises:
-        InvalidArguments: if a setting that weights depend on differs; the sentence names all that do.
+    Checks that a run with this content of `training_args.json` can continue a checkpoint: `InvalidArguments` names all
+    settings that weights depend on and that differ.
     """
     differing = differing_settings(read_record(checkpoint / ARGUMENTS_FILE), current)
     if differing:
@@ -274,23 +216,9 @@ def save_checkpoint(
     save_total_limit: int | None = None,
 ) -> Path:
     """
-    Saves weights, optimizer, scheduler, random states and counters as `checkpoint-<step>`. The folder gets its name
-    only when everything in it is written; older checkpoints beyond the limit go after that. Every process calls this.
-
-    Args:
-        accelerator (`Accelerator`):
-            Holds what was prepared for training.
-        output_dir (`Path`):
-            Folder of the run.
-        state ([`TrainerState`]):
-            The counters.
-        arguments (`Mapping`):
-            Content of `training_args.json`, kept beside the weights for the check when resuming.
-        save_total_limit (`int`, *optional*):
-            Number of checkpoints to keep; `None` keeps all.
-
-    Returns:
-        `Path`: the checkpoint folder.
+    Saves weights, optimizer, scheduler, random states and counters as `checkpoint-<step>`; every process calls this.
+    The folder gets its name only when everything in it is written; then older checkpoints beyond the limit are
+    removed.
     """
     folder = output_dir / f"checkpoint-{state.step}"
     temporary = folder.with_name(folder.name + ".tmp")
@@ -317,34 +245,14 @@ def save_checkpoint(
 
 
 def write_state(checkpoint: Path, state: TrainerState) -> None:
-    """
-    Writes the counters of a checkpoint, anew after an evaluation that followed it.
-
-    Args:
-        checkpoint (`Path`):
-            The checkpoint folder.
-        state ([`TrainerState`]):
-            The counters.
-    """
+    """Writes the counters of a checkpoint, again after an evaluation that follows it."""
     write_json(checkpoint / STATE_FILE, asdict(state))
 
 
 def read_state(checkpoint: Path, output_dir: Path) -> TrainerState:
     """
-    Reads the counters of a checkpoint; the rest is `accelerator.load_state`'s. What the best model so far is, the
-    `best/` folder of the continued run says: a run that goes on in another folder has none yet.
-
-    Args:
-        checkpoint (`Path`):
-            The checkpoint folder.
-        output_dir (`Path`):
-            Folder of the run that goes on.
-
-    Returns:
-        [`TrainerState`]
-
-    Raises:
-        InvalidArguments: if the counters cannot be read.
+    Reads the counters of a checkpoint; `accelerator.load_state` reads the rest. The best score is that of the `best/`
+    folder in `output_dir`: a run that continues in another folder has none yet.
     """
     state = TrainerState(**read_record(checkpoint / STATE_FILE))
     state.best_metric = state.best_step = None
@@ -356,13 +264,7 @@ def read_state(checkpoint: Path, output_dir: Path) -> TrainerState:
 
 
 def remove_unfinished(output_dir: Path) -> None:
-    """
-    Removes what an interrupted write of this module left behind, and nothing else.
-
-    Args:
-        output_dir (`Path`):
-            Folder of the run; it need not exist.
-    """
+    """Removes the temporary files of an interrupted write of this run, and nothing else."""
     for folder in (output_dir, output_dir / "best"):
         for path in [path for path in folder.glob("*.tmp") if _is_temporary(path)]:
             if path.is_dir():
@@ -380,18 +282,8 @@ def save_model_folder(
     json_files: Sequence[tuple[str, Any]] = (),
 ) -> None:
     """
-    Writes a folder that `from_pretrained` reads. Files are made in a temporary folder and moved into place one by
-    one, so that a reader finds each of them whole.
-
-    Args:
-        folder (`Path`):
-            The folder; may hold other things and an older model.
-        model ([`SynerNetForWeaklySupervisedSegmentation`]):
-            The unwrapped model.
-        processor ([`SynerNetImageProcessor`]):
-            Its image processor.
-        json_files (`Sequence[tuple[str, Any]]`, *optional*, defaults to `()`):
-            Names and contents of JSON files to write beside it.
+    Writes a folder that `from_pretrained` reads, and JSON files beside the model. Files are made in a temporary folder
+    and moved into place one by one, so that a reader finds each of them whole.
     """
     temporary = folder / "model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)

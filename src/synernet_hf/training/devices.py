@@ -45,16 +45,7 @@ def is_slow_in_bf16(device: torch.device) -> bool:
 
 
 def hardware(accelerator: Accelerator) -> str:
-    """
-    Names what a run was computed on, for its model card.
-
-    Args:
-        accelerator (`Accelerator`):
-            Of the run.
-
-    Returns:
-        `str`: such as `"2 × NVIDIA A100"` or `"cpu (x86_64, 2 threads)"`.
-    """
+    """Names what a run was computed on, such as `2 × NVIDIA A100` or `cpu (x86_64, 2 threads)`."""
     count = f"{accelerator.num_processes} × " if accelerator.num_processes > 1 else ""
     if accelerator.device.type == "cuda":
         return count + torch.cuda.get_device_name(accelerator.device)

@@ -166,16 +166,7 @@ def train(
 
 
 def setup(training_args: SynerNetTrainingArguments) -> Accelerator:
-    """
-    Brings up processes and devices and seeds every random generator; touches no file.
-
-    Args:
-        training_args ([`SynerNetTrainingArguments`]):
-            Validated.
-
-    Returns:
-        `Accelerator`
-    """
+    """Starts processes and devices and seeds every random generator; touches no file."""
     output_dir = Path(training_args.output_dir)
     accelerator = Accelerator(
         mixed_precision=resolve_precision(training_args.mixed_precision),
@@ -208,26 +199,7 @@ def build_run(
 ) -> TrainingRun:
     """
     Makes model, optimizer and data stream, restores the checkpoint if there is one, and makes the output folder.
-
-    Args:
-        model_args ([`ModelArguments`]):
-            Validated.
-        data_args ([`DataArguments`]):
-            Validated.
-        training_args ([`SynerNetTrainingArguments`]):
-            Validated.
-        accelerator (`Accelerator`):
-            From [`setup`].
-        data ([`RunData`]):
-            From [`prepare_data`].
-        checkpoint (`Path`, *optional*):
-            From [`validate_arguments`].
-
-    Returns:
-        [`TrainingRun`]: ready for [`fit`].
-
-    Raises:
-        InvalidArguments: if the checkpoint was made with other settings; nothing is written then.
+    `InvalidArguments` if the checkpoint was made with other settings; nothing is written then.
     """
     output_dir = Path(training_args.output_dir)
     splits = data.splits
@@ -293,16 +265,9 @@ def build_run(
 
 def fit(run: TrainingRun) -> None:
     """
-    The loop: one optimizer step after another until `max_steps`, with logs, evaluations and checkpoints in between.
-    The last step is always logged, saved and evaluated. A checkpoint comes before the evaluation of the same step, so
-    that an evaluation that fails costs no step; the continuation begins with the evaluation that is missing.
-
-    Args:
-        run ([`TrainingRun`]):
-            From [`build_run`]; its state moves on.
-
-    Raises:
-        FloatingPointError: see [`train`].
+    Runs one optimizer step after another until `max_steps`, with logs, evaluations and checkpoints in between. The
+    last step is always logged, saved and evaluated. A checkpoint is saved before the evaluation of the same step, so
+    that a failing evaluation costs no step; the continuation starts with the evaluation that is missing.
     """
     args, state, accelerator = run.training_args, run.state, run.accelerator
     meter, skipped_in_a_row = LossMeter(), 0
@@ -362,16 +327,9 @@ def _evaluates(run: TrainingRun) -> bool:
 
 def train_step(run: TrainingRun, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
-    One forward and backward pass, and the optimizer step when enough passes are accumulated.
-
-    Args:
-        run ([`TrainingRun`]):
-            The run.
-        batch (`dict[str, torch.Tensor]`):
-            `images` `(B, 3, S, S)` uint8, `labels` `(B, C)` and `valid_boxes` `(B, 4)`.
-
-    Returns:
-        `tuple[torch.Tensor, dict[str, torch.Tensor]]`: the loss and its active terms, scalars without gradient.
+    Runs one forward and backward pass, and the optimizer step when enough passes are accumulated. `batch` holds
+    `images` `(B, 3, S, S)` uint8, `labels` `(B, C)` and `valid_boxes` `(B, 4)`. Returns the loss and its active terms,
+    scalars without gradient.
     """
     accelerator, args = run.accelerator, run.training_args
     progress = run.state.step / args.max_steps
@@ -396,17 +354,7 @@ def train_step(run: TrainingRun, batch: dict[str, torch.Tensor]) -> tuple[torch.
 
 
 def log(run: TrainingRun, means: dict[str, float], bar: tqdm) -> None:
-    """
-    Writes the mean losses since the last log to the bar, the tracker and the run's history.
-
-    Args:
-        run ([`TrainingRun`]):
-            The run.
-        means (`dict[str, float]`):
-            From [`LossMeter.read`].
-        bar (`tqdm`):
-            The progress bar.
-    """
+    """Writes the mean losses since the last log to the bar, the tracker and the run's history."""
     # the groups already hold the next step's rates; logged is the one that the last step used
     args = run.training_args
     multiplier = learning_rate_multiplier(run.state.step - 1, args.warmup_steps, args.max_steps)
@@ -422,15 +370,8 @@ def log(run: TrainingRun, means: dict[str, float], bar: tqdm) -> None:
 
 def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
     """
-    Scores the present weights on the validation split in float32, whatever the precision of the training, and keeps
-    them as `best/` if no earlier ones were as good.
-
-    Args:
-        run ([`TrainingRun`]):
-            The run; every process calls this.
-
-    Returns:
-        `dict[str, dict]`: see [`evaluate_model`].
+    Scores the present weights on the validation split in float32, whatever the precision of the training, and saves
+    them as `best/` if no earlier ones were as good. Every process calls this.
     """
     accelerator, state = run.accelerator, run.state
     started = time.perf_counter()
@@ -469,16 +410,7 @@ def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
 
 
 def finish(run: TrainingRun) -> dict[str, dict[str, Any]]:
-    """
-    Writes the final folder: model, processor, results, card and the images it shows.
-
-    Args:
-        run ([`TrainingRun`]):
-            After [`fit`]; every process calls this.
-
-    Returns:
-        `dict[str, dict]`: see [`train`].
-    """
+    """Writes the final folder (model, processor, results, card, images); every process calls this."""
     state, record = run.state, run.record
     # a run that is resumed after its last step has nothing from `fit`
     results = run.results or (evaluate(run) if run.can_evaluate else {})

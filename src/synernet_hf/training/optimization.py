@@ -179,16 +179,7 @@ class LossMeter:
 def check_finite_weights(model: torch.nn.Module, step: int) -> None:
     """
     Checks every parameter and buffer: a finite loss may have had a gradient that is not, and training must be able to
-    continue from each checkpoint.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model in training.
-        step (`int`):
-            Optimizer steps done.
-
-    Raises:
-        FloatingPointError: if a value is NaN or infinite; the sentence names the first parameter or buffer.
+    continue from each checkpoint. `FloatingPointError` names the first one with NaN or infinite values.
     """
     tensors = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
     finite = torch.stack([tensor.detach().isfinite().all() for tensor in tensors.values()]).tolist()

@@ -27,23 +27,9 @@ def validate_arguments(
     model_args: ModelArguments, data_args: DataArguments, training_args: SynerNetTrainingArguments
 ) -> Path | None:
     """
-    Checks everything that can be known without opening an image, and raises once. Writes nothing. The data itself is
-    checked by [`~synernet_hf.training.building.prepare_data`]; here it is loaded only to report its problems together
-    with others.
-
-    Args:
-        model_args ([`ModelArguments`]):
-            What is trained.
-        data_args ([`DataArguments`]):
-            On what.
-        training_args ([`SynerNetTrainingArguments`]):
-            How.
-
-    Returns:
-        `Path` or `None`: the checkpoint to continue from.
-
-    Raises:
-        InvalidArguments: with one sentence per problem, one per line.
+    Checks everything that can be known without opening an image, writes nothing, and returns the checkpoint to
+    continue from, if any. Raises one `InvalidArguments` with a sentence per problem. [`prepare_data`] loads and checks
+    the data; here it is loaded only to report its problems together with others.
     """
     problems, checkpoint = training_args.problems(), None
     if data_args.num_workers < 0:
