@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -722,6 +723,10 @@ def test_a_pretrained_encoder_starts_both_branches(tmp_path):
     # the two ways to the configuration agree, and `validate_arguments` looks at the right one
     looked_at = building.model_config_from(arguments, ["background", "cat", "dog"])
     assert looked_at.backbone_config.layer_norm_eps == 1e-5
+    misspelt = replace(arguments, backbone_overrides={"qkv_bais": False})
+    for build in (engine.build_model, building.model_config_from):
+        with pytest.raises(ValueError, match=r"has no field qkv_bais: did you mean qkv_bias\?"):
+            build(misspelt, ["background", "cat", "dog"])
     expected = encoder.vit.state_dict()
     for branch in ("broad", "precise"):
         for name, tensor in getattr(model.synernet.pair, branch).backbone.state_dict().items():
