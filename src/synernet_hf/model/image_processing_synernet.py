@@ -240,7 +240,7 @@ class SynerNetImageProcessor(PilBackend):
         Turn the logits of the model into label maps.
 
         The logits are resized and compared a few classes at a time, so that memory does not grow with the number of
-        classes; the result is that of the whole comparison.
+        classes at full size.
 
         Args:
             outputs ([`SynerNetSegmenterOutput`]):
@@ -402,7 +402,8 @@ def resized_maximum(maps: torch.Tensor, size: tuple[int, int] | None = None) -> 
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]` of shape `(height, width)`: Values, float32, and channels, int64; the
-        first of equal ones. Equal to the maximum of `resize_maps(maps, size)`.
+        first of equal ones. The maximum of `resize_maps(maps, size)`, but for the rounding of the resize, which may
+        depend on the number of channels.
     """
     best, channels = None, None
     for start, chunk in resized_chunks(maps, size):
