@@ -132,7 +132,9 @@ def inspect_image(model, processor, image: Image.Image, label_ids: list[int] | N
     """
     config = model.config
     prepared = prepare_image(processor, image)
-    pixel_values, size = prepared.pixel_values[None].to(model.device), prepared.size
+    pixel_values = prepared.pixel_values[None].to(model.device, model.dtype)
+    # at most `processor.max_pixels`, in which the network and the refinement see the image
+    size = (prepared.image.height, prepared.image.width)
     if label_ids is None:
         scores = model(pixel_values).classification_logits
         labels = ((scores > 0) | (scores == scores.amax(dim=1, keepdim=True))).float()
@@ -177,13 +179,17 @@ def inspect_image(model, processor, image: Image.Image, label_ids: list[int] | N
     ):
         (segmented,) = segment_images(model, processor, [prepared], inference_branches=branches)
         label_maps[title] = segmented.label_map[None]
+
+    def whole(maps: torch.Tensor) -> np.ndarray:
+        return F.interpolate(maps[None, None].double(), size=prepared.size)[0, 0].to(maps.dtype).cpu().numpy()
+
     return {
         "labels": labels[0].cpu().numpy(),
-        "cams": {key: maps[0].amax(dim=0).cpu().numpy() for key, maps in layers.items()},
-        "votes": {key: maps[0].cpu().numpy() for key, maps in votes.items()},
-        "confidence": confidence[0, 0].cpu().numpy(),
-        "agreed": agreed[0].cpu().numpy(),
-        "label_maps": {name: maps[0].cpu().numpy() for name, maps in label_maps.items()},
+        "cams": {key: whole(maps[0].amax(dim=0)) for key, maps in layers.items()},
+        "votes": {key: whole(maps[0]) for key, maps in votes.items()},
+        "confidence": whole(confidence[0, 0]),
+        "agreed": whole(agreed[0]),
+        "label_maps": {name: whole(maps[0]) for name, maps in label_maps.items()},
     }
 
 

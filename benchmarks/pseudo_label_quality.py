@@ -90,7 +90,7 @@ def measure(model, processor, split, settings: list[tuple], size: int | None) ->
     counts = [np.zeros((num_labels, num_labels + 1), dtype=np.int64) for _ in settings]
     resize = {} if size is None else {"size": {"shortest_edge": size}, "do_resize": True}
     for record in split:
-        inputs = processor(images=record["image"], return_tensors="pt", **resize)
+        inputs = processor(images=record["image"], do_center_crop=False, do_pad=False, return_tensors="pt", **resize)
         pixel_values = inputs["pixel_values"].to(model.device)
         labels = multi_hot(record["labels"], num_labels - 1)[None].to(model.device)
         height, width = pixel_values.shape[-2:]

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn import functional as F
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.data import load_voc2012
 from synernet_hf.export import export_onnx, export_program, quantize_weights
 from synernet_hf.metrics import MeanIoU
+from synernet_hf.model import prepare_image
 
 
 Runtime = Callable[[torch.Tensor], torch.Tensor]
@@ -136,13 +136,13 @@ def measure(runtime: Runtime, inputs: list[torch.Tensor], masks: list[np.ndarray
 def read_images(args: argparse.Namespace, processor) -> tuple[list[torch.Tensor], list[np.ndarray]]:
     """Pixel values and masks of validation images spread over the split."""
     split = load_voc2012(args.data_dir, image_labels=args.image_labels)["validation"]
+    if args.square:
+        processor.do_resize, processor.size = True, {"height": args.square, "width": args.square}
     chosen = np.linspace(0, len(split) - 1, min(args.max_samples, len(split))).astype(int).tolist()
     inputs, masks = [], []
     for index in chosen:
         record = split[index]
-        image: Image.Image = record["image"].convert("RGB")
-        size = {"size": {"height": args.square, "width": args.square}, "do_resize": True} if args.square else {}
-        inputs.append(processor(image, return_tensors="pt", **size)["pixel_values"])
+        inputs.append(prepare_image(processor, record["image"]).pixel_values[None])
         masks.append(np.asarray(record["mask"]))
     return inputs, masks
 

@@ -102,6 +102,7 @@ def evaluate(args: argparse.Namespace) -> None:
         baselines=args.baselines,
         crf=crf,
         progress=True,
+        num_workers=data_args.num_workers,
     )
     if accelerator.is_main_process:
         # the model may know classes that the data set does not have

@@ -216,3 +216,10 @@ def test_the_snippet_of_the_card_runs(tiny_run_folder, monkeypatch):
     image, label_map = names["image"], names["label_map"]
     assert tuple(label_map.shape) == (image.height, image.width)
     assert set(label_map.unique().tolist()) <= set(names["model"].config.id2label)
+
+
+def test_a_score_that_is_no_number_is_left_out():
+    undefined = SCORES | {"mean_iou": float("nan"), "per_class_iou": {"background": 0.8, "cat": float("nan")}}
+    card = generate_model_card(card_data(results={"segmentation": undefined, "broad_cam": SCORES}))
+    assert [result.metric_name for result in card.data.eval_results] == ["mean IoU, B-CAM"]
+    assert "nan" not in str(card).lower().split()

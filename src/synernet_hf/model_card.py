@@ -1,5 +1,6 @@
 """Model card of a training run, made of nothing but the run's own values."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -134,7 +135,7 @@ class SynerNetModelCardData:
                 metric_value=round(float(scores["mean_iou"]), 4),
             )
             for kind, scores in self.results.items()
-            if scores["mean_iou"] is not None
+            if _is_number(scores["mean_iou"])
         ]
         return ModelCardData(
             model_name=self.model_name,
@@ -168,7 +169,12 @@ def _without_folders(value: Any) -> Any:
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
+    return f"{100 * value:.1f}" if _is_number(value) else "–"
+
+
+def _is_number(value: float | None) -> bool:
+    """Whether a score is defined: not `None`, NaN or infinite."""
+    return value is not None and math.isfinite(value)
 
 
 def _results_table(data: SynerNetModelCardData) -> str:
@@ -212,7 +218,7 @@ def _limitations(data: SynerNetModelCardData) -> list[str]:
         return [*sentences, "It was not evaluated."]
     sentences.append("It was scored on the validation split named above and on nothing else.")
     ious = data.results["segmentation"]["per_class_iou"]
-    weak = [name for name in data.class_names if ious.get(name) is not None and ious[name] < 0.3]
+    weak = [name for name in data.class_names if _is_number(ious.get(name)) and ious[name] < 0.3]
     if weak:
         sentences.append(f"The IoU of its segmentation is below 30 % for {', '.join(weak)}.")
     return sentences

@@ -496,3 +496,59 @@ def test_the_baseline_cam_is_neither_propagated_nor_a_consensus():
     assert not torch.allclose(cams.precise_cams, plain.precise_cams)
     mean = (plain.broad_cams + plain.precise_cams) / 2
     torch.testing.assert_close(baseline, mean / (mean.amax(dim=(2, 3), keepdim=True) + 1e-5))
+
+
+def test_images_of_equal_size_run_together_and_count_as_alone(tiny_config):
+    torch.manual_seed(0)
+    model = SynerNetForWeaklySupervisedSegmentation(tiny_config).eval()
+    generator = np.random.default_rng(1)
+    sizes = [(24, 32), (32, 24), (24, 32), (24, 32), (32, 24), (24, 32), (17, 20)]
+    split = make_split([generator.integers(0, 3, size) for size in sizes])
+    batches = []
+    hook = model.synernet.register_forward_pre_hook(lambda module, inputs: batches.append(tuple(inputs[0].shape)))
+    together = score(model, split, cams=False, batch_size=3)
+    hook.remove()
+    assert sorted(shape[0] for shape in batches) == [1, 1, 2, 3]
+    options = {"multi_scale": True, "flip": True, "baselines": True}
+    alone = score(model, split, batch_size=1, **options)
+    assert score(model, split, batch_size=3, **options) == alone == score(model, split, num_workers=1, **options)
+    assert together["segmentation"] == alone["segmentation"]
+
+
+def test_what_waits_for_its_batch_is_bounded():
+    from synernet_hf.training.evaluation import _equal_batches
+
+    def item(height, width):
+        prepared = SimpleNamespace(pixel_values=torch.zeros(3, height, width), size=(height, width))
+        return SimpleNamespace(prepared=prepared)
+
+    drawn = []
+
+    def items():
+        for index in range(200):
+            drawn.append(index)
+            yield item(8, 8 + index)
+
+    held = 0
+    for count, batch in enumerate(_equal_batches(items(), 2), start=1):
+        held = max(held, len(drawn) - count)
+        assert len(batch) == 1
+    assert count == 200 and held <= 8 * 2
+    # a large image runs alone, and so does a small one of a large original
+    large = item(8, 8)
+    large.prepared.size = (3000, 4000)
+    assert [len(batch) for batch in _equal_batches([large] * 3, 4)] == [1, 1, 1]
+    assert [len(batch) for batch in _equal_batches([item(8, 8)] * 5, 4)] == [4, 1]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_bad_mask_gets_its_sentence_from_a_worker_too(label_maps, num_workers):
+    split = with_wrong_size(make_split(label_maps))
+    with pytest.raises(ValueError, match=r"^The mask of image image_0 is 3 x 3"):
+        score(OracleModel(), split, num_workers=num_workers)
+
+
+def test_a_model_of_half_precision_is_scored(tiny_config, label_maps):
+    model = SynerNetForWeaklySupervisedSegmentation(tiny_config).to(torch.bfloat16).eval()
+    results = score(model, make_split(label_maps), multi_scale=True, baselines=True)
+    assert all(0 <= values["pixel_accuracy"] <= 1 for values in results.values())
