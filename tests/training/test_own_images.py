@@ -1,7 +1,10 @@
 """Training and evaluation of a folder of images with a table: bad images, class list, resuming."""
 
 import json
+import os
 import runpy
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -104,6 +107,45 @@ def test_bad_images_are_left_out_and_the_class_list_is_kept(tmp_path, capsys, mo
     assert not finished.value.code, capsys.readouterr().err
     scores = json.loads(output.read_text())["results"]["segmentation"]["per_class_iou"]
     assert scores["dog"] is not None and list(scores) == ["background", "cat", "dog"]
+
+
+def test_a_resumed_run_leaves_out_the_same_records_without_looking(tmp_path, capsys):
+    data = write_images(tmp_path / "data")
+    two = {"max_steps": 2, "save_steps": 1}
+    run(tmp_path / "run", data, two, on_bad_image="skip")
+    assert "Checked 6 images in" in capsys.readouterr().out
+    record = json.loads((tmp_path / "run" / "training_args.json").read_text())
+    assert record["checked"]["left_out"] == {"train": ["3"]}
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    run(tmp_path / "run", data, two | {"resume_from_checkpoint": "latest"}, on_bad_image="skip")
+    assert "Checked" not in capsys.readouterr().out
+    resumed = json.loads((tmp_path / "run" / "training_args.json").read_text())
+    assert {name: resumed[name] for name in ("skipped", "checked", "run")} == {
+        name: record[name] for name in ("skipped", "checked", "run")
+    }
+
+
+@pytest.mark.parametrize("on_bad_image", ["raise", "skip"])
+def test_one_of_two_processes_checks_and_both_heed_it(root, tmp_path, on_bad_image):
+    data = write_images(tmp_path / "data")
+    table = data / "labels.csv"
+    table.write_text(table.read_text().replace("lost.png,dog,train\n", ""))
+    settings = MODEL | TRAINING | {"dataset": "image_folder", "data_dir": str(data), "num_workers": 0}
+    settings |= {"output_dir": str(tmp_path / "run"), "on_bad_image": on_bad_image}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(root / "examples" / "train.py"), "--config", str(tmp_path / "recipe.yaml")]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    if on_bad_image == "raise":
+        assert done.returncode != 0 and "exitcode: 2" in done.stderr.replace(" ", "").replace(":", ": ")
+        assert "error: 1 of 4 records of the split 'train'" in done.stderr and "engine.py" not in done.stderr
+        assert not (tmp_path / "run").exists()
+        return
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Checked 6 images") == 1
+    record = json.loads((tmp_path / "run" / "training_args.json").read_text())
+    assert record["run"]["num_train"] == 3 and record["run"]["num_processes"] == 2
 
 
 def test_streamed_data_and_data_without_a_training_split_are_refused(tmp_path):
