@@ -22,8 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     Runs one training.
 
     Args:
-        argv (`list[str]`, *optional*):
-            Command-line words; `None` takes those of the process.
+        argv (`list[str]`, *optional*): Command-line words; `None` takes those of the process.
 
     Returns:
         `int`: exit status: 0 done, 1 diverged, 2 input refused, 130 interrupted.

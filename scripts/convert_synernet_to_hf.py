@@ -154,10 +154,9 @@ def authors_config(
     Args:
         state_dict (`Mapping[str, torch.Tensor]`): Keys `branch1.…` and `branch2.…`.
         num_heads (`int`, *optional*, defaults to width / 64): Attention heads.
-        classes (`list[str]`, *optional*):
-            Names of the classes without the background. By default those of PASCAL VOC for 20 classes, those of COCO
-            for 80, and `class_1`, `class_2`, … for any other number. The settings are the authors' for COCO with 80
-            classes, and theirs for PASCAL VOC otherwise.
+        classes (`list[str]`, *optional*): Names of the classes without the background. By default those of PASCAL VOC
+            for 20 classes, those of COCO for 80, and `class_1`, `class_2`, … for any other number. The settings are
+            the authors' for COCO with 80 classes, and theirs for PASCAL VOC otherwise.
 
     Returns:
         [`SynerNetConfig`]

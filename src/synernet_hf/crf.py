@@ -12,18 +12,15 @@ class DenseCRF:
     contours of an image. The defaults are the authors' values for PASCAL VOC.
 
     Args:
-        num_iterations (`int`, *optional*, defaults to 10):
-            Mean-field iterations.
-        gaussian_sxy (`float`, *optional*, defaults to 1):
-            Spatial standard deviation of the smoothness kernel, in pixels.
-        gaussian_compat (`float`, *optional*, defaults to 1):
-            Weight of the smoothness kernel.
-        bilateral_sxy (`float`, *optional*, defaults to 121):
-            Spatial standard deviation of the appearance kernel, in pixels.
-        bilateral_srgb (`float`, *optional*, defaults to 5):
-            Colour standard deviation of the appearance kernel, in grey levels of 0 to 255.
-        bilateral_compat (`float`, *optional*, defaults to 4):
-            Weight of the appearance kernel.
+        num_iterations (`int`, *optional*, defaults to 10): Mean-field iterations.
+        gaussian_sxy (`float`, *optional*, defaults to 1): Spatial standard deviation of the smoothness kernel, in
+            pixels.
+        gaussian_compat (`float`, *optional*, defaults to 1): Weight of the smoothness kernel.
+        bilateral_sxy (`float`, *optional*, defaults to 121): Spatial standard deviation of the appearance kernel, in
+            pixels.
+        bilateral_srgb (`float`, *optional*, defaults to 5): Colour standard deviation of the appearance kernel, in
+            grey levels of 0 to 255.
+        bilateral_compat (`float`, *optional*, defaults to 4): Weight of the appearance kernel.
 
     Raises:
         ImportError: If the package `pydensecrf2` (imported as `pydensecrf`) is not installed.
@@ -51,10 +48,9 @@ class DenseCRF:
         Refine the class probabilities of one image.
 
         Args:
-            image (`np.ndarray` of dtype uint8 and shape `(height, width, 3)`):
-                The RGB image.
-            probabilities (`np.ndarray` of dtype float32 and shape `(num_labels, height, width)`):
-                Class probabilities in [0, 1], summing to 1 over the classes.
+            image (`np.ndarray` of dtype uint8 and shape `(height, width, 3)`): The RGB image.
+            probabilities (`np.ndarray` of dtype float32 and shape `(num_labels, height, width)`): Class probabilities
+                in [0, 1], summing to 1 over the classes.
 
         Returns:
             `np.ndarray` of dtype float32 and shape `(num_labels, height, width)`: Refined probabilities.

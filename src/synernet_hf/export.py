@@ -36,8 +36,8 @@ class SynerNetInferenceGraph(nn.Module):
 
     Args:
         model ([`SynerNetForWeaklySupervisedSegmentation`]): The model.
-        inference_branches (`str`, *optional*, defaults to `"both"`): `"broad"`, `"precise"` or `"both"`; the encoder of
-            a branch that is left out is not part of the graph.
+        inference_branches (`str`, *optional*, defaults to `"both"`): `"broad"`, `"precise"` or `"both"`; the encoder
+            of a branch that is left out is not part of the graph.
     """
 
     def __init__(self, model: SynerNetForWeaklySupervisedSegmentation, inference_branches: str | None = None):

@@ -17,10 +17,9 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     Writes a file under a temporary name and renames it, so that nobody ever reads half a file.
 
     Args:
-        path (`Path`):
-            The file; its folder is created if needed.
-        write (`Callable[[Path], Any]`):
-            Called with the temporary path, `.NAME.PID.tmp` in the same folder. That file is removed if `write` fails.
+        path (`Path`): The file; its folder is created if needed.
+        write (`Callable[[Path], Any]`): Called with the temporary path, `.NAME.PID.tmp` in the same folder. That file
+            is removed if `write` fails.
 
     Raises:
         OSError: if the file cannot be written.
@@ -39,10 +38,8 @@ def write_text(path: Path, text: str) -> None:
     Writes a UTF-8 text file as [`replace_file`] does.
 
     Args:
-        path (`Path`):
-            The file.
-        text (`str`):
-            Its content.
+        path (`Path`): The file.
+        text (`str`): Its content.
     """
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -52,10 +49,8 @@ def write_json(path: Path, data: Any) -> None:
     Writes a JSON file as [`replace_file`] does.
 
     Args:
-        path (`Path`):
-            The file.
-        data (`Any`):
-            Mappings, lists, text and numbers. NaN and infinities, which JSON lacks, become `null`.
+        path (`Path`): The file.
+        data (`Any`): Mappings, lists, text and numbers. NaN and infinities, which JSON lacks, become `null`.
     """
     write_text(path, json.dumps(finite(data), indent=2, allow_nan=False) + "\n")
 
@@ -65,8 +60,7 @@ def read_json(path: Path) -> Any:
     Reads a JSON file.
 
     Args:
-        path (`Path`):
-            The file.
+        path (`Path`): The file.
 
     Returns:
         `Any`: its content.
@@ -85,8 +79,7 @@ def finite(data: Any) -> Any:
     Makes a value what it is after being written to JSON and read again.
 
     Args:
-        data (`Any`):
-            Mappings, lists, text and numbers.
+        data (`Any`): Mappings, lists, text and numbers.
 
     Returns:
         `Any`: the same with text keys, lists for tuples, and `None` for NaN and infinities.

@@ -57,32 +57,20 @@ class SynerNetModelCardData:
     The values of a run that its card shows.
 
     Args:
-        model_name (`str`):
-            Title of the card.
-        settings (`Mapping[str, Any]`):
-            All arguments of the run as one flat mapping, as in a recipe.
-        class_names (`Sequence[str]`):
-            Class names, background first.
-        num_train (`int`):
-            Number of training images.
-        steps (`int`):
-            Optimizer steps done.
-        minutes (`float`):
-            Time of the training loop in minutes.
-        num_processes (`int`):
-            Training processes.
-        precision (`str`):
-            `"no"`, `"fp16"` or `"bf16"`: mixed precision as it was used.
-        hardware (`str`):
-            What it ran on.
-        versions (`Mapping[str, str]`):
-            Package names and versions.
-        results (`Mapping[str, Mapping[str, Any]]`, *optional*, defaults to `{}`):
-            What [`~synernet_hf.training.evaluate_model`] returned; scores in [0, 1].
-        images (`str`, *optional*):
-            Name of the image grid beside the card.
-        num_images (`int`, *optional*, defaults to 0):
-            Rows of that grid.
+        model_name (`str`): Title of the card.
+        settings (`Mapping[str, Any]`): All arguments of the run as one flat mapping, as in a recipe.
+        class_names (`Sequence[str]`): Class names, background first.
+        num_train (`int`): Number of training images.
+        steps (`int`): Optimizer steps done.
+        minutes (`float`): Time of the training loop in minutes.
+        num_processes (`int`): Training processes.
+        precision (`str`): `"no"`, `"fp16"` or `"bf16"`: mixed precision as it was used.
+        hardware (`str`): What it ran on.
+        versions (`Mapping[str, str]`): Package names and versions.
+        results (`Mapping[str, Mapping[str, Any]]`, *optional*, defaults to `{}`): What
+            [`~synernet_hf.training.evaluate_model`] returned; scores in [0, 1].
+        images (`str`, *optional*): Name of the image grid beside the card.
+        num_images (`int`, *optional*, defaults to 0): Rows of that grid.
     """
 
     model_name: str
@@ -237,12 +225,9 @@ def published_card(text: str, repo_id: str, license: str | None = None) -> Model
     The card of a run as it is pushed: the repository's name in the instructions, and the licence where one is chosen.
 
     Args:
-        text (`str`):
-            The card, header included.
-        repo_id (`str`):
-            Repository on the Hub.
-        license (`str`, *optional*):
-            Licence id of the weights, as the Hub knows it, such as `"apache-2.0"`.
+        text (`str`): The card, header included.
+        repo_id (`str`): Repository on the Hub.
+        license (`str`, *optional*): Licence id of the weights, as the Hub knows it, such as `"apache-2.0"`.
 
     Returns:
         [`~huggingface_hub.ModelCard`]
@@ -260,8 +245,7 @@ def generate_model_card(data: SynerNetModelCardData) -> ModelCard:
     Fills the template `model_card_template.md`.
 
     Args:
-        data ([`SynerNetModelCardData`]):
-            The run's values.
+        data ([`SynerNetModelCardData`]): The run's values.
 
     Returns:
         [`~huggingface_hub.ModelCard`]: its text is `str(card)`.

@@ -93,8 +93,7 @@ def load_model(run: str | Path) -> SynerNetForWeaklySupervisedSegmentation:
     Checks and loads a trained model, all weights of which must be there.
 
     Args:
-        run (`str` or `Path`):
-            Folder, or Hub id `owner/name`, of which only JSON and safetensors files are fetched.
+        run (`str` or `Path`): Folder, or Hub id `owner/name`, of which only JSON and safetensors files are fetched.
 
     Returns:
         [`SynerNetForWeaklySupervisedSegmentation`]: in evaluation mode on the CPU.

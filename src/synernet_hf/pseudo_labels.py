@@ -67,19 +67,16 @@ class PseudoLabelOptions:
     Which label map is made of an image.
 
     Args:
-        map (`str`, *optional*, defaults to `"pseudo_label"`):
-            `"pseudo_label"`: the fused CAM under two background hypotheses, refined by the image's colours, 255
-            where they leave a pixel open. `"segmentation"`: the decoders' multi-scale segmentation, no class but
-            those of the image and background; every pixel is decided.
-        image_labels (`str`, *optional*, defaults to `"auto"`):
-            Which classes an image may show: `"given"`, those of its record (none: all background); `"predicted"`,
-            those that the classifier finds (a logit above 0); `"auto"`, given where the record has one at least,
-            predicted elsewhere.
-        scales (`tuple[float, ...]`, *optional*):
-            Scales at which an image is seen; `config.cam_scales` or `config.inference_scales` when not given.
-        flip (`bool`, *optional*):
-            Also see the mirror of every scale; `config.cam_flip` for pseudo-labels and `False` for segmentation when
-            not given.
+        map (`str`, *optional*, defaults to `"pseudo_label"`): `"pseudo_label"`: the fused CAM under two background
+            hypotheses, refined by the image's colours, 255 where they leave a pixel open. `"segmentation"`: the
+            decoders' multi-scale segmentation, no class but those of the image and background; every pixel is decided.
+        image_labels (`str`, *optional*, defaults to `"auto"`): Which classes an image may show: `"given"`, those of
+            its record (none: all background); `"predicted"`, those that the classifier finds (a logit above 0);
+            `"auto"`, given where the record has one at least, predicted elsewhere.
+        scales (`tuple[float, ...]`, *optional*): Scales at which an image is seen; `config.cam_scales` or
+            `config.inference_scales` when not given.
+        flip (`bool`, *optional*): Also see the mirror of every scale; `config.cam_flip` for pseudo-labels and `False`
+            for segmentation when not given.
 
     Raises:
         ValueError: A choice is unknown or a scale is not positive.
@@ -103,12 +100,9 @@ class PseudoLabeler:
     Makes the pseudo-label of one image.
 
     Args:
-        model ([`SynerNetForWeaklySupervisedSegmentation`]):
-            The model, unwrapped, on its device, in evaluation mode.
-        processor ([`SynerNetImageProcessor`]):
-            Turns an image into normalised pixel values, resized if it is set to.
-        options ([`PseudoLabelOptions`], *optional*):
-            What to make.
+        model ([`SynerNetForWeaklySupervisedSegmentation`]): The model, unwrapped, on its device, in evaluation mode.
+        processor ([`SynerNetImageProcessor`]): Turns an image into normalised pixel values, resized if it is set to.
+        options ([`PseudoLabelOptions`], *optional*): What to make.
     """
 
     def __init__(
@@ -129,11 +123,9 @@ class PseudoLabeler:
         Labels the pixels of one image, alone in its forward passes, so that no other image has an influence.
 
         Args:
-            image (`PIL.Image.Image`):
-                Of any size and mode. The image processor bounds what the model sees of it (`max_pixels`); the label
-                map has the size of the image.
-            label_ids (`Sequence[int]`, *optional*):
-                Its labels, 0-based ids over the foreground classes.
+            image (`PIL.Image.Image`): Of any size and mode. The image processor bounds what the model sees of it
+                (`max_pixels`); the label map has the size of the image.
+            label_ids (`Sequence[int]`, *optional*): Its labels, 0-based ids over the foreground classes.
 
         Returns:
             `tuple[np.ndarray, dict]`: the label map, uint8 of shape `(height, width)`, 0 background and 255 undecided;
@@ -215,23 +207,18 @@ def write_pseudo_labels(
     processes and after any interruption, on one kind of device and with the same number of threads per process.
 
     Args:
-        model ([`SynerNetForWeaklySupervisedSegmentation`]):
-            The model, unwrapped, on its device. Its training mode is restored afterwards.
-        processor ([`SynerNetImageProcessor`]):
-            Saved with the model.
-        dataset (`datasets.Dataset`):
-            Records with `image`, `image_id` (unique) and, unless labels are to be predicted, `labels`. A `mask`
-            column is not read.
-        output_dir (`str` or `Path`):
-            New folder, or one that was made with the same model and options.
-        options ([`PseudoLabelOptions`], *optional*):
-            What to make.
-        accelerator (`accelerate.Accelerator`, *optional*):
-            Shares the images over its processes, all of which must call this function.
-        on_bad_image (`str`, *optional*, defaults to `"raise"`):
-            `"raise"` stops at the first image that does not decode, `"skip"` names and leaves out such images.
-        progress (`bool`, *optional*, defaults to `False`):
-            Shows a progress bar on the first process.
+        model ([`SynerNetForWeaklySupervisedSegmentation`]): The model, unwrapped, on its device. Its training mode is
+            restored afterwards.
+        processor ([`SynerNetImageProcessor`]): Saved with the model.
+        dataset (`datasets.Dataset`): Records with `image`, `image_id` (unique) and, unless labels are to be predicted,
+            `labels`. A `mask` column is not read.
+        output_dir (`str` or `Path`): New folder, or one that was made with the same model and options.
+        options ([`PseudoLabelOptions`], *optional*): What to make.
+        accelerator (`accelerate.Accelerator`, *optional*): Shares the images over its processes, all of which must
+            call this function.
+        on_bad_image (`str`, *optional*, defaults to `"raise"`): `"raise"` stops at the first image that does not
+            decode, `"skip"` names and leaves out such images.
+        progress (`bool`, *optional*, defaults to `False`): Shows a progress bar on the first process.
 
     Returns:
         `pyarrow.Table`: the manifest, least confident image first: `image_id`, `mask` (path in the folder), `width`,
@@ -300,12 +287,10 @@ def with_pseudo_labels(dataset: datasets.Dataset, folder: str | Path, min_confid
     Joins images with the pseudo-labels made of them, for training any segmentation model.
 
     Args:
-        dataset (`datasets.Dataset`):
-            The records that the pseudo-labels were made of.
-        folder (`str` or `Path`):
-            What [`write_pseudo_labels`] wrote.
-        min_confidence (`float`, *optional*, defaults to 0.0):
-            Leaves out images whose `confidence` in the manifest is below.
+        dataset (`datasets.Dataset`): The records that the pseudo-labels were made of.
+        folder (`str` or `Path`): What [`write_pseudo_labels`] wrote.
+        min_confidence (`float`, *optional*, defaults to 0.0): Leaves out images whose `confidence` in the manifest is
+            below.
 
     Returns:
         `datasets.Dataset`: the records that have a pseudo-label, with it in the column `mask`; `labels` are those
@@ -350,8 +335,7 @@ def pseudo_label_classes(folder: str | Path) -> list[str]:
     Reads what the ids in pseudo-labels mean.
 
     Args:
-        folder (`str` or `Path`):
-            What [`write_pseudo_labels`] wrote.
+        folder (`str` or `Path`): What [`write_pseudo_labels`] wrote.
 
     Returns:
         `list[str]`: class names by id, background first.

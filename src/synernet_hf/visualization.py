@@ -57,8 +57,7 @@ def palette_image(label_map: np.ndarray) -> Image.Image:
     A label map as a palette image, the file format of PASCAL VOC masks: the stored values are the ids themselves.
 
     Args:
-        label_map (`np.ndarray` of integers and shape `(height, width)`):
-            Class ids, 0 to 255.
+        label_map (`np.ndarray` of integers and shape `(height, width)`): Class ids, 0 to 255.
 
     Returns:
         `PIL.Image.Image`: Image of mode `"P"` with the VOC palette.
@@ -76,8 +75,7 @@ def colorize(label_map: np.ndarray) -> Image.Image:
     Paint every class id in its VOC colour.
 
     Args:
-        label_map (`np.ndarray` of integers and shape `(height, width)`):
-            Class ids, 0 to 255.
+        label_map (`np.ndarray` of integers and shape `(height, width)`): Class ids, 0 to 255.
 
     Returns:
         `PIL.Image.Image`: RGB image of the same size.
@@ -93,12 +91,10 @@ def overlay(image: "Image.Image | np.ndarray", label_map: np.ndarray, alpha: flo
     Lay the coloured classes over an image; background (id 0) stays as it is.
 
     Args:
-        image (`PIL.Image.Image` or `np.ndarray` of dtype uint8 and shape `(height, width, 3)`):
-            The image.
-        label_map (`np.ndarray` of integers and shape `(height, width)`):
-            Class ids, 0 to 255, of the size of the image.
-        alpha (`float`, *optional*, defaults to 0.5):
-            Opacity of the colours in [0, 1].
+        image (`PIL.Image.Image` or `np.ndarray` of dtype uint8 and shape `(height, width, 3)`): The image.
+        label_map (`np.ndarray` of integers and shape `(height, width)`): Class ids, 0 to 255, of the size of the
+            image.
+        alpha (`float`, *optional*, defaults to 0.5): Opacity of the colours in [0, 1].
 
     Returns:
         `PIL.Image.Image`: RGB image of the same size.
@@ -125,12 +121,10 @@ def heat_map(values: np.ndarray, image: "Image.Image | np.ndarray | None" = None
     Colour a map of values, such as a CAM or a confidence map, from dark (0) to light (1).
 
     Args:
-        values (`np.ndarray` of floats and shape `(height, width)`):
-            Values in [0, 1]; what lies outside is clipped.
-        image (`PIL.Image.Image` or `np.ndarray` of dtype uint8 and shape `(height, width, 3)`, *optional*):
-            Image of the same size to show through. None paints the plain heat map.
-        alpha (`float`, *optional*, defaults to 0.6):
-            Opacity of the heat map over `image` in [0, 1].
+        values (`np.ndarray` of floats and shape `(height, width)`): Values in [0, 1]; what lies outside is clipped.
+        image (`PIL.Image.Image` or `np.ndarray` of dtype uint8 and shape `(height, width, 3)`, *optional*): Image of
+            the same size to show through. None paints the plain heat map.
+        alpha (`float`, *optional*, defaults to 0.6): Opacity of the heat map over `image` in [0, 1].
 
     Returns:
         `PIL.Image.Image`: RGB image of the same size.
@@ -162,11 +156,10 @@ def figure_panels(
     Images in a grid, each with its title above.
 
     Args:
-        rows (`Sequence[Sequence[tuple[str, PIL.Image.Image or np.ndarray]]]`):
-            One sequence of (title, image) per row; rows may differ in length. Arrays are uint8 of shape
-            `(height, width)` or `(height, width, 3)`.
-        panel_size (`tuple[int, int]`, *optional*, defaults to `(224, 224)`):
-            Width and height in pixels that every image is fitted into, its proportions kept.
+        rows (`Sequence[Sequence[tuple[str, PIL.Image.Image or np.ndarray]]]`): One sequence of (title, image) per row;
+            rows may differ in length. Arrays are uint8 of shape `(height, width)` or `(height, width, 3)`.
+        panel_size (`tuple[int, int]`, *optional*, defaults to `(224, 224)`): Width and height in pixels that every
+            image is fitted into, its proportions kept.
 
     Returns:
         `PIL.Image.Image`: RGB figure on white.

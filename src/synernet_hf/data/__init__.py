@@ -57,23 +57,22 @@ def load_wsss_dataset(
     Loads a data source by its name.
 
     Args:
-        name (`str`):
-            `"voc2012"` ([`load_voc2012`]), `"coco2014"` ([`load_coco2014`]), `"image_folder"` or `"hub"`
-            ([`load_image_labels`]), `"shapes"` ([`load_shapes`]); or a folder, a table, or a Hub id `owner/name`, which
-            is then the `data_dir` of [`load_image_labels`].
-        data_dir (`str` or `Path`, *optional*):
-            Folder of the data, for `"hub"` also a Hub id; not for `"shapes"`, which is generated.
-        image_labels (`str` or `Path`, *optional*):
-            Source of the image-level labels, see [`load_voc2012`]; not for the others.
-        train_split (`str`, *optional*):
-            List or split of training images, the loader's default where it is not given; not for `"shapes"`.
-        validation_split (`str`, *optional*):
-            List or split of evaluation images, the loader's default where it is not given; not for `"shapes"`.
-        dataset_options (`dict`, *optional*):
-            Further arguments of the loader, for example `{"num_train": 500}` for `"shapes"` or `{"class_names":
-            ["background", "cat", "dog"]}` for images of your own. `on_bad_image` may be given for every source.
-        skipped (`dict[str, list[str]]`, *optional*):
-            Dictionary to which what `on_bad_image="skip"` leaves out is added, a phrase for each record, by split.
+        name (`str`): `"voc2012"` ([`load_voc2012`]), `"coco2014"` ([`load_coco2014`]), `"image_folder"` or `"hub"`
+            ([`load_image_labels`]), `"shapes"` ([`load_shapes`]); or a folder, a table, or a Hub id `owner/name`,
+            which is then the `data_dir` of [`load_image_labels`].
+        data_dir (`str` or `Path`, *optional*): Folder of the data, for `"hub"` also a Hub id; not for `"shapes"`,
+            which is generated.
+        image_labels (`str` or `Path`, *optional*): Source of the image-level labels, see [`load_voc2012`]; not for the
+            others.
+        train_split (`str`, *optional*): List or split of training images, the loader's default where it is not given;
+            not for `"shapes"`.
+        validation_split (`str`, *optional*): List or split of evaluation images, the loader's default where it is not
+            given; not for `"shapes"`.
+        dataset_options (`dict`, *optional*): Further arguments of the loader, for example `{"num_train": 500}` for
+            `"shapes"` or `{"class_names": ["background", "cat", "dog"]}` for images of your own. `on_bad_image` may be
+            given for every source.
+        skipped (`dict[str, list[str]]`, *optional*): Dictionary to which what `on_bad_image="skip"` leaves out is
+            added, a phrase for each record, by split.
 
     Returns:
         `datasets.DatasetDict`: the splits `train` and `validation`, of one's own images as far as they are there;

@@ -177,17 +177,15 @@ def check_dataset(
     The `mask` column of a split named `train` is not touched.
 
     Args:
-        dataset_dict (`datasets.DatasetDict`):
-            What a loader of this package returned.
-        on_bad_image (`str`, *optional*, defaults to `"raise"`):
-            What to do about an image or mask that can not be used: `"raise"`, or `"skip"` to leave the record out.
-        decode_images (`bool`, *optional*, defaults to `True`):
-            Decodes every image, JPEGs at an eighth of their size, so that a truncated file is found now and not in
-            the middle of a run, and every mask; `False` leaves images and masks unopened.
-        skipped (`dict[str, list[str]]`, *optional*):
-            Dictionary to which what is left out is added, a phrase for each record, by split.
-        num_threads (`int`, *optional*, defaults to 2):
-            Threads that decode.
+        dataset_dict (`datasets.DatasetDict`): What a loader of this package returned.
+        on_bad_image (`str`, *optional*, defaults to `"raise"`): What to do about an image or mask that can not be
+            used: `"raise"`, or `"skip"` to leave the record out.
+        decode_images (`bool`, *optional*, defaults to `True`): Decodes every image, JPEGs at an eighth of their size,
+            so that a truncated file is found now and not in the middle of a run, and every mask; `False` leaves images
+            and masks unopened.
+        skipped (`dict[str, list[str]]`, *optional*): Dictionary to which what is left out is added, a phrase for each
+            record, by split.
+        num_threads (`int`, *optional*, defaults to 2): Threads that decode.
 
     Returns:
         `datasets.DatasetDict`: the records to use.
@@ -239,10 +237,8 @@ def inspect_dataset(dataset_dict: datasets.DatasetDict, num_threads: int = 2) ->
     Looks at every record of every split, and goes on where [`check_dataset`] would raise.
 
     Args:
-        dataset_dict (`datasets.DatasetDict`):
-            What a loader of this package returned.
-        num_threads (`int`, *optional*, defaults to 2):
-            Threads that decode.
+        dataset_dict (`datasets.DatasetDict`): What a loader of this package returned.
+        num_threads (`int`, *optional*, defaults to 2): Threads that decode.
 
     Returns:
         [`DatasetReport`]: `text()` to read, `to_dict()` to keep.
@@ -277,14 +273,10 @@ def mask_ids(
     Reads the class ids of a mask and says in one sentence what is wrong with it.
 
     Args:
-        mask (`PIL.Image.Image`):
-            Palette or greyscale image of ids, upright.
-        size (`tuple[int, int]`):
-            Width and height of its image, upright.
-        num_labels (`int`):
-            Number of classes, background included.
-        ignore_index (`int`, *optional*, defaults to 255):
-            The id of pixels that are not scored.
+        mask (`PIL.Image.Image`): Palette or greyscale image of ids, upright.
+        size (`tuple[int, int]`): Width and height of its image, upright.
+        num_labels (`int`): Number of classes, background included.
+        ignore_index (`int`, *optional*, defaults to 255): The id of pixels that are not scored.
 
     Returns:
         `np.ndarray`: `(height, width)` int64, each 0 to `num_labels - 1` or `ignore_index`.

@@ -51,12 +51,10 @@ def load_coco2014(
     memory as a tree of objects.
 
     Args:
-        data_dir (`str` or `Path`):
-            The folder that holds `annotations` and the folders of images.
-        train_split (`str`, *optional*, defaults to `"train2014"`):
-            Name of the training images' folder and of their annotation file.
-        validation_split (`str`, *optional*, defaults to `"val2014"`):
-            The same of the images to evaluate on.
+        data_dir (`str` or `Path`): The folder that holds `annotations` and the folders of images.
+        train_split (`str`, *optional*, defaults to `"train2014"`): Name of the training images' folder and of their
+            annotation file.
+        validation_split (`str`, *optional*, defaults to `"val2014"`): The same of the images to evaluate on.
         on_bad_image, streaming, skipped:
             See [`load_image_labels`].
 
@@ -216,8 +214,8 @@ class PolygonMask:
     visible (our choice; annotations say nothing about depth).
 
     Args:
-        decode (`bool`, *optional*, defaults to `True`):
-            Gives images (`PIL.Image.Image`, mode `L`); `False` gives the cell.
+        decode (`bool`, *optional*, defaults to `True`): Gives images (`PIL.Image.Image`, mode `L`); `False` gives the
+            cell.
 
     Raises:
         ValueError: On access, if a segmentation can not be drawn.

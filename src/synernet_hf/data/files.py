@@ -48,10 +48,8 @@ class ImageIndex:
     The images below a folder, found by path, file name or name without suffix.
 
     Args:
-        folder (`Path`):
-            The folder; its subfolder `masks` and hidden files are not looked into.
-        left_out (`Iterable[str]`, *optional*):
-            Paths below the folder that are no images, such as masks.
+        folder (`Path`): The folder; its subfolder `masks` and hidden files are not looked into.
+        left_out (`Iterable[str]`, *optional*): Paths below the folder that are no images, such as masks.
 
     Attributes:
         paths (`list[str]`): below the folder, sorted.

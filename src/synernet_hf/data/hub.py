@@ -30,12 +30,12 @@ class ColumnNames(TypedDict, total=False):
     Which columns of a table or data set to take.
 
     Attributes:
-        image_column (`str`, *optional*):
-            Images, or in a table their files. Found by itself where its name is a usual one (`image`, `file_name`).
-        label_column (`str`, *optional*):
-            Labels. Found by itself where its name is a usual one (`labels`, `label`, `class`).
-        mask_column (`str`, *optional*):
-            Masks of the images to evaluate on, or in a table their files; `mask` where there is such a column.
+        image_column (`str`, *optional*): Images, or in a table their files. Found by itself where its name is a usual
+            one (`image`, `file_name`).
+        label_column (`str`, *optional*): Labels. Found by itself where its name is a usual one (`labels`, `label`,
+            `class`).
+        mask_column (`str`, *optional*): Masks of the images to evaluate on, or in a table their files; `mask` where
+            there is such a column.
     """
 
     image_column: str | None
@@ -68,26 +68,20 @@ def load_image_labels(
     (`masks/FOLDER/NAME.png` where images share a name). Masks of the training split are not looked at.
 
     Args:
-        data_dir (`str` or `Path`):
-            The folder, table or Hub id.
-        class_names (`Sequence[str]`, *optional*):
-            The class list, background first. Without it, it is the one that the source has (`ClassLabel`, names of 0/1
-            columns), or else the names that occur in the training split, in alphabetical order (numbers by size).
-            Ids in masks are positions in this list.
-        train_split (`str`, *optional*, defaults to `"train"`):
-            Name of the training split.
-        validation_split (`str`, *optional*):
-            Name of the split to evaluate on; `validation`, `val` or `test` where it is not given.
-        on_bad_image (`str`, *optional*, defaults to `"raise"`):
-            What to do about images that a table or list names and that are not there: `"raise"`, or `"skip"` to leave them
-            out, log them and list them in `skipped`.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Gives an `IterableDatasetDict` to go through; a Hub or parquet data set is read meanwhile. Not for
-            training, which draws images at random.
-        skipped (`dict[str, list[str]]`, *optional*):
-            Dictionary to which what is left out is added, a phrase for each record, by split.
-        columns ([`ColumnNames`]):
-            `image_column`, `label_column` and `mask_column`.
+        data_dir (`str` or `Path`): The folder, table or Hub id.
+        class_names (`Sequence[str]`, *optional*): The class list, background first. Without it, it is the one that the
+            source has (`ClassLabel`, names of 0/1 columns), or else the names that occur in the training split, in
+            alphabetical order (numbers by size). Ids in masks are positions in this list.
+        train_split (`str`, *optional*, defaults to `"train"`): Name of the training split.
+        validation_split (`str`, *optional*): Name of the split to evaluate on; `validation`, `val` or `test` where it
+            is not given.
+        on_bad_image (`str`, *optional*, defaults to `"raise"`): What to do about images that a table or list names and
+            that are not there: `"raise"`, or `"skip"` to leave them out, log them and list them in `skipped`.
+        streaming (`bool`, *optional*, defaults to `False`): Gives an `IterableDatasetDict` to go through; a Hub or
+            parquet data set is read meanwhile. Not for training, which draws images at random.
+        skipped (`dict[str, list[str]]`, *optional*): Dictionary to which what is left out is added, a phrase for each
+            record, by split.
+        columns ([`ColumnNames`]): `image_column`, `label_column` and `mask_column`.
 
     Returns:
         `datasets.DatasetDict` or `datasets.IterableDatasetDict`: `train` (`image`, `image_id`, `labels`) and
@@ -354,8 +348,7 @@ def same_columns(dataset_dict: datasets.DatasetDict) -> datasets.DatasetDict:
     Gives all splits the same columns, as `push_to_hub` and the files of one data set need.
 
     Args:
-        dataset_dict (`datasets.DatasetDict`):
-            What a loader of this package returned.
+        dataset_dict (`datasets.DatasetDict`): What a loader of this package returned.
 
     Returns:
         `datasets.DatasetDict`: the same records. Where one split has a `mask` column all have it, empty in the
@@ -382,12 +375,11 @@ def write_parquet(dataset_dict: datasets.DatasetDict, folder: str | Path, images
     and the Hub read. `Dataset.to_parquet` alone would write the paths of images that lie in files.
 
     Args:
-        dataset_dict (`datasets.DatasetDict`):
-            What a loader of this package returned; [`same_columns`] is applied.
-        folder (`str` or `Path`):
-            Files are named `data/SPLIT-00000-of-00003.parquet` in it, each written under a temporary name first.
-        images_per_file (`int`, *optional*, defaults to 1000):
-            The largest number of records of a file, all of which are in memory while it is written.
+        dataset_dict (`datasets.DatasetDict`): What a loader of this package returned; [`same_columns`] is applied.
+        folder (`str` or `Path`): Files are named `data/SPLIT-00000-of-00003.parquet` in it, each written under a
+            temporary name first.
+        images_per_file (`int`, *optional*, defaults to 1000): The largest number of records of a file, all of which
+            are in memory while it is written.
 
     Returns:
         `list[Path]`: the files.

@@ -28,14 +28,11 @@ class LabelReader:
     whether spaces separate names.
 
     Args:
-        cells (`Iterable[Any]`, *optional*):
-            The cells of all splits.
-        column (`str`, *optional*):
-            Name of a column of texts in which spaces may separate names: they do where no text holds `;`, `|` or `,`
-            and the column has a plural name (`labels`, `classes`, `tags`), so that `traffic light` in a column `label`
-            stays whole.
-        class_names (`Sequence[str]`, *optional*):
-            Known class names; a text that is one of them is not taken apart.
+        cells (`Iterable[Any]`, *optional*): The cells of all splits.
+        column (`str`, *optional*): Name of a column of texts in which spaces may separate names: they do where no text
+            holds `;`, `|` or `,` and the column has a plural name (`labels`, `classes`, `tags`), so that `traffic
+            light` in a column `label` stays whole.
+        class_names (`Sequence[str]`, *optional*): Known class names; a text that is one of them is not taken apart.
 
     Attributes:
         vector_length (`int` or `None`): number of classes of the lists, if they are label vectors.
@@ -206,10 +203,8 @@ def read_label_file(path: str | Path, class_names: Sequence[str]) -> dict[str, l
     Identifiers may carry an image suffix or a folder; both are dropped.
 
     Args:
-        path (`str` or `Path`):
-            The file; its suffix chooses the format.
-        class_names (`Sequence[str]`):
-            C + 1 class names, background first.
+        path (`str` or `Path`): The file; its suffix chooses the format.
+        class_names (`Sequence[str]`): C + 1 class names, background first.
 
     Returns:
         `dict[str, list[int]]`: for each identifier, its label ids: 0-based over the foreground classes, sorted.

@@ -38,8 +38,7 @@ def id2label_from(names: Sequence[str]) -> dict[int, str]:
     Numbers a class list for `SynerNetConfig(id2label=...)`.
 
     Args:
-        names (`Sequence[str]`):
-            Class names, background first.
+        names (`Sequence[str]`): Class names, background first.
 
     Returns:
         `dict[int, str]`: `{0: "background", 1: first foreground class, ...}`.
@@ -84,10 +83,8 @@ def multi_hot(label_ids: Sequence[int], num_classes: int) -> torch.Tensor:
     Turns the labels of one image into a vector.
 
     Args:
-        label_ids (`Sequence[int]`):
-            Foreground class ids, 0-based, in any order.
-        num_classes (`int`):
-            Number C of foreground classes.
+        label_ids (`Sequence[int]`): Foreground class ids, 0-based, in any order.
+        num_classes (`int`): Number C of foreground classes.
 
     Returns:
         `torch.Tensor`: `(C,)` float32, 1 for each class of the image and 0 elsewhere.
@@ -130,19 +127,13 @@ def build_split(
     Builds one split from columns; no image is opened.
 
     Args:
-        images (`Sequence`):
-            N paths, PIL images or `{"bytes": ..., "path": ...}` dictionaries.
-        image_ids (`Sequence[str]`):
-            N identifiers.
-        labels (`Sequence[Sequence[int]]`):
-            For each image, the ids of its classes: 0 to C - 1 over the foreground classes. They are sorted, repeats
-            are dropped; no id means an image of background alone.
-        class_names (`Sequence[str]`):
-            C + 1 class names, background first.
-        masks (`Sequence`, *optional*):
-            N masks in any form that `images` may have, or as `mask_feature` stores them.
-        mask_feature (`Any`, *optional*, defaults to `datasets.Image()`):
-            Feature of the `mask` column.
+        images (`Sequence`): N paths, PIL images or `{"bytes": ..., "path": ...}` dictionaries.
+        image_ids (`Sequence[str]`): N identifiers.
+        labels (`Sequence[Sequence[int]]`): For each image, the ids of its classes: 0 to C - 1 over the foreground
+            classes. They are sorted, repeats are dropped; no id means an image of background alone.
+        class_names (`Sequence[str]`): C + 1 class names, background first.
+        masks (`Sequence`, *optional*): N masks in any form that `images` may have, or as `mask_feature` stores them.
+        mask_feature (`Any`, *optional*, defaults to `datasets.Image()`): Feature of the `mask` column.
 
     Returns:
         `datasets.Dataset`: N records with the columns of [`record_features`].
@@ -202,8 +193,8 @@ def class_names(dataset_dict: datasets.DatasetDict) -> list[str]:
     Reads the class list from the feature of the column `labels`.
 
     Args:
-        dataset_dict (`datasets.DatasetDict`):
-            What a loader returned, possibly filtered, mapped, saved or pushed, and loaded since.
+        dataset_dict (`datasets.DatasetDict`): What a loader returned, possibly filtered, mapped, saved or pushed, and
+            loaded since.
 
     Returns:
         `list[str]`: K = C + 1 names, background first.

@@ -41,16 +41,12 @@ def load_shapes(
     the images of a smaller one.
 
     Args:
-        num_train (`int`, *optional*, defaults to 2000):
-            Number of training images.
-        num_validation (`int`, *optional*, defaults to 200):
-            Number of validation images.
-        image_size (`int`, *optional*, defaults to 64):
-            Height and width of an image in pixels.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of all random choices.
-        with_train_masks (`bool`, *optional*, defaults to `False`):
-            Adds the `mask` column to the training split, for analysis; training neither needs nor reads it.
+        num_train (`int`, *optional*, defaults to 2000): Number of training images.
+        num_validation (`int`, *optional*, defaults to 200): Number of validation images.
+        image_size (`int`, *optional*, defaults to 64): Height and width of an image in pixels.
+        seed (`int`, *optional*, defaults to 0): Seed of all random choices.
+        with_train_masks (`bool`, *optional*, defaults to `False`): Adds the `mask` column to the training split, for
+            analysis; training neither needs nor reads it.
 
     Returns:
         `datasets.DatasetDict`: `train` (`image`, `image_id`, `labels`) and `validation` (the same and `mask`),

@@ -47,16 +47,13 @@ class TrainTransform:
     slightly smoother than shrinking the whole image (docs/data.md has figures).
 
     Args:
-        crop_size (`int`):
-            Side S of the crop in pixels.
-        scale_range (`tuple[float, float]`, *optional*, defaults to `(0.5, 2.0)`):
-            Range of the uniformly drawn rescale factor. The default belongs to crops of 448 pixels; for VOC images
-            and a crop of 224, half of it keeps as much of an image in view (our choice).
-        flip (`bool`, *optional*, defaults to `True`):
-            Mirrors left and right with probability 0.5.
-        seed (`int`, *optional*, defaults to 0):
-            All randomness comes from `numpy.random.default_rng((seed, position))`, so that the same position of the
-            stream gives the same crop in any process and after a resume.
+        crop_size (`int`): Side S of the crop in pixels.
+        scale_range (`tuple[float, float]`, *optional*, defaults to `(0.5, 2.0)`): Range of the uniformly drawn rescale
+            factor. The default belongs to crops of 448 pixels; for VOC images and a crop of 224, half of it keeps as
+            much of an image in view (our choice).
+        flip (`bool`, *optional*, defaults to `True`): Mirrors left and right with probability 0.5.
+        seed (`int`, *optional*, defaults to 0): All randomness comes from `numpy.random.default_rng((seed,
+            position))`, so that the same position of the stream gives the same crop in any process and after a resume.
 
     Raises:
         ValueError: The crop size or the range is not positive, or the range is reversed.
@@ -80,10 +77,8 @@ class TrainTransform:
         Makes one training sample.
 
         Args:
-            record (`dict`):
-                `image` (see [`open_stored`]), `image_id` and `labels`.
-            position (`int`):
-                Place of the sample in the training stream.
+            record (`dict`): `image` (see [`open_stored`]), `image_id` and `labels`.
+            position (`int`): Place of the sample in the training stream.
 
         Returns:
             `dict`: `image` (`(3, S, S)` uint8, 0 outside the box), `valid_box` (`(4,)` int64: top, bottom, left,
@@ -157,11 +152,9 @@ class TrainDataset(Dataset):
     `index`.
 
     Args:
-        dataset (`datasets.Dataset`):
-            A training split. A `mask` column, if there is one, is dropped unread; images are opened by the
-            transform.
-        transform ([`TrainTransform`]):
-            Called as `transform(record, position)`.
+        dataset (`datasets.Dataset`): A training split. A `mask` column, if there is one, is dropped unread; images are
+            opened by the transform.
+        transform ([`TrainTransform`]): Called as `transform(record, position)`.
     """
 
     def __init__(self, dataset: datasets.Dataset, transform: TrainTransform) -> None:
@@ -185,16 +178,12 @@ class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
     `numpy.random.default_rng((seed, epoch))`; batches are full and may straddle two epochs.
 
     Args:
-        num_records (`int`):
-            Number of records.
-        batch_size (`int`):
-            Number of samples in a batch.
-        num_batches (`int`):
-            Number of batches of the whole stream, that is of a run that was not interrupted.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the permutations.
-        start_batch (`int`, *optional*, defaults to 0):
-            Number of batches to leave out at the start, because an earlier run has seen them.
+        num_records (`int`): Number of records.
+        batch_size (`int`): Number of samples in a batch.
+        num_batches (`int`): Number of batches of the whole stream, that is of a run that was not interrupted.
+        seed (`int`, *optional*, defaults to 0): Seed of the permutations.
+        start_batch (`int`, *optional*, defaults to 0): Number of batches to leave out at the start, because an earlier
+            run has seen them.
 
     Raises:
         ValueError: There are no records, or the numbers are out of range.
@@ -235,8 +224,7 @@ class SynerNetDataCollator:
     Stacks the samples of [`TrainTransform`] into a batch.
 
     Args:
-        num_classes (`int`):
-            Number C of foreground classes.
+        num_classes (`int`): Number C of foreground classes.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -247,9 +235,8 @@ class SynerNetDataCollator:
         Stacks samples of one crop size.
 
         Args:
-            samples (`Sequence[dict]`):
-                B dictionaries with `image` (`(3, S, S)` uint8), `labels` (class ids) and `valid_box` (`(4,)`
-                int64); other entries are left out.
+            samples (`Sequence[dict]`): B dictionaries with `image` (`(3, S, S)` uint8), `labels` (class ids) and
+                `valid_box` (`(4,)` int64); other entries are left out.
 
         Returns:
             `dict[str, torch.Tensor]`: `images` (`(B, 3, S, S)` uint8), `labels` (`(B, C)` float32 multi-hot) and
@@ -270,16 +257,13 @@ class PhotometricAugmentation(nn.Module):
     at 0 the module only normalises.
 
     Args:
-        image_mean (`Sequence[float]`):
-            Mean of each channel, for pixels in [0, 1].
-        image_std (`Sequence[float]`):
-            Standard deviation of each channel, for pixels in [0, 1].
-        color_jitter (`float`, *optional*, defaults to 0.8):
-            Probability of changing brightness, contrast (±0.4 each), saturation (±0.2) and hue (±0.1).
-        grayscale (`float`, *optional*, defaults to 0.2):
-            Probability of removing the colours.
-        blur (`float`, *optional*, defaults to 1.0):
-            Probability of a Gaussian blur with a standard deviation of 0.1 to 2 pixels.
+        image_mean (`Sequence[float]`): Mean of each channel, for pixels in [0, 1].
+        image_std (`Sequence[float]`): Standard deviation of each channel, for pixels in [0, 1].
+        color_jitter (`float`, *optional*, defaults to 0.8): Probability of changing brightness, contrast (±0.4 each),
+            saturation (±0.2) and hue (±0.1).
+        grayscale (`float`, *optional*, defaults to 0.2): Probability of removing the colours.
+        blur (`float`, *optional*, defaults to 1.0): Probability of a Gaussian blur with a standard deviation of 0.1 to
+            2 pixels.
 
     Raises:
         ValueError: A probability is outside [0, 1].
@@ -315,8 +299,7 @@ class PhotometricAugmentation(nn.Module):
         Augments and normalises a batch.
 
         Args:
-            images (`torch.Tensor`):
-                `(B, 3, H, W)` uint8, H and W at least 7.
+            images (`torch.Tensor`): `(B, 3, H, W)` uint8, H and W at least 7.
 
         Returns:
             `torch.Tensor`: `(B, 3, H, W)` float32, `(pixel / 255 - mean) / std`.

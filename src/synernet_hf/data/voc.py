@@ -36,17 +36,14 @@ def load_voc2012(
     opened, unless `image_labels="masks"` asks for it by name.
 
     Args:
-        data_dir (`str` or `Path`):
-            The `VOCdevkit` folder that holds `VOC2012`, or the `VOC2012` folder itself.
-        image_labels (`str` or `Path`, *optional*, defaults to `"annotations"`):
-            Where the image-level labels come from: `"annotations"` (the `object/name` entries of `Annotations/*.xml`,
-            difficult objects included, as is usual in this field), `"masks"` (the class ids that occur in the masks),
-            or the path of an `.npz`, `.json` or `.csv` file, see [`read_label_file`].
-        train_split (`str`, *optional*, defaults to `"train_aug"`):
-            The list in `ImageSets/Segmentation` to train on. Where it is not given and `train_aug` does not exist,
-            `train` is taken and logged.
-        validation_split (`str`, *optional*, defaults to `"val"`):
-            The list to evaluate on.
+        data_dir (`str` or `Path`): The `VOCdevkit` folder that holds `VOC2012`, or the `VOC2012` folder itself.
+        image_labels (`str` or `Path`, *optional*, defaults to `"annotations"`): Where the image-level labels come
+            from: `"annotations"` (the `object/name` entries of `Annotations/*.xml`, difficult objects included, as is
+            usual in this field), `"masks"` (the class ids that occur in the masks), or the path of an `.npz`, `.json`
+            or `.csv` file, see [`read_label_file`].
+        train_split (`str`, *optional*, defaults to `"train_aug"`): The list in `ImageSets/Segmentation` to train on.
+            Where it is not given and `train_aug` does not exist, `train` is taken and logged.
+        validation_split (`str`, *optional*, defaults to `"val"`): The list to evaluate on.
         on_bad_image, streaming, skipped:
             See [`load_image_labels`].
 

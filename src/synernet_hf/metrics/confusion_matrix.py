@@ -28,10 +28,8 @@ class MeanIoU:
     there (the rule of PASCAL VOC, and of the paper's evaluation on one confusion matrix of the whole split).
 
     Args:
-        num_labels (`int`):
-            Number `K` of classes, background included. Valid ids are 0 to `K - 1`.
-        ignore_index (`int`, *optional*, defaults to 255):
-            Reference id that is not scored.
+        num_labels (`int`): Number `K` of classes, background included. Valid ids are 0 to `K - 1`.
+        ignore_index (`int`, *optional*, defaults to 255): Reference id that is not scored.
 
     Raises:
         ValueError: If `num_labels` is not positive or `ignore_index` is one of the class ids.
@@ -67,8 +65,8 @@ class MeanIoU:
         Args:
             predictions (`np.ndarray` or `torch.Tensor` of integers and shape `([batch_size,] height, width)`):
                 Predicted class ids, 0 to `num_labels - 1` wherever the reference is not `ignore_index`.
-            references (`np.ndarray` or `torch.Tensor` of integers and the shape of `predictions`):
-                True class ids, 0 to `num_labels - 1`, or `ignore_index`.
+            references (`np.ndarray` or `torch.Tensor` of integers and the shape of `predictions`): True class ids, 0
+                to `num_labels - 1`, or `ignore_index`.
 
         Returns:
             `MeanIoU`: The metric itself.
@@ -106,9 +104,8 @@ class MeanIoU:
         Replace the counts by their sum over all processes. Call it once, on every process, after the last `update`.
 
         Args:
-            reducer (`accelerate.Accelerator` or `Callable[[torch.Tensor], torch.Tensor]`):
-                An accelerator, or a function that sums an int64 tensor of shape `(num_labels, num_labels)` over the
-                processes.
+            reducer (`accelerate.Accelerator` or `Callable[[torch.Tensor], torch.Tensor]`): An accelerator, or a
+                function that sums an int64 tensor of shape `(num_labels, num_labels)` over the processes.
 
         Returns:
             `MeanIoU`: The metric itself.
@@ -126,8 +123,8 @@ class MeanIoU:
         class that is predicted but has no reference pixel has IoU 0, as in `evaluate`'s `mean_iou`.
 
         Args:
-            class_ids (`Sequence[int]`, *optional*):
-                Classes over which the means are taken. All of them when not given.
+            class_ids (`Sequence[int]`, *optional*): Classes over which the means are taken. All of them when not
+                given.
 
         Returns:
             `dict`: `"mean_iou"`, `"mean_iou_present"` (over the classes with reference pixels), `"recall"` and

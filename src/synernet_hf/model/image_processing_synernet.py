@@ -30,10 +30,10 @@ CHUNK_VALUES = 2**24
 
 class SynerNetImageProcessorKwargs(ImagesKwargs, total=False):
     r"""
-    size_divisor (`int`, *optional*, defaults to `self.size_divisor`):
-        With `do_pad`, heights and widths are padded up to a multiple of this number: the patch size of the model.
-    max_pixels (`int`, *optional*, defaults to `self.max_pixels`):
-        Larger images are shrunk to this many pixels before anything else; `None` sets no bound.
+    size_divisor (`int`, *optional*, defaults to `self.size_divisor`): With `do_pad`, heights and widths are padded up
+        to a multiple of this number: the patch size of the model.
+    max_pixels (`int`, *optional*, defaults to `self.max_pixels`): Larger images are shrunk to this many pixels before
+        anything else; `None` sets no bound.
     """
 
     size_divisor: int
@@ -56,35 +56,27 @@ class SynerNetImageProcessor(PilBackend):
     padded size is that of the image in its first `height` rows and `width` columns.
 
     Args:
-        do_resize (`bool`, *optional*, defaults to `False`):
-            Resize the image to `size`.
-        size (`dict[str, int]`, *optional*, defaults to `{"shortest_edge": 448}`):
-            `{"shortest_edge": s}` keeps the proportions, `{"height": h, "width": w}` does not. 448 is the
-            authors' crop.
-        resample (`PIL.Image.Resampling`, *optional*, defaults to `BILINEAR`):
-            Filter for images; masks are always resized with `NEAREST`.
-        do_rescale (`bool`, *optional*, defaults to `True`):
-            Multiply the values by `rescale_factor`.
-        rescale_factor (`float`, *optional*, defaults to `1/255`):
-            The factor.
-        do_normalize (`bool`, *optional*, defaults to `True`):
-            Subtract `image_mean` and divide by `image_std`.
-        image_mean (`list[float]`, *optional*, defaults to `[0.485, 0.456, 0.406]`):
-            Mean of the red, green and blue channel.
-        image_std (`list[float]`, *optional*, defaults to `[0.229, 0.224, 0.225]`):
-            Standard deviation of the red, green and blue channel.
-        do_pad (`bool`, *optional*, defaults to `False`):
-            Pad images at the right and the bottom with 0 (after normalisation), masks with 255, up to the largest
-            height and width of the batch rounded up to a multiple of `size_divisor`, or up to `pad_size`. Adds
-            `pixel_mask` to the result, for the model: see above.
-        size_divisor (`int`, *optional*, defaults to 16):
-            The multiple; the patch size of the model.
-        do_convert_rgb (`bool`, *optional*, defaults to `True`):
-            Convert arrays to RGB first; files and PIL images always are.
-        max_pixels (`int`, *optional*, defaults to 1048576):
-            Bound on the number of pixels, which bounds the memory: a larger image is shrunk with `BOX`, its mask with
-            `NEAREST`, before anything else. `target_sizes` of `post_process_*` gives label maps of the full size.
-            `None` sets no bound.
+        do_resize (`bool`, *optional*, defaults to `False`): Resize the image to `size`.
+        size (`dict[str, int]`, *optional*, defaults to `{"shortest_edge": 448}`): `{"shortest_edge": s}` keeps the
+            proportions, `{"height": h, "width": w}` does not. 448 is the authors' crop.
+        resample (`PIL.Image.Resampling`, *optional*, defaults to `BILINEAR`): Filter for images; masks are always
+            resized with `NEAREST`.
+        do_rescale (`bool`, *optional*, defaults to `True`): Multiply the values by `rescale_factor`.
+        rescale_factor (`float`, *optional*, defaults to `1/255`): The factor.
+        do_normalize (`bool`, *optional*, defaults to `True`): Subtract `image_mean` and divide by `image_std`.
+        image_mean (`list[float]`, *optional*, defaults to `[0.485, 0.456, 0.406]`): Mean of the red, green and blue
+            channel.
+        image_std (`list[float]`, *optional*, defaults to `[0.229, 0.224, 0.225]`): Standard deviation of the red,
+            green and blue channel.
+        do_pad (`bool`, *optional*, defaults to `False`): Pad images at the right and the bottom with 0 (after
+            normalisation), masks with 255, up to the largest height and width of the batch rounded up to a multiple of
+            `size_divisor`, or up to `pad_size`. Adds `pixel_mask` to the result, for the model: see above.
+        size_divisor (`int`, *optional*, defaults to 16): The multiple; the patch size of the model.
+        do_convert_rgb (`bool`, *optional*, defaults to `True`): Convert arrays to RGB first; files and PIL images
+            always are.
+        max_pixels (`int`, *optional*, defaults to 1048576): Bound on the number of pixels, which bounds the memory: a
+            larger image is shrunk with `BOX`, its mask with `NEAREST`, before anything else. `target_sizes` of
+            `post_process_*` gives label maps of the full size. `None` sets no bound.
 
     Example:
 
@@ -126,16 +118,15 @@ class SynerNetImageProcessor(PilBackend):
         Prepare images, and their masks when given, for the model.
 
         Args:
-            images (`ImageInput`):
-                One image or a list: PIL, `np.ndarray` or `torch.Tensor` of shape `(height, width, 3)`,
-                `(3, height, width)` or `(height, width)` with values 0 to 255, a path or a URL, `bytes` of a file, or
-                an undecoded `datasets.Image` (`{"bytes": …, "path": …}`); or one array or tensor with a batch of
-                images of equal size. See [`open_image`].
-            segmentation_maps (`ImageInput`, *optional*):
-                One mask or a list, in the order and of the sizes of `images`: palette or greyscale PIL, the path of
-                such a file, or an array of shape `(height, width)`; 0 = background, 255 = ignore.
-            kwargs ([`SynerNetImageProcessorKwargs`]):
-                Any argument of the constructor for this call only, and `return_tensors` (`"pt"` or `"np"`).
+            images (`ImageInput`): One image or a list: PIL, `np.ndarray` or `torch.Tensor` of shape `(height, width,
+                3)`, `(3, height, width)` or `(height, width)` with values 0 to 255, a path or a URL, `bytes` of a
+                file, or an undecoded `datasets.Image` (`{"bytes": …, "path": …}`); or one array or tensor with a batch
+                of images of equal size. See [`open_image`].
+            segmentation_maps (`ImageInput`, *optional*): One mask or a list, in the order and of the sizes of
+                `images`: palette or greyscale PIL, the path of such a file, or an array of shape `(height, width)`; 0
+                = background, 255 = ignore.
+            kwargs ([`SynerNetImageProcessorKwargs`]): Any argument of the constructor for this call only, and
+                `return_tensors` (`"pt"` or `"np"`).
 
         Returns:
             `BatchFeature`: `pixel_values`, float32 of shape `(batch_size, 3, height, width)`; with segmentation maps
@@ -243,13 +234,13 @@ class SynerNetImageProcessor(PilBackend):
         classes at full size.
 
         Args:
-            outputs ([`SynerNetSegmenterOutput`]):
-                Output of the model; its `logits` have shape `(batch_size, num_labels, height, width)`.
-            target_sizes (`list[tuple[int, int]]` or `torch.Tensor` of shape `(batch_size, 2)`, *optional*):
-                Height and width of every label map: the logits are resized bilinearly before the argmax. Unresized
-                when not given.
-            return_segmentation_scores (`bool`, *optional*, defaults to `False`):
-                Return the resized logits beside each label map.
+            outputs ([`SynerNetSegmenterOutput`]): Output of the model; its `logits` have shape `(batch_size,
+                num_labels, height, width)`.
+            target_sizes (`list[tuple[int, int]]` or `torch.Tensor` of shape `(batch_size, 2)`, *optional*): Height and
+                width of every label map: the logits are resized bilinearly before the argmax. Unresized when not
+                given.
+            return_segmentation_scores (`bool`, *optional*, defaults to `False`): Return the resized logits beside each
+                label map.
 
         Returns:
             `list[torch.Tensor]` of int64 label maps of shape `(height, width)`, or
@@ -281,13 +272,12 @@ class SynerNetImageProcessor(PilBackend):
         Turn class activation maps into label maps with a single threshold, as they are scored in the paper's tables.
 
         Args:
-            cams (`torch.Tensor` of shape `(batch_size, num_labels - 1, height, width)`):
-                Maps of the foreground classes in [0, 1], zero for classes that are not in the image.
-            threshold (`float`, *optional*, defaults to 0.5):
-                A pixel whose largest value is at or below it is background. 0.5 is the authors' value for VOC, 0.45
-                for COCO (`config.background_threshold`).
-            target_sizes (`list[tuple[int, int]]` or `torch.Tensor` of shape `(batch_size, 2)`, *optional*):
-                Height and width of every label map: the maps are resized bilinearly first. Unresized when not given.
+            cams (`torch.Tensor` of shape `(batch_size, num_labels - 1, height, width)`): Maps of the foreground
+                classes in [0, 1], zero for classes that are not in the image.
+            threshold (`float`, *optional*, defaults to 0.5): A pixel whose largest value is at or below it is
+                background. 0.5 is the authors' value for VOC, 0.45 for COCO (`config.background_threshold`).
+            target_sizes (`list[tuple[int, int]]` or `torch.Tensor` of shape `(batch_size, 2)`, *optional*): Height and
+                width of every label map: the maps are resized bilinearly first. Unresized when not given.
 
         Returns:
             `list[torch.Tensor]`: int64 label maps of shape `(height, width)`; 0 = background, class `c` of the maps
@@ -311,11 +301,10 @@ def open_image(source, timeout: float | None = None) -> Image.Image:
     first frame counts.
 
     Args:
-        source (`str`, `PathLike`, `bytes`, `dict` or `PIL.Image.Image`):
-            Path, URL or base64 text; content of a file; an undecoded `datasets.Image` (`{"bytes": …, "path": …}`); or
-            an open image, of which the current frame counts. A URL is fetched by the library, which keeps 8 bits.
-        timeout (`float`, *optional*):
-            Seconds to wait for a URL.
+        source (`str`, `PathLike`, `bytes`, `dict` or `PIL.Image.Image`): Path, URL or base64 text; content of a file;
+            an undecoded `datasets.Image` (`{"bytes": …, "path": …}`); or an open image, of which the current frame
+            counts. A URL is fetched by the library, which keeps 8 bits.
+        timeout (`float`, *optional*): Seconds to wait for a URL.
 
     Returns:
         `PIL.Image.Image`: Mode `RGB`, with the pixels loaded.
@@ -346,10 +335,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Give an image 8-bit colours.
 
     Args:
-        image (`PIL.Image.Image`):
-            Any mode. Grey values of 16 bits are divided by 256 (Pillow alone cuts them off at 255). Alpha and the
-            transparent colour of a palette are dropped: a transparent pixel shows the colour that it stores. CMYK is
-            converted by Pillow, without a colour profile.
+        image (`PIL.Image.Image`): Any mode. Grey values of 16 bits are divided by 256 (Pillow alone cuts them off at
+            255). Alpha and the transparent colour of a palette are dropped: a transparent pixel shows the colour that
+            it stores. CMYK is converted by Pillow, without a colour profile.
 
     Returns:
         `PIL.Image.Image`: Mode `RGB`.
@@ -395,10 +383,8 @@ def resized_maximum(maps: torch.Tensor, size: tuple[int, int] | None = None) -> 
     Largest value of each pixel and its channel, without all channels at full size at once.
 
     Args:
-        maps (`torch.Tensor` of shape `(channels, h, w)`):
-            Maps of one image.
-        size (`tuple[int, int]`, *optional*):
-            Height and width to resize to first.
+        maps (`torch.Tensor` of shape `(channels, h, w)`): Maps of one image.
+        size (`tuple[int, int]`, *optional*): Height and width to resize to first.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]` of shape `(height, width)`: Values, float32, and channels, int64; the

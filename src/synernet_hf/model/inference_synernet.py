@@ -42,10 +42,10 @@ class SegmentedImage:
 
     Attributes:
         label_map (`torch.Tensor` of shape `(height, width)`): int64 class ids at the size of the image.
-        labels (`torch.Tensor` of shape `(num_labels - 1,)`, *optional*):
-            Multi-hot classes that the label map was limited to; `None` without such a limit.
-        maps (`torch.Tensor` of shape `(n, h, w)`):
-            Logits of the classes `class_ids`, at the size of `pixel_values`; after a CRF its probabilities.
+        labels (`torch.Tensor` of shape `(num_labels - 1,)`, *optional*): Multi-hot classes that the label map was
+            limited to; `None` without such a limit.
+        maps (`torch.Tensor` of shape `(n, h, w)`): Logits of the classes `class_ids`, at the size of `pixel_values`;
+            after a CRF its probabilities.
         class_ids (`torch.Tensor` of shape `(n,)`): int64 ids of the classes that the label map may show.
         refined (`bool`): whether `maps` are probabilities.
     """
@@ -80,12 +80,11 @@ def prepare_image(processor: SynerNetImageProcessor, source: Any, timeout: float
     Open an image and process it for the network; runs in the workers of a data loader too.
 
     Args:
-        processor ([`SynerNetImageProcessor`]):
-            Its padding and its center crop are left out: the model pads by itself, and the whole image is asked for.
+        processor ([`SynerNetImageProcessor`]): Its padding and its center crop are left out: the model pads by itself,
+            and the whole image is asked for.
         source:
             The image in any form that `open_image` reads.
-        timeout (`float`, *optional*):
-            Seconds to wait for a URL.
+        timeout (`float`, *optional*): Seconds to wait for a URL.
 
     Returns:
         [`PreparedImage`]
@@ -117,25 +116,20 @@ def segment_images(
     Segment images; those of equal processed size go through the model together.
 
     Args:
-        model ([`SynerNetForWeaklySupervisedSegmentation`]):
-            The model, in evaluation mode, of any dtype and on any device.
-        processor ([`SynerNetImageProcessor`]):
-            Saved with the model.
-        images (`Sequence`):
-            [`PreparedImage`] or anything that `open_image` reads.
-        labels (`str` or `Sequence[torch.Tensor]`, *optional*):
-            Classes that the label maps may show beside the background: `"predicted"`, those that the classifiers see
-            (a logit above 0, one more pass); or multi-hot rows `(num_labels - 1,)`, `None` for an image without
-            limit. With given labels the class prior is off, for which classes are there is known already.
-        scales (`tuple[float, ...]`, *optional*, defaults to `(1.0,)`):
-            Scales at which each image is seen; `None` stands for `config.inference_scales`.
-        flip (`bool`, *optional*, defaults to `False`):
-            Also see the mirror of every scale.
-        inference_branches (`str`, *optional*):
-            `"broad"`, `"precise"` or `"both"` (default).
-        crf (`Callable`, *optional*):
-            Refines the probabilities: takes the image that [`PreparedImage`] holds, uint8 `(h, w, 3)`, and class
-            probabilities, float32 `(num_labels, h, w)`, and returns such probabilities.
+        model ([`SynerNetForWeaklySupervisedSegmentation`]): The model, in evaluation mode, of any dtype and on any
+            device.
+        processor ([`SynerNetImageProcessor`]): Saved with the model.
+        images (`Sequence`): [`PreparedImage`] or anything that `open_image` reads.
+        labels (`str` or `Sequence[torch.Tensor]`, *optional*): Classes that the label maps may show beside the
+            background: `"predicted"`, those that the classifiers see (a logit above 0, one more pass); or multi-hot
+            rows `(num_labels - 1,)`, `None` for an image without limit. With given labels the class prior is off, for
+            which classes are there is known already.
+        scales (`tuple[float, ...]`, *optional*, defaults to `(1.0,)`): Scales at which each image is seen; `None`
+            stands for `config.inference_scales`.
+        flip (`bool`, *optional*, defaults to `False`): Also see the mirror of every scale.
+        inference_branches (`str`, *optional*): `"broad"`, `"precise"` or `"both"` (default).
+        crf (`Callable`, *optional*): Refines the probabilities: takes the image that [`PreparedImage`] holds, uint8
+            `(h, w, 3)`, and class probabilities, float32 `(num_labels, h, w)`, and returns such probabilities.
 
     Returns:
         `list[SegmentedImage]`: On the device of the model, in the order of `images`.
@@ -205,8 +199,8 @@ def generate_image_cams(
     Args:
         model, processor, images:
             As in [`segment_images`].
-        labels (`Sequence[torch.Tensor]`, *optional*):
-            Multi-hot rows `(num_labels - 1,)`; the maps of other classes are zero. `None` gives the maps of all.
+        labels (`Sequence[torch.Tensor]`, *optional*): Multi-hot rows `(num_labels - 1,)`; the maps of other classes
+            are zero. `None` gives the maps of all.
         scales, flip, plain:
             As in `model.generate_cams`.
 

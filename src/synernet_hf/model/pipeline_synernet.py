@@ -112,31 +112,26 @@ class SynerNetSegmentationPipeline(Pipeline):
         Segment one image or several.
 
         Args:
-            inputs (`str`, `PIL.Image.Image`, `dict`, a list of these, or a data set or generator of them):
-                Images, paths or URLs, or records that hold one of these as `image`; read as the image processor
-                reads them. A data set or generator is read as the answers are, one batch after another.
-            scales (`tuple[float, ...]`, *optional*, defaults to `(1.0,)`):
-                Scales at which each image is seen; the elementwise maximum of the logits decides. The authors'
-                inference uses `model.config.inference_scales`.
-            flip (`bool`, *optional*, defaults to `False`):
-                Also see the mirror of every scale.
-            image_labels (`list[str]` or `str`, *optional*):
-                Classes that are in the images; no other class but background is predicted then. A list of names;
-                `"known"`, to take `labels` of each record (names, or ids of foreground classes from 0); or
-                `"predicted"`, for the classes that the model's classifiers see, at the cost of one more pass.
-            crf (`Callable[[np.ndarray, np.ndarray], np.ndarray]`, *optional*):
-                Refines the probabilities, such as `synernet_hf.crf.DenseCRF()`: takes the image (shrunk to the
-                processor's `max_pixels`), uint8 of shape `(height, width, 3)`, and class probabilities, float32 of
-                shape `(num_labels, height, width)`, and returns such probabilities.
-            return_cams (`bool`, *optional*, defaults to `False`):
-                Return the fused class activation maps too, of the given image labels or else of every class. They
-                are seen at `model.config.cam_scales`.
-            return_confidence (`bool`, *optional*, defaults to `False`):
-                Return the confidence too: the share of layers and branches whose CAMs agree on a pixel.
-            return_scores (`bool`, *optional*, defaults to `False`):
-                Return the class probabilities too.
-            timeout (`float`, *optional*):
-                Seconds to wait for a URL.
+            inputs (`str`, `PIL.Image.Image`, `dict`, a list of these, or a data set or generator of them): Images,
+                paths or URLs, or records that hold one of these as `image`; read as the image processor reads them. A
+                data set or generator is read as the answers are, one batch after another.
+            scales (`tuple[float, ...]`, *optional*, defaults to `(1.0,)`): Scales at which each image is seen; the
+                elementwise maximum of the logits decides. The authors' inference uses `model.config.inference_scales`.
+            flip (`bool`, *optional*, defaults to `False`): Also see the mirror of every scale.
+            image_labels (`list[str]` or `str`, *optional*): Classes that are in the images; no other class but
+                background is predicted then. A list of names; `"known"`, to take `labels` of each record (names, or
+                ids of foreground classes from 0); or `"predicted"`, for the classes that the model's classifiers see,
+                at the cost of one more pass.
+            crf (`Callable[[np.ndarray, np.ndarray], np.ndarray]`, *optional*): Refines the probabilities, such as
+                `synernet_hf.crf.DenseCRF()`: takes the image (shrunk to the processor's `max_pixels`), uint8 of shape
+                `(height, width, 3)`, and class probabilities, float32 of shape `(num_labels, height, width)`, and
+                returns such probabilities.
+            return_cams (`bool`, *optional*, defaults to `False`): Return the fused class activation maps too, of the
+                given image labels or else of every class. They are seen at `model.config.cam_scales`.
+            return_confidence (`bool`, *optional*, defaults to `False`): Return the confidence too: the share of layers
+                and branches whose CAMs agree on a pixel.
+            return_scores (`bool`, *optional*, defaults to `False`): Return the class probabilities too.
+            timeout (`float`, *optional*): Seconds to wait for a URL.
 
         Returns:
             `list[dict]`, or a list of these for several images: One dictionary per class found, in the order of the
@@ -241,9 +236,8 @@ def register_pipeline(model_class: type[PreTrainedModel]) -> None:
     `image-segmentation` task, which logs an error for classes missing from its list of names.
 
     Args:
-        model_class (`type[PreTrainedModel]`):
-            The task model. It is loaded through `AutoModelForSemanticSegmentation`, the only form that a pipeline
-            saved with its code can name in a process without this package.
+        model_class (`type[PreTrainedModel]`): The task model. It is loaded through `AutoModelForSemanticSegmentation`,
+            the only form that a pipeline saved with its code can name in a process without this package.
     """
     if TASK not in PIPELINE_REGISTRY.get_supported_tasks():
         PIPELINE_REGISTRY.register_pipeline(

@@ -19,10 +19,9 @@ class SynerNetPixelAdaptiveRefinement(nn.Module):
     each of several dilations; the weights come from colour and distance and depend on the image alone.
 
     Args:
-        dilations (`tuple[int, ...]`, *optional*, defaults to `(1, 2, 4, 8, 12, 24)`):
-            Neighbour distances in pixels. Source: authors' code.
-        num_iterations (`int`, *optional*, defaults to 10):
-            Number of steps. Source: authors' code.
+        dilations (`tuple[int, ...]`, *optional*, defaults to `(1, 2, 4, 8, 12, 24)`): Neighbour distances in pixels.
+            Source: authors' code.
+        num_iterations (`int`, *optional*, defaults to 10): Number of steps. Source: authors' code.
     """
 
     colour_temperature = 0.3
@@ -134,14 +133,13 @@ def refine_pseudo_labels(
 
     Args:
         images (`torch.Tensor` of shape `(B, 3, H, W)`): float, in [0, 1], full resolution.
-        cams (`torch.Tensor` of shape `(B, C, h, w)` or `(M, B, C, h, w)`):
-            Float, in [0, 1], resized bilinearly to the images where their size is another; NaN counts as 0. M sets of
-            CAMs of the same images share one affinity.
+        cams (`torch.Tensor` of shape `(B, C, h, w)` or `(M, B, C, h, w)`): Float, in [0, 1], resized bilinearly to the
+            images where their size is another; NaN counts as 0. M sets of CAMs of the same images share one affinity.
         labels (`torch.Tensor` of shape `(B, C)`): multi-hot image-level labels.
         low (`float`): lower background plane.
         high (`float`): upper background plane.
-        valid_boxes (`torch.Tensor` of shape `(B, 4)`, *optional*):
-            [top, bottom, left, right) of the real pixels; outside is ignored. `None` means everywhere.
+        valid_boxes (`torch.Tensor` of shape `(B, 4)`, *optional*): [top, bottom, left, right) of the real pixels;
+            outside is ignored. `None` means everywhere.
         ignore_index (`int`, *optional*, defaults to 255): label of undecided pixels.
         refinement (`SynerNetPixelAdaptiveRefinement`, *optional*): the refinement; the authors' by default.
 

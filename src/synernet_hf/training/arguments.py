@@ -237,8 +237,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     Reads a recipe: a YAML file of flat keys, each a field of one of the three argument classes.
 
     Args:
-        path (`str` or `Path`):
-            The file.
+        path (`str` or `Path`): The file.
 
     Returns:
         `dict[str, Any]`: the settings, unknown keys and wrong kinds refused.
@@ -300,8 +299,7 @@ def parse_arguments(
     given on the command line wins over the recipe, the recipe over the default.
 
     Args:
-        argv (`list[str]`, *optional*):
-            Command-line words; `None` takes those of the process.
+        argv (`list[str]`, *optional*): Command-line words; `None` takes those of the process.
 
     Returns:
         `tuple[ModelArguments, DataArguments, SynerNetTrainingArguments]`
@@ -351,10 +349,8 @@ def data_parser(*groups: type, description: str | None = None) -> HfArgumentPars
     line are `None`, for [`read_data_arguments`] to fill in.
 
     Args:
-        groups (`type`):
-            Further dataclasses of options.
-        description (`str`, *optional*):
-            Shown by `--help` as it is.
+        groups (`type`): Further dataclasses of options.
+        description (`str`, *optional*): Shown by `--help` as it is.
 
     Returns:
         [`~transformers.HfArgumentParser`]: with the fields of [`DataSourceArguments`] and of `groups`.
@@ -377,10 +373,10 @@ def read_data_arguments(
     run's starts from the defaults, because folder and labels of the run belong to another one.
 
     Args:
-        given (`argparse.Namespace` or [`DataSourceArguments`]):
-            What a [`data_parser`] read; only data options that are not `None` count.
-        run (`str` or `Path`, *optional*):
-            Folder of a run. Its `training_args.json`, if present, says what is not on the command line.
+        given (`argparse.Namespace` or [`DataSourceArguments`]): What a [`data_parser`] read; only data options that
+            are not `None` count.
+        run (`str` or `Path`, *optional*): Folder of a run. Its `training_args.json`, if present, says what is not on
+            the command line.
 
     Returns:
         [`DataArguments`]: for [`load_data`].

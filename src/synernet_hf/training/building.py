@@ -54,13 +54,10 @@ def load_data(
     Loads the data that the arguments name.
 
     Args:
-        data_args ([`DataSourceArguments`]):
-            Name, folder, splits, labels and options.
-        skipped (`dict[str, list[str]]`, *optional*):
-            Receives, by split, a phrase for each record that is left out.
-        id2label (`Mapping[int, str]`, *optional*):
-            Class names of a model by id, background first. They are the class list of images of the user's own that
-            come without one, so that labels are read by name.
+        data_args ([`DataSourceArguments`]): Name, folder, splits, labels and options.
+        skipped (`dict[str, list[str]]`, *optional*): Receives, by split, a phrase for each record that is left out.
+        id2label (`Mapping[int, str]`, *optional*): Class names of a model by id, background first. They are the class
+            list of images of the user's own that come without one, so that labels are read by name.
 
     Returns:
         `datasets.DatasetDict`: splits `train` and `validation`, as far as they exist.

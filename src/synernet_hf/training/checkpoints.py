@@ -60,18 +60,14 @@ class TrainerState:
     The counters of a run; with the accelerator's state this is everything a continuation needs.
 
     Args:
-        step (`int`, *optional*, defaults to 0):
-            Optimizer steps done.
-        skipped_steps (`int`, *optional*, defaults to 0):
-            Steps that the gradient scaler of fp16 skipped; they used up batches and changed nothing else.
-        elapsed_seconds (`float`, *optional*, defaults to 0.0):
-            Time in the loop, evaluations included, summed over continuations.
-        best_metric (`float`, *optional*):
-            Best mean IoU of the segmentation so far, in [0, 1].
-        best_step (`int`, *optional*):
-            Step of `best_metric`.
-        history (`list[dict]`, *optional*, defaults to `[]`):
-            What was logged, oldest first; each entry has its `step`.
+        step (`int`, *optional*, defaults to 0): Optimizer steps done.
+        skipped_steps (`int`, *optional*, defaults to 0): Steps that the gradient scaler of fp16 skipped; they used up
+            batches and changed nothing else.
+        elapsed_seconds (`float`, *optional*, defaults to 0.0): Time in the loop, evaluations included, summed over
+            continuations.
+        best_metric (`float`, *optional*): Best mean IoU of the segmentation so far, in [0, 1].
+        best_step (`int`, *optional*): Step of `best_metric`.
+        history (`list[dict]`, *optional*, defaults to `[]`): What was logged, oldest first; each entry has its `step`.
     """
 
     step: int = 0

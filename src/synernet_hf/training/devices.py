@@ -21,8 +21,7 @@ def resolve_precision(mixed_precision: str | None) -> str | None:
     What `"auto"` stands for on the device of this process.
 
     Args:
-        mixed_precision (`str`, *optional*):
-            `"no"`, `"fp16"`, `"bf16"`, `"auto"` or `None`.
+        mixed_precision (`str`, *optional*): `"no"`, `"fp16"`, `"bf16"`, `"auto"` or `None`.
 
     Returns:
         `str`, *optional*: `"bf16"` or `"no"` for `"auto"`: bf16 on a GPU that has it and on a CPU with AVX-512 (ours,

@@ -137,12 +137,9 @@ def train(
     `best/`, checkpoints and logs. No mask of a training image is opened.
 
     Args:
-        model_args ([`ModelArguments`]):
-            What is trained.
-        data_args ([`DataArguments`]):
-            On what.
-        training_args ([`SynerNetTrainingArguments`]):
-            How.
+        model_args ([`ModelArguments`]): What is trained.
+        data_args ([`DataArguments`]): On what.
+        training_args ([`SynerNetTrainingArguments`]): How.
 
     Returns:
         `dict[str, dict]`: what [`evaluate_model`] says of the final weights (nothing where there are no masks), and

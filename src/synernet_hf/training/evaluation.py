@@ -34,26 +34,23 @@ class PredictionKinds(TypedDict, total=False):
     Which predictions [`evaluate_model`] scores beside the plain segmentation, and how.
 
     Attributes:
-        multi_scale (`bool`, *optional*, defaults to `False`):
-            Also score the segmentation at `config.inference_scales`, elementwise maximum over the scales.
-        flip (`bool`, *optional*, defaults to `False`):
-            Also score that multi-scale segmentation with the mirror of every scale.
-        cams (`bool`, *optional*, defaults to `True`):
-            Also score the class activation maps, given the true image labels.
-        baselines (`bool`, *optional*, defaults to `False`):
-            Also score a plain single-scale CAM, once with the true image labels and once with those that the
-            classifier predicts, and a prediction of nothing but background.
-        crf (`Callable[[np.ndarray, np.ndarray], np.ndarray]`, *optional*):
-            Post-processing of the last segmentation listed, such as [`~synernet_hf.crf.DenseCRF`]: called with the
-            image (uint8, `(height, width, 3)`) and class probabilities (float32, `(num_labels, height, width)`),
-            returns refined probabilities of the same shape. Adds a kind whose name ends in `_crf`.
-        progress (`bool`, *optional*, defaults to `False`):
-            Show a progress bar on the first process.
-        batch_size (`int`, *optional*, defaults to 4):
-            Images of equal processed size go through the model together, so many at most, with a million pixels
-            together at most. The scores do not depend on it.
-        num_workers (`int`, *optional*, defaults to 0):
-            Worker processes that decode and process images; 0 does so in this process.
+        multi_scale (`bool`, *optional*, defaults to `False`): Also score the segmentation at
+            `config.inference_scales`, elementwise maximum over the scales.
+        flip (`bool`, *optional*, defaults to `False`): Also score that multi-scale segmentation with the mirror of
+            every scale.
+        cams (`bool`, *optional*, defaults to `True`): Also score the class activation maps, given the true image
+            labels.
+        baselines (`bool`, *optional*, defaults to `False`): Also score a plain single-scale CAM, once with the true
+            image labels and once with those that the classifier predicts, and a prediction of nothing but background.
+        crf (`Callable[[np.ndarray, np.ndarray], np.ndarray]`, *optional*): Post-processing of the last segmentation
+            listed, such as [`~synernet_hf.crf.DenseCRF`]: called with the image (uint8, `(height, width, 3)`) and
+            class probabilities (float32, `(num_labels, height, width)`), returns refined probabilities of the same
+            shape. Adds a kind whose name ends in `_crf`.
+        progress (`bool`, *optional*, defaults to `False`): Show a progress bar on the first process.
+        batch_size (`int`, *optional*, defaults to 4): Images of equal processed size go through the model together, so
+            many at most, with a million pixels together at most. The scores do not depend on it.
+        num_workers (`int`, *optional*, defaults to 0): Worker processes that decode and process images; 0 does so in
+            this process.
     """
 
     multi_scale: bool
@@ -92,10 +89,8 @@ class _ClassOrder:
     Brings ids and labels of a data set into the order of the model's classes, by name.
 
     Args:
-        class_names (`Sequence[str]`):
-            The data set's class names, background first.
-        config (`SynerNetConfig`):
-            Of the model; its `id2label` may name more classes.
+        class_names (`Sequence[str]`): The data set's class names, background first.
+        config (`SynerNetConfig`): Of the model; its `id2label` may name more classes.
 
     Raises:
         ValueError: If the data set has a class that the model does not know.
@@ -152,12 +147,10 @@ def single_scale_cams(
     consensus, stretched back to [0, 1].
 
     Args:
-        model ([`SynerNetForWeaklySupervisedSegmentation`]):
-            The model, in evaluation mode.
-        pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`):
-            Normalised images.
-        labels (`torch.Tensor` of shape `(batch_size, num_labels - 1)`):
-            Multi-hot image labels; the maps of absent classes are zero.
+        model ([`SynerNetForWeaklySupervisedSegmentation`]): The model, in evaluation mode.
+        pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): Normalised images.
+        labels (`torch.Tensor` of shape `(batch_size, num_labels - 1)`): Multi-hot image labels; the maps of absent
+            classes are zero.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, num_labels - 1, height, width)`: CAMs in [0, 1]. Each present class's map
@@ -298,25 +291,22 @@ def evaluate_model(
     below it, background).
 
     Args:
-        model ([`SynerNetForWeaklySupervisedSegmentation`]):
-            The model, unwrapped, on its device. Its training mode is restored afterwards.
-        processor ([`SynerNetImageProcessor`]):
-            Turns an image into normalised pixel values, resized if it is set to; predictions are resized back.
-        dataset (`datasets.Dataset`):
-            Records with `image` and `mask` (positions in `class_names`, `config.semantic_loss_ignore_index` = ignore), both
-            decoded and thereby turned as their EXIF orientation says, and, for CAMs, `labels` (ids over the
-            foreground classes of `class_names`).
-        class_names (`Sequence[str]`):
-            The data set's class names in the order of its ids, background first. Classes are matched with the model's
-            by name, so their order may differ, and the model may know more; results are in the model's order.
-        metric_classes (`Sequence[str]`, *optional*):
-            Names of the classes that the means are taken over. All classes when not given.
-        max_samples (`int`, *optional*):
-            Score the first so many images only.
-        accelerator (`accelerate.Accelerator`, *optional*):
-            Shares the images over its processes.
-        kinds ([`PredictionKinds`]):
-            `multi_scale`, `flip`, `cams`, `baselines`, `crf`, `progress`, `batch_size` and `num_workers`.
+        model ([`SynerNetForWeaklySupervisedSegmentation`]): The model, unwrapped, on its device. Its training mode is
+            restored afterwards.
+        processor ([`SynerNetImageProcessor`]): Turns an image into normalised pixel values, resized if it is set to;
+            predictions are resized back.
+        dataset (`datasets.Dataset`): Records with `image` and `mask` (positions in `class_names`,
+            `config.semantic_loss_ignore_index` = ignore), both decoded and thereby turned as their EXIF orientation
+            says, and, for CAMs, `labels` (ids over the foreground classes of `class_names`).
+        class_names (`Sequence[str]`): The data set's class names in the order of its ids, background first. Classes
+            are matched with the model's by name, so their order may differ, and the model may know more; results are
+            in the model's order.
+        metric_classes (`Sequence[str]`, *optional*): Names of the classes that the means are taken over. All classes
+            when not given.
+        max_samples (`int`, *optional*): Score the first so many images only.
+        accelerator (`accelerate.Accelerator`, *optional*): Shares the images over its processes.
+        kinds ([`PredictionKinds`]): `multi_scale`, `flip`, `cams`, `baselines`, `crf`, `progress`, `batch_size` and
+            `num_workers`.
 
     Returns:
         `dict[str, dict]`: By kind (`"segmentation"`, `"segmentation_multi_scale"`, `"segmentation_multi_scale_flip"`,
@@ -387,10 +377,8 @@ def results_table(results: dict[str, dict], metric_classes: Sequence[str]) -> st
     Write scores as Markdown tables: the means of every kind of prediction, then the IoU of every metric class.
 
     Args:
-        results (`dict[str, dict]`):
-            What [`evaluate_model`] returned.
-        metric_classes (`Sequence[str]`):
-            Names of the classes that its means were taken over.
+        results (`dict[str, dict]`): What [`evaluate_model`] returned.
+        metric_classes (`Sequence[str]`): Names of the classes that its means were taken over.
 
     Returns:
         `str`: The tables; scores in percent, `-` where a score is not defined.

@@ -30,16 +30,12 @@ def parameter_groups(
     Weight decay is the same everywhere (authors' code).
 
     Args:
-        model (`nn.Module`):
-            The unwrapped model.
-        learning_rate (`float`):
-            Base rate.
-        weight_decay (`float`):
-            Weight decay of every parameter.
-        encoder_multiplier (`float`, *optional*, defaults to 2.0):
-            Factor on the encoders' rate. [authors]
-        head_multiplier (`float`, *optional*, defaults to 10.0):
-            Factor on the rate of classifiers, projection heads and decoders. [authors]
+        model (`nn.Module`): The unwrapped model.
+        learning_rate (`float`): Base rate.
+        weight_decay (`float`): Weight decay of every parameter.
+        encoder_multiplier (`float`, *optional*, defaults to 2.0): Factor on the encoders' rate. [authors]
+        head_multiplier (`float`, *optional*, defaults to 10.0): Factor on the rate of classifiers, projection heads
+            and decoders. [authors]
 
     Returns:
         `list[dict]`: two groups for `torch.optim.AdamW`, with keys `name`, `params`, `lr` and `weight_decay`; every
@@ -73,12 +69,9 @@ def learning_rate_multiplier(step: int, warmup_steps: int, total_steps: int) -> 
     from step 0, so the factor drops to `(1 - warmup_steps / total_steps)**0.9` when the warm-up ends (authors' code).
 
     Args:
-        step (`int`):
-            Optimizer steps already done, from 0.
-        warmup_steps (`int`):
-            Length of the warm-up; 0 leaves it out.
-        total_steps (`int`):
-            Length of the run; from here on the factor is 0.
+        step (`int`): Optimizer steps already done, from 0.
+        warmup_steps (`int`): Length of the warm-up; 0 leaves it out.
+        total_steps (`int`): Length of the run; from here on the factor is 0.
 
     Returns:
         `float`: factor in [0, 1].
@@ -97,8 +90,7 @@ class LossWeightSchedule:
     code: 2,000 of 8,000 steps leave the first 2,001 without the term). A start of 0 has no gate.
 
     Args:
-        config ([`SynerNetConfig`]):
-            Holds weights and gates.
+        config ([`SynerNetConfig`]): Holds weights and gates.
 
     Example:
 
@@ -118,8 +110,7 @@ class LossWeightSchedule:
     def __call__(self, progress: float) -> dict[str, float]:
         """
         Args:
-            progress (`float`):
-                Share of the optimizer steps already done, in [0, 1].
+            progress (`float`): Share of the optimizer steps already done, in [0, 1].
 
         Returns:
             `dict[str, float]`: `loss_weights` for the model's forward.

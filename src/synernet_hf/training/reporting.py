@@ -39,20 +39,13 @@ def write_card(
     Writes `README.md` of a run and, where the validation split has masks, the images it shows.
 
     Args:
-        output_dir (`Path`):
-            Folder of the run.
-        model ([`SynerNetForWeaklySupervisedSegmentation`]):
-            The final model, unwrapped.
-        processor ([`SynerNetImageProcessor`]):
-            Its image processor.
-        splits (`Mapping[str, datasets.Dataset]`):
-            With results, `validation` is shown.
-        record (`Mapping`):
-            Content of `training_args.json`.
-        results (`Mapping[str, Mapping]`):
-            What [`evaluate_model`] returned of the final weights.
-        facts (`Any`):
-            `steps`, `minutes`, `num_processes`, `precision` and `hardware` of [`SynerNetModelCardData`].
+        output_dir (`Path`): Folder of the run.
+        model ([`SynerNetForWeaklySupervisedSegmentation`]): The final model, unwrapped.
+        processor ([`SynerNetImageProcessor`]): Its image processor.
+        splits (`Mapping[str, datasets.Dataset]`): With results, `validation` is shown.
+        record (`Mapping`): Content of `training_args.json`.
+        results (`Mapping[str, Mapping]`): What [`evaluate_model`] returned of the final weights.
+        facts (`Any`): `steps`, `minutes`, `num_processes`, `precision` and `hardware` of [`SynerNetModelCardData`].
     """
     num_images = 0
     if results:
@@ -84,16 +77,11 @@ def write_image_grid(
     Draws the first images of a split with their masks, their segmentation at one scale and their fused CAM.
 
     Args:
-        path (`Path`):
-            The PNG file to write.
-        model ([`SynerNetForWeaklySupervisedSegmentation`]):
-            The model; its training mode is restored.
-        processor ([`SynerNetImageProcessor`]):
-            Its image processor.
-        split (`datasets.Dataset`):
-            Records with `image`, `mask` and `labels`.
-        num_images (`int`, *optional*, defaults to 4):
-            Rows, at most.
+        path (`Path`): The PNG file to write.
+        model ([`SynerNetForWeaklySupervisedSegmentation`]): The model; its training mode is restored.
+        processor ([`SynerNetImageProcessor`]): Its image processor.
+        split (`datasets.Dataset`): Records with `image`, `mask` and `labels`.
+        num_images (`int`, *optional*, defaults to 4): Rows, at most.
 
     Returns:
         `int`: rows drawn.
