@@ -80,7 +80,7 @@ def prepare(args: argparse.Namespace) -> None:
     data_args = read_data_arguments(args)
     splits = load_data(data_args)
     if isinstance(splits, datasets.IterableDatasetDict):
-        raise ValueError("Streamed data can not be counted: leave `streaming` out of `dataset_options`.")
+        raise ValueError("Streamed data cannot be counted: leave `streaming` out of `dataset_options`.")
     report = inspect_dataset(splits, args.num_threads)
     print(report.text())
     if args.output is not None:

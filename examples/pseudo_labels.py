@@ -69,7 +69,7 @@ def label_images(args: argparse.Namespace) -> None:
     model, processor = load_model_folder(args.run)
     splits = load_data(data_args, id2label=None if args.classes_from == "predicted" else model.config.id2label)
     if isinstance(splits, datasets.IterableDatasetDict):
-        raise ValueError("Streamed data can not be shared over processes: leave `streaming` out of `dataset_options`.")
+        raise ValueError("Streamed data cannot be shared over processes: leave `streaming` out of `dataset_options`.")
     if args.split not in splits:
         raise ValueError(f"There is no split {args.split!r}; --split can be {' or '.join(splits)}.")
     split = splits[args.split]

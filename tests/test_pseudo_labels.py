@@ -266,7 +266,7 @@ def test_bad_input_gets_a_sentence(model, processor, tmp_path):
         PseudoLabelOptions(map="both")
     with pytest.raises(ValueError, match="positive factors"):
         PseudoLabelOptions(scales=(1.0, 0.0))
-    for ids, words in ((["a", "a"], "occurs twice"), (["../a", "b"], "can not name a mask")):
+    for ids, words in ((["a", "a"], "occurs twice"), (["../a", "b"], "cannot name a mask")):
         with pytest.raises(ValueError, match=words):
             write_pseudo_labels(model, processor, split_of(some_images(2), LABELS[:2], ids), tmp_path / "new")
     with pytest.raises(ValueError, match="is empty"):

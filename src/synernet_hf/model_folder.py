@@ -99,7 +99,7 @@ def load_model(run: str | Path) -> SynerNetForWeaklySupervisedSegmentation:
         [`SynerNetForWeaklySupervisedSegmentation`]: in evaluation mode on the CPU.
 
     Raises:
-        ValueError: [`check_model_folder`] refuses the folder, or the model can not be loaded.
+        ValueError: [`check_model_folder`] refuses the folder, or the model cannot be loaded.
     """
     return _load(run, with_processor=False)[0]
 

@@ -342,7 +342,7 @@ def pseudo_label_classes(folder: str | Path) -> list[str]:
 
     Raises:
         FileNotFoundError: The folder has no `pseudo_labels.json`.
-        ValueError: The file can not be read.
+        ValueError: The file cannot be read.
     """
     path = Path(folder) / SETTINGS_FILE
     if not path.is_file():
@@ -393,7 +393,7 @@ def _wanted_records(dataset: datasets.Dataset, options: PseudoLabelOptions) -> l
         parts = PurePosixPath(image_id).parts
         if not image_id.strip("/") or image_id.startswith("/") or "\\" in image_id or {".", ".."} & set(parts):
             raise ValueError(
-                f"The image identifier {image_id!r} can not name a mask: rename it without a leading / or `..`."
+                f"The image identifier {image_id!r} cannot name a mask: rename it without a leading / or `..`."
             )
         if image_id in seen:
             raise ValueError(f"The image identifier {image_id!r} occurs twice: identifiers name the masks.")

@@ -66,7 +66,7 @@ def test_image_that_does_not_decode(devkit, broken):
     else:
         path.write_bytes(b"no image" if broken == "text" else content[: len(content) // 2])
     sentence = (
-        f"1 of 6 records of the split 'train' can not be used: the image {devkit.train_ids[2]} .* does not decode"
+        f"1 of 6 records of the split 'train' cannot be used: the image {devkit.train_ids[2]} .* does not decode"
     )
     with pytest.raises(ValueError, match=sentence):
         check_dataset(loaded)
@@ -101,7 +101,7 @@ def checked(image, mask):
     ],
 )
 def test_mask_that_could_not_be_scored(mask, sentence):
-    with pytest.raises(ValueError, match=f"1 of 1 records of the split 'validation' can not be used: the {sentence}"):
+    with pytest.raises(ValueError, match=f"1 of 1 records of the split 'validation' cannot be used: the {sentence}"):
         checked(Image.new("RGB", (12, 10)), mask)
 
 
@@ -154,5 +154,5 @@ def test_the_checks_say_how_long_they_take_and_give_the_records_to_use(devkit, c
     assert list(skipped) == ["train"] and str(broken) in skipped["train"][0]
     with pytest.raises(ValueError, match="on_bad_image is 'drop'"):
         check_dataset(loaded, "drop")
-    with pytest.raises(ValueError, match="Streamed data can not be shuffled"):
+    with pytest.raises(ValueError, match="Streamed data cannot be shuffled"):
         check_dataset(load_voc2012(devkit.root, streaming=True))

@@ -242,7 +242,7 @@ def test_a_single_class_label_and_numbers_without_names(tmp_path):
     assert loaded["train"]["labels"][:] == [[0], [1], [1], [0]]
     write_parquet(tmp_path / "hot", [[1, 0, 1], [0, 0, 0]], datasets.List(datasets.Value("int64")))
     assert class_names(load_image_labels(tmp_path / "hot")) == ["background", "class_1", "class_2", "class_3"]
-    with pytest.raises(ValueError, match="can not be inferred while streaming: give class_names"):
+    with pytest.raises(ValueError, match="cannot be inferred while streaming: give class_names"):
         load_image_labels(tmp_path / "hot", streaming=True)
     # without a mask column there is nothing to score on
     assert "mask" not in load_image_labels(tmp_path / "hot")["validation"].column_names
@@ -268,7 +268,7 @@ def test_columns_and_splits_that_are_not_there(tmp_path):
         load_image_labels(root, image_column="image", label_column="segmentation")
     with pytest.raises(FileNotFoundError, match="no folder .*nowhere/at/all"):
         load_image_labels(tmp_path / "nowhere/at/all")
-    with pytest.raises((FileNotFoundError, ValueError), match="someone/pets can not be opened"):
+    with pytest.raises((FileNotFoundError, ValueError), match="someone/pets cannot be opened"):
         load_image_labels("someone/pets")
     with pytest.raises(TypeError, match="does not take lable_column"):
         load_image_labels(root, lable_column="things")

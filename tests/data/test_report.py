@@ -159,7 +159,7 @@ def test_the_script_keeps_undecodable_images_out(devkit, tmp_path, capsys):
     (devkit.voc / "JPEGImages" / f"{devkit.train_ids[2]}.jpg").write_bytes(b"none")
     words = ["--data_dir", str(devkit.root), "--output", str(tmp_path / "out"), "--parquet"]
     assert run(*words) == 2
-    assert "1 of 6 records of the split 'train' can not be used" in capsys.readouterr().err
+    assert "1 of 6 records of the split 'train' cannot be used" in capsys.readouterr().err
     assert not (tmp_path / "out" / "data").exists()
     assert run(*words, "--on_bad_image", "skip") == 0
     loaded = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
@@ -218,4 +218,4 @@ def test_streamed_data_is_refused_by_the_script(tmp_path, capsys):
     write_parquet(load_shapes(2, 1, image_size=32), tmp_path / "data")
     words = ["--dataset", "hub", "--data_dir", str(tmp_path / "data"), "--dataset_options", '{"streaming": true}']
     assert run(*words) == 2
-    assert "Streamed data can not be counted" in capsys.readouterr().err
+    assert "Streamed data cannot be counted" in capsys.readouterr().err

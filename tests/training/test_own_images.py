@@ -154,7 +154,7 @@ def test_streamed_data_and_data_without_a_training_split_are_refused(tmp_path):
     table.write_text("\n".join(line for line in table.read_text().splitlines() if ",train" not in line) + "\n")
     with pytest.raises(InvalidArguments, match="no split to train on, only validation"):
         run(tmp_path / "run", data)
-    with pytest.raises(InvalidArguments, match="Streamed data can not be shuffled"):
+    with pytest.raises(InvalidArguments, match="Streamed data cannot be shuffled"):
         run(tmp_path / "run", data, dataset_options={"streaming": True})
 
 

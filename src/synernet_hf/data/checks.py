@@ -30,12 +30,12 @@ class RecordScan:
     What a look at one record finds.
 
     Args:
-        digest (`bytes`, *optional*): SHA-256 of the image file; `None` where it can not be read.
+        digest (`bytes`, *optional*): SHA-256 of the image file; `None` where it cannot be read.
         num_bytes (`int`): size of the image file.
         size (`tuple[int, int]`, *optional*): width and height of the upright image.
         kind (`str`, *optional*): file format and mode, such as `"JPEG RGB"`.
         fault (`str`, *optional*): why the image does not decode.
-        mask_fault (`str`, *optional*): why the mask can not be used, a predicate such as `"is missing"`.
+        mask_fault (`str`, *optional*): why the mask cannot be used, a predicate such as `"is missing"`.
         contradicts (`bool`): the mask shows a class that the labels do not name.
         place (`str`): the image and its file, for error sentences; those of the mask where that is at fault.
     """
@@ -97,7 +97,7 @@ class SplitReport:
             ("do not decode", [f"{key}: {why}" for key, why in self.undecodable.items()]),
             ("have labels that are no ids of the class list", self.bad_labels),
             ("have no class", self.unlabelled),
-            ("have a mask that can not be used", [f"{key} {why}" for key, why in self.unusable_masks.items()]),
+            ("have a mask that cannot be used", [f"{key} {why}" for key, why in self.unusable_masks.items()]),
         ):
             if items:
                 found.append(f"{len(items)} of {self.num_images} images {fault} ({name_some(items)}).")
@@ -178,7 +178,7 @@ def check_dataset(
 
     Args:
         dataset_dict (`datasets.DatasetDict`): What a loader of this package returned.
-        on_bad_image (`str`, *optional*, defaults to `"raise"`): What to do about an image or mask that can not be
+        on_bad_image (`str`, *optional*, defaults to `"raise"`): What to do about an image or mask that cannot be
             used: `"raise"`, or `"skip"` to leave the record out.
         decode_images (`bool`, *optional*, defaults to `True`): Decodes every image, JPEGs at an eighth of their size,
             so that a truncated file is found now and not in the middle of a run, and every mask; `False` leaves images
@@ -198,7 +198,7 @@ def check_dataset(
     """
     check_on_bad_image(on_bad_image)
     if isinstance(dataset_dict, datasets.IterableDatasetDict):
-        raise ValueError("Streamed data can not be shuffled and checked: leave `streaming` out of `dataset_options`.")
+        raise ValueError("Streamed data cannot be shuffled and checked: leave `streaming` out of `dataset_options`.")
     _check_labels(dataset_dict)
     if not decode_images:
         return dataset_dict
@@ -209,7 +209,7 @@ def check_dataset(
         complaints = [scan.complaint for scan in scans if scan.complaint]
         if complaints and on_bad_image == "raise":
             raise ValueError(
-                f"{len(complaints)} of {len(split)} records of the split {name!r} can not be used: "
+                f"{len(complaints)} of {len(split)} records of the split {name!r} cannot be used: "
                 f"{name_some(complaints)}. Repair them or take them out of the split (on_bad_image='skip', "
                 "--on_bad_image skip, leaves them out)."
             )
@@ -325,7 +325,7 @@ def _check_labels(dataset_dict: datasets.DatasetDict) -> None:
                 "images with classes, so check the label source."
             )
         if split_name == "train" and absent:
-            logger.warning("No training image shows %s: these classes can not be learned.", ", ".join(absent))
+            logger.warning("No training image shows %s: these classes cannot be learned.", ", ".join(absent))
 
 
 def _label_report(split: datasets.Dataset, names: list[str]) -> SplitReport:

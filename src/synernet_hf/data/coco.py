@@ -218,7 +218,7 @@ class PolygonMask:
             cell.
 
     Raises:
-        ValueError: On access, if a segmentation can not be drawn.
+        ValueError: On access, if a segmentation cannot be drawn.
     """
 
     decode: bool = True

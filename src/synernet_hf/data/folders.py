@@ -66,7 +66,7 @@ def load_folder(
     `columns` are `image_column`, `label_column` and `mask_column` of a table, `wanted` the names of the training split
     and of the one to evaluate on, as far as they are given; see [`load_image_labels`] for the others.
 
-    Raises `FileNotFoundError` if a split, an image or a mask is missing, and `ValueError` if a table can not be read
+    Raises `FileNotFoundError` if a split, an image or a mask is missing, and `ValueError` if a table cannot be read
     or a label is not in the class list.
     """
     splits = _read_folder(path, columns, *wanted)
@@ -179,7 +179,7 @@ def read_table(
     Images that are not there are in `skipped`.
 
     Returns splits by the value of the column `split`; `""` is the key where there is none, or with `ignore_splits`.
-    Raises `ValueError` that names file and row if the table can not be read, a column is missing or a row is
+    Raises `ValueError` that names file and row if the table cannot be read, a column is missing or a row is
     ambiguous.
     """
     rows = _read_rows(path)
@@ -365,7 +365,7 @@ def _read_part(folder: Path, columns: dict[str, str | None]) -> LabelledImages:
 def _masks(images: LabelledImages, split: str, path: Path) -> list[str] | None:
     without = [place for place, mask in zip(images.places, images.masks, strict=True) if mask is None]
     if len(without) == len(images.masks):
-        logger.warning("%s: the split %r has no masks: it can not be scored.", path, split)
+        logger.warning("%s: the split %r has no masks: it cannot be scored.", path, split)
         return None
     if without:
         raise FileNotFoundError(

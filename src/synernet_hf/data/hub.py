@@ -89,7 +89,7 @@ def load_image_labels(
 
     Raises:
         FileNotFoundError: The source, an image or a mask is missing; of a table, the row is named.
-        ValueError: A table that can not be read, an ambiguous image, a column that is not there, a label that is not
+        ValueError: A table that cannot be read, an ambiguous image, a column that is not there, a label that is not
             in the class list.
 
     Example:
@@ -174,7 +174,7 @@ def open_dataset(source: str | Path, streaming: bool = False) -> dict[str, Any]:
     """
     Opens a Hub id, a `.parquet` file, a folder that `datasets.load_dataset` reads or one that `save_to_disk` wrote.
 
-    Returns splits by name. Raises `FileNotFoundError` if there is no such data set, `ValueError` if it can not be
+    Returns splits by name. Raises `FileNotFoundError` if there is no such data set, `ValueError` if it cannot be
     read.
     """
     path = Path(source).expanduser()
@@ -193,7 +193,7 @@ def open_dataset(source: str | Path, streaming: bool = False) -> dict[str, Any]:
         # a failed conversion is told in general words, with what went wrong as its cause
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         raise kind(
-            f"The data set {source} can not be opened ({reason}): give a Hub id, a folder of "
+            f"The data set {source} cannot be opened ({reason}): give a Hub id, a folder of "
             "parquet files, or a folder of images."
         ) from error
 
@@ -223,7 +223,7 @@ def load_columns(
     names = choose_class_names(class_names, column.class_names, str(source))
     if streaming and names is None:
         raise ValueError(
-            f"The labels of {source} come without a class list, which can not be inferred while streaming: give "
+            f"The labels of {source} come without a class list, which cannot be inferred while streaming: give "
             "class_names."
         )
     if streaming:

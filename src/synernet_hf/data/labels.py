@@ -266,7 +266,7 @@ def _read_npz(path: Path, class_names: Sequence[str]) -> dict[str, list[int]]:
             ids, labels = np.asarray(archive["ids"]), np.asarray(archive["labels"])
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
-            f"The label file {path} can not be read as an .npz archive of 'ids' and 'labels' ({error}): write it anew "
+            f"The label file {path} cannot be read as an .npz archive of 'ids' and 'labels' ({error}): write it anew "
             "with numpy.savez."
         ) from error
     num_classes = len(class_names) - 1

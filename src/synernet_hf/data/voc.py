@@ -135,7 +135,7 @@ def _find_masks(root: Path, image_ids: Sequence[str], split: str, required: bool
     masks = [first_file(root / folder / f"{image_id}.png" for folder in MASK_FOLDERS) for image_id in image_ids]
     missing = [image_id for image_id, mask in zip(image_ids, masks, strict=True) if mask is None]
     if len(missing) == len(masks) and not required:
-        logger.warning("The split %r has no masks in %s: it can not be scored.", split, " or ".join(MASK_FOLDERS))
+        logger.warning("The split %r has no masks in %s: it cannot be scored.", split, " or ".join(MASK_FOLDERS))
         return None
     if missing:
         raise FileNotFoundError(
@@ -176,7 +176,7 @@ def _labels_from_annotations(root: Path, image_ids: Sequence[str]) -> list[list[
         try:
             names = [(node.text or "").strip() for node in ElementTree.parse(path).iterfind("object/name")]
         except ElementTree.ParseError as error:
-            raise ValueError(f"The annotation {path} can not be read: {error}.") from error
+            raise ValueError(f"The annotation {path} cannot be read: {error}.") from error
         labels.append(ids_from_names(names, VOC_CLASSES, str(path)))
     return labels
 
