@@ -27,6 +27,7 @@ from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetI
 from synernet_hf.training.arguments import (
     ARGUMENTS_FILE,
     DataArguments,
+    InvalidArguments,
     ModelArguments,
     SynerNetTrainingArguments,
 )
@@ -151,8 +152,14 @@ def train(
     """
     checkpoint = validate_arguments(model_args, data_args, training_args)
     accelerator = setup(training_args)
-    data = prepare_data(data_args, accelerator, checkpoint and read_record(checkpoint / ARGUMENTS_FILE))
-    run = build_run(model_args, data_args, training_args, accelerator, data, checkpoint)
+    try:
+        data = prepare_data(data_args, accelerator, checkpoint and read_record(checkpoint / ARGUMENTS_FILE))
+        run = build_run(model_args, data_args, training_args, accelerator, data, checkpoint)
+    except InvalidArguments:
+        # all processes are here: they part in order, or one that ends early aborts the others before they say why
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+        raise
     if not run.can_evaluate:
         accelerator.print("The data has no validation split with masks: this run goes without scores.")
     with _stop_cleanly(run):
