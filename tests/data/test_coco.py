@@ -144,7 +144,7 @@ def test_missing_images_are_refused_or_left_out(coco, caplog):
         load_coco2014(coco, on_bad_image="ignore")
 
 
-def test_a_image_of_another_size_than_its_annotations(coco):
+def test_an_image_of_another_size_than_its_annotations(coco):
     Image.new("RGB", (16, 20)).save(coco / "val2014" / "COCO_val2014_000000000009.jpg")
     with pytest.raises(
         ValueError, match="mask of COCO_val2014_000000000009 is drawn from annotations for 20 x 16 .* has 16 x 20"

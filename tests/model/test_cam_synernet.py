@@ -318,7 +318,7 @@ def test_label_bands_by_hand():
     assert cams_to_pseudo_labels(cams, labels, LOW, HIGH, boxes, -1).flatten().tolist() == [0, -1, -1, -1]
 
 
-def test_a_image_without_classes_is_background():
+def test_an_image_without_classes_is_background():
     assert not cams_to_pseudo_labels(torch.rand(1, 3, 4, 4), torch.zeros(1, 3), LOW, HIGH).any()
 
 

@@ -21,7 +21,7 @@ def random_mask(height, width, seed=0):
     return mask
 
 
-def test_a_image_keeps_its_size_and_is_normalised():
+def test_an_image_keeps_its_size_and_is_normalised():
     image = random_image(37, 45)
     inputs = SynerNetImageProcessor()(image, return_tensors="pt")
     assert list(inputs) == ["pixel_values"]

@@ -131,7 +131,7 @@ def test_labels_are_own_classes_background_or_ignored(num_classes, size):
         assert set(label[image].unique().tolist()) <= allowed
 
 
-def test_a_image_is_refined_alone_and_in_a_batch_alike():
+def test_an_image_is_refined_alone_and_in_a_batch_alike():
     generator = torch.Generator().manual_seed(0)
     images, cams = torch.rand(3, 3, 20, 24, generator=generator), torch.rand(3, 4, 20, 24, generator=generator)
     labels = torch.tensor([[1.0, 0, 0, 0], [0, 1, 1, 1], [0, 0, 0, 0]])
@@ -177,7 +177,7 @@ def test_another_ignore_index():
     assert (label == -100).all()
 
 
-def test_a_image_of_one_pixel():
+def test_an_image_of_one_pixel():
     label = refine_pseudo_labels(torch.rand(1, 3, 1, 1), torch.ones(1, 1, 1, 1), torch.ones(1, 1), LOW, HIGH)
     assert label.tolist() == [[[1]]]
 
