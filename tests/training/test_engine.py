@@ -434,6 +434,23 @@ def test_skipped_steps_advance_neither_schedule_nor_gates(tmp_path, monkeypatch)
     assert_equal_weights(tmp_path / "straight", tmp_path / "broken")
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_loss_of_a_skipped_step_is_not_logged(tmp_path, monkeypatch, accumulation):
+    def overflow(original, *args):
+        loss, terms = original(*args)
+        return loss * math.inf, terms | {"loss_cls": terms["loss_cls"] * math.inf}
+
+    # the second step, by its last pass; its first one is not finite
+    skip_steps(monkeypatch, {2 * accumulation - 1})
+    stop_at(monkeypatch, accumulation, overflow)
+    run(tmp_path / "run", gradient_accumulation_steps=accumulation)
+    state = state_of(tmp_path / "run" / "checkpoint-4")
+    assert (state["step"], state["skipped_steps"]) == (4, 1)
+    history = [entry for entry in state["history"] if "loss" in entry]
+    assert [entry["step"] for entry in history] == [1, 2, 3, 4]
+    assert all(math.isfinite(value) for entry in history for value in entry.values())
+
+
 def test_a_run_whose_steps_are_all_skipped_stops(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "MAX_SKIPPED_IN_A_ROW", 3)
     calls = skip_steps(monkeypatch, range(100))

@@ -274,7 +274,8 @@ def fit(run: TrainingRun) -> None:
     that a failing evaluation costs no step; the continuation starts with the evaluation that is missing.
     """
     args, state, accelerator = run.training_args, run.state, run.accelerator
-    meter, skipped_in_a_row = LossMeter(), 0
+    # `passes`: those of the present step, which count once the step is known not to be skipped
+    meter, passes, skipped_in_a_row = LossMeter(), [], 0
     started = time.perf_counter() - state.elapsed_seconds
     bar = tqdm(
         total=args.max_steps,
@@ -293,11 +294,11 @@ def fit(run: TrainingRun) -> None:
     # closes before the final folder is written, so that the bar's last line stands above the messages
     with bar:
         for batch in run.loader:
-            loss, loss_dict = train_step(run, batch)
-            meter.add(state.step + 1, loss, loss_dict)
+            passes.append(train_step(run, batch))
             if not accelerator.sync_gradients:
                 continue
             if accelerator.optimizer_step_was_skipped:
+                passes.clear()
                 state.skipped_steps += 1
                 skipped_in_a_row += 1
                 if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
@@ -308,6 +309,9 @@ def fit(run: TrainingRun) -> None:
                 continue
             skipped_in_a_row = 0
             state.step += 1
+            for loss, loss_dict in passes:
+                meter.add(state.step, loss, loss_dict)
+            passes.clear()
             bar.update()
             evaluates = _evaluates(run)
             saves = state.step == args.max_steps or state.step % args.save_steps == 0
