@@ -1,5 +1,6 @@
 """Training and evaluation of a folder of images with a table: bad images, class list, resuming."""
 
+import io
 import json
 import os
 import runpy
@@ -8,13 +9,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 from synernet_hf import SynerNetConfig
-from synernet_hf.training import DataArguments, InvalidArguments, ModelArguments, SynerNetTrainingArguments, train
+from synernet_hf.data import build_split
+from synernet_hf.training import (
+    DataArguments,
+    InvalidArguments,
+    ModelArguments,
+    SynerNetTrainingArguments,
+    building,
+    train,
+)
 
 
 MODEL = {
@@ -115,7 +126,7 @@ def test_a_resumed_run_leaves_out_the_same_records_without_looking(tmp_path, cap
     run(tmp_path / "run", data, two, on_bad_image="skip")
     assert "Checked 6 images in" in capsys.readouterr().out
     record = json.loads((tmp_path / "run" / "training_args.json").read_text())
-    assert record["checked"]["left_out"] == {"train": ["3"]}
+    assert record["checked"]["left_out"] == {"train": [3]}
     shutil.rmtree(tmp_path / "run" / "checkpoint-2")
     run(tmp_path / "run", data, two | {"resume_from_checkpoint": "latest"}, on_bad_image="skip")
     assert "Checked" not in capsys.readouterr().out
@@ -123,6 +134,30 @@ def test_a_resumed_run_leaves_out_the_same_records_without_looking(tmp_path, cap
     assert {name: resumed[name] for name in ("skipped", "checked", "run")} == {
         name: record[name] for name in ("skipped", "checked", "run")
     }
+
+
+def png(size: tuple[int, int] = (40, 32)) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", size).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_bad_record_goes_and_a_good_one_of_the_same_name_stays(monkeypatch, bad):
+    images = [{"bytes": png((40 + index, 32)), "path": None} for index in range(3)]
+    images[bad]["bytes"] = b"no image"
+    split = build_split(images, ["twin", "twin", "other"], [[0], [0], [1]], ["background", "cat", "dog"])
+    monkeypatch.setattr(building, "load_data", lambda *args: datasets.DatasetDict(train=split))
+    data_args, accelerator = DataArguments(dataset="image_folder", on_bad_image="skip"), Accelerator(cpu=True)
+    data = building.prepare_data(data_args, accelerator)
+    assert [image.width for image in data.splits["train"]["image"]] == [
+        40 + index for index in range(3) if index != bad
+    ]
+    assert data.checked["left_out"] == {"train": [bad]} and len(data.skipped["train"]) == 1
+    again = building.prepare_data(data_args, accelerator, {"checked": data.checked, "skipped": data.skipped})
+    assert [image.width for image in again.splits["train"]["image"]] == [
+        image.width for image in data.splits["train"]["image"]
+    ]
 
 
 @pytest.mark.parametrize("on_bad_image", ["raise", "skip"])

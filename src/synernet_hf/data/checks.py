@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -170,9 +169,10 @@ def check_dataset(
     decode_images: bool = True,
     skipped: dict[str, list[str]] | None = None,
     num_threads: int = 2,
+    left_out: dict[str, list[int]] | None = None,
 ) -> datasets.DatasetDict:
     """
-    Makes sure that every record can be used, and logs how long that took.
+    Makes sure that every record can be used.
 
     The `mask` column of a split named `train` is not touched.
 
@@ -186,6 +186,8 @@ def check_dataset(
         skipped (`dict[str, list[str]]`, *optional*): Dictionary to which what is left out is added, a phrase for each
             record, by split.
         num_threads (`int`, *optional*, defaults to 2): Threads that decode.
+        left_out (`dict[str, list[int]]`, *optional*): Dictionary that receives the positions of what is left out, for
+            each split with such records.
 
     Returns:
         `datasets.DatasetDict`: the records to use.
@@ -202,7 +204,7 @@ def check_dataset(
     _check_labels(dataset_dict)
     if not decode_images:
         return dataset_dict
-    num_labels, start = len(class_names(dataset_dict)), time.monotonic()
+    num_labels = len(class_names(dataset_dict))
     kept = datasets.DatasetDict()
     for name, split in dataset_dict.items():
         scans = _scan(split, name, num_labels, num_threads)
@@ -225,8 +227,8 @@ def check_dataset(
         note_skipped(skipped, name, complaints)
         good = [index for index, scan in enumerate(scans) if not scan.complaint]
         kept[name] = split.select(good) if complaints else split
-    num_images = sum(len(split) for split in dataset_dict.values())
-    logger.info("Checked %s images in %.0f s.", f"{num_images:,}", time.monotonic() - start)
+        if complaints and left_out is not None:
+            left_out[name] = [index for index, scan in enumerate(scans) if scan.complaint]
     if any(len(kept[name]) < len(dataset_dict[name]) for name in kept):
         _check_labels(kept)
     return kept

@@ -88,7 +88,7 @@ class RunData:
     Args:
         splits (`datasets.DatasetDict`): the records to use.
         skipped (`dict[str, list[str]]`): by split, a phrase for each record that was left out.
-        checked (`dict`, *optional*): `fingerprint` of the data as it was loaded and, by split, `left_out` image ids;
+        checked (`dict`, *optional*): `fingerprint` of the data as it was loaded and, by split, `left_out` positions;
             `None` if no image was opened. A continuation on the same data does not check again.
     """
 
@@ -119,10 +119,53 @@ def prepare_data(
     if problems:
         raise InvalidArguments("\n".join(problems))
     skipped, checked = broadcast_object_list([result])[0]
-    for name, left_out in (checked or {"left_out": {}})["left_out"].items():
-        ids = set(left_out)
-        splits[name] = splits[name].select([i for i, image in enumerate(splits[name]["image_id"]) if image not in ids])
-    return RunData(splits, skipped, checked)
+    return RunData(splits if checked is None else _without(splits, checked["left_out"]), skipped, checked)
+
+
+def check_on_main_process(
+    splits: datasets.DatasetDict,
+    data_args: DataArguments,
+    accelerator: Accelerator,
+    skipped: dict[str, list[str]] | None = None,
+) -> datasets.DatasetDict:
+    """
+    Checks data as [`~synernet_hf.data.check_dataset`] does, in the main process alone, so that images are decoded
+    once. Every process calls this.
+
+    Args:
+        splits (`datasets.DatasetDict`): What [`load_data`] returned.
+        data_args ([`DataArguments`]): Say whether images are decoded, and what is done about bad ones.
+        accelerator (`accelerate.Accelerator`): The processes.
+        skipped (`dict[str, list[str]]`, *optional*): Receives in the main process, by split, a phrase for each record
+            that is left out.
+
+    Returns:
+        `datasets.DatasetDict`: the records to use, the same ones in every process.
+
+    Raises:
+        InvalidArguments: in every process, with what `check_dataset` says in the main one.
+    """
+    problem, left_out = None, {}
+    if accelerator.is_main_process:
+        try:
+            check_dataset(splits, data_args.on_bad_image, data_args.check_data, skipped, left_out=left_out)
+        except INPUT_ERRORS as error:
+            problem = one_line(error)
+    problem, left_out = broadcast_object_list([problem, left_out])
+    if problem is not None:
+        # a process that ends early would abort the others before they say why
+        accelerator.wait_for_everyone()
+        raise InvalidArguments(problem)
+    return _without(splits, left_out)
+
+
+def _without(splits: datasets.DatasetDict, left_out: Mapping[str, list[int]]) -> datasets.DatasetDict:
+    """The splits without the records at these positions; identifiers may repeat."""
+    kept = datasets.DatasetDict(splits)
+    for name, positions in left_out.items():
+        bad = set(positions)
+        kept[name] = splits[name].select([index for index in range(len(splits[name])) if index not in bad])
+    return kept
 
 
 def _check_once(
@@ -136,14 +179,10 @@ def _check_once(
     if not data_args.check_data:
         return skipped, None
     started = time.perf_counter()
-    kept = check_dataset(splits, data_args.on_bad_image, skipped=skipped)
+    left_out: dict[str, list[int]] = {}
+    check_dataset(splits, data_args.on_bad_image, skipped=skipped, left_out=left_out)
     number = sum(len(split) for split in splits.values())
     print(f"Checked {number:,} images in {time.perf_counter() - started:.1f} s.")
-    left_out = {
-        name: sorted(set(split["image_id"]) - set(kept[name]["image_id"]))
-        for name, split in splits.items()
-        if len(kept[name]) < len(split)
-    }
     return skipped, {"fingerprint": fingerprint, "left_out": left_out}
 
 
@@ -286,6 +325,7 @@ __all__ = [
     "MODEL_FIELDS",
     "RunData",
     "build_model",
+    "check_on_main_process",
     "data_problems",
     "load_data",
     "make_processor",
