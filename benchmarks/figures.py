@@ -217,7 +217,7 @@ def draw(record: dict[str, Any], seen: dict[str, Any], names: list[str], panel_s
     Returns:
         `PIL.Image.Image`: rows of CAMs, of votes and of labels, and a legend of the classes.
     """
-    image = record["image"].convert("RGB")
+    image = open_image(record["image"])
     truth = None if record["mask"] is None else np.asarray(record["mask"]).astype(np.int64)
     blank = Image.new("RGB", image.size, "white")
 
@@ -281,7 +281,7 @@ def make_figures(args: argparse.Namespace) -> None:
     output = args.output or args.run / "figures"
     output.mkdir(parents=True, exist_ok=True)
     for record in records:
-        seen = inspect_image(model, processor, record["image"].convert("RGB"), record["labels"])
+        seen = inspect_image(model, processor, record["image"], record["labels"])
         path = output / f"{record['image_id']}.png"
         draw(record, seen, names, args.panel_size).save(path)
         print(path, flush=True)

@@ -58,8 +58,7 @@ def compiled(model) -> Runtime:
 
     def run(pixel_values: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            logits = forward(pixel_values).logits
-        return F.interpolate(logits, size=pixel_values.shape[-2:], mode="bilinear", align_corners=False)
+            return forward(pixel_values).logits
 
     return run
 
