@@ -8,11 +8,12 @@ import datasets
 from accelerate import Accelerator
 
 from synernet_hf.crf import DenseCRF
-from synernet_hf.data import check_dataset, class_names
+from synernet_hf.data import class_names
 from synernet_hf.files import write_json
 from synernet_hf.model_folder import check_model_folder, load_model_folder
 from synernet_hf.training import (
     DataArguments,
+    check_on_main_process,
     data_parser,
     evaluate_model,
     load_data,
@@ -27,6 +28,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="folder of a trained model, such as runs/voc_animals")
     data = parser.add_argument_group("what to score on (default: the data of the training, RUN/training_args.json)")
     data.add_argument("--classes", nargs="+", help="classes that the means are taken over")
+    data.add_argument(
+        "--no_check_data", dest="check_data", action="store_false", default=None, help="decode no image beforehand"
+    )
     data.add_argument("--max_samples", type=int, help="score the first so many images only")
     kinds = parser.add_argument_group("what to score")
     kinds.add_argument("--multi_scale", action="store_true", default=True, help="multi-scale segmentation (default)")
@@ -42,10 +46,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_split(
-    data_args: DataArguments, id2label: dict[int, str], max_samples: int | None = None
+    data_args: DataArguments, id2label: dict[int, str], accelerator: Accelerator, max_samples: int | None = None
 ) -> tuple[datasets.DatasetDict, list[str], list[str]]:
     """
-    Load and check the split to evaluate on, alone in a dictionary; also return its class names, background first, and what was left out.
+    Load the split to evaluate on, alone in a dictionary; also return its class names, background first, and what was
+    left out. The main process alone checks the images.
 
     Images of one's own that come without a class list get that of the model, `id2label`, so that their labels are
     read by name. The loaders give all splits at once, so the lists and image labels of the training split must be
@@ -58,9 +63,7 @@ def load_split(
     split = splits["validation"]
     if max_samples is not None:
         split = split.select(range(min(max_samples, len(split))))
-    checked = check_dataset(
-        datasets.DatasetDict(validation=split), data_args.on_bad_image, data_args.check_data, skipped
-    )
+    checked = check_on_main_process(datasets.DatasetDict(validation=split), data_args, accelerator, skipped)
     return checked, class_names(splits), skipped.get("validation", [])
 
 
@@ -86,8 +89,8 @@ def evaluate(args: argparse.Namespace) -> None:
     except (ValueError, OSError) as error:
         raise ValueError(f"{error} Please give the folder of a finished run.") from error
     crf = DenseCRF() if args.crf else None
-    splits, names, skipped = load_split(data_args, id2label, args.max_samples)
     accelerator = Accelerator()
+    splits, names, skipped = load_split(data_args, id2label, accelerator, args.max_samples)
     model, processor = load_model_folder(args.run)
     results = evaluate_model(
         model.to(accelerator.device),

@@ -45,6 +45,7 @@ class SegmenterArguments:
         default=None, metadata={"help": "Configuration of a model with random weights, as JSON with a model_type."}
     )
     size: int = field(default=512, metadata={"help": "Height and width that images are resized to."})
+    check_data: bool = field(default=True, metadata={"help": "Decode every image before the training starts."})
     min_confidence: float = field(default=0.0, metadata={"help": "Leave out images that are less confident."})
 
 
@@ -125,7 +126,7 @@ class Scores:
 def train(data_args: Any, args: SegmenterArguments, training_args: TrainingArguments) -> None:
     """Join images and pseudo-labels, train, score, save."""
     data_args = read_data_arguments(data_args)
-    splits = check_dataset(load_data(data_args), data_args.on_bad_image, data_args.check_data)
+    splits = check_dataset(load_data(data_args), data_args.on_bad_image, args.check_data)
     names = class_names(splits)
     images = with_pseudo_labels(splits["train"], args.pseudo_labels, args.min_confidence)
     model = build_model(args, names)

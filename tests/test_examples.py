@@ -88,6 +88,13 @@ def test_a_folder_without_a_model_is_refused(script, capsys, monkeypatch, tmp_pa
     assert_refused(result, str(tmp_path / "empty"), "config.json")
 
 
+@pytest.mark.parametrize("script", ["prepare_data.py", "pseudo_labels.py"])
+def test_scripts_that_open_every_image_anyway_offer_no_check(script, capsys, monkeypatch):
+    words = ["run", "--output", "out"] if script == "pseudo_labels.py" else []
+    result = run_script(script, *words, "--no_check_data", capsys=capsys, monkeypatch=monkeypatch)
+    assert_refused(result, "--no_check_data")
+
+
 def test_demo_never_removes_a_folder_that_is_no_run(capsys, monkeypatch, tmp_path):
     keepsake = tmp_path / "keepsake.txt"
     keepsake.write_text("keep")

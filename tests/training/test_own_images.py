@@ -15,8 +15,9 @@ import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
+from testing_utils import SynerNetModelTester
 
-from synernet_hf import SynerNetConfig
+from synernet_hf import SynerNetConfig, SynerNetImageProcessor
 from synernet_hf.data import build_split
 from synernet_hf.training import (
     DataArguments,
@@ -181,6 +182,57 @@ def test_one_of_two_processes_checks_and_both_heed_it(root, tmp_path, on_bad_ima
     assert done.stdout.count("Checked 6 images") == 1
     record = json.loads((tmp_path / "run" / "training_args.json").read_text())
     assert record["run"]["num_train"] == 3 and record["run"]["num_processes"] == 2
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    """A model of cats and dogs with random weights."""
+    folder = tmp_path_factory.mktemp("model")
+    tester = SynerNetModelTester(num_classes=2, id2label={0: "background", 1: "cat", 2: "dog"})
+    tester.model().save_pretrained(folder)
+    SynerNetImageProcessor().save_pretrained(folder)
+    return folder
+
+
+def evaluation_words(model_folder: Path, data: Path) -> list[str]:
+    words = [str(model_folder), "--dataset", "image_folder", "--data_dir", str(data), "--on_bad_image", "skip"]
+    return [*words, "--no_multi_scale", "--no_cams"]
+
+
+@pytest.mark.parametrize("check_data", [True, False])
+def test_evaluation_decodes_beforehand_unless_told_otherwise(root, model_folder, tmp_path, monkeypatch, check_data):
+    original, seen = building.check_dataset, []
+
+    def recorded(splits, on_bad_image, decode_images, *args, **kwargs):
+        seen.append(decode_images)
+        return original(splits, on_bad_image, decode_images, *args, **kwargs)
+
+    monkeypatch.setattr(building, "check_dataset", recorded)
+    words = evaluation_words(model_folder, write_images(tmp_path / "data"))
+    script = runpy.run_path(str(root / "examples" / "evaluate.py"))
+    assert script["main"](words + ["--no_check_data"] * (not check_data)) == 0
+    assert seen == [check_data]
+
+
+@pytest.mark.parametrize("on_bad_image", ["raise", "skip"])
+def test_one_of_two_processes_checks_what_both_evaluate(root, model_folder, tmp_path, on_bad_image):
+    data = write_images(tmp_path / "data")
+    (data / "5.png").write_bytes(b"no image")
+    table = data / "labels.csv"
+    table.write_text(table.read_text().replace("lost.png,dog,train\n", ""))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(root / "examples" / "evaluate.py"), *evaluation_words(model_folder, data)]
+    command += ["--on_bad_image", on_bad_image, "--output", str(tmp_path / "scores.json")]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    if on_bad_image == "raise":
+        assert done.returncode != 0
+        assert done.stderr.count("error: 1 of 2 records of the split 'validation'") >= 1, done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("1 records of the split 'validation' are left out") == 1
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert len(scores["skipped"]) == 1 and scores["results"]["segmentation"]["num_images"] == 1
 
 
 def test_streamed_data_and_data_without_a_training_split_are_refused(tmp_path):

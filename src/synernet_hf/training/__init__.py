@@ -11,7 +11,7 @@ from synernet_hf.training.arguments import (
     read_data_arguments,
     read_recipe,
 )
-from synernet_hf.training.building import load_data
+from synernet_hf.training.building import check_on_main_process, load_data
 from synernet_hf.training.devices import gather_in_rank_order, resolve_precision
 from synernet_hf.training.engine import train
 from synernet_hf.training.evaluation import evaluate_model, results_table
@@ -25,6 +25,7 @@ __all__ = [
     "LossWeightSchedule",
     "ModelArguments",
     "SynerNetTrainingArguments",
+    "check_on_main_process",
     "data_parser",
     "evaluate_model",
     "gather_in_rank_order",

@@ -111,9 +111,6 @@ class DataSourceArguments:
         "raise",
         "raise: stop at missing or unusable images and masks; skip: leave these records out, count and list them.",
     )
-    check_data: bool = setting(
-        True, "Decode every image and validation mask before the run starts; false: only check names and labels."
-    )
     dataset_options: dict[str, Any] | str | None = setting(
         {}, "Further arguments of the data set's loader, as JSON, such as num_train of shapes or class_names."
     )
@@ -142,6 +139,9 @@ class DataArguments(DataSourceArguments):
         None, "Names of the classes that the reported means run over (default: all)."
     )
     max_eval_samples: int | None = setting(None, "Evaluate on the first so many images only (default: all).")
+    check_data: bool = setting(
+        True, "Decode every image and validation mask before the run starts; false: only check names and labels."
+    )
     num_workers: int = setting(2, "Loader processes per training process; 0 loads in the training process.")
 
 
@@ -373,8 +373,8 @@ def read_data_arguments(
     run's starts from the defaults, because folder and labels of the run belong to another one.
 
     Args:
-        given (`argparse.Namespace` or [`DataSourceArguments`]): What a [`data_parser`] read; only data options that
-            are not `None` count.
+        given (`argparse.Namespace` or [`DataSourceArguments`]): What a [`data_parser`] read; only fields of
+            [`DataArguments`] that are not `None` count.
         run (`str` or `Path`, *optional*): Folder of a run. Its `training_args.json`, if present, says what is not on
             the command line.
 
@@ -384,7 +384,7 @@ def read_data_arguments(
     Raises:
         InvalidArguments: if the run's record cannot be read, or neither it nor the command line names a data set.
     """
-    names = {item.name for item in dataclasses.fields(DataSourceArguments)}
+    names = {item.name for item in dataclasses.fields(DataArguments)}
     given_settings = {name: value for name, value in vars(given).items() if name in names and value is not None}
     if run is None:
         return DataArguments(**given_settings)
