@@ -403,3 +403,15 @@ def test_the_bare_work_uses_the_factors_of_training():
         top, bottom, left, right = transform(record, position)["valid_box"].tolist()
         resized = data_loading.decode_and_resize(image, data_loading.factor_of(position, (0.5, 2.0)), False)
         assert resized.size == (right - left, bottom - top)
+
+
+def test_a_training_step_has_the_loss_of_the_reference_order_of_work(tmp_path, capsys):
+    training_step = load_benchmark("training_step")
+    words = ["--size", "smoke", "--device", "cpu", "--warmup", "0", "--steps", "1", "--dtype", "float32"]
+    assert training_step.main([*words, "--output", str(tmp_path / "step.json")]) == 0
+    record = json.loads((tmp_path / "step.json").read_text())
+    assert record["notes"] == [] and list(record["variants"]) == ["reference float32", "ours float32"]
+    assert record["relative_loss_difference"]["float32"] < 1e-5
+    reference, ours = record["variants"].values()
+    assert reference["loss"] > 1 and reference["matrix_tflop"] > 2 * ours["matrix_tflop"] > 0
+    assert "1.00x reference float32" in capsys.readouterr().out

@@ -5,11 +5,13 @@ from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPI
 
 from .cam_synernet import (
     BranchPair,
+    area_shares,
     cams_to_pseudo_labels,
     fuse_branches,
     layer_confidence,
     mask_absent_classes,
     multi_scale_cams,
+    normalize_cams,
 )
 from .configuration_synernet import SynerNetConfig
 from .encoder_synernet import pretrained_backbone_config
@@ -28,8 +30,21 @@ from .modeling_synernet import (
     SynerNetModel,
     SynerNetPreTrainedModel,
 )
+from .objective_synernet import (
+    SynerNetTargets,
+    coverage,
+    cut_instances,
+    label_tokens,
+    pick_instance_classes,
+    weighted_losses,
+)
 from .pipeline_synernet import SynerNetSegmentationPipeline, register_pipeline
-from .refinement_synernet import SynerNetPixelAdaptiveRefinement, denormalize, refine_pseudo_labels
+from .refinement_synernet import (
+    SynerNetPixelAdaptiveRefinement,
+    denormalize,
+    ignore_outside,
+    refine_pseudo_labels,
+)
 
 
 AutoConfig.register("synernet", SynerNetConfig, exist_ok=True)
@@ -57,14 +72,22 @@ __all__ = [
     "SynerNetPixelAdaptiveRefinement",
     "SynerNetPreTrainedModel",
     "SynerNetSegmentationPipeline",
+    "SynerNetTargets",
+    "area_shares",
     "cams_to_pseudo_labels",
+    "coverage",
+    "cut_instances",
     "denormalize",
     "fuse_branches",
     "generate_image_cams",
+    "ignore_outside",
+    "label_tokens",
     "layer_confidence",
     "mask_absent_classes",
     "multi_scale_cams",
+    "normalize_cams",
     "open_image",
+    "pick_instance_classes",
     "predict_labels",
     "prepare_image",
     "pretrained_backbone_config",
@@ -72,4 +95,5 @@ __all__ = [
     "resize_maps",
     "segment_images",
     "to_rgb",
+    "weighted_losses",
 ]

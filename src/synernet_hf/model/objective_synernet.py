@@ -1,7 +1,7 @@
 """What one batch teaches: targets made of its CAMs, and the weighted sum of the losses. One entry, `batch_objective`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -106,10 +106,30 @@ def batch_objective(
     instances = [None, None]
     if weights["prototype_contrast"] and model.config.with_projection_head:
         instances = _embed_instances(model, pixel_values, labels, valid_boxes, targets)
+    loss, loss_dict = weighted_losses(
+        model, outputs.pair, logits, labels, targets, instances, weights, gather_embeddings
+    )
+    return SynerNetObjective(loss, loss_dict, confidence, targets.precise.pseudo_labels)
+
+
+def weighted_losses(
+    model,
+    outputs: BranchPair,
+    logits: BranchPair[torch.Tensor],
+    labels: torch.Tensor,
+    targets: BranchPair[SynerNetTargets],
+    instances: Sequence[tuple[torch.Tensor, torch.Tensor] | None],
+    weights: dict[str, float],
+    gather_embeddings: Callable | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """
+    The loss and the `loss_dict` of a batch whose `targets` are known; `outputs` of both branches, `instances` per
+    branch the embeddings `(B, P)` and class ids `(B,)` of cut images or `None`, the rest as for [`batch_objective`].
+    """
     terms: dict[str, list[torch.Tensor]] = {}
     # half precision ends here: ranks and sums of the losses need float32
-    with torch.autocast(device_type=pixel_values.device.type, enabled=False):
-        branches = zip(model.pair, outputs.pair, logits, targets, instances, strict=True)
+    with torch.autocast(device_type=labels.device.type, enabled=False):
+        branches = zip(model.pair, outputs, logits, targets, instances, strict=True)
         for branch, output, branch_logits, target, instance in branches:
             losses = _branch_losses(model.config, output, branch_logits, labels, target, weights)
             if instance is not None:
@@ -118,8 +138,7 @@ def batch_objective(
             for name, loss in losses.items():
                 terms.setdefault(f"loss_{name}", []).append(loss)
         total = sum((loss for losses in terms.values() for loss in losses), labels.new_zeros((), dtype=torch.float32))
-    loss_dict = {name: torch.stack(losses).sum().detach() for name, losses in terms.items()}
-    return SynerNetObjective(total, loss_dict, confidence, targets.precise.pseudo_labels)
+    return total, {name: torch.stack(losses).sum().detach() for name, losses in terms.items()}
 
 
 def _branch_losses(
@@ -310,4 +329,5 @@ __all__ = [
     "label_tokens",
     "make_targets",
     "pick_instance_classes",
+    "weighted_losses",
 ]

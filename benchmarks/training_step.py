@@ -1,0 +1,386 @@
+"""
+One training step against a baseline in the reference's order of work, with the same weights, data and losses.
+
+    python benchmarks/training_step.py --size tiny --dtype float32 --output runs/training_step.json
+
+    python benchmarks/training_step.py --size base --dtype float32 bfloat16 --compile --output runs/training_step.json
+
+The baseline is written from the method, with the functions of this package where the order of work does not differ:
+explicit attention; one CAM call per branch, in which both branches run with their decoders and one is dropped; one
+label map per branch and one more for the instances, each image and background plane refined alone with an affinity
+of its own. Settings are those of the recipe `voc12_authors` with all gates open. Each variant's loss is read first;
+then it is timed, one variant after another, on weights that do not move. MFU is the matrix arithmetic that PyTorch
+counts in a variant's step (what it runs, not what it could leave out), over its time and the rate measured for a
+large matrix product in the same format.
+"""
+
+import argparse
+import copy
+import gc
+import os
+import platform
+import statistics
+import sys
+import time
+from contextlib import nullcontext
+from datetime import datetime
+from pathlib import Path
+
+import torch
+import transformers
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation
+from synernet_hf.files import write_json
+from synernet_hf.model import (
+    BranchPair,
+    SynerNetPixelAdaptiveRefinement,
+    SynerNetTargets,
+    area_shares,
+    cams_to_pseudo_labels,
+    coverage,
+    cut_instances,
+    denormalize,
+    ignore_outside,
+    label_tokens,
+    normalize_cams,
+    pick_instance_classes,
+    weighted_losses,
+)
+from synernet_hf.training import parameter_groups, read_recipe
+
+
+RECIPE = Path(__file__).resolve().parents[1] / "examples" / "recipes" / "voc12_authors.yaml"
+# width, blocks and heads of the encoder; side of the crop, images per step
+SIZES = {"smoke": (48, 4, 3, 64, 2), "tiny": (192, 12, 3, 224, 8), "base": (768, 12, 12, 448, 12)}
+NUM_CLASSES = 20
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "tf32": torch.float32}
+PROGRESS = 0.75
+
+
+class ReferenceOrder:
+    """
+    A step of the reference's order of work on the weights of a model of this package.
+
+    Args:
+        model ([`SynerNetForWeaklySupervisedSegmentation`]): with explicit attention.
+    """
+
+    def __init__(self, model: SynerNetForWeaklySupervisedSegmentation):
+        self.synernet, self.config = model.synernet, model.config
+
+    @torch.no_grad()
+    def cams_of(self, branch: str, pixel_values: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
+        """CAMs `(B, C, H, W)` of the last and the auxiliary layer of one branch; the other one runs for nothing."""
+        size, patch = tuple(pixel_values.shape[-2:]), self.config.patch_size
+        totals = [0, 0]
+        for scale in self.config.cam_scales:
+            scaled = [max(int(scale * side), 1) for side in size]
+            views = F.interpolate(pixel_values, size=scaled, mode="bilinear", align_corners=False)
+            views = torch.cat([views, views.flip(-1)])
+            views = views[..., : scaled[0] // patch * patch, : scaled[1] // patch * patch]
+            output = getattr(BranchPair(*(run(views, patch) for run in self.synernet.pair)), branch)
+            for index, logits in enumerate((output.cam_logits, output.auxiliary_cam_logits)):
+                logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+                straight, mirrored = logits.chunk(2)
+                totals[index] = totals[index] + torch.maximum(straight, mirrored.flip(-1)).relu()
+        return [normalize_cams(total) * labels[:, :, None, None] for total in totals]
+
+    @torch.no_grad()
+    def refined_labels(self, images, cams, labels, valid_boxes) -> torch.Tensor:
+        """Label maps `(B, H, W)`: image by image and plane by plane, the affinity built each time."""
+        config = self.config
+        refinement = SynerNetPixelAdaptiveRefinement(config.refinement_dilations, config.refinement_iterations)
+        size, half = cams.shape[-2:], [side // 2 for side in cams.shape[-2:]]
+        label_maps = []
+        for image, maps, present in zip(images, cams, labels, strict=True):
+            class_ids = present.nonzero()[:, 0]
+            small = F.interpolate(image[None], size=half, mode="bilinear", align_corners=False)
+            own = F.interpolate(maps[class_ids][None].float(), size=half, mode="bilinear", align_corners=False)
+            ids = F.pad(class_ids + 1, (1, 0))
+            planes = []
+            for background in (config.high_threshold, config.low_threshold):
+                scores = torch.cat([torch.full_like(own[:, :1], background), own], dim=1).softmax(dim=1)
+                refined = F.interpolate(refinement(small, scores), size=size, mode="bilinear", align_corners=False)
+                planes.append(ids[refined.argmax(dim=1)[0]])
+            high, low = planes
+            label_maps.append(high.masked_fill((high == 0) & (low != 0), config.semantic_loss_ignore_index))
+        return ignore_outside(torch.stack(label_maps), valid_boxes, config.semantic_loss_ignore_index)
+
+    @torch.no_grad()
+    def targets(self, images, cams: BranchPair, labels, valid_boxes) -> tuple[BranchPair, torch.Tensor]:
+        """The targets of both branches, and the label map of the instances."""
+        config, low, high = self.config, self.config.low_threshold, self.config.high_threshold
+        mean_cams = 0.5 * (cams.broad[0] + cams.precise[0])
+        shares = BranchPair(config.broad_share_in_broad_label, config.broad_share_in_precise_label)
+        made = []
+        for name, (last, auxiliary), share in zip(BranchPair._fields, cams, shares, strict=True):
+            tokens, areas = label_tokens(config, auxiliary, labels, valid_boxes), None
+            if name in config.spatial_bce_branches:
+                areas = area_shares(mean_cams, labels, coverage(config, name, PROGRESS), low, high)
+            # read once more for logging, as label maps before the refinement
+            cams_to_pseudo_labels(last, labels, low, high, valid_boxes)
+            fused = share * cams.broad[0] + (1 - share) * cams.precise[0]
+            made.append(SynerNetTargets(tokens, areas, self.refined_labels(images, fused, labels, valid_boxes)))
+        return BranchPair(*made), self.refined_labels(images, mean_cams, labels, valid_boxes)
+
+    def __call__(self, pixel_values, labels, valid_boxes, loss_weights) -> torch.Tensor:
+        """The loss of one batch."""
+        config, patch, ignore = self.config, self.config.patch_size, self.config.semantic_loss_ignore_index
+        cams = BranchPair(*(self.cams_of(name, pixel_values, labels) for name in BranchPair._fields))
+        outputs = BranchPair(*(branch(pixel_values, patch) for branch in self.synernet.pair))
+        images = denormalize(pixel_values, config.image_mean, config.image_std)
+        targets, instance_labels = self.targets(images, cams, labels, valid_boxes)
+        class_ids = pick_instance_classes(instance_labels, labels)
+        cut = cut_instances(pixel_values, instance_labels, class_ids, valid_boxes, ignore)
+        instances = [(branch.projection_head(branch.encode(cut)[0][:, 0]), class_ids) for branch in self.synernet.pair]
+        size = tuple(pixel_values.shape[-2:])
+        logits = BranchPair(*(F.interpolate(output.logits.float(), size, mode="bilinear") for output in outputs))
+        return weighted_losses(self.synernet, outputs, logits, labels, targets, instances, loss_weights)[0]
+
+
+def make_batch(size: int, batch_size: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Smooth random images with one to three classes each, in valid boxes that leave a border out."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(batch_size, 3, size // 16, size // 16, generator=generator)
+    images = F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=False)
+    labels = torch.zeros(batch_size, NUM_CLASSES)
+    for index in range(batch_size):
+        labels[index, torch.randperm(NUM_CLASSES, generator=generator)[: index % 3 + 1]] = 1
+    boxes = torch.tensor([[0, size, 0, size - 16 * (index % 2)] for index in range(batch_size)])
+    batch = {"pixel_values": images.clamp(-2, 2), "labels": labels, "valid_boxes": boxes}
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def make_model(encoder: dict, size: int, device: torch.device, attention: str):
+    """A model of random weights, in training mode, with the settings of `voc12_authors`."""
+    recipe = read_recipe(RECIPE)
+    backbone_config = transformers.ViTConfig(image_size=min(size, 224), **recipe["backbone_overrides"], **encoder)
+    backbone_config._attn_implementation = attention
+    torch.manual_seed(0)
+    config = SynerNetConfig(backbone_config=backbone_config, num_labels=NUM_CLASSES + 1, **recipe["model_config"])
+    config._attn_implementation = attention
+    model = SynerNetForWeaklySupervisedSegmentation(config)
+    # drawn with a deviation of 0.02, the classifiers' CAMs would be next to flat
+    with torch.no_grad():
+        for branch in model.synernet.pair:
+            for head in (branch.cam_head, branch.auxiliary_cam_head):
+                head.classifier.weight.mul_(5)
+    return model.train().to(device)
+
+
+def compile_model(model):
+    """A copy whose encoder blocks (one graph for all of a shape) and decoders are compiled."""
+    torch._dynamo.config.recompile_limit = 128
+    torch._dynamo.config.accumulated_recompile_limit = 1024
+    model = copy.deepcopy(model)
+    for branch in model.synernet.pair:
+        blocks = [module for module in branch.backbone.modules() if type(module).__name__ == "ViTLayer"]
+        for module in (*blocks, branch.decode_head):
+            module.compile(dynamic=False)
+    return model
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def allow_tf32(allowed: bool) -> None:
+    """PyTorch lets convolutions use TF32 by default; float32 is to mean float32, for losses are compared."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def matmul_rate(device: torch.device, dtype: str, seconds: float = 0.5) -> float:
+    """TFLOP/s of a large square matrix product on random data."""
+    allow_tf32(dtype == "tf32")
+    side = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
+    count, started = -3, 0.0
+    while count <= 0 or time.perf_counter() - started < seconds:
+        if count == 0:
+            started = time.perf_counter()
+        for _ in range(3):
+            left @ right
+        synchronise(device)
+        count += 3
+    return 2 * side**3 * count / (time.perf_counter() - started) / 1e12
+
+
+def set_prototypes(model) -> None:
+    """The class prototypes as they start: a step moves them."""
+    for branch in model.synernet.pair:
+        branch.projection_head.prototypes.zero_()
+
+
+def loss_of(model, kind: str, dtype: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss of the batch in one variant; the class of each instance is drawn alike in all."""
+    set_prototypes(model)
+    torch.manual_seed(1)
+    device, weights = batch["pixel_values"].device, dict(model.config.loss_weights)
+    with torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext():
+        if kind == "reference":
+            return ReferenceOrder(model)(**batch, loss_weights=weights)
+        return model(**batch, loss_weights=weights, training_progress=PROGRESS).loss
+
+
+def time_variant(model, kind: str, dtype: str, batch: dict[str, torch.Tensor], args, deadline: float) -> dict:
+    """Seconds (median), peak memory and loss of a variant's forward, backward and optimizer step."""
+    device = batch["pixel_values"].device
+    # a rate of 0: the optimizer's whole work, and weights as they were
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0, 0.0))
+    with torch.no_grad():
+        loss = float(loss_of(model, kind, dtype, batch))
+    seconds: list[float] = []
+    for index in range(args.warmup + args.steps):
+        if index == args.warmup and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        synchronise(device)
+        started = time.perf_counter()
+        loss_of(model, kind, dtype, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        synchronise(device)
+        if index >= args.warmup:
+            seconds.append(time.perf_counter() - started)
+            if time.monotonic() > deadline and len(seconds) >= 2:
+                break
+    entry = {"loss": loss, "seconds": statistics.median(seconds), "all_seconds": seconds}
+    if device.type == "cuda":
+        entry["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return entry
+
+
+def count_tflop(model, kind: str, dtype: str, batch: dict[str, torch.Tensor]) -> float:
+    """10¹² operations of matrix products, convolutions and attention in one forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        loss_of(model, kind, dtype, batch).backward()
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops() / 1e12
+
+
+def measure(args: argparse.Namespace, log=print) -> dict:
+    """
+    Runs the comparison.
+
+    Args:
+        args (`argparse.Namespace`): see [`parse`].
+        log (`Callable`, *optional*): called with each line to print.
+
+    Returns:
+        `dict`: the record that is saved.
+    """
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    width, blocks, heads, size, batch_size = SIZES[args.size]
+    deadline = time.monotonic() + args.seconds
+    encoder = {"hidden_size": width, "num_hidden_layers": blocks, "num_attention_heads": heads}
+    encoder["intermediate_size"] = 4 * width
+    batch = make_batch(size, batch_size, device)
+    specs = [(kind, dtype, False) for dtype in args.dtype for kind in ("reference", "ours")]
+    if device.type == "cuda" and "float32" in args.dtype:
+        specs.append(("ours", "tf32", False))
+    specs += [("ours", args.dtype[-1], True)] if args.compile else []
+    record: dict = {
+        "date": datetime.now().isoformat(timespec="seconds"),
+        "machine": machine(device),
+        "size": args.size,
+        "encoder": encoder,
+        "crop_size": size,
+        "batch_size": batch_size,
+        "settings": "recipe voc12_authors, all gates open, random weights and images",
+        "matmul_tflops": {dtype: matmul_rate(device, dtype) for dtype in dict.fromkeys(spec[1] for spec in specs)},
+        "variants": {},
+        "notes": [],
+    }
+    models = {
+        "reference": make_model(encoder, size, device, "eager"),
+        "ours": make_model(encoder, size, device, "sdpa"),
+    }
+    models["ours"].load_state_dict(models["reference"].state_dict())
+    variants = record["variants"]
+    for kind, dtype, compiled in specs:
+        name = f"{kind} {dtype}" + (" compiled" if compiled else "")
+        if time.monotonic() > deadline:
+            record["notes"].append(f"{name}: left out, out of time")
+            continue
+        try:
+            allow_tf32(dtype == "tf32")
+            model = compile_model(models[kind]) if compiled else models[kind]
+            entry = time_variant(model, kind, dtype, batch, args, deadline)
+            # the counter does not see into compiled graphs; the arithmetic is the same
+            tflop = variants[name.removesuffix(" compiled")]["matrix_tflop"] if compiled else None
+            entry["matrix_tflop"] = tflop or count_tflop(model, kind, dtype, batch)
+            entry["mfu"] = entry["matrix_tflop"] / entry["seconds"] / record["matmul_tflops"][dtype]
+            variants[name] = entry
+            log(_line(name, entry, variants))
+        except (RuntimeError, KeyError) as error:  # one variant must not stop the others
+            record["notes"].append(f"{name}: {type(error).__name__}: {str(error)[:300]}")
+            log(record["notes"][-1])
+        finally:
+            allow_tf32(False)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        if args.output:
+            write_json(args.output, record)
+    record["relative_loss_difference"] = {
+        dtype: abs(variants[f"ours {dtype}"]["loss"] / variants[f"reference {dtype}"]["loss"] - 1)
+        for dtype in args.dtype
+        if f"ours {dtype}" in variants and f"reference {dtype}" in variants
+    }
+    log(f"relative differences of the losses: {record['relative_loss_difference']}")
+    if args.output:
+        write_json(args.output, record)
+    return record
+
+
+def _line(name: str, entry: dict, variants: dict) -> str:
+    text = f"{name:26s} {entry['seconds'] * 1e3:9.1f} ms  loss {entry['loss']:.5f}"
+    text += f"  {entry['peak_memory_gib']:6.2f} GiB" if "peak_memory_gib" in entry else ""
+    text += f"  {entry['matrix_tflop']:.3g} TFLOP  MFU {100 * entry['mfu']:.1f} %"
+    for other, baseline in variants.items():
+        if other.startswith("reference"):
+            text += f"  {baseline['seconds'] / entry['seconds']:.2f}x {other}"
+    return text
+
+
+def machine(device: torch.device) -> dict:
+    """What the figures belong to."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cuda": torch.version.cuda,
+    }
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="encoder, crop and batch (default: tiny)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    formats = ["float32", "bfloat16"]
+    parser.add_argument("--dtype", nargs="+", choices=formats, default=formats, help="default: both")
+    parser.add_argument("--compile", action="store_true", help="also the last dtype with torch.compile")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before the timed ones (default: 2)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each variant (default: 5)")
+    parser.add_argument("--seconds", type=float, default=1e9, help="no variant starts later (default: no bound)")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the script; returns its exit code."""
+    measure(parse(argv))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
