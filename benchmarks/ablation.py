@@ -139,6 +139,9 @@ ROWS = {
         "no_complement + spatial loss on both branches, half of the ambiguous area to the broad one",
         CROSS | SPATIAL | {"spatial_bce_branches": ("broad", "precise"), "broad_coverage": 0.5},
     ),
+    "logits_pooling": Row(
+        "the recipe with class scores pooled from the CAM, 40 % of the tokens", {"logits_pooling_share": 0.4}
+    ),
     # ToCo's pooling and segmentation weight; its class-token contrast and boundary term are not part of the package
     "toco": Row(
         "one branch with ToCo's pooling and weight",

@@ -77,6 +77,7 @@ def test_the_encoder_can_be_given_as_a_dictionary():
         ({"segmentation_start": 5}, r"`segmentation_start` must lie in \[0, 1\]"),
         ({"pooling_top_k": 0}, "`pooling_top_k` must be positive, got 0"),
         ({"broad_pooling_top_k": 0}, "`broad_pooling_top_k` must be positive or left out, got 0"),
+        ({"logits_pooling_share": 0}, r"`logits_pooling_share` must lie in \(0, 1\] or be left out, got 0"),
         ({"precise_propagation_temperature": 0.0}, "`precise_propagation_temperature` must be at least 0.001 or left"),
         ({"broad_propagation_temperature": 1e-40}, "`broad_propagation_temperature` must be at least 0.001 or left"),
         ({"broad_propagation_temperature": float("nan")}, "must be at least 0.001 or left out, got nan"),

@@ -293,6 +293,20 @@ def test_each_branch_pools_as_many_tokens_as_it_is_told():
     assert pooled == {("broad", 0): [2], ("precise", 0): [2], ("broad", 1): [7], ("precise", 1): [2]}
 
 
+def test_class_scores_can_be_pooled_from_the_cam():
+    tester = SynerNetModelTester(logits_pooling_share=0.5)
+    with torch.no_grad():
+        outputs = tester.model().synernet(tester.inputs()["pixel_values"])
+    for branch in outputs.pair:
+        for scores, maps in (
+            (branch.classification_logits, branch.cam_logits),
+            (branch.auxiliary_classification_logits, branch.auxiliary_cam_logits),
+        ):
+            tokens = maps.flatten(2)
+            expected = tokens.sort(dim=-1, descending=True).values[..., : tokens.shape[-1] // 2].mean(dim=-1)
+            torch.testing.assert_close(scores, expected)
+
+
 def classify(tester, name, features, top_k):
     """Class scores of the mean of each channel's `top_k` largest values."""
     weight = getattr(tester.model().synernet.pair, name).cam_head.classifier.weight

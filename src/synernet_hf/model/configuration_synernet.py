@@ -60,6 +60,9 @@ class SynerNetConfig(PreTrainedConfig):
         broad_pooling_top_k (`int`, *optional*):
             The same for the broad branch; more tokens widen its CAM. `None` means `pooling_top_k`. [ours; authors: the
             same number]
+        logits_pooling_share (`float`, *optional*):
+            With it a class score is the mean of the largest CAM logits of the class, this share of the tokens, at least
+            one; `pooling_top_k` is not used. `None` pools the tokens before the classifier. [ours; authors: `None`]
         auxiliary_layer_index (`int`, *optional*, defaults to -3):
             Index of the hidden state that feeds the auxiliary classifier; embeddings come first, so -3 of 12 blocks
             is the output of the 10th. [authors]
@@ -210,6 +213,7 @@ class SynerNetConfig(PreTrainedConfig):
     backbone_config: dict | PreTrainedConfig | None = None
     pooling_top_k: int = 5
     broad_pooling_top_k: int | None = None
+    logits_pooling_share: float | int | None = None
     auxiliary_layer_index: int = -3
     shared_encoder_layers: int = 0
     decoder_hidden_size: int = 512
@@ -336,6 +340,10 @@ class SynerNetConfig(PreTrainedConfig):
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        if self.logits_pooling_share is not None and not 0 < self.logits_pooling_share <= 1:
+            raise ValueError(
+                f"`logits_pooling_share` must lie in (0, 1] or be left out, got {self.logits_pooling_share}."
+            )
         if self.broad_pooling_top_k is not None and self.broad_pooling_top_k <= 0:
             raise ValueError(f"`broad_pooling_top_k` must be positive or left out, got {self.broad_pooling_top_k}.")
         for name in ("broad_propagation_temperature", "precise_propagation_temperature"):

@@ -170,18 +170,20 @@ class SynerNetCamOutput(ModelOutput):
 
 
 class SynerNetClassActivationHead(nn.Module):
-    """A bias-free linear classifier, read once on pooled tokens (class scores) and once on every token (CAM)."""
+    """A bias-free linear classifier of every token (CAM) and, for class scores, of pooled tokens, or its pooled CAM."""
 
     def __init__(self, config: SynerNetConfig, pooling_top_k: int):
         super().__init__()
-        self.pooling_top_k = pooling_top_k
+        self.pooling_top_k, self.logits_share = pooling_top_k, config.logits_pooling_share
         self.classifier = nn.Linear(config.backbone_config.hidden_size, config.num_foreground_labels, bias=False)
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`(B, D, h, w)` features → class scores `(B, C)` and CAM logits `(B, C, h, w)`."""
-        tokens = features.flatten(2)
-        pooled = tokens.topk(min(self.pooling_top_k, tokens.shape[-1]), dim=-1).values.mean(dim=-1)
-        return self.classifier(pooled), self.cam_logits(features)
+        cam_logits, from_logits = self.cam_logits(features), self.logits_share is not None
+        tokens = (cam_logits if from_logits else features).flatten(2)
+        top_k = max(round(self.logits_share * tokens.shape[-1]), 1) if from_logits else self.pooling_top_k
+        pooled = tokens.topk(min(top_k, tokens.shape[-1]), dim=-1).values.mean(dim=-1)
+        return pooled if from_logits else self.classifier(pooled), cam_logits
 
     def cam_logits(self, features: torch.Tensor) -> torch.Tensor:
         """`(B, D, h, w)` features → CAM logits `(B, C, h, w)`."""
@@ -280,13 +282,8 @@ class SynerNetBranch(nn.Module):
         """
         if shared_states is not None:
             return *self._continue(pixel_values, shared_states), None
-        encoded = self.backbone(
-            pixel_values,
-            output_hidden_states=True,
-            output_attentions=output_attentions,
-            return_dict=True,
-            **self.backbone_arguments,
-        )
+        arguments = {"output_attentions": output_attentions, "return_dict": True, **self.backbone_arguments}
+        encoded = self.backbone(pixel_values, output_hidden_states=True, **arguments)
         return encoded.last_hidden_state, encoded.hidden_states, encoded.attentions
 
     def _continue(self, pixel_values: torch.Tensor, shared_states: tuple[torch.Tensor, ...]):
