@@ -261,3 +261,14 @@ def test_absurd_sizes_of_the_image_processor_are_refused(folder, fields):
     check_model_folder(folder)
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     refused(folder, f"its {next(iter(fields))} is .*, expected are whole numbers of pixels from 1 to 16,384")
+
+
+@pytest.mark.parametrize("value", [10**12, 2**28 + 1, 0, -1, 1e6, "1048576", True, [2**20]], ids=str)
+def test_a_bound_of_the_image_processor_that_bounds_nothing_is_refused(folder, value):
+    path = folder / "preprocessor_config.json"
+    for accepted in (1, 2**28, None):
+        SynerNetImageProcessor(max_pixels=accepted).save_pretrained(folder)
+        assert json.loads(path.read_text())["max_pixels"] == accepted
+        check_model_folder(folder)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_pixels": value}))
+    refused(folder, "its max_pixels is .*, expected is a whole number of pixels from 1 to 268,435,456, or null")

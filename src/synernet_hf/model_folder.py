@@ -16,6 +16,8 @@ INDEX = "model.safetensors.index.json"
 PROCESSOR = "preprocessor_config.json"
 # pixels of a side that an image may be resized, cropped or padded to
 MAX_SIDE = 16_384
+# pixels that an image may keep: 1.5 times what Pillow opens
+MAX_PIXELS = 2**28
 MAX_JSON_BYTES = 20_000_000
 # Largest sizes of a configuration: far above every published encoder, and low enough that a hostile file cannot make
 # the reader build without end (our choice).
@@ -58,7 +60,9 @@ def check_model_folder(folder: str | Path) -> SynerNetConfig:
     Refuse a folder that `from_pretrained` should not be given.
 
     Nothing is unpickled, no tensor is read, and no file outside the folder is opened. Loading needs no more memory
-    than the folder's weights after this check.
+    than the folder's weights after this check. `max_pixels` of the image processor may be null, which our users may
+    save: images then keep their size, which Pillow alone bounds, and resizing has no bound. Set
+    `processor.max_pixels` after loading where the images are not your own.
 
     Args:
         folder (`str` or `Path`): The folder: `config.json` and `model.safetensors`, or its parts with their index.
@@ -189,6 +193,12 @@ def _check_processor(path: Path) -> None:
                     f"{path} is refused: its {name} is {str(value)[:80]}, expected are whole numbers of pixels from 1 "
                     f"to {MAX_SIDE:,}."
                 )
+    bound = fields.get("max_pixels")
+    if bound is not None and not (type(bound) is int and 1 <= bound <= MAX_PIXELS):
+        raise ValueError(
+            f"{path} is refused: its max_pixels is {str(bound)[:80]}, expected is a whole number of pixels from 1 to "
+            f"{MAX_PIXELS:,}, or null for no bound."
+        )
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -83,8 +83,13 @@ def test_the_encoder_can_be_given_as_a_dictionary():
         ({"broad_propagation_temperature": float("nan")}, "must be at least 0.001 or left out, got nan"),
         ({"decoder_dilation": 0}, "`decoder_dilation` must be positive, got 0"),
         ({"prototype_temperature": 0}, "`prototype_temperature` must be positive, got 0"),
-        ({"cls_weight": -1}, "`cls_weight` must not be negative, got -1"),
-        ({"cls_token_weight": -1}, "`cls_token_weight` must not be negative, got -1"),
+        ({"prototype_temperature": float("nan")}, "`prototype_temperature` must be positive, got nan"),
+        ({"cls_weight": -1}, "`cls_weight` must be finite and not negative, got -1"),
+        ({"cls_weight": float("nan")}, "`cls_weight` must be finite and not negative, got nan"),
+        ({"cls_token_weight": -1}, "`cls_token_weight` must be finite and not negative, got -1"),
+        ({"segmentation_weight": float("inf")}, "`segmentation_weight` must be finite and not negative, got inf"),
+        ({"spatial_bce_share": -0.1}, r"`spatial_bce_share` must lie in \[0, 1\], got -0.1"),
+        ({"spatial_bce_share": float("nan")}, r"`spatial_bce_share` must lie in \[0, 1\], got nan"),
         ({"class_prior_weight": -1}, "`class_prior_weight` must be finite and not negative, got -1"),
         ({"class_prior_weight": float("nan")}, "`class_prior_weight` must be finite and not negative, got nan"),
         ({"class_prior_weight": float("inf")}, "`class_prior_weight` must be finite and not negative, got inf"),
@@ -142,8 +147,47 @@ def test_old_names_of_fields_are_read_from_saved_folders(tmp_path):
     assert not set(OLD_NAMES) & set(loaded.to_dict())
 
 
+@pytest.mark.parametrize("old", [old for old, new in OLD_NAMES.items() if new])
+def test_an_old_name_beside_the_new_one_is_refused(old, tmp_path):
+    new = OLD_NAMES[old]
+    fields = SynerNetConfig(num_labels=3).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(fields | {old: 0.2}))
+    # the new one may well have its default value
+    for build in (
+        lambda: SynerNetConfig(num_labels=3, **{old: 0.2, new: 0.3}),
+        lambda: SynerNetConfig(num_labels=3, **{old: 0.2, new: fields[new]}),
+        lambda: SynerNetConfig.from_pretrained(tmp_path),
+        lambda: AutoConfig.from_pretrained(tmp_path),
+    ):
+        with pytest.raises(ValueError, match=f"`{old}` is the old name of `{new}`, and both are given"):
+            build()
+
+
+def test_every_loss_weight_is_checked():
+    config = SynerNetConfig(num_labels=3)
+    for term in config.loss_weights:
+        name = "spatial_bce_share" if term == "spatial_bce" else f"{term}_weight"
+        for value in (-1.0, float("nan"), float("inf")):
+            with pytest.raises(StrictDataclassClassValidationError) as caught:
+                SynerNetConfig(num_labels=3, **{name: value})
+            assert f"`{name}` must" in str(caught.value.__cause__ or caught.value)
+
+
 def test_misspelt_fields_of_the_encoder_are_refused(tmp_path):
     tiny_backbone_config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has no field qkv_bais: did you mean qkv_bias\?"):
         pretrained_backbone_config(str(tmp_path), {"qkv_bais": False})
     assert pretrained_backbone_config(str(tmp_path), {"qkv_bias": False}).qkv_bias is False
+
+
+@pytest.mark.parametrize("family", ["vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit"])
+def test_the_configuration_of_an_encoder_is_read_once(family, tmp_path, monkeypatch):
+    saved = tiny_backbone_config(family)
+    saved.save_pretrained(tmp_path)
+    overrides = {"num_hidden_layers": saved.num_hidden_layers - 1, "image_size": 64}
+    expected = AutoConfig.from_pretrained(tmp_path, **overrides)
+    reads, read = [], AutoConfig.from_pretrained
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *args: reads.append(args) or read(*args))
+    found = pretrained_backbone_config(str(tmp_path), overrides)
+    assert len(reads) == 1
+    assert found.to_dict() == expected.to_dict()

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from synernet_hf import SynerNetImageProcessor
+from synernet_hf.model.image_processing_synernet import bounded_size
 from synernet_hf.model.modeling_synernet import SynerNetSegmenterOutput
 
 
@@ -250,3 +251,67 @@ def test_16_bit_greyscale_keeps_its_shades(tmp_path):
     for given in (image, [image], str(tmp_path / "grey.png"), tmp_path / "grey.png"):
         (values,) = processor(given, return_tensors="np")["pixel_values"]
         assert np.abs(values - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("size", "max_pixels", "expected"),
+    [
+        ((1, 10_000_000), 2**20, (1, 2**20)),
+        ((10_000_000, 1), 2**20, (2**20, 1)),
+        ((3, 10_000_000), 2**20, (1, 2**20)),
+        ((2, 5), 1, (1, 1)),
+        ((30, 40), 1200, (30, 40)),
+        ((30, 40), 300, (15, 20)),
+        ((30, 10_000_000), None, (30, 10_000_000)),
+    ],
+)
+def test_the_bound_holds_for_every_shape(size, max_pixels, expected):
+    assert bounded_size(size, max_pixels) == expected
+
+
+def test_no_size_exceeds_the_bound():
+    generator = np.random.default_rng(0)
+    for _ in range(2000):
+        height, width, bound = (int(10 ** generator.uniform(0, limit)) for limit in (5, 5, 8))
+        found = bounded_size((height, width), bound)
+        assert min(found) >= 1 and found[0] * found[1] <= max(bound, 1)
+        assert all(type(side) is int for side in found)
+
+
+def test_resizing_keeps_the_bound():
+    image, mask = random_image(37, 20_000), random_mask(37, 20_000)
+    processor = SynerNetImageProcessor(do_resize=True)
+    inputs = processor(image, segmentation_maps=mask, return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 44, 23807)
+    assert inputs["mask"].shape == (1, 44, 23807) and set(inputs["mask"].unique().tolist()) <= {0, 1, 2, 255}
+    # a small bound, which the image itself keeps
+    small = random_image(20, 30)
+    bounded = SynerNetImageProcessor(do_resize=True, max_pixels=600)
+    assert bounded(small, return_tensors="pt")["pixel_values"].shape == (1, 3, 20, 30)
+    size = {"height": 60, "width": 40}
+    assert bounded(small, size=size, return_tensors="pt")["pixel_values"].shape == (1, 3, 30, 20)
+    assert bounded(small, size=size, max_pixels=None, return_tensors="pt")["pixel_values"].shape == (1, 3, 60, 40)
+    assert bounded(small, size=size, do_resize=False, return_tensors="pt")["pixel_values"].shape == (1, 3, 20, 30)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"shortest_edge": 24},
+        {"shortest_edge": 24, "longest_edge": 30},
+        {"max_height": 50, "max_width": 25},
+        {"height": 33, "width": 21},
+    ],
+    ids=str,
+)
+def test_the_bound_leaves_smaller_sizes_alone(size):
+    image = random_image(20, 37)
+    values = [
+        SynerNetImageProcessor(do_resize=True, size=size, max_pixels=bound)(image, return_tensors="np")["pixel_values"]
+        for bound in (None, 24 * 45)
+    ]
+    assert np.array_equal(*values)
+    _, _, height, width = values[0].shape
+    halved = SynerNetImageProcessor(do_resize=True, size=size, max_pixels=height * width // 2)
+    found = halved(np.asarray(image)[:10, :15], return_tensors="np")["pixel_values"]
+    assert found.shape[2] * found.shape[3] <= height * width // 2

@@ -1,5 +1,6 @@
 """Configuration of SynerNet."""
 
+import functools
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -33,6 +34,18 @@ _POSITIVE = (
     "prototype_temperature",
 )
 
+_NOT_NEGATIVE = (
+    "refinement_iterations",
+    "shared_encoder_layers",
+    "class_prior_weight",
+    "cls_weight",
+    "cls_aux_weight",
+    "cls_token_weight",
+    "patch_contrast_weight",
+    "prototype_contrast_weight",
+    "segmentation_weight",
+)
+
 # Fields that had another name in folders saved earlier: old name -> new name; `None` for fields that are gone.
 OLD_NAMES = {
     "broad_inference_weight": "broad_share_in_logits",
@@ -43,7 +56,23 @@ OLD_NAMES = {
 }
 
 
+def _refuse_two_names(config_class):
+    """Looks at the arguments of `__init__`, since `__post_init__` cannot tell a given value from a default."""
+    init = config_class.__init__
+
+    @functools.wraps(init)
+    def checked(self, *args, **fields):
+        for old, new in OLD_NAMES.items():
+            if new in fields and fields.get(old) is not None:
+                raise ValueError(f"`{old}` is the old name of `{new}`, and both are given; give `{new}` alone.")
+        init(self, *args, **fields)
+
+    config_class.__init__ = checked
+    return config_class
+
+
 @strict
+@_refuse_two_names
 class SynerNetConfig(PreTrainedConfig):
     r"""
     Everything that fixes a SynerNet: its encoder, its heads, the thresholds that turn class activation maps (CAMs)
@@ -188,8 +217,9 @@ class SynerNetConfig(PreTrainedConfig):
 
     Raises:
         StrictDataclassClassValidationError: if thresholds do not increase, a share is outside [0, 1], a size, scale or
-            dilation is not positive or too large, a weight is negative or the ignore index is one of the labels.
+            dilation is not positive, a weight is negative or not finite, or the ignore index is one of the labels.
         StrictDataclassFieldValidationError: if a field has a wrong type.
+        ValueError: if a field is given under its old and its new name.
 
     Example:
 
@@ -338,7 +368,8 @@ class SynerNetConfig(PreTrainedConfig):
     def validate_sizes(self):
         """Part of the strict checks: counts and sizes are positive, weights not negative."""
         for name in _POSITIVE:
-            if getattr(self, name) <= 0:
+            # nan compares false
+            if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         if self.logits_pooling_share is not None and not 0 < self.logits_pooling_share <= 1:
             raise ValueError(
@@ -350,10 +381,7 @@ class SynerNetConfig(PreTrainedConfig):
             # below, the softmax would meet numbers that float32 cannot hold; nan compares false
             if getattr(self, name) is not None and not 1e-3 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` must be at least 0.001 or left out, got {getattr(self, name)}.")
-        for name, weight in self.loss_weights.items():
-            if weight < 0:
-                raise ValueError(f"`{name}_weight` must not be negative, got {weight}.")
-        for name in ("refinement_iterations", "shared_encoder_layers", "class_prior_weight"):
+        for name in _NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` must be finite and not negative, got {getattr(self, name)}.")
 

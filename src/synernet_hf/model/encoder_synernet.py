@@ -25,13 +25,16 @@ def pretrained_backbone_config(name_or_path: str, overrides: dict | None = None)
         ValueError: if an override is not a field of the configuration.
     """
     overrides = overrides or {}
-    known = [name for name in AutoConfig.from_pretrained(name_or_path).to_dict() if not name.startswith("_")]
-    for name in overrides:
+    config = AutoConfig.from_pretrained(name_or_path)
+    known = [name for name in config.to_dict() if not name.startswith("_")]
+    for name, value in overrides.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(sorted(known))}."
             raise ValueError(f"The configuration of the encoder {name_or_path} has no field {name}: {hint}")
-    return AutoConfig.from_pretrained(name_or_path, **overrides)
+        # not built anew: some families save the names of their last layers, which fewer layers would refuse
+        setattr(config, name, value)
+    return config
 
 
 def pretrained_encoder(name_or_path: str, overrides: dict | None = None) -> nn.Module:

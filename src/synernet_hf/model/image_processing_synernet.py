@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
 from transformers.image_processing_utils import BatchFeature
+from transformers.image_transforms import get_resize_output_image_size, get_size_with_aspect_ratio
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -18,6 +19,7 @@ from transformers.image_utils import (
     ImageInput,
     PILImageResampling,
     SizeDict,
+    get_image_size_for_max_height_width,
     load_image,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
@@ -33,7 +35,7 @@ class SynerNetImageProcessorKwargs(ImagesKwargs, total=False):
     size_divisor (`int`, *optional*, defaults to `self.size_divisor`): With `do_pad`, heights and widths are padded up
         to a multiple of this number: the patch size of the model.
     max_pixels (`int`, *optional*, defaults to `self.max_pixels`): Larger images are shrunk to this many pixels before
-        anything else; `None` sets no bound.
+        anything else, and none is resized to more; `None` sets no bound.
     """
 
     size_divisor: int
@@ -75,8 +77,9 @@ class SynerNetImageProcessor(PilBackend):
         do_convert_rgb (`bool`, *optional*, defaults to `True`): Convert arrays to RGB first; files and PIL images
             always are.
         max_pixels (`int`, *optional*, defaults to 1048576): Bound on the number of pixels, which bounds the memory: a
-            larger image is shrunk with `BOX`, its mask with `NEAREST`, before anything else. `target_sizes` of
-            `post_process_*` gives label maps of the full size. `None` sets no bound.
+            larger image is shrunk with `BOX`, its mask with `NEAREST`, before anything else, and a `size` of more
+            pixels is reduced in proportion. `target_sizes` of `post_process_*` gives label maps of the full size.
+            `None` sets no bound.
 
     Example:
 
@@ -200,7 +203,10 @@ class SynerNetImageProcessor(PilBackend):
                 resample = PILImageResampling.NEAREST if is_mask else PILImageResampling.BOX
                 image = self.resize(image, SizeDict(height=bounded[0], width=bounded[1]), resample)
             if do_resize:
-                image = self.resize(image, size, kwargs["resample"])
+                target = _resized_size(image, size)
+                bounded = bounded_size(target, kwargs["max_pixels"])
+                reduced = size if bounded == target else SizeDict(height=bounded[0], width=bounded[1])
+                image = self.resize(image, reduced, kwargs["resample"])
             if kwargs["do_center_crop"]:
                 # the library fills with 0 where the crop is larger than the image
                 shifted = image.astype(np.int64) - fill_value if fill_value else image
@@ -349,7 +355,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def bounded_size(size: tuple[int, int], max_pixels: int | None) -> tuple[int, int]:
     """
-    Height and width of the same proportions with `max_pixels` pixels at most.
+    Height and width of the same proportions with `max_pixels` pixels at most; a side has one pixel at least.
 
     Raises:
         ValueError: If `max_pixels` is not positive.
@@ -360,7 +366,10 @@ def bounded_size(size: tuple[int, int], max_pixels: int | None) -> tuple[int, in
     if max_pixels < 1:
         raise ValueError(f"`max_pixels` is {max_pixels}; a positive number of pixels is expected, or None.")
     factor = (max_pixels / (height * width)) ** 0.5
-    return (height, width) if factor >= 1 else (max(1, int(height * factor)), max(1, int(width * factor)))
+    if factor >= 1:
+        return height, width
+    # where the shorter side would be less than one pixel, the longer one takes all
+    return tuple(max(1, min(int(side * factor), int(max_pixels))) for side in (height, width))
 
 
 def resize_maps(maps: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
@@ -439,6 +448,20 @@ def _opened_mask(mask):
             f"The segmentation map {str(mask)[:200]!r} cannot be read; expected is the path of a palette or greyscale "
             "image."
         ) from error
+
+
+def _resized_size(image: np.ndarray, size: SizeDict) -> tuple[int, int]:
+    """Height and width that the library's `resize` gives an image `(channels, height, width)`."""
+    if size.shortest_edge and size.longest_edge:
+        return get_size_with_aspect_ratio(image.shape[-2:], size.shortest_edge, size.longest_edge)
+    if size.shortest_edge:
+        return get_resize_output_image_size(
+            image, size.shortest_edge, default_to_square=False, input_data_format=ChannelDimension.FIRST
+        )
+    if size.max_height and size.max_width:
+        return get_image_size_for_max_height_width(image.shape[-2:], size.max_height, size.max_width)
+    # what is no size at all is for `resize` to refuse
+    return size.height or 1, size.width or 1
 
 
 def _check_masks(images: list[np.ndarray], masks: list[np.ndarray]) -> None:
