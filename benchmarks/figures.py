@@ -121,7 +121,7 @@ def inspect_image(model, processor, image: Image.Image, label_ids: list[int] | N
         processor ([`SynerNetImageProcessor`]):
             Resizes, where the model was trained for that, and normalises.
         image (`PIL.Image.Image`):
-            RGB image, H × W.
+            Image in any mode, H × W.
         label_ids (`list[int]`, *optional*):
             Ids of its foreground classes, from 0; None takes the classes whose score is above 0, or else the best one.
 

@@ -22,6 +22,7 @@ from PIL import Image
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor, SynerNetSegmentationPipeline
 from synernet_hf.data import class_names, load_wsss_dataset, multi_hot
+from synernet_hf.model import open_image, prepare_image, resize_maps, segment_images
 from synernet_hf.training import InvalidArguments, evaluate_model, parse_arguments
 from synernet_hf.visualization import colorize, figure_panels, heat_map, overlay, palette_image
 
@@ -91,7 +92,7 @@ def print_scores(results: dict[str, dict]) -> None:
 
 def predict_one(model, processor, record: dict, folder: Path) -> None:
     """Save one image, segment it with the pipeline, and save its mask and overlay beside it."""
-    image = record["image"].convert("RGB")
+    image = open_image(record["image"])
     image.save(folder / "image.png")
     segmenter = SynerNetSegmentationPipeline(model=model, image_processor=processor)
     label_map = np.zeros((image.height, image.width), dtype=np.uint8)
@@ -107,15 +108,17 @@ def predict_one(model, processor, record: dict, folder: Path) -> None:
 @torch.no_grad()
 def panels_of(model, processor, record: dict) -> list[tuple[str, Image.Image]]:
     """A row of the figure: the image, the truth, and everything the model makes of the image."""
-    image = record["image"].convert("RGB")
-    pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
+    prepared = prepare_image(processor, record["image"])
+    image = prepared.image
+    pixel_values = prepared.pixel_values[None].to(model.device, model.dtype)
     labels = multi_hot(record["labels"], model.config.num_labels - 1)[None].to(model.device)
     # With image labels the model returns what it teaches itself with: CAMs, confidence and the refined fused label.
     teaching = model(pixel_values, labels=labels, loss_weights={"segmentation": 1.0}, training_progress=1.0)
-    segmentation = model.multi_scale_logits(pixel_values).argmax(dim=1)[0].cpu().numpy()
+    [segmented] = segment_images(model, processor, [prepared], scales=None)
 
     def heat(maps: torch.Tensor) -> Image.Image:
-        return heat_map(maps[0].amax(dim=0).cpu().numpy(), image)
+        strongest = resize_maps(maps[0].amax(dim=0, keepdim=True), (image.height, image.width))
+        return heat_map(strongest[0].cpu().numpy(), image)
 
     return [
         ("image", image),
@@ -124,7 +127,7 @@ def panels_of(model, processor, record: dict) -> list[tuple[str, Image.Image]]:
         ("CAM, precise branch", heat(teaching.precise_cams)),
         ("confidence", heat_map(teaching.confidence[0, 0].cpu().numpy())),
         ("fused pseudo-label", colorize(teaching.pseudo_labels[0].cpu().numpy())),
-        ("segmentation", colorize(segmentation)),
+        ("segmentation", colorize(segmented.label_map.cpu().numpy())),
     ]
 
 

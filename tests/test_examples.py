@@ -7,6 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from testing_utils import SynerNetModelTester
+
+from synernet_hf import SynerNetImageProcessor
+from synernet_hf.visualization import colorize, heat_map
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -104,8 +110,6 @@ def test_demo_never_removes_a_folder_that_is_no_run(capsys, monkeypatch, tmp_pat
 
 
 def test_predict_writes_a_mask_and_an_overlay(tiny_run_folder, capsys, monkeypatch, tmp_path):
-    from PIL import Image
-
     words = [str(tiny_run_folder), str(tiny_run_folder / "image.png"), "--output_dir", str(tmp_path)]
     status, output, errors = run_script("predict.py", *words, capsys=capsys, monkeypatch=monkeypatch)
     assert status == 0, errors
@@ -122,6 +126,52 @@ def test_the_figure_of_the_demo_names_its_colours():
     assert [name for name, _ in legend] == ["background", "dots", "undecided", "low", "high"]
     assert all(np.asarray(swatch).shape == (14, 30, 3) for _, swatch in legend)
     assert len({np.asarray(swatch).tobytes() for _, swatch in legend}) == 5
+
+
+def test_the_demo_draws_what_the_model_makes_of_an_image(tmp_path):
+    model, demo = SynerNetModelTester().model(), runpy.run_path(str(EXAMPLES / "demo.py"))
+    deep = np.linspace(0, 65535, 40 * 56).reshape(40, 56).astype(np.uint16)
+    record = {"image": Image.fromarray(deep), "mask": np.zeros((40, 56), dtype=np.uint8), "labels": [0, 2]}
+    native = SynerNetImageProcessor(size_divisor=8)
+    panels = demo["panels_of"](model, native, record)
+    assert [title for title, _ in panels] == [
+        "image",
+        "ground truth",
+        "CAM, broad branch",
+        "CAM, precise branch",
+        "confidence",
+        "fused pseudo-label",
+        "segmentation",
+    ]
+    # all shades of a 16-bit image are there
+    grey = (deep >> 8).astype(np.uint8)
+    assert np.array_equal(np.asarray(panels[0][1]), np.stack([grey] * 3, axis=-1))
+    pixel_values = native(np.asarray(panels[0][1]), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        taught = model(pixel_values, labels=torch.tensor([[1.0, 0.0, 1.0]]), loss_weights={"segmentation": 1.0})
+        logits = model.multi_scale_logits(pixel_values)
+    for (_, panel), expected in zip(
+        panels[2:],
+        (
+            heat_map(taught.broad_cams[0].amax(dim=0).numpy(), panels[0][1]),
+            heat_map(taught.precise_cams[0].amax(dim=0).numpy(), panels[0][1]),
+            heat_map(taught.confidence[0, 0].numpy()),
+            colorize(taught.pseudo_labels[0].numpy()),
+            colorize(logits[0].argmax(dim=0).numpy()),
+        ),
+        strict=True,
+    ):
+        assert np.array_equal(np.asarray(panel), np.asarray(expected))
+    # padding is no part of the figure, and a processor that resizes leaves the image as it is
+    padding = SynerNetImageProcessor(do_pad=True, size_divisor=64)
+    for (title, panel), (_, other) in zip(panels, demo["panels_of"](model, padding, record), strict=True):
+        assert np.array_equal(np.asarray(panel), np.asarray(other)), title
+    resizing = demo["panels_of"](model, SynerNetImageProcessor(do_resize=True, size={"shortest_edge": 24}), record)
+    assert [panel.size for _, panel in resizing if panel.size != (33, 24)] == [(56, 40)] * 5
+
+    demo["predict_one"](model, native, record, tmp_path)
+    with Image.open(tmp_path / "image.png") as saved:
+        assert np.array_equal(np.asarray(saved), np.asarray(panels[0][1]))
 
 
 @pytest.mark.slow
