@@ -139,9 +139,18 @@ ROWS = {
         "no_complement + spatial loss on both branches, half of the ambiguous area to the broad one",
         CROSS | SPATIAL | {"spatial_bce_branches": ("broad", "precise"), "broad_coverage": 0.5},
     ),
+    "precise_area": Row(
+        "spatial_precise, a fifth of the ambiguous area to the precise branch",
+        CROSS | INSTANCE | SPATIAL | {"spatial_bce_branches": ("precise",), "precise_coverage": 0.2},
+    ),
+    # one setting other than the recipe's
     "logits_pooling": Row(
         "the recipe with class scores pooled from the CAM, 40 % of the tokens", {"logits_pooling_share": 0.4}
     ),
+    "majority": Row("class_prior, three of four votes make a pixel confident", {"confidence_threshold": 0.75}),
+    "more_layers": Row("class_prior, three layers of each branch vote", {"confidence_layers": [-1, -2, -3]}),
+    "free_fusion": Row("class_prior, confidence may move the fusion further", {"fusion_range": 0.5}),
+    "shared_encoder": Row("class_prior, both branches share half of the encoder", {"shared_encoder_layers": 6}),
     # ToCo's pooling and segmentation weight; its class-token contrast and boundary term are not part of the package
     "toco": Row(
         "one branch with ToCo's pooling and weight",
@@ -220,6 +229,10 @@ def row_arguments(base: list, row: Row, seed: int, output_dir: Path) -> list:
     """
     model_args, data_args, training_args = copy.deepcopy(base)
     model_args.model_config |= row.model_config
+    if "shared_encoder_layers" in row.model_config and model_args.backbone_config is not None:
+        # rows are written for encoders of 12 blocks; a shallower one shares half of its own
+        half = model_args.backbone_config["num_hidden_layers"] // 2
+        model_args.model_config["shared_encoder_layers"] = min(row.model_config["shared_encoder_layers"], half)
     if model_args.backbone_config is None:
         model_args.backbone_overrides |= row.backbone_overrides
     else:
@@ -338,11 +351,8 @@ def score(folder: Path, data_args, row: Row, max_samples: int | None) -> dict[st
     """
     splits = load_data(data_args)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(folder).to(device)
-    if row.single_branch:
-        model.config.broad_share_in_logits = 0.0
-    for name, value in row.scored_with.items():
-        setattr(model.config, name, value)
+    fields = row.scored_with | ({"broad_share_in_logits": 0.0} if row.single_branch else {})
+    model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(folder, **fields).to(device)
     results = evaluate_model(
         model,
         SynerNetImageProcessor.from_pretrained(folder),

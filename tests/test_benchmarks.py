@@ -130,11 +130,26 @@ def test_every_row_is_a_valid_run(ablation, tmp_path):
         model_args, data_args, training_args = ablation.row_arguments(base, row, 3, tmp_path / name)
         validate_arguments(model_args, data_args, training_args)
         assert training_args.seed == 3
-        assert model_args.model_config == base[0].model_config | row.model_config
+        # of the three blocks here, one is shared
+        shared = {"shared_encoder_layers": 1} if "shared_encoder_layers" in row.model_config else {}
+        assert model_args.model_config == base[0].model_config | row.model_config | shared
         assert row.backbone_overrides.items() <= model_args.backbone_config.items()
     # rows leave the base as it was for the next one
     assert base[0].model_config == TINY["--model_config"]
     assert base[0].backbone_config == TINY["--backbone_config"]
+
+
+def test_settings_of_the_fusion_and_of_the_encoder_have_a_row(ablation):
+    default = SynerNetConfig()
+    for name in (
+        "shared_encoder_layers",
+        "fusion_range",
+        "confidence_layers",
+        "confidence_threshold",
+        "precise_coverage",
+    ):
+        rows = [row for row in ablation.ROWS.values() if name in row.model_config]
+        assert rows and all(row.model_config[name] != getattr(default, name) for row in rows)
 
 
 def test_rows_keep_what_the_recipe_says(ablation, tmp_path):
