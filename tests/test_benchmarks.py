@@ -9,10 +9,12 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from devkit_utils import write_voc_devkit
 from PIL import Image
 from testing_utils import SynerNetModelTester
 
 from synernet_hf import SynerNetConfig
+from synernet_hf.data import multi_hot
 from synernet_hf.training import InvalidArguments
 from synernet_hf.training.building import MODEL_FIELDS
 from synernet_hf.training.validation import validate_arguments
@@ -430,3 +432,49 @@ def test_a_training_step_has_the_loss_of_the_reference_order_of_work(tmp_path, c
     reference, ours = record["variants"].values()
     assert reference["loss"] > 1 and reference["matrix_tflop"] > 2 * ours["matrix_tflop"] > 0
     assert "1.00x reference float32" in capsys.readouterr().out
+
+
+def test_a_pack_unpacks_to_the_same_data_set(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from synernet_hf.data import load_voc2012
+
+    devkit = write_voc_devkit(tmp_path, num_train=3, num_validation=2)
+    plain = load_voc2012(devkit.root, image_labels="annotations")
+    ids = plain["train"]["image_id"][:] + plain["validation"]["image_id"][:]
+    vectors = [multi_hot(labels, 20) for split in plain.values() for labels in split["labels"]]
+    np.savez(tmp_path / "labels.npz", ids=np.array(ids), labels=np.stack(vectors))
+    (tmp_path / "backbone").mkdir()
+    (tmp_path / "backbone" / "config.json").write_text("{}")
+    save_file({"weight": torch.ones(2), "classifier.weight": torch.ones(2)}, tmp_path / "backbone/model.safetensors")
+    words = [
+        f"--{name}={tmp_path / path}" for name, path in (("image_labels", "labels.npz"), ("backbone", "backbone"))
+    ]
+    make_pack = load_benchmark("make_pack")
+    sys.modules[make_pack.__name__] = make_pack  # other processes look the module up by its name
+    make_pack.main([*words, "--data_dir", str(devkit.root), "--output", str(tmp_path / "pack"), "--processes", "1"])
+    record = make_pack.unpack(tmp_path / "pack", tmp_path / "data", 1)
+    assert record["factor"] == 0.7 and record["num_images"] == 5
+    packed = load_voc2012(tmp_path / "data", image_labels=tmp_path / "data" / "image_labels.npz")
+    for name, split in plain.items():
+        assert packed[name]["labels"][:] == split["labels"][:]
+    sizes = {name: [image.size for image in packed[name]["image"]] for name in packed}
+    assert sizes == {"train": [(34, 28)] * 3, "validation": [(48, 40)] * 2}
+    weights = load_file(tmp_path / "data" / "backbone" / "model.safetensors")
+    assert list(weights) == ["weight"] and weights["weight"].dtype == torch.float32
+
+
+def test_the_gpu_suite_plans_steps_that_fit_and_trainings_that_the_ablation_takes(ablation, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    gpu_suite = load_benchmark("gpu_suite")
+    assert gpu_suite.planned_steps(500.0, 0.2, 100.0, 5000) == 1800
+    assert gpu_suite.planned_steps(500.0, 0.2, 100.0, 1000) == 1000
+    assert gpu_suite.planned_steps(50.0, 0.2, 100.0, 1000) == 0
+    suite = gpu_suite.Suite(gpu_suite.parse([str(tmp_path / "out"), "--pack", "pack", "--tiny"]))
+    for run in suite.args.runs:
+        words = suite.ablation(run, 7, "run", 0.5)[1:]
+        _, _, training_args = ablation.base_arguments(*ablation.parse_options(words))
+        assert (training_args.max_steps, list(training_args.scale_range)) == (7, [0.7, 1.4])
+    suite.run_all({"one": ["-c", "print(3)"], "two": ["-c", "import time; time.sleep(60)"]}, 1.0)
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "one: 0" in log and "two: out of time" in log
