@@ -27,7 +27,7 @@ from synernet_hf.model import (
     resize_maps,
     segment_images,
 )
-from synernet_hf.model.refinement_synernet import SynerNetPixelAdaptiveRefinement, refine_pseudo_labels
+from synernet_hf.model.refinement_synernet import SynerNetPixelAdaptiveRefinement, refine_present
 from synernet_hf.visualization import palette_image
 
 
@@ -158,19 +158,21 @@ class PseudoLabeler:
         config, options = self.model.config, self.options
         if labels == "predicted":
             labels = predict_labels(self.model, self.processor, [prepared])
-        [cams] = generate_image_cams(self.model, self.processor, [prepared], labels, options.scales, options.flip)
+        [cams] = generate_image_cams(
+            self.model, self.processor, [prepared], labels, options.scales, options.flip, all_classes=False
+        )
         given = labels[0].to(self.model.device)
         pixels = torch.from_numpy(np.array(prepared.image)).to(self.model.device).permute(2, 0, 1).float() / 255
-        label_maps = refine_pseudo_labels(
+        [label_map] = refine_present(
             pixels[None],
-            resize_maps(cams["fused_cams"], tuple(pixels.shape[1:]))[None],
-            given[None],
+            [resize_maps(cams["fused_cams"], tuple(pixels.shape[1:]))[None]],
+            cams["present"],
             config.low_threshold,
             config.high_threshold,
             refinement=SynerNetPixelAdaptiveRefinement(config.refinement_dilations, config.refinement_iterations),
         )
         # ids and 255 cannot be mixed: the nearest pixel of an image that was shrunk
-        label_map = F.interpolate(label_maps[None].float(), size=prepared.size)[0, 0]
+        label_map = F.interpolate(label_map[None].float(), size=prepared.size)[0, 0]
         return label_map, cams["confidence"].float().mean(), given
 
     def _segmentation(self, prepared, labels) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -448,3 +448,27 @@ def test_no_row_or_column_of_a_scaled_view_is_lost(monkeypatch):
         difference[floor] = (before - after).abs().max().item()
     assert difference[False] > 1e-3
     assert difference[True] == 0
+
+
+@pytest.mark.parametrize("size", [(30, 45), (32, 48)])
+def test_only_present_classes_are_enlarged(size, monkeypatch):
+    # 40 classes of which one is there: no map of another class at the size of the image, padded or not
+    tester = SynerNetModelTester(num_classes=40)
+    model, enlarged = tester.model(), []
+    interpolate = torch.nn.functional.interpolate
+
+    def spy(maps, *args, **kwargs):
+        enlarged.append(maps.shape[1])
+        return interpolate(maps, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "interpolate", spy)
+    labels = torch.zeros(2, 40)
+    labels[:, 7] = 1
+    pixel_values = torch.randn(2, 3, *size)
+    few = model.generate_cams(pixel_values, labels, all_classes=False)
+    # images have three channels, position embeddings sixteen
+    assert set(enlarged) <= {1, 3, 16} and few.fused_cams.shape == (2, 1, *size)
+    every = model.generate_cams(pixel_values, labels)
+    for name, maps in few.items():
+        if name != "confidence":
+            assert torch.equal(maps, every[name][:, 7:8]) and not every[name][:, :7].any()

@@ -183,14 +183,17 @@ def test_training_at_other_sizes(tester, model, size):
 
 
 @pytest.mark.parametrize("size", [(32, 48), (30, 45), (5, 3)])
-def test_one_scale_is_what_forward_gives(tester, model, size):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_scale_is_what_forward_gives(tester, model, size, dtype):
     pixel_values = tester.inputs(2, *size)["pixel_values"]
+    model.to(dtype)
     with torch.no_grad():
         output = model(pixel_values)
     assert torch.equal(model.multi_scale_logits(pixel_values, scales=(1.0,)), output.logits)
     cams = model.generate_cams(pixel_values, scales=(1.0,), flip=False, plain=True)
     torch.testing.assert_close(cams.broad_cams, output.broad_cams)
     assert output.logits.is_contiguous()
+    assert torch.equal(model.class_scores(pixel_values), output.classification_logits)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (29, 50)])

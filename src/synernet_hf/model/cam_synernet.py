@@ -115,17 +115,17 @@ def at_input_size(maps: torch.Tensor, size: tuple[int, int], patch_size: int) ->
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
-def _view_logits(model, pixel_values, scale, flip, known_logits, plain) -> BranchPair[tuple[torch.Tensor, ...]]:
-    """CAM logits of the views of one scale; those of the image itself are `known_logits` if given."""
-    patch_size, floor = model.config.patch_size, model.config.floor_scaled_views
+def _view_logits(model, pixel_values, scale, flip, known_logits, plain):
+    """Size of the views of one scale, and their CAM logits; those of the image itself are `known_logits` if given."""
     if known_logits is None or scale != 1:
-        return model.cam_logits(_scaled_views(pixel_values, scale, flip, patch_size, floor), plain)
+        views = _scaled_views(pixel_values, scale, flip, model.config.patch_size, model.config.floor_scaled_views)
+        return tuple(views.shape[-2:]), model.cam_logits(views, plain)
+    size = tuple(pixel_values.shape[-2:])
     if not flip:
-        return known_logits
+        return size, known_logits
     mirrored = model.cam_logits(pixel_values.flip(-1), plain)
-    return BranchPair(
-        *(tuple(map(torch.cat, zip(*maps, strict=True))) for maps in zip(known_logits, mirrored, strict=True))
-    )
+    both = (tuple(map(torch.cat, zip(*maps, strict=True))) for maps in zip(known_logits, mirrored, strict=True))
+    return size, BranchPair(*both)
 
 
 def _scaled_views(pixel_values: torch.Tensor, scale: float, flip: bool, patch_size: int, floor: bool) -> torch.Tensor:
@@ -181,8 +181,19 @@ def multi_scale_cams(
     size = tuple(pixel_values.shape[-2:])
     totals = None
     for scale in scales:
-        views = _view_logits(model, pixel_values, scale, flip, known_logits, plain)
-        maps = [[_at_image(logits, present, size, flip) for logits in layers] for layers in views]
+        view_size, views = _view_logits(model, pixel_values, scale, flip, known_logits, plain)
+
+        def at_image(logits, view_size=view_size):
+            # first the classes, on the token grid: at the size of the image all of them would be many times as large
+            logits = logits if present is None else select_classes(logits, present.ids)
+            logits = crop_to_input(logits.float(), view_size, model.config.patch_size)
+            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+            if flip:
+                straight, mirrored = logits.chunk(2)
+                logits = torch.maximum(straight, mirrored.flip(-1))
+            return logits.relu_()
+
+        maps = [[at_image(logits) for logits in layers] for layers in views]
         if totals is None:
             totals = maps
             continue
@@ -197,17 +208,6 @@ def multi_scale_cams(
         filled = present.mask[:, :, None, None]
         broad, precise = ([maps * filled for maps in layers] for layers in (broad, precise))
     return BranchPair(tuple(broad), tuple(precise))
-
-
-def _at_image(logits: torch.Tensor, present: PresentClasses | None, size: tuple[int, int], flip: bool) -> torch.Tensor:
-    """CAM logits of the views of one scale at the image's size, the larger of both views, cut at 0."""
-    if present is not None:
-        logits = select_classes(logits, present.ids)
-    logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
-    if flip:
-        straight, mirrored = logits.chunk(2)
-        logits = torch.maximum(straight, mirrored.flip(-1))
-    return logits.relu_()
 
 
 def select_classes(maps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

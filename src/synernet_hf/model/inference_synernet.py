@@ -17,6 +17,7 @@ from .image_processing_synernet import (
     resized_chunks,
     resized_maximum,
 )
+from .refinement_synernet import PresentClasses, present_classes
 
 
 @dataclass
@@ -177,7 +178,7 @@ def predict_labels(model: PreTrainedModel, processor: SynerNetImageProcessor, im
     prepared = [_prepared(processor, image) for image in images]
     rows = [None] * len(prepared)
     for members, pixel_values in _equal_batches(model, prepared):
-        present = (model(pixel_values).classification_logits > 0).float()
+        present = (model.class_scores(pixel_values) > 0).float()
         for index, row in zip(members, present, strict=True):
             rows[index] = row
     return rows
@@ -192,7 +193,8 @@ def generate_image_cams(
     scales: tuple[float, ...] | None = None,
     flip: bool | None = None,
     plain: bool = False,
-) -> list[dict[str, torch.Tensor]]:
+    all_classes: bool = True,
+) -> list[dict[str, Any]]:
     """
     Generate the class activation maps of images; those of equal processed size go through the model together.
 
@@ -201,13 +203,14 @@ def generate_image_cams(
             As in [`segment_images`].
         labels (`Sequence[torch.Tensor]`, *optional*): Multi-hot rows `(num_labels - 1,)`; the maps of other classes
             are zero. `None` gives the maps of all.
-        scales, flip, plain:
+        scales, flip, plain, all_classes:
             As in `model.generate_cams`.
 
     Returns:
-        `list[dict[str, torch.Tensor]]`: Per image the fields of [`SynerNetCamOutput`], without the batch dimension:
-        maps `(num_labels - 1, h, w)` and `confidence` `(1, h, w)` at the size of `pixel_values`, to be resized by
-        `processor.post_process_class_activation_maps` or [`resize_maps`].
+        `list[dict]`: Per image the fields of [`SynerNetCamOutput`], without the batch dimension: maps
+        `(num_labels - 1, h, w)` and `confidence` `(1, h, w)` at the size of `pixel_values`, to be resized by
+        `processor.post_process_class_activation_maps` or [`resize_maps`]. Without `all_classes` the maps are those of
+        the entry `present`, the [`PresentClasses`] of the image.
     """
     prepared = [_prepared(processor, image) for image in images]
     results: list[dict[str, torch.Tensor]] = [None] * len(prepared)
@@ -216,10 +219,12 @@ def generate_image_cams(
         if labels is not None:
             given = torch.stack([torch.as_tensor(labels[index], dtype=torch.float32) for index in members])
             given = given.to(pixel_values.device)
-        options = {"plain": True} if plain else {}
-        cams = model.generate_cams(pixel_values, labels=given, scales=scales, flip=flip, **options)
+        cams = model.generate_cams(pixel_values, given, scales, flip, plain, all_classes)
+        present = None if all_classes or given is None else present_classes(given)
         for row, index in enumerate(members):
             results[index] = {name: maps[row] for name, maps in cams.items()}
+            if present is not None:
+                results[index]["present"] = PresentClasses(present.ids[row, None], present.mask[row, None])
     return results
 
 

@@ -407,7 +407,7 @@ class SynerNetModel(SynerNetPreTrainedModel):
         return BranchPair(self.broad_branch, self.precise_branch)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The patch embedding of the shared blocks, or else of the broad branch; the precise one has its own."""
+        """The patch embedding of the shared blocks, else of the broad branch; the precise one has its own."""
         return (self.shared_encoder or self.broad_branch).backbone.get_input_embeddings()
 
     def pad(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -431,30 +431,25 @@ class SynerNetModel(SynerNetPreTrainedModel):
 
     def cam_logits(self, pixel_values: torch.Tensor, plain: bool = False) -> BranchPair[tuple[torch.Tensor, ...]]:
         """
-        CAM logits of both branches from which labels, areas and votes are read, for images `(B, 3, H, W)` of any size;
-        the decoders do not run. Per branch those of the last, the auxiliary and the `config.additional_cam_layers`
-        layers, `(B, C, h, w)`, or `(B, C, H, W)` where the image had to be padded. Those of a branch with a propagation
-        temperature are propagated, and not negative, unless `plain`.
+        CAM logits `(B, C, h, w)` per branch and layer (last, auxiliary, `config.additional_cam_layers`) for images
+        `(B, 3, H, W)`, on the token grid of the padded image, propagated where configured unless `plain`. No decoder.
         """
         padded = self.pad(pixel_values.to(self.dtype))
         shared_states = self.shared_states(padded)
         read = BranchPair(*(branch.read_cams(padded, self.config.patch_size, shared_states) for branch in self.pair))
-        return self._spread(read, tuple(pixel_values.shape[-2:]), plain)
+        return self._propagate(read, plain)
 
     @torch.no_grad()
     def cam_logits_of(
         self, outputs: SynerNetModelOutput, size: tuple[int, int]
     ) -> BranchPair[tuple[torch.Tensor, ...]] | None:
-        """
-        [`~SynerNetModel.cam_logits`] from the `outputs` of `forward` for images of `size` = (H, W); `None` where the
-        CAM views of such images are cut instead of padded.
-        """
+        """`cam_logits` from `outputs` of `forward` for images of `size`; `None` where CAM views are cut, not padded."""
         if self.config.floor_scaled_views and any(side % self.config.patch_size for side in size):
             return None
         read = BranchPair(self.broad_branch.cams_of(outputs.broad), self.precise_branch.cams_of(outputs.precise))
-        return self._spread(read, size)
+        return self._propagate(read)
 
-    def _spread(self, read, size: tuple[int, int], plain: bool = False) -> BranchPair[tuple[torch.Tensor, ...]]:
+    def _propagate(self, read, plain: bool = False) -> BranchPair[tuple[torch.Tensor, ...]]:
         """Propagates the (CAM logits, features) that each branch has `read` per layer, where it has a temperature."""
         temperatures = (self.config.broad_propagation_temperature, self.config.precise_propagation_temperature)
         alike, spread = None, []
@@ -462,7 +457,7 @@ class SynerNetModel(SynerNetPreTrainedModel):
             if temperature is not None and not plain:
                 alike = alike or list(map(joint_features, read.broad[1], read.precise[1]))
                 maps = [propagate_cams(cam, features, temperature) for cam, features in zip(maps, alike, strict=True)]
-            spread.append(tuple(crop_to_input(cam, size, self.config.patch_size) for cam in maps))
+            spread.append(tuple(maps))
         return BranchPair(*spread)
 
     @can_return_tuple
@@ -476,8 +471,7 @@ class SynerNetModel(SynerNetPreTrainedModel):
     ) -> SynerNetModelOutput:
         r"""
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): normalised images of any size; padded right
-                and bottom with 0 to multiples of the patch, so that maps have `ceil(H / p)` × `ceil(W / p)` tokens.
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): normalised, of any size; see `pad`.
             branches (`tuple[str, ...]`, *optional*, defaults to both): which branches to run.
             output_hidden_states (`bool` or `list[int]`, *optional*): whether to return hidden states, or which of them.
             output_attentions (`bool`, *optional*): whether to return attention maps.
@@ -575,6 +569,11 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         return self.synernet.cam_logits(pixel_values, plain)
 
     @torch.no_grad()
+    def class_scores(self, pixel_values: torch.FloatTensor) -> torch.Tensor:
+        """Scores `(B, C)` of the classes in images `(B, 3, H, W)`, as `classification_logits` of `forward`."""
+        return self._mix(self.synernet(pixel_values))[1]
+
+    @torch.no_grad()
     def generate_cams(
         self,
         pixel_values: torch.FloatTensor,
@@ -582,6 +581,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         scales: tuple[float, ...] | None = None,
         flip: bool | None = None,
         plain: bool = False,
+        all_classes: bool = True,
     ) -> SynerNetCamOutput:
         r"""
         Multi-scale CAMs of both branches and their fusion, without gradient.
@@ -592,6 +592,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             scales (`tuple[float, ...]`, *optional*, defaults to `config.cam_scales`): factors of height and width.
             flip (`bool`, *optional*, defaults to `config.cam_flip`): whether to use the mirrored image too.
             plain (`bool`, *optional*, defaults to `False`): leave out propagation and consensus, as for a baseline.
+            all_classes (`bool`, *optional*, defaults to `True`): `False`: maps of `present_classes(labels)` only.
 
         Returns:
             [`SynerNetCamOutput`]
@@ -605,7 +606,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         own = torch.ones_like(cams.broad[0][..., 0, 0]) if present is None else present.mask.float()
         fused, confidence = fuse_branches(self.config, cams, own)
         maps = [cams.broad[0], cams.precise[0], cams.broad[1], cams.precise[1], 0.5 * (fused.broad + fused.precise)]
-        if present is not None:
+        if present is not None and all_classes:
             maps = [spread_classes(cam, present, labels.shape[1]) for cam in maps]
         return SynerNetCamOutput(*maps, confidence)
 
@@ -641,9 +642,9 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             for mirrored in (False, True) if flip else (False,):
                 view = scaled.flip(-1) if mirrored else scaled
                 logits, _ = self._mix(self.synernet(view, branches=branches), class_prior_weight)
-                logits = crop_to_input(logits, scaled_size, self.config.patch_size)
+                logits = crop_to_input(logits.float(), scaled_size, self.config.patch_size)
                 logits = logits.flip(-1) if mirrored else logits
-                logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+                logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
                 best = logits if best is None else torch.maximum(best, logits)
         return best
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from synernet_hf.data.checks import mask_ids
@@ -251,14 +252,17 @@ class _KindScorer:
             return
         labels = torch.stack([item.labels for item in batch])
         if self.cams:
-            cams = generate_image_cams(self.model, self.processor, prepared, labels)
+            cams = generate_image_cams(self.model, self.processor, prepared, labels, all_classes=False)
+            # slot of the present classes → id
+            ids = [F.pad(maps["present"].ids[0] + 1, (1, 0)) for maps in cams]
             for kind in CAM_KINDS:
-                yield kind, self._label_maps([maps[f"{kind}s"] for maps in cams], prepared)
+                slots = self._label_maps([maps[f"{kind}s"] for maps in cams], prepared)
+                yield kind, [own[label_map] for own, label_map in zip(ids, slots, strict=True)]
         if self.baselines:
             pixel_values = torch.stack([item.pixel_values for item in prepared])
             pixel_values = pixel_values.to(self.model.device, self.model.dtype)
             # as the segmentation has to do: without being told what is in the image
-            predicted = (self.model(pixel_values).classification_logits > 0).float()
+            predicted = (self.model.class_scores(pixel_values) > 0).float()
             for kind, given in zip(BASELINE_KINDS, (labels.to(self.model.device), predicted), strict=False):
                 yield kind, self._label_maps(single_scale_cams(self.model, pixel_values, given), prepared)
             yield "background_only", [torch.zeros(item.size, dtype=torch.int64) for item in prepared]
