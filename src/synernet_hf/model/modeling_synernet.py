@@ -179,11 +179,13 @@ class SynerNetClassActivationHead(nn.Module):
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`(B, D, h, w)` features → class scores `(B, C)` and CAM logits `(B, C, h, w)`."""
-        cam_logits, from_logits = self.cam_logits(features), self.logits_share is not None
-        tokens = (cam_logits if from_logits else features).flatten(2)
-        top_k = max(round(self.logits_share * tokens.shape[-1]), 1) if from_logits else self.pooling_top_k
-        pooled = tokens.topk(min(top_k, tokens.shape[-1]), dim=-1).values.mean(dim=-1)
-        return pooled if from_logits else self.classifier(pooled), cam_logits
+        if self.logits_share is not None:
+            values = (cam_logits := self.cam_logits(features)).flatten(2)
+            top_k = max(round(self.logits_share * values.shape[-1]), 1)
+            return values.topk(top_k, dim=-1).values.mean(dim=-1), cam_logits
+        tokens = features.flatten(2)
+        pooled = tokens.topk(min(self.pooling_top_k, tokens.shape[-1]), dim=-1).values.mean(dim=-1)
+        return self.classifier(pooled), self.cam_logits(features)
 
     def cam_logits(self, features: torch.Tensor) -> torch.Tensor:
         """`(B, D, h, w)` features → CAM logits `(B, C, h, w)`."""
