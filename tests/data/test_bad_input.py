@@ -187,7 +187,7 @@ def test_csv_that_is_not_utf8(tmp_path):
     root = write_table(tmp_path / "data", [])
     (root / "labels.csv").write_bytes("file_name,labels\na.png,cat\nb.png,bébé\n".encode("latin-1"))
     with pytest.raises(
-        ValueError, match=r"labels.csv, row 3, is not UTF-8 text \(byte 0xe9\): save the table as UTF-8"
+        ValueError, match=r"labels.csv, line 3, is not UTF-8 text \(byte 0xe9\): save the file as UTF-8"
     ):
         load_image_labels(root)
 

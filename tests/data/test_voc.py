@@ -239,7 +239,7 @@ def test_unreadable_npz_gets_a_sentence(devkit, tmp_path, broken):
     assert "allow_pickle=True" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("suffix", "sentence"), [("json", "is not valid JSON"), ("csv", "row 1, is not UTF-8 text")])
+@pytest.mark.parametrize(("suffix", "sentence"), [("json", "is not valid JSON"), ("csv", "line 1, is not UTF-8 text")])
 def test_label_file_that_is_no_text_gets_a_sentence(devkit, tmp_path, suffix, sentence):
     path = tmp_path / f"labels.{suffix}"
     path.write_bytes(b"\xff\xfe\x80")

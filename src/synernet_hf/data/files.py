@@ -1,22 +1,55 @@
-"""Where images and masks lie on disk, and what they are called."""
+"""Text files, and images and masks on disk: how they are read, found and named."""
 
 import os
 import posixpath
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
+from unicodedata import normalize
 
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
 MASK_FOLDER = "masks"
+# what operating systems, archives and network drives leave beside the data; names with a dot are hidden as well
+SYSTEM_NAMES = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"}
+SYSTEM_NAMES |= {"__pycache__", "thumbs.db", "desktop.ini"}
+
+
+def read_text(path: Path) -> str:
+    """
+    Reads UTF-8 with or without a byte order mark, or UTF-16 by its mark. Line ends become `\\n`.
+
+    Raises `ValueError` that names the line where the file is neither.
+    """
+    content = path.read_bytes()
+    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        text = content.decode(encoding)
+        fault = "a NUL character" if "\0" in text else None
+        before = text[: text.index("\0")] if fault else ""
+    except UnicodeDecodeError as error:
+        fault = f"byte 0x{content[error.start]:02x}"
+        before = content[: error.start].decode(encoding, errors="replace")
+    if fault:
+        line = len(re.findall(r"\r\n?|\n", before)) + 1
+        raise ValueError(
+            f"{path}, line {line}, is not UTF-8 text ({fault}): save the file as UTF-8, or as UTF-16 with a byte "
+            "order mark."
+        )
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name belongs to the system, not to the data."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
 def image_name(path: str) -> str:
     """
     The identifier in a file name or path: `"2007_000032"` of `"/JPEGImages/2007_000032.jpg"` and of `"2007_000032"`.
     """
-    name = path.strip().replace("\\", "/").rsplit("/", 1)[-1]
+    name = normalize("NFC", path).strip().replace("\\", "/").rsplit("/", 1)[-1]
     stem, suffix = os.path.splitext(name)
     return stem if suffix.lower() in IMAGE_SUFFIXES else name
 
@@ -38,76 +71,161 @@ def unique_ids(paths: Sequence[str], root: str | Path) -> list[str]:
     return ids
 
 
-def first_file(candidates: Iterable[Path]) -> str | None:
-    """The first of several places where a file is, `None` where there is none."""
-    return next((str(path) for path in candidates if path.is_file()), None)
-
-
 class ImageIndex:
     """
-    The images below a folder, found by path, file name or name without suffix.
+    The files with an image's suffix below a folder, found by any spelling of their names: with or without folder and
+    suffix, with either separator, in any case and any Unicode form.
 
     Args:
-        folder (`Path`): The folder; its subfolder `masks` and hidden files are not looked into.
+        folder (`Path`): The folder; hidden and system files are left out.
         left_out (`Iterable[str]`, *optional*): Paths below the folder that are no images, such as masks.
+        with_masks (`bool`, *optional*, defaults to `False`): Includes the subfolders `masks`.
 
     Attributes:
-        paths (`list[str]`): below the folder, sorted.
-        by_key (`dict[str, list[str]]`): paths by path, file name and name without suffix.
+        paths (`list[str]`): below the folder, file names in alphabetical order.
     """
 
-    def __init__(self, folder: Path, left_out: Iterable[str] = ()) -> None:
+    def __init__(self, folder: Path, left_out: Iterable[str] = (), with_masks: bool = False) -> None:
         self.folder = folder
         self.paths: list[str] = []
-        self.by_key: dict[str, list[str]] = {}
-        left_out = {posixpath.normpath(path.replace("\\", "/")) for path in left_out}
+        self._by_key: dict[str, list[str]] = {}
+        self._claimed: dict[str, str] = {}
+        left_out = {_clean(path).casefold() for path in left_out}
         for parent, folders, files in os.walk(folder):
-            folders[:] = sorted(name for name in folders if not name.startswith(".") and name != MASK_FOLDER)
+            folders[:] = sorted(
+                name for name in folders if not is_hidden(name) and (with_masks or name.lower() != MASK_FOLDER)
+            )
             below = Path(parent).relative_to(folder).as_posix()
             for file in sorted(files):
                 path = file if below == "." else f"{below}/{file}"
-                is_image = not file.startswith(".") and os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
-                if is_image and path not in left_out:
+                is_image = not is_hidden(file) and os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
+                if is_image and _clean(path).casefold() not in left_out:
                     self.paths.append(path)
-                    for key in {path, file, image_name(file)}:
-                        self.by_key.setdefault(key, []).append(path)
-        masks = [f"{os.path.splitext(path)[0]}.png" for path in self.paths]
-        self.mask_paths = Counter(masks)
-        self.mask_names = Counter(posixpath.basename(mask) for mask in masks)
+                    for key in {name.casefold() for name in _spellings(path)}:
+                        self._by_key.setdefault(key, []).append(path)
 
     def find(self, name: str) -> str | None:
         """
         The file of a path below the folder, an absolute path, a file name or a name without suffix; `None` where there
-        is none.
+        is none. Folders before the folder's own name are left out, as in paths of another computer.
 
         Raises `ValueError` if several images have that name. The message is a predicate: the caller says where.
         """
-        name = posixpath.normpath(name.strip().replace("\\", "/"))
+        name = _clean(name)
         if Path(name).is_absolute():
-            inside = os.path.relpath(name, self.folder).replace(os.sep, "/")
-            if inside not in self.by_key.get(inside, []):
-                return first_file([Path(name)])
-            name = inside
-        found = self.by_key.get(name, [])
-        if len(found) > 1 and name not in found:
-            raise ValueError(f"names {name!r}, which may be {' or '.join(found[:3])}: write the path")
-        chosen = name if name in found else next(iter(found), None)
-        return None if chosen is None else str(self.folder / chosen)
+            inside = _clean(os.path.relpath(name, self.folder))
+            name = name if inside.startswith("../") else inside
+        found = self._lookup(name)
+        if found is None and (self.folder / name).is_file():
+            return str(self.folder / name)
+        parts = name.split("/")
+        for cut in range(1, len(parts)):
+            # a bare name in a folder without subfolders may come from any folder, but from one only
+            is_own = parts[cut - 1].casefold() in (self.folder.name.casefold(), "..")
+            is_bare = cut == len(parts) - 1 and not self._has_folders
+            if found is None and (is_own or is_bare):
+                at = self._at("/".join(parts[cut:]))
+                found = at[0] if len(at) == 1 else None
+                if found and self._claimed.setdefault(found, name) != name:
+                    raise ValueError(
+                        f"names {name!r}, and so does {self._claimed[found]!r}, but there is one image {found} only: "
+                        "write the paths as they are"
+                    )
+        return None if found is None else str(self.folder / found)
 
     def mask_of(self, image: str) -> str | None:
         """
         The mask of an image in the subfolder `masks`, `None` where there is none.
 
-        It is the PNG file under the path of the image or else under its bare name, unless it might just as well be
-        that of another image.
+        It has the path of the image or else its bare name, with any suffix, unless it might just as well be that of
+        another image.
         """
-        path = Path(os.path.relpath(image, self.folder)).with_suffix(".png")
-        masks = self.folder / MASK_FOLDER
-        candidates = (
-            (masks / path, self.mask_paths[path.as_posix()]),
-            (masks / path.name, self.mask_names[path.name]),
-        )
-        return first_file(mask for mask, sharing in candidates if sharing <= 1)
+        if self._masks is None:
+            return None
+        path = os.path.splitext(_clean(os.path.relpath(image, self.folder)))[0]
+        name = posixpath.basename(path)
+        for spelling, sharing in ((path, self._at(path)), (name, self._at(name, of_path=False))):
+            masks = self._masks._at(spelling) if len(sharing) <= 1 else []
+            # of several, one that is stored without loss
+            masks.sort(key=lambda mask: not mask.lower().endswith(".png"))
+            if masks:
+                return str(self._masks.folder / masks[0])
+        return None
+
+    @cached_property
+    def _masks(self) -> "ImageIndex | None":
+        folder = find_folder(self.folder, MASK_FOLDER)
+        return None if folder is None else ImageIndex(folder, with_masks=True)
+
+    @cached_property
+    def _has_folders(self) -> bool:
+        return any("/" in path for path in self.paths)
+
+    @property
+    def by_key(self) -> dict[str, list[str]]:
+        """Paths by path, file name and name without suffix."""
+        found: dict[str, list[str]] = {}
+        for path in self.paths:
+            for key in {path, posixpath.basename(path), image_name(path)}:
+                found.setdefault(key, []).append(path)
+        return found
+
+    def _lookup(self, name: str) -> str | None:
+        found = self._by_key.get(name.casefold(), [])
+        # the same path comes before a name in other folders, the same case before another one
+        for kept in (
+            [path for path in found if _clean(path) == name],
+            [path for path in found if name in _spellings(path)],
+            found,
+        ):
+            if len(kept) == 1:
+                return kept[0]
+        if found:
+            raise ValueError(f"names {name!r}, which may be {' or '.join(found[:3])}: write the path")
+        return None
+
+    def _at(self, name: str, of_path: bool = True) -> list[str]:
+        """Images with this path (else this file name), with any suffix where `name` has none; best of the same case."""
+        spelled = [
+            (path, _spellings(path)[:2] if of_path else _spellings(path)[2:])
+            for path in self._by_key.get(name.casefold(), [])
+        ]
+        same = [path for path, names in spelled if name in names]
+        return same or [path for path, names in spelled if name.casefold() in [other.casefold() for other in names]]
 
 
-__all__ = ["IMAGE_SUFFIXES", "MASK_FOLDER", "ImageIndex", "first_file", "image_name", "unique_ids"]
+def first_file(candidates: Iterable[Path]) -> str | None:
+    """The first of several places where a file is, `None` where there is none."""
+    return next((str(path) for path in candidates if path.is_file()), None)
+
+
+def find_folder(parent: Path, name: str) -> Path | None:
+    """The subfolder of a name in any case, `None` where there is none."""
+    if (parent / name).is_dir():
+        return parent / name
+    found = [path for path in parent.iterdir() if path.name.lower() == name.lower() and path.is_dir()]
+    return found[0] if found else None
+
+
+def _clean(path: str) -> str:
+    return posixpath.normpath(normalize("NFC", path).strip().replace("\\", "/"))
+
+
+def _spellings(path: str) -> tuple[str, str, str, str]:
+    """A path below the folder with and without suffix, and its last part with and without suffix."""
+    path = _clean(path)
+    without = os.path.splitext(path)[0]
+    return path, without, posixpath.basename(path), posixpath.basename(without)
+
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MASK_FOLDER",
+    "ImageIndex",
+    "find_folder",
+    "first_file",
+    "image_name",
+    "is_hidden",
+    "read_text",
+    "unique_ids",
+]

@@ -10,8 +10,8 @@ from typing import Any
 
 import datasets
 
-from synernet_hf.data.files import IMAGE_SUFFIXES, MASK_FOLDER, ImageIndex, unique_ids
-from synernet_hf.data.labels import IMAGE_HEADERS, LabelReader, choose_class_names, read_csv_rows, read_text
+from synernet_hf.data.files import IMAGE_SUFFIXES, MASK_FOLDER, ImageIndex, read_text, unique_ids
+from synernet_hf.data.labels import IMAGE_HEADERS, LabelReader, choose_class_names, read_csv_rows
 from synernet_hf.data.schema import build_split, choose_splits, name_some, note_skipped
 
 
@@ -123,7 +123,7 @@ def split_folders(root: Path, train_split: str | None, validation_split: str | N
         raise FileNotFoundError(
             f"There is no folder {root / missing[0]}: {root} has the folders {', '.join(sorted(folders))}."
         )
-    return {split: root / name for split, name in choose_splits(folders, train_split, validation_split).items()}
+    return {split: root / name for split, name in choose_splits(folders, train_split, validation_split, root).items()}
 
 
 def read_class_folders(folder: Path) -> LabelledImages:
@@ -333,7 +333,7 @@ def _read_folder(
         missing = [name for name in (train_split, validation_split) if name and name not in found]
         if missing:
             raise ValueError(f"{table} has no row of the split {missing[0]!r}: it has {', '.join(found)}.")
-        names = choose_splits(found, train_split, validation_split)
+        names = choose_splits(found, train_split, validation_split, table)
         left_out = [name for name in found if name not in names.values()]
         if left_out:
             logger.warning("%s: rows of the splits %s are not used.", table, ", ".join(map(repr, left_out)))

@@ -255,7 +255,7 @@ def _choose_splits(
     missing = [name for name in wanted if name and name not in splits]
     if missing:
         raise ValueError(f"The data set {source} has no split {missing[0]!r}: it has {', '.join(splits)}.")
-    found = {split: splits[name] for split, name in choose_splits(splits, *wanted).items()}
+    found = {split: splits[name] for split, name in choose_splits(splits, *wanted, source).items()}
     if not found:
         raise ValueError(
             f"The data set {source} has neither a split 'train' nor one to evaluate on: name one of "

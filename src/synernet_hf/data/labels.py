@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from synernet_hf.data.files import image_name
+from synernet_hf.data.files import image_name, read_text
 from synernet_hf.data.schema import class_index, id2label_from, name_some
 
 
@@ -243,18 +243,6 @@ def read_csv_rows(path: Path) -> list[tuple[int, list[str]]]:
     return [(number, cells) for number, cells in rows if any(cells)]
 
 
-def read_text(path: Path) -> str:
-    """Reads UTF-8 text, with or without a byte order mark. Raises `ValueError` that names the row where it is none."""
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        row = content[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"{path}, row {row}, is not UTF-8 text (byte 0x{content[error.start]:02x}): save the table as UTF-8."
-        ) from error
-
-
 def _read_npz(path: Path, class_names: Sequence[str]) -> dict[str, list[int]]:
     try:
         # numpy takes anything but a zip archive for a pickle, and its complaint then recommends to trust the file
@@ -337,6 +325,5 @@ __all__ = [
     "ids_from_vector",
     "read_csv_rows",
     "read_label_file",
-    "read_text",
     "vector_length",
 ]

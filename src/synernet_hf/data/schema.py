@@ -2,8 +2,10 @@
 
 import difflib
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
+from unicodedata import normalize
 
 import datasets
 import torch
@@ -13,7 +15,11 @@ logger = logging.getLogger(__name__)
 
 # class id of pixels that are not scored
 IGNORE_INDEX = 255
-VALIDATION_NAMES = ("validation", "val", "test")
+SPLIT_NAMES = {
+    "train": ("train", "training", "trn", "train_set", "trainset"),
+    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation", "val_set", "valset"),
+    "test": ("test", "testing", "tst", "test_set", "testset"),
+}
 
 VOC_CLASSES = (
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
@@ -53,6 +59,36 @@ def id2label_from(names: Sequence[str]) -> dict[int, str]:
     if repeated:
         raise ValueError(f"Class names must be unique, but {', '.join(repeated)} occurs more than once.")
     return dict(enumerate(names))
+
+
+def clean_label(text: str) -> str:
+    """A label without spaces around it and in one Unicode form, so that two spellings of it are one class."""
+    return normalize("NFC", text).strip()
+
+
+def is_background(name: str) -> bool:
+    """Whether a label is a usual spelling of the background: `Background`, `_background_`, `__background__`."""
+    return re.sub(r"[\W_]+", "", name).lower() == "background"
+
+
+def background_first(names: Sequence[str], source: object) -> list[str]:
+    """
+    The class list of a source with `"background"` at its head: moved there, renamed or added.
+
+    A move or new name is logged once. Labels are in one Unicode form afterwards.
+    """
+    names = [clean_label(str(name)) for name in names]
+    spelled = [name for name in names if is_background(name)]
+    listed = ["background", *(name for name in names if name not in spelled[:1])]
+    if spelled and listed != names:
+        logger.warning(
+            "%s: %r at position %d of the class list is the background: it becomes id 0, and the other classes are "
+            "numbered in their order from 1.",
+            source,
+            spelled[0],
+            names.index(spelled[0]),
+        )
+    return listed
 
 
 def class_index(name: str, class_names: Sequence[str]) -> int:
@@ -159,16 +195,41 @@ def build_split(
     return datasets.Dataset.from_dict(columns, features=record_features(class_names, masks is not None, mask_feature))
 
 
-def choose_splits(found: Iterable[str], train: str | None, validation: str | None) -> dict[str, str]:
+def split_meaning(name: str) -> str | None:
+    """`"train"`, `"validation"` or `"test"` of the names that people give to splits, in any case; else `None`."""
+    plain = name.strip().lower().replace("-", "_")
+    return next((meaning for meaning, names in SPLIT_NAMES.items() if plain in names), None)
+
+
+def choose_splits(found: Iterable[str], train: str | None, validation: str | None, source: object) -> dict[str, str]:
     """
     Decides which splits of a source are to train and to evaluate on.
 
-    `train` is called `train` and `validation` is called `validation`, `val` or `test` where no name is given. Returns
-    the source's names by `"train"` and `"validation"`, as far as they are there.
+    Where no name is given they are found by [`split_meaning`]; `test` is evaluated on where there is no `validation`.
+    Returns the source's names by `"train"` and `"validation"`, as far as they are there. Raises `ValueError` if two
+    have one meaning.
     """
-    train = train or "train"
-    validation = validation or next((name for name in VALIDATION_NAMES if name in found and name != train), "")
-    return {split: name for split, name in (("train", train), ("validation", validation)) if name in found}
+    found = list(found)
+    chosen = {}
+    for split, given, meanings in (
+        ("train", train, ("train",)),
+        ("validation", validation, ("validation", "test")),
+    ):
+        if given:
+            same = [name for name in found if name == given]
+            same = same or [name for name in found if name.strip().lower() == given.strip().lower()]
+        else:
+            free = [name for name in found if name not in (train, *chosen.values())]
+            groups = ([name for name in free if split_meaning(name) == meaning] for meaning in meanings)
+            same = next((group for group in groups if group), [])
+        if len(same) > 1:
+            raise ValueError(
+                f"{source} has {' and '.join(map(repr, same))}, which are all names of the split {split!r}: name the one "
+                f"to take with {split}_split (--{split}_split), or rename the others."
+            )
+        if same:
+            chosen[split] = same[0]
+    return chosen
 
 
 def note_skipped(skipped: dict[str, list[str]] | None, split_name: str, phrases: Sequence[str]) -> None:
@@ -221,14 +282,18 @@ __all__ = [
     "IGNORE_INDEX",
     "VOC_CLASSES",
     "as_streams",
+    "background_first",
     "build_split",
     "check_on_bad_image",
     "choose_splits",
     "class_index",
     "class_names",
+    "clean_label",
     "id2label_from",
+    "is_background",
     "multi_hot",
     "name_some",
     "note_skipped",
     "record_features",
+    "split_meaning",
 ]
