@@ -16,8 +16,7 @@ from testing_utils import SynerNetModelTester
 from synernet_hf import SynerNetConfig
 from synernet_hf.data import multi_hot
 from synernet_hf.training import InvalidArguments
-from synernet_hf.training.building import MODEL_FIELDS
-from synernet_hf.training.validation import validate_arguments
+from synernet_hf.training.building import MODEL_FIELDS, validate_arguments
 
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"

@@ -33,6 +33,31 @@ ALL_TERMS = {
 # What training computes before its gates open.
 EARLY_TERMS = {"cls": 1.0, "cls_aux": 1.0, "patch_contrast": 0.2}
 
+# Settings of the model that training tests train: half a second for a few steps.
+TRAINED_MODEL = {
+    "backbone_config": {
+        "model_type": "vit",
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    },
+    "model_config": {
+        "auxiliary_layer_index": -2,
+        "decoder_hidden_size": 8,
+        "projection_hidden_size": 16,
+        "projection_bottleneck_size": 8,
+        "prototype_size": 16,
+        "cam_scales": [1.0, 0.5],
+        "refinement_iterations": 1,
+        "segmentation_start": 0.25,
+        "spatial_bce_start": 0.25,
+        "prototype_contrast_start": 0.25,
+    },
+}
+
 
 def tiny_backbone_config(family: str = "vit", **overrides) -> PreTrainedConfig:
     """

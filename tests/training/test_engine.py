@@ -17,6 +17,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
+from testing_utils import TRAINED_MODEL as MODEL
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.training import (
@@ -33,29 +34,6 @@ from synernet_hf.training import (
 from synernet_hf.training.checkpoints import list_checkpoints
 
 
-MODEL = {
-    "backbone_config": {
-        "model_type": "vit",
-        "image_size": 32,
-        "patch_size": 8,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-    },
-    "model_config": {
-        "auxiliary_layer_index": -2,
-        "decoder_hidden_size": 8,
-        "projection_hidden_size": 16,
-        "projection_bottleneck_size": 8,
-        "prototype_size": 16,
-        "cam_scales": [1.0, 0.5],
-        "refinement_iterations": 1,
-        "segmentation_start": 0.25,
-        "spatial_bce_start": 0.25,
-        "prototype_contrast_start": 0.25,
-    },
-}
 DATA = {"dataset": "shapes", "dataset_options": {"num_train": 6, "num_validation": 2, "image_size": 32}}
 TRAINING = {
     "max_steps": 4,
@@ -68,14 +46,6 @@ TRAINING = {
     "logging_steps": 1,
     "report_to": "none",
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps precision and accumulation in singletons; each run here is a process of its own in life."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def run(folder: Path, model=None, data=None, **training) -> dict:

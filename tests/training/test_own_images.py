@@ -15,6 +15,7 @@ import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
+from testing_utils import TRAINED_MODEL as MODEL
 from testing_utils import SynerNetModelTester
 
 from synernet_hf import SynerNetConfig, SynerNetImageProcessor
@@ -29,33 +30,7 @@ from synernet_hf.training import (
 )
 
 
-MODEL = {
-    "backbone_config": {
-        "model_type": "vit",
-        "image_size": 32,
-        "patch_size": 8,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-    },
-    "model_config": {
-        "auxiliary_layer_index": -2,
-        "decoder_hidden_size": 8,
-        "projection_hidden_size": 16,
-        "projection_bottleneck_size": 8,
-        "prototype_size": 16,
-        "cam_scales": [1.0, 0.5],
-    },
-}
 TRAINING = {"max_steps": 1, "crop_size": 32, "per_device_batch_size": 2, "report_to": "none", "logging_steps": 1}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def write_images(root: Path) -> Path:

@@ -12,10 +12,15 @@ from synernet_hf.training.arguments import (
     read_recipe,
 )
 from synernet_hf.training.building import check_on_main_process, load_data
-from synernet_hf.training.devices import gather_in_rank_order, resolve_precision
 from synernet_hf.training.engine import train
 from synernet_hf.training.evaluation import evaluate_model, results_table
-from synernet_hf.training.optimization import LossWeightSchedule, learning_rate_multiplier, parameter_groups
+from synernet_hf.training.optimization import (
+    LossWeightSchedule,
+    gather_in_rank_order,
+    learning_rate_multiplier,
+    parameter_groups,
+    resolve_precision,
+)
 
 
 __all__ = [

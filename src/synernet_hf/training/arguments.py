@@ -43,8 +43,8 @@ def _read_mapping(value: dict[str, Any] | str | None, name: str) -> dict[str, An
         return value
     try:
         mapping = yaml.load(value, Loader=RecipeLoader)
-    except yaml.YAMLError as error:
-        raise InvalidArguments(f"`{name}` must be a mapping such as '{{\"key\": 1}}', got {value!r}.") from error
+    except yaml.YAMLError:
+        mapping = None
     if not isinstance(mapping, dict):
         raise InvalidArguments(f"`{name}` must be a mapping such as '{{\"key\": 1}}', got {value!r}.")
     return mapping
@@ -119,15 +119,10 @@ class DataSourceArguments:
         self.dataset_options = _read_mapping(self.dataset_options, "dataset_options") or {}
 
     def loader_options(self) -> dict[str, Any]:
-        """
-        Collects the loader's arguments beyond folder, labels and splits.
-
-        Returns:
-            `dict[str, Any]`: `dataset_options`, and the columns and `on_bad_image` where they are set.
-        """
-        columns = {name: getattr(self, name) for name in ("image_column", "label_column", "mask_column")}
-        given = {name: value for name, value in columns.items() if value is not None}
-        return self.dataset_options | given | ({} if self.on_bad_image == "raise" else {"on_bad_image": "skip"})
+        """Returns the loader's arguments beyond folder, labels and splits, as far as they are set."""
+        names = ("image_column", "label_column", "mask_column", "on_bad_image")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) not in (None, "raise")}
+        return self.dataset_options | given
 
 
 @documented
@@ -191,45 +186,52 @@ class SynerNetTrainingArguments:
 
     @property
     def warmup_steps(self) -> int:
-        """`int`: optimizer steps with a rising rate."""
+        """Optimizer steps with a rising rate, an `int`."""
         return round(self.warmup_ratio * self.max_steps)
 
     def problems(self) -> list[str]:
-        """
-        Everything about these values that can be said without looking at data or model.
-
-        Returns:
-            `list[str]`: one sentence per problem; empty where there is none.
-        """
-        found = []
-        if not self.output_dir:
-            found.append("`output_dir` is missing: name a folder for the run.")
-        for name in ("max_steps", "crop_size", "per_device_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                found.append(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name in ("eval_steps", "save_steps", "logging_steps", "save_total_limit", "inference_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                found.append(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name in ("learning_rate", "encoder_lr_multiplier", "head_lr_multiplier", "max_grad_norm"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                found.append(f"`{name}` must be positive, got {getattr(self, name)}.")
-        if self.weight_decay < 0:
-            found.append(f"`weight_decay` must not be negative, got {self.weight_decay}.")
-        for name in ("warmup_ratio", "color_jitter", "grayscale", "blur"):
-            if not 0 <= getattr(self, name) <= 1:
-                found.append(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
+        """Returns a `list[str]` with one sentence per problem that shows without looking at data or model."""
+        found = [] if self.output_dir else ["`output_dir` is missing: name a folder for the run."]
+        found += value_problems(self)
         if len(self.scale_range) != 2 or not 0 < self.scale_range[0] <= self.scale_range[1]:
             found.append(f"`scale_range` must be two rising positive numbers, got {self.scale_range}.")
-        if self.mixed_precision not in (None, "no", "fp16", "bf16", "auto"):
-            found.append(f"`mixed_precision` must be no, fp16, bf16 or auto, got {self.mixed_precision!r}.")
-        if self.report_to not in ("tensorboard", "trackio", "none"):
-            found.append(f"`report_to` must be tensorboard, trackio or none, got {self.report_to!r}.")
-        elif self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
+        if self.report_to in ("tensorboard", "trackio") and importlib.util.find_spec(self.report_to) is None:
             found.append(f"`report_to={self.report_to}` needs the package {self.report_to}: install it or pass none.")
         return found
 
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, SynerNetTrainingArguments)
+# what values must be, and of which settings
+LIMITS = (
+    (
+        "be at least 1",
+        lambda value: value >= 1,
+        "max_steps crop_size per_device_batch_size gradient_accumulation_steps eval_steps save_steps logging_steps "
+        "save_total_limit inference_size max_eval_samples",
+    ),
+    (
+        "be positive",
+        lambda value: 0 < value < math.inf,
+        "learning_rate encoder_lr_multiplier head_lr_multiplier max_grad_norm",
+    ),
+    ("not be negative", lambda value: 0 <= value < math.inf, "weight_decay num_workers"),
+    ("lie in [0, 1]", lambda value: 0 <= value <= 1, "warmup_ratio color_jitter grayscale blur"),
+)
+KINDS = ((dict, "a mapping"), (list, "a list"), (bool, "true or false"), (int, "a whole number"), (float, "a number"))
+
+
+def value_problems(group: DataArguments | SynerNetTrainingArguments) -> list[str]:
+    """One sentence per value that is outside of its limits or not one of its choices."""
+    found, values = [], vars(group)
+    for wanted, holds, names in LIMITS:
+        given = [(name, values[name]) for name in names.split() if values.get(name) is not None]
+        found += [f"`{name}` must {wanted}, got {value}." for name, value in given if not holds(value)]
+    for name, hint in typing.get_type_hints(type(group)).items():
+        for choices in [part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is Literal]:
+            *others, last = typing.get_args(choices)
+            if values[name] not in (None, *others, last):
+                found.append(f"`{name}` must be {', '.join(others)} or {last}, got {values[name]!r}.")
+    return found
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -277,18 +279,9 @@ def _wrong_kind(hint: Any, value: Any) -> str | None:
     kinds = [typing.get_origin(part) or part for part in parts]
     if value is None:
         return None if type(None) in kinds else "a value"
-    if dict in kinds:
-        return None if isinstance(value, dict) else "a mapping"
-    if list in kinds:
-        return None if isinstance(value, list) else "a list"
-    if bool in kinds:
-        return None if isinstance(value, bool) else "true or false"
-    if int in kinds:
-        return None if isinstance(value, int) and not isinstance(value, bool) else "a whole number"
-    if float in kinds:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return None if is_number and math.isfinite(value) else "a number"
-    return None if isinstance(value, str) else "text"
+    kind, wanted = next((pair for pair in KINDS if pair[0] in kinds), (str, "text"))
+    fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    return None if fits and (kind is not float or math.isfinite(value)) else wanted
 
 
 def parse_arguments(
@@ -405,18 +398,3 @@ def read_data_arguments(
     if settings.get("dataset") is None:
         raise InvalidArguments(f"{run} does not say which data set it was trained on; name one with --dataset.")
     return DataArguments(**settings)
-
-
-__all__ = [
-    "ARGUMENTS_FILE",
-    "ARGUMENT_CLASSES",
-    "DataArguments",
-    "DataSourceArguments",
-    "InvalidArguments",
-    "ModelArguments",
-    "SynerNetTrainingArguments",
-    "data_parser",
-    "parse_arguments",
-    "read_data_arguments",
-    "read_recipe",
-]

@@ -1,4 +1,4 @@
-"""The data, the model and the record of a run, made of its arguments."""
+"""The data, the model and the record of a run, made of its arguments, and what is wrong with them beforehand."""
 
 import dataclasses
 import hashlib
@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import accelerate
 import datasets
@@ -14,6 +14,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import DataLoader
 from transformers import AutoConfig
 
@@ -35,7 +36,9 @@ from synernet_hf.training.arguments import (
     InvalidArguments,
     ModelArguments,
     SynerNetTrainingArguments,
+    value_problems,
 )
+from synernet_hf.training.checkpoints import find_resume_checkpoint
 
 
 # what loaders and configurations raise: missing files and values that do not fit
@@ -80,16 +83,10 @@ def load_data(
     )
 
 
-@dataclasses.dataclass
-class RunData:
+class RunData(NamedTuple):
     """
-    The data of a run, as [`prepare_data`] loads and checks it.
-
-    Args:
-        splits (`datasets.DatasetDict`): the records to use.
-        skipped (`dict[str, list[str]]`): by split, a phrase for each record that was left out.
-        checked (`dict`, *optional*): `fingerprint` of the data as it was loaded and, by split, `left_out` positions;
-            `None` if no image was opened. A continuation on the same data does not check again.
+    The `splits` to use; by split, a phrase for each record that was left out; and what was checked: the `fingerprint`
+    of the data as loaded with the `left_out` positions by split, or `None` if no image was opened.
     """
 
     splits: datasets.DatasetDict
@@ -101,25 +98,30 @@ def prepare_data(
     data_args: DataArguments, accelerator: Accelerator, record: Mapping[str, Any] | None = None
 ) -> RunData:
     """
-    Loads the data in every process. The main process alone checks its images, unless `record`, the
-    `training_args.json` of the checkpoint to continue, says that the same data was checked before. A problem in any
-    process ends all of them with the same `InvalidArguments`, one sentence per problem.
+    Loads the data in every process and checks its images in the main one, unless `record`, the `training_args.json` of
+    the checkpoint to continue, says that the same data was checked before. A problem in any process ends all of them
+    with the same `InvalidArguments`, one sentence per problem.
     """
-    problems, splits, result = [], None, None
+    problems, splits = [], None
     skipped: dict[str, list[str]] = {}
     with accelerator.main_process_first():
         try:
             splits = load_data(data_args, skipped)
             problems += data_problems(splits, data_args)
-            if accelerator.is_main_process and not problems:
-                result = _check_once(splits, data_args, skipped, record or {})
         except INPUT_ERRORS as error:
             problems.append(one_line(error))
     problems = list(dict.fromkeys(gather_object(problems)))
     if problems:
         raise InvalidArguments("\n".join(problems))
-    skipped, checked = broadcast_object_list([result])[0]
-    return RunData(splits if checked is None else _without(splits, checked["left_out"]), skipped, checked)
+    fingerprint = _fingerprint(splits, f"{data_args.dataset} {data_args.data_dir} {data_args.on_bad_image}")
+    earlier = (record or {}).get("checked")
+    if earlier is not None and earlier["fingerprint"] == fingerprint:
+        return RunData(_without(splits, earlier["left_out"]), record["skipped"], earlier)
+    if not data_args.check_data:
+        return RunData(splits, skipped, None)
+    left_out: dict[str, list[int]] = {}
+    splits = check_on_main_process(splits, data_args, accelerator, skipped, left_out)
+    return RunData(splits, skipped, {"fingerprint": fingerprint, "left_out": left_out})
 
 
 def check_on_main_process(
@@ -127,6 +129,7 @@ def check_on_main_process(
     data_args: DataArguments,
     accelerator: Accelerator,
     skipped: dict[str, list[str]] | None = None,
+    left_out: dict[str, list[int]] | None = None,
 ) -> datasets.DatasetDict:
     """
     Checks data as [`~synernet_hf.data.check_dataset`] does, in the main process alone, so that images are decoded
@@ -138,6 +141,8 @@ def check_on_main_process(
         accelerator (`accelerate.Accelerator`): The processes.
         skipped (`dict[str, list[str]]`, *optional*): Receives in the main process, by split, a phrase for each record
             that is left out.
+        left_out (`dict[str, list[int]]`, *optional*): Receives in every process, by split, the positions of these
+            records.
 
     Returns:
         `datasets.DatasetDict`: the records to use, the same ones in every process.
@@ -145,18 +150,24 @@ def check_on_main_process(
     Raises:
         InvalidArguments: in every process, with what `check_dataset` says in the main one.
     """
-    problem, left_out = None, {}
+    problem, bad = None, {}
     if accelerator.is_main_process:
+        number, started = sum(len(split) for split in splits.values()), time.perf_counter()
         try:
-            check_dataset(splits, data_args.on_bad_image, data_args.check_data, skipped, left_out=left_out)
+            check_dataset(splits, data_args.on_bad_image, data_args.check_data, skipped=skipped, left_out=bad)
         except INPUT_ERRORS as error:
             problem = one_line(error)
-    problem, left_out = broadcast_object_list([problem, left_out])
+        else:
+            if data_args.check_data:
+                print(f"Checked {number:,} images in {time.perf_counter() - started:.1f} s.")
+    problem, bad = broadcast_object_list([problem, bad])
     if problem is not None:
         # a process that ends early would abort the others before they say why
         accelerator.wait_for_everyone()
         raise InvalidArguments(problem)
-    return _without(splits, left_out)
+    if left_out is not None:
+        left_out.update(bad)
+    return _without(splits, bad)
 
 
 def _without(splits: datasets.DatasetDict, left_out: Mapping[str, list[int]]) -> datasets.DatasetDict:
@@ -166,24 +177,6 @@ def _without(splits: datasets.DatasetDict, left_out: Mapping[str, list[int]]) ->
         bad = set(positions)
         kept[name] = splits[name].select([index for index in range(len(splits[name])) if index not in bad])
     return kept
-
-
-def _check_once(
-    splits, data_args: DataArguments, skipped: dict, record: Mapping[str, Any]
-) -> tuple[dict, dict | None]:
-    """What was skipped, and the `checked` of [`RunData`]: the checkpoint's where it is of the same data."""
-    fingerprint = _fingerprint(splits, f"{data_args.dataset} {data_args.data_dir} {data_args.on_bad_image}")
-    earlier = record.get("checked")
-    if earlier is not None and earlier["fingerprint"] == fingerprint:
-        return record["skipped"], earlier
-    if not data_args.check_data:
-        return skipped, None
-    started = time.perf_counter()
-    left_out: dict[str, list[int]] = {}
-    check_dataset(splits, data_args.on_bad_image, skipped=skipped, left_out=left_out)
-    number = sum(len(split) for split in splits.values())
-    print(f"Checked {number:,} images in {time.perf_counter() - started:.1f} s.")
-    return skipped, {"fingerprint": fingerprint, "left_out": left_out}
 
 
 def _fingerprint(splits: Mapping[str, datasets.Dataset], source: str = "") -> str:
@@ -249,6 +242,64 @@ def make_processor(config: SynerNetConfig, inference_size: int | None) -> SynerN
         size_divisor=config.patch_size,
         **resizing,
     )
+
+
+def validate_arguments(
+    model_args: ModelArguments, data_args: DataArguments, training_args: SynerNetTrainingArguments
+) -> Path | None:
+    """
+    Checks everything that can be known without opening an image, writes nothing, and returns the checkpoint to
+    continue from, if any. Raises one `InvalidArguments` with a sentence per problem. [`prepare_data`] loads and checks
+    the data; here it is loaded only to report its problems together with others.
+    """
+    problems, checkpoint = training_args.problems() + value_problems(data_args), None
+    problems += _model_problems(model_args, training_args.crop_size)
+    if training_args.output_dir:
+        try:
+            checkpoint = find_resume_checkpoint(Path(training_args.output_dir), training_args.resume_from_checkpoint)
+        except InvalidArguments as error:
+            problems.append(str(error))
+    if not problems:
+        return checkpoint
+    try:
+        problems += data_problems(load_data(data_args), data_args)
+    except INPUT_ERRORS as error:
+        problems.append(one_line(error))
+    raise InvalidArguments("\n".join(problems))
+
+
+def _model_problems(model_args: ModelArguments, crop_size: int) -> list[str]:
+    """Says what is wrong with the model arguments, without reading or drawing a weight."""
+    if (model_args.backbone is None) == (model_args.backbone_config is None):
+        got = "neither" if model_args.backbone is None else "both"
+        return [f"Give either `backbone` (pretrained) or `backbone_config` (random weights), got {got}."]
+    if model_args.backbone is None and model_args.backbone_overrides:
+        return ["`backbone_overrides` goes with `backbone` only: write its fields into `backbone_config`."]
+    problems = []
+    named_labels = {"num_labels", "id2label", "label2id"} & set(model_args.model_config)
+    unknown = sorted(set(model_args.model_config) - MODEL_FIELDS - named_labels)
+    if unknown:
+        problems.append(
+            f"`model_config` has unknown fields {', '.join(unknown)}; known are {', '.join(sorted(MODEL_FIELDS))}."
+        )
+    if named_labels:
+        problems.append(
+            f"`model_config` sets {', '.join(sorted(named_labels))}, but the labels come from the data set: leave it out."
+        )
+    try:
+        config = model_config_from(model_args, ["background", "object"])
+        patch_size = config.patch_size
+        # shapes only: the model itself checks what spans encoder and heads
+        with torch.device("meta"):
+            SynerNetForWeaklySupervisedSegmentation(config)
+    except (*INPUT_ERRORS, StrictDataclassError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
+        source = model_args.backbone or "`backbone_config`"
+        # the strict checks wrap the sentence that says what is wrong
+        reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        return [*problems, f"No model can be made of {source} and `model_config`: {one_line(reason)}"]
+    if crop_size < patch_size:
+        problems.append(f"`crop_size` is {crop_size}, smaller than a patch of {patch_size} pixels: enlarge it.")
+    return problems
 
 
 def train_loader(
@@ -318,20 +369,3 @@ def run_record(
             "mixed_precision": accelerator.mixed_precision,
         },
     }
-
-
-__all__ = [
-    "INPUT_ERRORS",
-    "MODEL_FIELDS",
-    "RunData",
-    "build_model",
-    "check_on_main_process",
-    "data_problems",
-    "load_data",
-    "make_processor",
-    "model_config_from",
-    "one_line",
-    "prepare_data",
-    "run_record",
-    "train_loader",
-]

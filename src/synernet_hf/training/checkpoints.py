@@ -29,57 +29,38 @@ OWN_FILES = {ARGUMENTS_FILE, STATE_FILE, RESULTS_FILE, CARD_FILE, IMAGES_FILE}
 # compared as `run` (name of the backbone, fingerprint of the training split)
 FREE_SETTINGS = {
     "model_args": {"backbone"},
-    "data_args": {
-        "data_dir",
-        "image_labels",
-        "num_workers",
-        "metric_classes",
-        "max_eval_samples",
-        "validation_split",
-        # what it leaves out shows in the fingerprint of the training split
-        "on_bad_image",
-        "check_data",
-    },
-    "training_args": {
-        "output_dir",
-        "eval_steps",
-        "save_steps",
-        "save_total_limit",
-        "logging_steps",
-        "resume_from_checkpoint",
-        "report_to",
-        # what it was resolved to is compared
-        "mixed_precision",
-    },
+    # what `on_bad_image` leaves out shows in the fingerprint of the training split
+    "data_args": set(
+        "data_dir image_labels num_workers metric_classes max_eval_samples validation_split on_bad_image "
+        "check_data".split()
+    ),
+    # what `mixed_precision` was resolved to is compared
+    "training_args": set(
+        "output_dir eval_steps save_steps save_total_limit logging_steps resume_from_checkpoint report_to "
+        "mixed_precision".split()
+    ),
 }
 
 
 @dataclass
 class TrainerState:
-    """
-    The counters of a run; with the accelerator's state this is everything a continuation needs.
+    """The counters of a run; with the accelerator's state this is everything a continuation needs."""
 
-    Args:
-        step (`int`, *optional*, defaults to 0): Optimizer steps done.
-        skipped_steps (`int`, *optional*, defaults to 0): Steps that the gradient scaler of fp16 skipped; they used up
-            batches and changed nothing else.
-        elapsed_seconds (`float`, *optional*, defaults to 0.0): Time in the loop, evaluations included, summed over
-            continuations.
-        best_metric (`float`, *optional*): Best mean IoU of the segmentation so far, in [0, 1].
-        best_step (`int`, *optional*): Step of `best_metric`.
-        history (`list[dict]`, *optional*, defaults to `[]`): What was logged, oldest first; each entry has its `step`.
-    """
-
+    # optimizer steps done
     step: int = 0
+    # by the gradient scaler of fp16: these steps used up batches and changed nothing else
     skipped_steps: int = 0
+    # in the loop with its evaluations, summed over continuations
     elapsed_seconds: float = 0.0
+    # highest mean IoU of the segmentation, in [0, 1]
     best_metric: float | None = None
     best_step: int | None = None
+    # what was logged, oldest first; each entry has its `step`
     history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def is_evaluated(self) -> bool:
-        """`bool`: an evaluation of the present step is in the history."""
+        """Whether the history has an evaluation of the present step."""
         return any(entry["step"] == self.step and "loss" not in entry for entry in self.history)
 
 
@@ -138,16 +119,13 @@ def find_resume_checkpoint(output_dir: Path, resume_from_checkpoint: str | None)
             "`output_dir`."
         )
     if resume_from_checkpoint is None:
-        if holds_run:
-            way_on = (
-                " or continue it with `--resume_from_checkpoint latest`"
-                if checkpoints or is_without_checkpoint(output_dir)
-                else " or remove it"
-            )
-            raise InvalidArguments(
-                f"The output folder {output_dir} already holds a run: choose another `output_dir`,{way_on}."
-            )
-        return None
+        if not holds_run:
+            return None
+        resumes = checkpoints or is_without_checkpoint(output_dir)
+        way_on = "continue it with `--resume_from_checkpoint latest`" if resumes else "remove it"
+        raise InvalidArguments(
+            f"The output folder {output_dir} already holds a run: choose another `output_dir`, or {way_on}."
+        )
     if resume_from_checkpoint == "latest":
         if is_without_checkpoint(output_dir):
             return None
@@ -172,31 +150,21 @@ def find_resume_checkpoint(output_dir: Path, resume_from_checkpoint: str | None)
     return checkpoint
 
 
-def differing_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """
-    Compares two contents of `training_args.json`: one entry `name (then → now)` per setting that weights depend on and
-    that differs.
-    """
-    differing = []
-    current = finite(current)
-    for group in ("model_args", "data_args", "training_args", "run"):
-        then, now = saved[group], current[group]
-        for name in sorted(set(then) | set(now)):
-            if name not in FREE_SETTINGS.get(group, ()) and then.get(name) != now.get(name):
-                differing.append(f"{name} ({then.get(name)} → {now.get(name)})")
-    if saved["class_names"] != current["class_names"]:
-        pairs = itertools.zip_longest(saved["class_names"], current["class_names"])
-        label, (then, now) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
-        differing.append(f"the class list (label {label}: {then} → {now})")
-    return differing
-
-
 def check_same_settings(checkpoint: Path, current: Mapping[str, Any]) -> None:
     """
     Checks that a run with this content of `training_args.json` can continue a checkpoint: `InvalidArguments` names all
     settings that weights depend on and that differ.
     """
-    differing = differing_settings(read_record(checkpoint / ARGUMENTS_FILE), current)
+    saved, current, differing = read_record(checkpoint / ARGUMENTS_FILE), finite(current), []
+    for group in ("model_args", "data_args", "training_args", "run"):
+        then, now = saved[group], current[group]
+        for name in sorted((set(then) | set(now)) - FREE_SETTINGS.get(group, set())):
+            if then.get(name) != now.get(name):
+                differing.append(f"{name} ({then.get(name)} → {now.get(name)})")
+    for label, (then, now) in enumerate(itertools.zip_longest(saved["class_names"], current["class_names"])):
+        if then != now:
+            differing.append(f"the class list (label {label}: {then} → {now})")
+            break
     if differing:
         raise InvalidArguments(
             f"{checkpoint} was made with other settings: {', '.join(differing)}. Resume with the same ones, or start a "
@@ -210,7 +178,7 @@ def save_checkpoint(
     state: TrainerState,
     arguments: Mapping[str, Any],
     save_total_limit: int | None = None,
-) -> Path:
+) -> None:
     """
     Saves weights, optimizer, scheduler, random states and counters as `checkpoint-<step>`; every process calls this.
     The folder gets its name only when everything in it is written; then older checkpoints beyond the limit are
@@ -231,13 +199,11 @@ def save_checkpoint(
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)
-        if save_total_limit is not None:
-            for old in list_checkpoints(output_dir)[:-save_total_limit]:
-                # after resuming from an early checkpoint the newest one need not have the highest step
-                if old != folder:
-                    shutil.rmtree(old)
+        for old in list_checkpoints(output_dir)[:-save_total_limit] if save_total_limit is not None else ():
+            # after resuming from an early checkpoint the newest one need not have the highest step
+            if old != folder:
+                shutil.rmtree(old)
     accelerator.wait_for_everyone()
-    return folder
 
 
 def write_state(checkpoint: Path, state: TrainerState) -> None:
@@ -291,23 +257,3 @@ def save_model_folder(
     temporary.rmdir()
     for name, data in json_files:
         write_json(folder / name, data)
-
-
-__all__ = [
-    "CARD_FILE",
-    "IMAGES_FILE",
-    "RESULTS_FILE",
-    "STATE_FILE",
-    "TrainerState",
-    "check_same_settings",
-    "differing_settings",
-    "find_resume_checkpoint",
-    "is_without_checkpoint",
-    "list_checkpoints",
-    "read_record",
-    "read_state",
-    "remove_unfinished",
-    "save_checkpoint",
-    "save_model_folder",
-    "write_state",
-]

@@ -1,6 +1,7 @@
 """The only training loop: validate_arguments → setup → prepare_data → build_run → fit → finish."""
 
 import math
+import platform
 import signal
 import threading
 import time
@@ -18,10 +19,7 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from synernet_hf.data import (
-    PhotometricAugmentation,
-    class_names,
-)
+from synernet_hf.data import PhotometricAugmentation, class_names
 from synernet_hf.files import write_json
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.training.arguments import (
@@ -38,6 +36,7 @@ from synernet_hf.training.building import (
     prepare_data,
     run_record,
     train_loader,
+    validate_arguments,
 )
 from synernet_hf.training.checkpoints import (
     RESULTS_FILE,
@@ -52,24 +51,19 @@ from synernet_hf.training.checkpoints import (
     save_model_folder,
     write_state,
 )
-from synernet_hf.training.devices import (
-    PATIENCE,
-    SLOW_BF16,
-    gather_in_rank_order,
-    hardware,
-    is_slow_in_bf16,
-    resolve_precision,
-)
 from synernet_hf.training.evaluation import evaluate_model
 from synernet_hf.training.optimization import (
+    PATIENCE,
     LossMeter,
     LossWeightSchedule,
     check_finite_weights,
+    gather_in_rank_order,
+    is_slow_in_bf16,
     learning_rate_multiplier,
     parameter_groups,
+    resolve_precision,
 )
 from synernet_hf.training.reporting import write_card
-from synernet_hf.training.validation import validate_arguments
 
 
 # a gradient scaler halves its scale at each skipped step; no finite gradient needs this many halvings
@@ -78,30 +72,13 @@ MAX_SKIPPED_IN_A_ROW = 100
 
 @dataclass
 class TrainingRun:
-    """
-    Everything the acts after `build_run` share.
-
-    Args:
-        accelerator (`Accelerator`): devices, processes, precision.
-        model (`torch.nn.Module`): the prepared model.
-        optimizer (`torch.optim.Optimizer`): AdamW, prepared.
-        scheduler (`torch.optim.lr_scheduler.LRScheduler`): prepared; one step per optimizer step.
-        loader (`DataLoader`): the rest of the training stream, this process's share.
-        augmentation ([`~synernet_hf.data.PhotometricAugmentation`]): uint8 images → normalised ones.
-        loss_weights ([`LossWeightSchedule`]): share of the run → weight of each loss.
-        processor ([`SynerNetImageProcessor`]): saved with the model and used in evaluation.
-        splits (`datasets.DatasetDict`): `train`, and `validation` where there is one.
-        data_args ([`DataArguments`]): as given.
-        training_args ([`SynerNetTrainingArguments`]): as given.
-        record (`dict`): content of `training_args.json`.
-        state ([`TrainerState`]): the counters.
-        results (`dict`, *optional*, defaults to `{}`): of the latest evaluation.
-    """
+    """Everything the acts after `build_run` share. Model, optimizer, scheduler and loader are prepared."""
 
     accelerator: Accelerator
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
+    # the rest of the training stream, this process's share
     loader: DataLoader
     augmentation: PhotometricAugmentation
     loss_weights: LossWeightSchedule
@@ -109,23 +86,25 @@ class TrainingRun:
     splits: datasets.DatasetDict
     data_args: DataArguments
     training_args: SynerNetTrainingArguments
+    # content of `training_args.json`
     record: dict[str, Any]
     state: TrainerState
+    # of the latest evaluation
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def output_dir(self) -> Path:
-        """`Path`: folder of the run."""
+        """Folder of the run."""
         return Path(self.training_args.output_dir)
 
     @property
     def bare_model(self) -> SynerNetForWeaklySupervisedSegmentation:
-        """[`SynerNetForWeaklySupervisedSegmentation`]: the model without its distributed wrapper."""
+        """The model without its distributed wrapper."""
         return self.accelerator.unwrap_model(self.model)
 
     @property
     def can_evaluate(self) -> bool:
-        """`bool`: the validation split exists and has masks."""
+        """Whether there is a validation split with masks."""
         return "validation" in self.splits and "mask" in self.splits["validation"].column_names
 
 
@@ -187,7 +166,10 @@ def setup(training_args: SynerNetTrainingArguments) -> Accelerator:
         ],
     )
     if accelerator.mixed_precision == "bf16" and is_slow_in_bf16(accelerator.device):
-        accelerator.print(SLOW_BF16)
+        accelerator.print(
+            "This device imitates bf16, many times slower than full precision: --mixed_precision auto takes what is "
+            "fast."
+        )
     # every process draws its own random classes and colours; weights are made equal by the distributed wrapper
     set_seed(training_args.seed, device_specific=True)
     return accelerator
@@ -206,36 +188,25 @@ def build_run(
     `InvalidArguments` if the checkpoint was made with other settings; nothing is written then.
     """
     output_dir = Path(training_args.output_dir)
-    splits = data.splits
     record = run_record(model_args, data_args, training_args, accelerator, data)
     if checkpoint is not None:
         check_same_settings(checkpoint, record)
         accelerator.print(f"Going on from {checkpoint}.")
-    model = build_model(model_args, class_names(splits))
+    model = build_model(model_args, class_names(data.splits))
+    config, args = model.config, training_args
     optimizer = torch.optim.AdamW(
         parameter_groups(
-            model,
-            training_args.learning_rate,
-            training_args.weight_decay,
-            training_args.encoder_lr_multiplier,
-            training_args.head_lr_multiplier,
+            model, args.learning_rate, args.weight_decay, args.encoder_lr_multiplier, args.head_lr_multiplier
         )
     )
-    multiplier = partial(
-        learning_rate_multiplier, warmup_steps=training_args.warmup_steps, total_steps=training_args.max_steps
-    )
+    multiplier = partial(learning_rate_multiplier, warmup_steps=args.warmup_steps, total_steps=args.max_steps)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
     augmentation = PhotometricAugmentation(
-        model.config.image_mean,
-        model.config.image_std,
-        color_jitter=training_args.color_jitter,
-        grayscale=training_args.grayscale,
-        blur=training_args.blur,
+        config.image_mean, config.image_std, args.color_jitter, args.grayscale, args.blur
     ).to(accelerator.device)
-    config = model.config
     state = TrainerState() if checkpoint is None else read_state(checkpoint, output_dir)
     done = state.step + state.skipped_steps
-    loader = train_loader(data_args, training_args, accelerator, splits["train"], done)
+    loader = train_loader(data_args, training_args, accelerator, data.splits["train"], done)
     model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
     run = TrainingRun(
         accelerator=accelerator,
@@ -246,7 +217,7 @@ def build_run(
         augmentation=augmentation,
         loss_weights=LossWeightSchedule(config),
         processor=make_processor(config, training_args.inference_size),
-        splits=splits,
+        splits=data.splits,
         data_args=data_args,
         training_args=training_args,
         record=record,
@@ -335,9 +306,8 @@ def _evaluates(run: TrainingRun) -> bool:
 
 def train_step(run: TrainingRun, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
-    Runs one forward and backward pass, and the optimizer step when enough passes are accumulated. `batch` holds
-    `images` `(B, 3, S, S)` uint8, `labels` `(B, C)` and `valid_boxes` `(B, 4)`. Returns the loss and its active terms,
-    scalars without gradient.
+    Runs one forward and backward pass on `images` `(B, 3, S, S)` uint8, `labels` `(B, C)` and `valid_boxes` `(B, 4)`,
+    and the optimizer step when enough passes are accumulated. Returns the loss and its active terms, without gradient.
     """
     accelerator, args = run.accelerator, run.training_args
     progress = run.state.step / args.max_steps
@@ -425,10 +395,10 @@ def finish(run: TrainingRun) -> dict[str, dict[str, Any]]:
     if run.accelerator.is_main_process:
         files = [(RESULTS_FILE, {"step": state.step, **results})] if results else []
         save_model_folder(run.output_dir, run.bare_model, run.processor, [*files, (ARGUMENTS_FILE, record)])
+        used = run.accelerator
+        facts = {"steps": state.step, "minutes": state.elapsed_seconds / 60, "hardware": hardware(used)}
+        facts |= {"num_processes": used.num_processes, "precision": used.mixed_precision}
         with _full_precision(run.bare_model):
-            used = run.accelerator
-            facts = {"steps": state.step, "minutes": state.elapsed_seconds / 60, "hardware": hardware(used)}
-            facts |= {"num_processes": used.num_processes, "precision": used.mixed_precision}
             write_card(run.output_dir, run.bare_model, run.processor, run.splits, record, results, **facts)
     run.accelerator.wait_for_everyone()
     losses = next((entry for entry in reversed(state.history) if "loss" in entry), {})
@@ -439,6 +409,14 @@ def finish(run: TrainingRun) -> dict[str, dict[str, Any]]:
         "losses": {name: value for name, value in losses.items() if name.startswith("loss")},
     }
     return {**results, "training": training}
+
+
+def hardware(accelerator: Accelerator) -> str:
+    """Names what a run was computed on, such as `2 × NVIDIA A100` or `cpu (x86_64, 2 threads)`."""
+    count = f"{accelerator.num_processes} × " if accelerator.num_processes > 1 else ""
+    if accelerator.device.type == "cuda":
+        return count + torch.cuda.get_device_name(accelerator.device)
+    return f"{count}{accelerator.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 @contextmanager
@@ -483,6 +461,3 @@ def _stop_cleanly(run: TrainingRun) -> Iterator[None]:
     finally:
         if in_main_thread:
             signal.signal(signal.SIGTERM, previous)
-
-
-__all__ = ["TrainingRun", "train", "train_step"]

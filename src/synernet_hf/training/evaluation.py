@@ -4,24 +4,26 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple, TypedDict, Unpack
+from typing import NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from datasets import Dataset
 from tqdm.auto import tqdm
 
 from synernet_hf.data.checks import mask_ids
 from synernet_hf.data.schema import multi_hot
 from synernet_hf.metrics import MeanIoU
-from synernet_hf.model import PreparedImage, generate_image_cams, prepare_image, segment_images
-
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from datasets import Dataset
-
-    from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+from synernet_hf.model import (
+    PreparedImage,
+    SynerNetForWeaklySupervisedSegmentation,
+    SynerNetImageProcessor,
+    generate_image_cams,
+    prepare_image,
+    segment_images,
+)
 
 
 CAM_KINDS = ("broad_cam", "precise_cam", "fused_cam", "broad_aux_cam", "precise_aux_cam")
@@ -35,23 +37,20 @@ class PredictionKinds(TypedDict, total=False):
     Which predictions [`evaluate_model`] scores beside the plain segmentation, and how.
 
     Attributes:
-        multi_scale (`bool`, *optional*, defaults to `False`): Also score the segmentation at
-            `config.inference_scales`, elementwise maximum over the scales.
-        flip (`bool`, *optional*, defaults to `False`): Also score that multi-scale segmentation with the mirror of
-            every scale.
-        cams (`bool`, *optional*, defaults to `True`): Also score the class activation maps, given the true image
-            labels.
-        baselines (`bool`, *optional*, defaults to `False`): Also score a plain single-scale CAM, once with the true
-            image labels and once with those that the classifier predicts, and a prediction of nothing but background.
-        crf (`Callable[[np.ndarray, np.ndarray], np.ndarray]`, *optional*): Post-processing of the last segmentation
-            listed, such as [`~synernet_hf.crf.DenseCRF`]: called with the image (uint8, `(height, width, 3)`) and
-            class probabilities (float32, `(num_labels, height, width)`), returns refined probabilities of the same
-            shape. Adds a kind whose name ends in `_crf`.
-        progress (`bool`, *optional*, defaults to `False`): Show a progress bar on the first process.
-        batch_size (`int`, *optional*, defaults to 4): Images of equal processed size go through the model together, so
-            many at most, with a million pixels together at most. The scores do not depend on it.
-        num_workers (`int`, *optional*, defaults to 0): Worker processes that decode and process images; 0 does so in
-            this process.
+        multi_scale (`bool`, defaults to `False`): Also score the segmentation at `config.inference_scales`,
+            elementwise maximum over the scales.
+        flip (`bool`, defaults to `False`): Also score that segmentation with the mirror of every scale.
+        cams (`bool`, defaults to `True`): Also score the class activation maps, given the true image labels.
+        baselines (`bool`, defaults to `False`): Also score a plain single-scale CAM, once with the true image labels
+            and once with those that the classifier predicts, and a prediction of nothing but background.
+        crf (`Callable`, *optional*): Post-processing of the last segmentation listed, such as
+            [`~synernet_hf.crf.DenseCRF`]: takes the image (uint8, `(height, width, 3)`) and class probabilities
+            (float32, `(num_labels, height, width)`), returns refined probabilities of the same shape. Adds a kind
+            whose name ends in `_crf`.
+        progress (`bool`, defaults to `False`): Show a progress bar on the first process.
+        batch_size (`int`, defaults to 4): Largest number of images, of equal processed size and with a million pixels
+            together, that go through the model at once. The scores do not depend on it.
+        num_workers (`int`, defaults to 0): Worker processes that decode and process images; 0 uses this process.
     """
 
     multi_scale: bool
@@ -65,7 +64,8 @@ class PredictionKinds(TypedDict, total=False):
 
 
 @contextmanager
-def _inference_mode_of(model: torch.nn.Module) -> Iterator[None]:
+def inference_mode_of(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the training mode is restored."""
     was_training = model.training
     model.eval()
     try:
@@ -86,16 +86,7 @@ def _metric_class_ids(class_names: Sequence[str], metric_classes: Sequence[str] 
 
 
 class _ClassOrder:
-    """
-    Brings ids and labels of a data set into the order of the model's classes, by name.
-
-    Args:
-        class_names (`Sequence[str]`): The data set's class names, background first.
-        config (`SynerNetConfig`): Of the model; its `id2label` may name more classes.
-
-    Raises:
-        ValueError: If the data set has a class that the model does not know.
-    """
+    """Brings ids and labels of a data set into the order of the model's classes, which may be more, by name."""
 
     def __init__(self, class_names: Sequence[str], config) -> None:
         self.names = [config.id2label[label] for label in range(config.num_labels)]
@@ -128,7 +119,7 @@ class _ClassOrder:
         return [int(self.positions[label + 1]) - 1 for label in record["labels"]]
 
 
-def _check_inputs(dataset: "Dataset", needs_labels: bool) -> None:
+def _check_inputs(dataset: Dataset, needs_labels: bool) -> None:
     if len(dataset) == 0:
         raise ValueError("The split to evaluate on is empty; choose another split.")
     needed = ["image", "mask", "labels"] if needs_labels else ["image", "mask"]
@@ -141,21 +132,12 @@ def _check_inputs(dataset: "Dataset", needs_labels: bool) -> None:
 
 
 def single_scale_cams(
-    model: "SynerNetForWeaklySupervisedSegmentation", pixel_values: torch.Tensor, labels: torch.Tensor
+    model: SynerNetForWeaklySupervisedSegmentation, pixel_values: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
     """
-    The baseline CAM: mean of both branches' final-layer CAMs at scale 1 without mirror, propagation and
-    consensus, stretched back to [0, 1].
-
-    Args:
-        model ([`SynerNetForWeaklySupervisedSegmentation`]): The model, in evaluation mode.
-        pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): Normalised images.
-        labels (`torch.Tensor` of shape `(batch_size, num_labels - 1)`): Multi-hot image labels; the maps of absent
-            classes are zero.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, num_labels - 1, height, width)`: CAMs in [0, 1]. Each present class's map
-        is divided by its maximum, as every CAM of the method is (our choice for the mean of two).
+    The baseline CAMs `(batch_size, num_labels - 1, height, width)` in [0, 1]: mean of both branches' final-layer CAMs
+    at scale 1 without mirror, propagation and consensus. Each map is divided by its maximum, as every CAM of the
+    method is (our choice for the mean of two).
     """
     cams = model.generate_cams(pixel_values, labels=labels, scales=(1.0,), flip=False, plain=True)
     mean = (cams.broad_cams + cams.precise_cams) / 2
@@ -171,11 +153,7 @@ class _EvaluationImage(NamedTuple):
 
 
 class _EvaluationImages(torch.utils.data.Dataset):
-    """
-    Decodes and processes the images of a split, in the workers of a data loader too.
-
-    An unusable record comes as its `ValueError`, for a worker would wrap the sentence in a traceback.
-    """
+    """Decodes and processes images. An unusable record comes as its error, which a worker would wrap in a traceback."""
 
     def __init__(self, dataset, processor, order: _ClassOrder, positions: range, scorer: "_KindScorer") -> None:
         self.dataset, self.processor, self.order, self.positions = dataset, processor, order, positions
@@ -230,17 +208,8 @@ class _KindScorer:
         if self.crf is not None:
             last = list(self.segmentations)[-1]
             self.segmentations[f"{last}_crf"] = self.segmentations[last] | {"crf": self.crf}
-
-    @property
-    def names(self) -> list[str]:
-        names = list(self.segmentations)
-        names += list(CAM_KINDS) * self.cams
-        names += list(BASELINE_KINDS) * self.baselines
-        return names
-
-    @property
-    def needs_labels(self) -> bool:
-        return self.cams or self.baselines
+        self.names = [*self.segmentations, *CAM_KINDS * self.cams, *BASELINE_KINDS * self.baselines]
+        self.needs_labels = self.cams or self.baselines
 
     def __call__(self, batch: list[_EvaluationImage]) -> Iterator[tuple[str, list[torch.Tensor]]]:
         """Yields `(kind, label maps at the size of each image)`."""
@@ -274,52 +243,48 @@ class _KindScorer:
 
 
 def evaluate_model(
-    model: "SynerNetForWeaklySupervisedSegmentation",
-    processor: "SynerNetImageProcessor",
-    dataset: "Dataset",
+    model: SynerNetForWeaklySupervisedSegmentation,
+    processor: SynerNetImageProcessor,
+    dataset: Dataset,
     *,
     class_names: Sequence[str],
     metric_classes: Sequence[str] | None = None,
     max_samples: int | None = None,
-    accelerator: "Accelerator | None" = None,
+    accelerator: Accelerator | None = None,
     **kinds: Unpack[PredictionKinds],
 ) -> dict[str, dict]:
     """
-    Score the segmentation and the class activation maps of a model on images with masks.
+    Scores the segmentation and the class activation maps of a model on images with masks.
 
-    Predictions are those of the pipeline: [`segment_images`] at the size of the image. One confusion matrix per kind
-    of prediction is kept and nothing
-    else, so memory does not grow with the split. With an accelerator each process takes every n-th image, and the
-    matrices are summed at the end: all processes must call this function and all get the same result. CAMs are scored
-    as in the paper's tables: the true image labels, and the single threshold `config.background_threshold` (at or
-    below it, background).
+    Predictions are those of the pipeline: [`segment_images`] at the size of the image. Only one confusion matrix per
+    kind of prediction is kept, so memory does not grow with the split. With an accelerator each process takes every
+    n-th image, and the matrices are summed at the end: all processes must call this function and all get the same
+    result. CAMs are scored as in the paper's tables: the true image labels, and the single threshold
+    `config.background_threshold` (at or below it, background).
 
     Args:
         model ([`SynerNetForWeaklySupervisedSegmentation`]): The model, unwrapped, on its device. Its training mode is
             restored afterwards.
-        processor ([`SynerNetImageProcessor`]): Turns an image into normalised pixel values, resized if it is set to;
-            predictions are resized back.
-        dataset (`datasets.Dataset`): Records with `image` and `mask` (positions in `class_names`,
-            `config.semantic_loss_ignore_index` = ignore), both decoded and thereby turned as their EXIF orientation
-            says, and, for CAMs, `labels` (ids over the foreground classes of `class_names`).
+        processor ([`SynerNetImageProcessor`]): Its image processor.
+        dataset (`datasets.Dataset`): Decoded records with `image` and `mask` (positions in `class_names`,
+            `config.semantic_loss_ignore_index` = ignore) and, for CAMs, `labels` (ids over the foreground classes of
+            `class_names`).
         class_names (`Sequence[str]`): The data set's class names in the order of its ids, background first. Classes
-            are matched with the model's by name, so their order may differ, and the model may know more; results are
-            in the model's order.
-        metric_classes (`Sequence[str]`, *optional*): Names of the classes that the means are taken over. All classes
-            when not given.
+            are matched with the model's by name; the model may know more. Results are in the model's order.
+        metric_classes (`Sequence[str]`, *optional*): Names of the classes that the means are taken over (default:
+            all).
         max_samples (`int`, *optional*): Score the first so many images only.
         accelerator (`accelerate.Accelerator`, *optional*): Shares the images over its processes.
-        kinds ([`PredictionKinds`]): `multi_scale`, `flip`, `cams`, `baselines`, `crf`, `progress`, `batch_size` and
-            `num_workers`.
+        kinds ([`PredictionKinds`]): What to score beside the plain segmentation, and how.
 
     Returns:
         `dict[str, dict]`: By kind (`"segmentation"`, `"segmentation_multi_scale"`, `"segmentation_multi_scale_flip"`,
         the last of these + `"_crf"`, `"broad_cam"`, `"precise_cam"`, `"fused_cam"`, `"broad_aux_cam"`,
         `"precise_aux_cam"`, `"single_scale_cam"`, `"single_scale_cam_predicted"`, `"background_only"`, as asked for)
-        a dictionary of scores in [0, 1]: `"mean_iou"`, `"recall"` and `"precision"` (means over the metric classes), `"foreground_recall"` and
-        `"foreground_precision"` (the same without background), `"mean_iou_present"` (over all classes that occur in
-        the masks), `"pixel_accuracy"`, `"per_class_iou"` (by name, `None` for a class that does not occur) and
-        `"num_images"`.
+        a dictionary of scores in [0, 1]: `"mean_iou"`, `"recall"` and `"precision"` (means over the metric classes),
+        `"foreground_recall"` and `"foreground_precision"` (the same without background), `"mean_iou_present"` (over
+        all classes that occur in the masks), `"pixel_accuracy"`, `"per_class_iou"` (by name, `None` for a class that
+        does not occur) and `"num_images"`.
 
     Raises:
         ValueError: If the split is empty or lacks a column, a mask does not fit its image or the class list, the
@@ -341,7 +306,7 @@ def evaluate_model(
         images, batch_size=None, num_workers=kinds.get("num_workers", 0), generator=torch.Generator()
     )
     bar = tqdm(loader, desc="evaluate", disable=not kinds.get("progress", False) or first > 0)
-    with _inference_mode_of(model):
+    with inference_mode_of(model):
         for batch in _equal_batches(map(_checked, bar), kinds.get("batch_size", 4)):
             for name, label_maps in scorer(batch):
                 for label_map, item in zip(label_maps, batch, strict=True):
@@ -378,7 +343,7 @@ def _summary(metric: MeanIoU, class_names: Sequence[str], class_ids: list[int], 
 
 def results_table(results: dict[str, dict], metric_classes: Sequence[str]) -> str:
     """
-    Write scores as Markdown tables: the means of every kind of prediction, then the IoU of every metric class.
+    Writes scores as Markdown tables: the means of every kind of prediction, then the IoU of every metric class.
 
     Args:
         results (`dict[str, dict]`): What [`evaluate_model`] returned.
@@ -396,19 +361,13 @@ def results_table(results: dict[str, dict], metric_classes: Sequence[str]) -> st
 
 
 def _markdown(corner: str, titles: Sequence[str], rows: dict[str, list[float | None]]) -> str:
-    cells = [[corner, *titles]]
-    cells += [[kind, *(_percent(value) for value in values)] for kind, values in rows.items()]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
-    lines = [
-        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        for row in [cells[0], rule, *cells[1:]]
-    ]
+    cells = [[corner, *titles]] + [[kind, *map(_percent, values)] for kind, values in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]])
+    # names to the left, numbers to the right
+    lines = [[f"{cell:{'>' if column else '<'}{widths[column]}}" for column, cell in enumerate(row)] for row in cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _percent(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
-
-
-__all__ = ["PredictionKinds", "evaluate_model", "results_table", "single_scale_cams"]

@@ -1,21 +1,50 @@
-"""Optimization of a run: parameter groups, learning rate, loss weights, and the checks that numbers stay finite."""
+"""How a run computes: precision, parameter groups, learning rate, loss weights, finite values, gathering."""
 
 import itertools
 import math
+from datetime import timedelta
 
 import torch
-from accelerate import Accelerator
+import torch.nn.functional as F
+from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from synernet_hf.model import SynerNetConfig
 
 
-# the gated terms and the config field that opens each gate
-GATED_TERMS = {
-    "segmentation": "segmentation_start",
-    "spatial_bce": "spatial_bce_start",
-    "prototype_contrast": "prototype_contrast_start",
-}
+# how long processes wait for each other: the main process checks the data alone, the others must not give up
+PATIENCE = timedelta(hours=6)
+
+# the terms with a gate, which `config.<term>_start` opens
+GATED_TERMS = ("segmentation", "spatial_bce", "prototype_contrast")
+
+
+def resolve_precision(mixed_precision: str | None) -> str | None:
+    """
+    Replaces `"auto"` by what is fast on the device of this process.
+
+    Args:
+        mixed_precision (`str`, *optional*): `"no"`, `"fp16"`, `"bf16"`, `"auto"` or `None`.
+
+    Returns:
+        `str`, *optional*: for `"auto"`, `"bf16"` on a GPU that has it and on a CPU with AVX-512 (ours, measured in
+        docs/experiment_log.md), else `"no"`; any other value unchanged.
+    """
+    if mixed_precision != "auto":
+        return mixed_precision
+    # the first state decides on devices and processes for all later ones, so it must know what the Accelerator knows
+    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE).device
+    if device.type == "cpu":
+        return "bf16" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "no"
+    return "bf16" if device.type == "cuda" and not is_slow_in_bf16(device) else "no"
+
+
+def is_slow_in_bf16(device: torch.device) -> bool:
+    """Whether a device is known to imitate bf16: CUDA without it, or a CPU whose best instructions are AVX2."""
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def parameter_groups(
@@ -38,8 +67,7 @@ def parameter_groups(
             and decoders. [authors]
 
     Returns:
-        `list[dict]`: two groups for `torch.optim.AdamW`, with keys `name`, `params`, `lr` and `weight_decay`; every
-        trainable parameter is in exactly one.
+        `list[dict]`: two groups for `torch.optim.AdamW`, with keys `name`, `params`, `lr` and `weight_decay`.
 
     Raises:
         ValueError: if a group would be empty, because the names no longer tell encoder from heads.
@@ -52,14 +80,10 @@ def parameter_groups(
         raise ValueError(
             f"Expected encoder parameters (`.backbone.` in the name) and others, got {len(encoder)} and {len(heads)}."
         )
+    groups = (("encoder", encoder, encoder_multiplier), ("heads", heads, head_multiplier))
     return [
-        {
-            "name": "encoder",
-            "params": encoder,
-            "lr": learning_rate * encoder_multiplier,
-            "weight_decay": weight_decay,
-        },
-        {"name": "heads", "params": heads, "lr": learning_rate * head_multiplier, "weight_decay": weight_decay},
+        {"name": name, "params": parameters, "lr": learning_rate * factor, "weight_decay": weight_decay}
+        for name, parameters, factor in groups
     ]
 
 
@@ -105,19 +129,10 @@ class LossWeightSchedule:
 
     def __init__(self, config: SynerNetConfig):
         self.weights = {name: float(weight) for name, weight in config.loss_weights.items()}
-        self.starts = {name: getattr(config, start) for name, start in GATED_TERMS.items()}
+        self.starts = {name: getattr(config, f"{name}_start") for name in GATED_TERMS}
 
     def __call__(self, progress: float) -> dict[str, float]:
-        """
-        Args:
-            progress (`float`): Share of the optimizer steps already done, in [0, 1].
-
-        Returns:
-            `dict[str, float]`: `loss_weights` for the model's forward.
-
-        Raises:
-            ValueError: if `progress` is outside [0, 1].
-        """
+        """Returns the `loss_weights` of the model's forward after the share `progress` of the steps, in [0, 1]."""
         if not 0 <= progress <= 1:
             raise ValueError(f"`progress` is a share of the run in [0, 1], got {progress}.")
         closed = {name for name, start in self.starts.items() if 0 < start and progress <= start}
@@ -138,13 +153,8 @@ class LossMeter:
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """
-        Averages over passes and processes and starts anew; the one place where a step waits for the device.
-
-        Returns:
-            `dict[str, float]`: mean of each term over the passes that had it; empty if nothing was added.
-
-        Raises:
-            FloatingPointError: if a value is not finite; every process raises, because all read the same numbers.
+        Averages each term over processes and the passes that had it, and starts anew; the one place where a step waits
+        for the device. `FloatingPointError` in every process if a value is not finite.
         """
         if not self.steps:
             return {}
@@ -182,4 +192,33 @@ def check_finite_weights(model: torch.nn.Module, step: int) -> None:
         )
 
 
-__all__ = ["LossMeter", "LossWeightSchedule", "check_finite_weights", "learning_rate_multiplier", "parameter_groups"]
+def gather_in_rank_order(
+    embeddings: torch.Tensor, class_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, slice]:
+    """
+    Collects the embeddings of all processes in rank order, so that every process updates its prototypes alike. The
+    model's `gather_embeddings`; all processes call it together, with batches of any size.
+
+    Args:
+        embeddings (`torch.Tensor` of shape `(n, P)`): of the own images.
+        class_ids (`torch.Tensor` of shape `(n,)`): int64, of the own images.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, slice]`: embeddings `(N, P)`, with gradient for the own ones only; class ids
+        `(N,)`, −1 where a process has fewer images than another; and the position of the own ones.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return embeddings, class_ids, slice(None)
+    ranks, rank, count = distributed.get_world_size(), distributed.get_rank(), class_ids.shape[0]
+    counts = [torch.zeros(1, dtype=torch.long, device=class_ids.device) for _ in range(ranks)]
+    distributed.all_gather(counts, torch.full_like(counts[0], count))
+    longest = int(torch.cat(counts).max())
+    embeddings = F.pad(embeddings, (0, 0, 0, longest - count))
+    class_ids = F.pad(class_ids, (0, longest - count), value=-1)
+    all_embeddings = [torch.empty_like(embeddings) for _ in range(ranks)]
+    all_ids = [torch.empty_like(class_ids) for _ in range(ranks)]
+    distributed.all_gather(all_embeddings, embeddings.detach().contiguous())
+    distributed.all_gather(all_ids, class_ids)
+    all_embeddings[rank] = embeddings
+    return torch.cat(all_embeddings), torch.cat(all_ids), slice(rank * longest, rank * longest + count)

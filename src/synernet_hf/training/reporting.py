@@ -20,6 +20,7 @@ from synernet_hf.model import (
 )
 from synernet_hf.model_card import SynerNetModelCardData, generate_model_card
 from synernet_hf.training.checkpoints import CARD_FILE, IMAGES_FILE
+from synernet_hf.training.evaluation import inference_mode_of
 from synernet_hf.visualization import colorize, figure_panels, heat_map, overlay
 
 
@@ -36,16 +37,8 @@ def write_card(
     **facts: Any,
 ) -> None:
     """
-    Writes `README.md` of a run and, where the validation split has masks, the images it shows.
-
-    Args:
-        output_dir (`Path`): Folder of the run.
-        model ([`SynerNetForWeaklySupervisedSegmentation`]): The final model, unwrapped.
-        processor ([`SynerNetImageProcessor`]): Its image processor.
-        splits (`Mapping[str, datasets.Dataset]`): With results, `validation` is shown.
-        record (`Mapping`): Content of `training_args.json`.
-        results (`Mapping[str, Mapping]`): What [`evaluate_model`] returned of the final weights.
-        facts (`Any`): `steps`, `minutes`, `num_processes`, `precision` and `hardware` of [`SynerNetModelCardData`].
+    Writes `README.md` of a run from its record and results, with `facts` of [`SynerNetModelCardData`], and the first
+    validation images where there are results.
     """
     num_images = 0
     if results:
@@ -73,25 +66,9 @@ def write_image_grid(
     split: datasets.Dataset,
     num_images: int = NUM_IMAGES,
 ) -> int:
-    """
-    Draws the first images of a split with their masks, their segmentation at one scale and their fused CAM.
-
-    Args:
-        path (`Path`): The PNG file to write.
-        model ([`SynerNetForWeaklySupervisedSegmentation`]): The model; its training mode is restored.
-        processor ([`SynerNetImageProcessor`]): Its image processor.
-        split (`datasets.Dataset`): Records with `image`, `mask` and `labels`.
-        num_images (`int`, *optional*, defaults to 4): Rows, at most.
-
-    Returns:
-        `int`: rows drawn.
-    """
-    was_training = model.training
-    model.eval()
-    try:
+    """Draws the first images of a split with mask, segmentation at one scale and fused CAM; returns their number."""
+    with inference_mode_of(model):
         rows = [_panels(model, processor, split[index]) for index in range(min(num_images, len(split)))]
-    finally:
-        model.train(was_training)
     grid = figure_panels(rows, panel_size=(160, 160))
     replace_file(path, lambda temporary: grid.save(temporary, format="PNG"))
     return len(rows)
@@ -112,6 +89,3 @@ def _panels(model, processor, record: dict) -> list[tuple[str, Image.Image]]:
         ("segmentation", overlay(image, np.asarray(segmentation))),
         ("fused CAM", heat_map(cam, image)),
     ]
-
-
-__all__ = ["write_card", "write_image_grid"]

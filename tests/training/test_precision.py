@@ -4,16 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 
-from synernet_hf.training import SynerNetTrainingArguments, devices, engine
-
-
-@pytest.fixture(autouse=True)
-def fresh_state():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+from synernet_hf.training import SynerNetTrainingArguments, engine, optimization
 
 
 @pytest.mark.parametrize(("capability", "expected"), [("AVX512", "bf16"), ("AVX2", "no"), ("DEFAULT", "no")])
@@ -34,15 +27,15 @@ def test_auto_is_bf16_on_gpus_that_have_it(monkeypatch, supported):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
     for name, expected in (("cuda", "bf16" if supported else "no"), ("mps", "no")):
         state = SimpleNamespace(device=torch.device(name))
-        monkeypatch.setattr(devices, "PartialState", lambda cpu, timeout, state=state: state)
-        assert devices.resolve_precision("auto") == expected
-    assert devices.is_slow_in_bf16(torch.device("cuda")) != supported
-    assert not devices.is_slow_in_bf16(torch.device("mps"))
+        monkeypatch.setattr(optimization, "PartialState", lambda cpu, timeout, state=state: state)
+        assert optimization.resolve_precision("auto") == expected
+    assert optimization.is_slow_in_bf16(torch.device("cuda")) != supported
+    assert not optimization.is_slow_in_bf16(torch.device("mps"))
 
 
 @pytest.mark.parametrize("name", [None, "no", "fp16", "bf16"])
 def test_what_is_named_stays(name):
-    assert devices.resolve_precision(name) == name
+    assert optimization.resolve_precision(name) == name
 
 
 @pytest.mark.parametrize("wanted", [None, "true"])
@@ -56,6 +49,6 @@ def test_the_processes_are_told_of_a_cpu_that_was_asked_for(monkeypatch, wanted)
         seen.append(cpu)
         return SimpleNamespace(device=torch.device("cpu"))
 
-    monkeypatch.setattr(devices, "PartialState", state)
-    devices.resolve_precision("auto")
+    monkeypatch.setattr(optimization, "PartialState", state)
+    optimization.resolve_precision("auto")
     assert seen == [bool(wanted)]
