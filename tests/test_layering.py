@@ -46,7 +46,7 @@ ROOMS = {
     ),
 }
 # Inside model/: files that import no other file of the folder, and what the others may build on.
-LEAVES = {"configuration", "refinement", "loss", "image_processing"}
+LEAVES = {"configuration", "refinement", "image_processing"}
 
 
 def relative(path: Path) -> str:

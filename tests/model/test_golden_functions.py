@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from synernet_hf.model.cam_synernet import area_shares, cams_to_pseudo_labels
-from synernet_hf.model.loss_synernet import (
+from synernet_hf.model.objective_synernet import (
     cross_supervised_segmentation_loss,
     patch_token_contrast_loss,
-    prototype_contrast_loss,
+    prototype_contrast_terms,
     spatial_bce_loss,
 )
 from synernet_hf.model.refinement_synernet import SynerNetPixelAdaptiveRefinement, box_mask, refine_pseudo_labels
@@ -97,8 +97,8 @@ def test_golden_prototype_contrast(golden):
         strict=True,
     )
     for embeddings, class_ids, expected_loss, expected_prototypes in steps:
-        loss, prototypes = prototype_contrast_loss(embeddings, class_ids, prototypes)
-        assert_close("prototype contrast", loss, expected_loss)
+        terms, prototypes = prototype_contrast_terms(embeddings, class_ids, prototypes)
+        assert_close("prototype contrast", terms.mean(), expected_loss)
         assert_close("prototypes", prototypes, expected_prototypes)
 
 

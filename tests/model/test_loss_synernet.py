@@ -6,11 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from synernet_hf.model.loss_synernet import (
+from synernet_hf.model.objective_synernet import (
     classification_loss,
     cross_supervised_segmentation_loss,
     patch_token_contrast_loss,
-    prototype_contrast_loss,
     prototype_contrast_terms,
     spatial_bce_loss,
 )
@@ -193,6 +192,12 @@ def test_segmentation_leaves_the_label_map_as_it_is():
 # prototype contrast
 
 
+def prototype_contrast(embeddings, class_ids, prototypes):
+    """Mean over the images that count, and the new prototypes."""
+    terms, moved = prototype_contrast_terms(embeddings, class_ids, prototypes)
+    return terms.sum() / max(int((class_ids >= 0).sum()), 1), moved
+
+
 def step_by_step(embeddings, class_ids, prototypes, momentum=0.01, temperature=0.5):
     prototypes, losses = prototypes.clone().double(), []
     for embedding, class_id in zip(embeddings.double(), class_ids.tolist(), strict=True):
@@ -215,7 +220,7 @@ def test_prototype_contrast_takes_images_one_after_another(ids):
     embeddings, prototypes = torch.randn(4, 6), torch.zeros(3, 6)
     prototypes[2] = F.normalize(torch.randn(6), dim=0)
     before = prototypes.clone()
-    loss, moved = prototype_contrast_loss(embeddings, torch.tensor(ids), prototypes)
+    loss, moved = prototype_contrast(embeddings, torch.tensor(ids), prototypes)
     expected_loss, expected = step_by_step(embeddings, torch.tensor(ids), prototypes)
     torch.testing.assert_close(loss, expected_loss.float())
     torch.testing.assert_close(moved, expected.float())
@@ -224,8 +229,8 @@ def test_prototype_contrast_takes_images_one_after_another(ids):
 
 def test_prototype_contrast_order_matters():
     embeddings, ids = torch.randn(2, 6), torch.tensor([0, 0])
-    loss, moved = prototype_contrast_loss(embeddings, ids, torch.zeros(2, 6))
-    other_loss, other_moved = prototype_contrast_loss(embeddings.flip(0), ids, torch.zeros(2, 6))
+    loss, moved = prototype_contrast(embeddings, ids, torch.zeros(2, 6))
+    other_loss, other_moved = prototype_contrast(embeddings.flip(0), ids, torch.zeros(2, 6))
     assert not torch.allclose(moved, other_moved)
     assert not torch.allclose(loss, other_loss)
 
@@ -234,7 +239,7 @@ def test_prototypes_stay_normalised_and_untouched_where_no_image_is():
     prototypes = torch.zeros(4, 6)
     for seed in range(5):
         embeddings = torch.randn(3, 6, generator=torch.Generator().manual_seed(seed)) * 3
-        _, prototypes = prototype_contrast_loss(embeddings, torch.tensor([0, 2, 0]), prototypes)
+        _, prototypes = prototype_contrast(embeddings, torch.tensor([0, 2, 0]), prototypes)
     torch.testing.assert_close(prototypes[[0, 2]].norm(dim=1), torch.ones(2))
     assert not prototypes[[1, 3]].any()
 
@@ -242,7 +247,7 @@ def test_prototypes_stay_normalised_and_untouched_where_no_image_is():
 def test_prototype_contrast_without_any_image_is_zero():
     ids = torch.tensor([-1, -1])
     loss, gradient = gradient_of(
-        lambda embeddings: prototype_contrast_loss(embeddings, ids, torch.zeros(3, 4))[0], torch.randn(2, 4)
+        lambda embeddings: prototype_contrast(embeddings, ids, torch.zeros(3, 4))[0], torch.randn(2, 4)
     )
     assert loss == 0
     assert not gradient.any()
@@ -261,7 +266,7 @@ def test_prototype_contrast_has_gradient_for_embeddings_only():
 def test_prototype_contrast_is_finite_for_long_embeddings():
     prototypes = torch.eye(3, 4)
     gradient_of(
-        lambda embeddings: prototype_contrast_loss(embeddings, torch.tensor([0, 1]), prototypes)[0],
+        lambda embeddings: prototype_contrast(embeddings, torch.tensor([0, 1]), prototypes)[0],
         torch.randn(2, 4) * 1000,
     )
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation
 from synernet_hf.model import objective_synernet
 from synernet_hf.model.cam_synernet import crop_to_input
-from synernet_hf.model.loss_synernet import prototype_contrast_terms
+from synernet_hf.model.objective_synernet import prototype_contrast_terms
 
 
 FAMILIES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
