@@ -21,9 +21,8 @@ from synernet_hf.model.cam_synernet import (
     multi_scale_cams,
     normalize_cams,
     propagate_cams,
-    spread_classes,
 )
-from synernet_hf.model.refinement_synernet import present_classes
+from synernet_hf.model.refinement_synernet import present_classes, spread_classes
 
 
 LOW, HIGH = 0.25, 0.7

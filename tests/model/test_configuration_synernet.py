@@ -117,7 +117,7 @@ def test_values_of_the_wrong_kind_are_refused(fields):
 
 def test_every_field_is_documented_with_its_default_and_its_source():
     documented = inspect.getdoc(SynerNetConfig).split("Raises:")[0]
-    entries = re.findall(r"^ +(\w+) \((.+?)\):\n((?:(?! +\w+ \(`).*\n?)+)", documented, flags=re.MULTILINE)
+    entries = re.findall(r"^ +(\w+) \((.+?)\):\s+((?:(?! +\w+ \(`).*\n?)+)", documented, flags=re.MULTILINE)
     assert [name for name, *_ in entries] == list(SynerNetConfig.__annotations__)
     defaults = {field.name: field.default for field in dataclasses.fields(SynerNetConfig)}
     for name, kind, text in entries:

@@ -15,7 +15,6 @@ from synernet_hf.model.cam_synernet import (
     cams_to_pseudo_labels,
     fuse_branches,
     mask_absent_classes,
-    select_classes,
 )
 from synernet_hf.model.objective_synernet import coverage, label_tokens, make_targets, pick_instance_classes
 from synernet_hf.model.refinement_synernet import (
@@ -23,6 +22,7 @@ from synernet_hf.model.refinement_synernet import (
     denormalize,
     present_classes,
     refine_pseudo_labels,
+    select_classes,
 )
 
 

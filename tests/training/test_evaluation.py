@@ -14,9 +14,8 @@ from testing_utils import SynerNetModelTester
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.data import SHAPES_CLASSES, build_split, check_dataset
 from synernet_hf.metrics import MeanIoU
-from synernet_hf.model.cam_synernet import select_classes
 from synernet_hf.model.modeling_synernet import SynerNetCamOutput
-from synernet_hf.model.refinement_synernet import present_classes
+from synernet_hf.model.refinement_synernet import present_classes, select_classes
 from synernet_hf.training.evaluation import CAM_KINDS, evaluate_model, results_table, single_scale_cams
 
 

@@ -5,7 +5,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch.nn import functional as F
 
-from .refinement_synernet import PresentClasses, ignore_outside
+from .refinement_synernet import PresentClasses, ignore_outside, select_classes
 
 
 T = TypeVar("T")
@@ -34,33 +34,15 @@ def token_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 
 def class_activation_maps(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """
-    CAM logits: a classifier applied to every token.
-
-    Args:
-        features (`torch.Tensor` of shape `(B, D, h, w)`): patch features.
-        weight (`torch.Tensor` of shape `(C, D)` or `(C, D, 1, 1)`): classifier weights.
-
-    Returns:
-        `torch.Tensor` of shape `(B, C, h, w)`: unnormalised, no ReLU.
-    """
+    """CAM logits `(B, C, h, w)`, unnormalised: classifier weights `(C, D)` applied to features `(B, D, h, w)`."""
     return F.conv2d(features, weight.reshape(weight.shape[0], -1, 1, 1))
 
 
 def propagate_cams(cam_logits: torch.Tensor, features: torch.Tensor, temperature: float) -> torch.Tensor:
     """
-    Spreads CAMs over tokens that look alike, however far apart (paper: global attention; formula ours).
-
-    Each token takes the mean of all tokens' CAMs, cut at 0, weighted by a softmax over the cosines of their features
-    divided by `temperature`.
-
-    Args:
-        cam_logits (`torch.Tensor` of shape `(B, C, h, w)`): unnormalised.
-        features (`torch.Tensor` of shape `(B, D, h, w)`): what the CAM was read from.
-        temperature (`float`): above 0; the lower, the closer to the CAM as it was.
-
-    Returns:
-        `torch.Tensor` of shape `(B, C, h, w)`: not negative, of the dtype of `cam_logits`.
+    Spreads CAMs over tokens that look alike, however far apart (paper: global attention; formula ours): each token of
+    `cam_logits` `(B, C, h, w)` takes the mean of all tokens' CAMs, cut at 0, weighted by a softmax over the cosines of
+    their `features` `(B, D, h, w)` divided by `temperature` (above 0). The dtype is that of `cam_logits`.
     """
     # a cosine divided by a small temperature needs float32, whatever the encoder counts in
     with torch.autocast(device_type=cam_logits.device.type, enabled=False):
@@ -94,11 +76,9 @@ def mask_absent_classes(cams: torch.Tensor, labels: torch.Tensor | None) -> torc
 
 def crop_to_input(maps: torch.Tensor, size: tuple[int, int], patch_size: int) -> torch.Tensor:
     """
-    Maps on a token grid, resized to pixels where the grid is larger than the image.
-
-    An image of `size` that is no multiple of the patch is padded right and bottom before the encoder; its maps
-    `(B, C, h, w)` are resized bilinearly to the padded size and cropped to `size`. Other maps stay on the token grid,
-    which covers the image exactly.
+    Maps `(B, C, h, w)` of an image of `size`, which is padded right and bottom before the encoder where it is no
+    multiple of the patch: they are then resized bilinearly to the padded size and cropped to `size`. Other maps stay
+    on the token grid, which covers the image exactly.
     """
     padded = (maps.shape[-2] * patch_size, maps.shape[-1] * patch_size)
     if padded == tuple(size):
@@ -210,20 +190,6 @@ def multi_scale_cams(
     return BranchPair(tuple(broad), tuple(precise))
 
 
-def select_classes(maps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """`(n·B, C, h, w)` maps of n views → `(n·B, S, h, w)`: the classes `ids` `(B, S)`."""
-    ids = ids.repeat(maps.shape[0] // ids.shape[0], 1)
-    return maps.gather(1, ids[:, :, None, None].expand(-1, -1, *maps.shape[-2:]))
-
-
-def spread_classes(maps: torch.Tensor, present: PresentClasses, num_classes: int) -> torch.Tensor:
-    """Maps `(B, S, ...)` of the present classes → `(B, C, ...)`; 0 for absent classes."""
-    spread = maps.new_zeros(maps.shape[0], num_classes, *maps.shape[2:])
-    ids = present.ids.reshape(*present.ids.shape, *[1] * (maps.ndim - 2)).expand_as(maps)
-    mask = present.mask.reshape(*present.mask.shape, *[1] * (maps.ndim - 2))
-    return spread.scatter_(1, ids, maps * mask)
-
-
 def cams_to_pseudo_labels(
     cams: torch.Tensor,
     labels: torch.Tensor,
@@ -303,16 +269,9 @@ def fusion_shares(
     broad_agreement: torch.Tensor, precise_agreement: torch.Tensor, share: float, reach: float
 ) -> torch.Tensor:
     """
-    Share λ of the broad CAM per pixel, from each branch's agreement among its own layers (paper; formula ours):
-    broad / (broad + precise), kept within `reach` of `share`; `share` itself where neither branch agrees on anything.
-
-    Args:
-        broad_agreement (`torch.Tensor` of shape `(B, 1, H, W)`): float, in [0, 1].
-        precise_agreement (`torch.Tensor` of shape `(B, 1, H, W)`): float, in [0, 1].
-        share (`float`): the constant share in [0, 1]. reach (`float`): the largest distance from it.
-
-    Returns:
-        `torch.Tensor` of shape `(B, 1, H, W)`: float, in [max(share − reach, 0), min(share + reach, 1)].
+    Share λ of the broad CAM per pixel `(B, 1, H, W)`, from each branch's agreement among its own layers `(B, 1, H, W)`
+    in [0, 1] (paper; formula ours): broad / (broad + precise), kept within `reach` of `share` and in [0, 1]; `share`
+    itself where neither branch agrees on anything.
     """
     total = broad_agreement + precise_agreement
     adaptive = torch.where(total > 0, broad_agreement / total.clamp(min=1e-6), share)
@@ -329,22 +288,10 @@ def fuse_cams(
     ignore_index: int = 255,
 ) -> torch.Tensor:
     """
-    One CAM from both branches: λ · broad + (1 − λ) · precise, and at confident pixels the agreed label (paper).
-
-    Args:
-        broad_cams (`torch.Tensor` of shape `(B, C, H, W)`): float, in [0, 1].
-        precise_cams (`torch.Tensor` of shape `(B, C, H, W)`): float, in [0, 1].
-        broad_share (`float` or `torch.Tensor` of shape `(B, 1, H, W)`): λ, in [0, 1].
-        agreed_labels (`torch.Tensor` of shape `(B, H, W)`, *optional*):
-            The label of confident pixels, `ignore_index` elsewhere. At an agreed class its value is raised to at
-            least `high` + 1e-3 and the others lowered to at most `high`; at agreed background all are lowered to at
-            most `low` − 1e-3. `None` blends only.
-        low (`float`, *optional*, defaults to 0.25): background threshold.
-        high (`float`, *optional*, defaults to 0.7): class threshold.
-        ignore_index (`int`, *optional*, defaults to 255): label of pixels that are not confident.
-
-    Returns:
-        `torch.Tensor` of shape `(B, C, H, W)`: float, in [0, 1].
+    One CAM from both branches `(B, C, H, W)`: λ · broad + (1 − λ) · precise, λ a number or `(B, 1, H, W)` in [0, 1];
+    and at confident pixels the agreed label (paper). `agreed_labels` `(B, H, W)` are `ignore_index` elsewhere. At an
+    agreed class its value is raised to at least `high` + 1e-3 and the others lowered to at most `high`; at agreed
+    background all are lowered to at most `low` − 1e-3.
     """
     fused = broad_share * broad_cams + (1 - broad_share) * precise_cams
     if agreed_labels is None:
@@ -366,7 +313,7 @@ def fuse_branches(
     Args:
         config ([`SynerNetConfig`]): thresholds, shares and the kind of fusion.
         cams (`BranchPair[tuple[torch.Tensor, ...]]`): of [`multi_scale_cams`], S classes.
-        labels (`torch.Tensor` of shape `(B, S)`): multi-hot, which of these classes each image has.
+        labels (`torch.Tensor` of shape `(B, S)`): multi-hot, the classes among these that each image has.
 
     Returns:
         `tuple[BranchPair[torch.Tensor], torch.Tensor]`: per taught branch `(B, S, H, W)` in [0, 1]; and the share of
@@ -375,12 +322,10 @@ def fuse_branches(
     broad, precise = cams.broad[0], cams.precise[0]
     low, high = config.low_threshold, config.high_threshold
     voting = [config.cam_layers.index(layer) for layer in config.voting_layers]
-    votes = BranchPair(
-        *(
-            torch.stack([cams_to_pseudo_labels(maps[i], labels, low, high, ignore_index=UNDECIDED) for i in voting])
-            for maps in cams
-        )
-    )
+    votes = [
+        torch.stack([cams_to_pseudo_labels(maps[i], labels, low, high, ignore_index=UNDECIDED) for i in voting])
+        for maps in cams
+    ]
     confidence, agreed = layer_confidence(torch.cat(votes), UNDECIDED)
     if not config.cross_supervision:
         return BranchPair(broad, precise), confidence
@@ -405,7 +350,6 @@ __all__ = [
     "crop_to_input",
     "fuse_branches",
     "fuse_cams",
-    "fusion_shares",
     "joint_features",
     "layer_confidence",
     "mask_absent_classes",
@@ -413,7 +357,5 @@ __all__ = [
     "normalize_cams",
     "patch_map",
     "propagate_cams",
-    "select_classes",
-    "spread_classes",
     "token_map",
 ]

@@ -1,6 +1,7 @@
 """Configuration of SynerNet."""
 
 import functools
+import math
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -9,42 +10,18 @@ from transformers.configuration_utils import SubConfigSpec
 
 
 _SHARES = (
-    "broad_share_in_logits",
-    "broad_share_in_broad_label",
-    "broad_share_in_precise_label",
-    "fusion_range",
-    "confidence_threshold",
-    "broad_coverage",
-    "broad_coverage_late",
-    "precise_coverage",
-    "coverage_switch",
-    "spatial_bce_share",
-    "segmentation_start",
-    "spatial_bce_start",
-    "prototype_contrast_start",
-    "prototype_momentum",
-)
+    "broad_share_in_logits broad_share_in_broad_label broad_share_in_precise_label fusion_range confidence_threshold "
+    "broad_coverage broad_coverage_late precise_coverage coverage_switch spatial_bce_share segmentation_start "
+    "spatial_bce_start prototype_contrast_start prototype_momentum"
+).split()
 _POSITIVE = (
-    "pooling_top_k",
-    "decoder_hidden_size",
-    "decoder_dilation",
-    "projection_hidden_size",
-    "projection_bottleneck_size",
-    "prototype_size",
-    "prototype_temperature",
-)
-
+    "pooling_top_k decoder_hidden_size decoder_dilation projection_hidden_size projection_bottleneck_size "
+    "prototype_size prototype_temperature"
+).split()
 _NOT_NEGATIVE = (
-    "refinement_iterations",
-    "shared_encoder_layers",
-    "class_prior_weight",
-    "cls_weight",
-    "cls_aux_weight",
-    "cls_token_weight",
-    "patch_contrast_weight",
-    "prototype_contrast_weight",
-    "segmentation_weight",
-)
+    "refinement_iterations shared_encoder_layers class_prior_weight cls_weight cls_aux_weight cls_token_weight "
+    "patch_contrast_weight prototype_contrast_weight segmentation_weight"
+).split()
 
 # Fields that had another name in folders saved earlier: old name -> new name; `None` for fields that are gone.
 OLD_NAMES = {
@@ -79,141 +56,115 @@ class SynerNetConfig(PreTrainedConfig):
     into labels, and the weights of its losses. `id2label` counts the background as label 0.
 
     Brackets name the source of a default: *authors* is the authors' public code (values for PASCAL VOC
-    unless said otherwise), *paper* the publication, *ours* our own choice.
+    unless said otherwise), *paper* the publication, *ours* our own choice. Every field is optional.
 
     Args:
-        backbone_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a ViT-B/16 `ViTConfig`):
+        backbone_config (`PreTrainedConfig` or `dict`, defaults to a ViT-B/16 `ViTConfig`):
             Configuration of the encoder; each branch has one such encoder. [paper: ViT-B/16]
-        pooling_top_k (`int`, *optional*, defaults to 5):
+        pooling_top_k (`int`, defaults to 5):
             Tokens averaged per channel before the classifier; 1 is max pooling. [authors]
-        broad_pooling_top_k (`int`, *optional*):
-            The same for the broad branch; more tokens widen its CAM. `None` means `pooling_top_k`. [ours; authors: the
-            same number]
-        logits_pooling_share (`float`, *optional*):
+        broad_pooling_top_k (`int`): The same for the broad branch; more tokens widen its CAM. `None` means
+            `pooling_top_k`. [ours; authors: the same number]
+        logits_pooling_share (`float`):
             With it a class score is the mean of the largest CAM logits of the class, this share of the tokens, at least
             one; `pooling_top_k` is not used. `None` pools the tokens before the classifier. [ours; authors: `None`]
-        auxiliary_layer_index (`int`, *optional*, defaults to -3):
-            Index of the hidden state that feeds the auxiliary classifier; embeddings come first, so -3 of 12 blocks
-            is the output of the 10th. [authors]
-        shared_encoder_layers (`int`, *optional*, defaults to 0):
-            Number of first blocks that both branches share, which saves memory and time but makes the branches more
-            alike. [ours; authors: none]
-        decoder_hidden_size (`int`, *optional*, defaults to 512):
-            Channels of the LargeFOV decoder. [authors]
-        decoder_dilation (`int`, *optional*, defaults to 5):
+        auxiliary_layer_index (`int`, defaults to -3): Index of the hidden state that feeds the auxiliary
+            classifier; embeddings come first, so -3 of 12 blocks is the output of the 10th. [authors]
+        shared_encoder_layers (`int`, defaults to 0): Number of first blocks that both branches share,
+            which saves memory and time but makes the branches more alike. [ours; authors: none]
+        decoder_hidden_size (`int`, defaults to 512): Channels of the LargeFOV decoder. [authors]
+        decoder_dilation (`int`, defaults to 5):
             Dilation and padding of the decoder's two 3×3 convolutions, in tokens. [authors]
-        with_class_token_head (`bool`, *optional*, defaults to `False`):
+        with_class_token_head (`bool`, defaults to `False`):
             Whether each branch also classifies its class token, which in a pretrained encoder separates classes
             better than pooled patches. Its scores become `classification_logits`, and act on the segmentation through
             `class_prior_weight`. [ours, measured in docs/experiment_log.md; authors and paper: none]
-        class_prior_weight (`float`, *optional*, defaults to 4.0):
+        class_prior_weight (`float`, defaults to 4.0):
             Strength of the class prior: segmentation logits are lowered by this times the log-probability gap to the
             likeliest class, read from the class tokens and mixed as the logits are. 0 switches the prior off, and so
             do given image labels. Only with `with_class_token_head`. [ours]
-        with_projection_head (`bool`, *optional*, defaults to `True`):
+        with_projection_head (`bool`, defaults to `True`):
             Whether the projection heads and prototypes, used in training only, are part of the model. [ours]
-        projection_hidden_size (`int`, *optional*, defaults to 2048):
-            Width of the projection head's two hidden layers. [authors]
-        projection_bottleneck_size (`int`, *optional*, defaults to 512):
-            Width before the last, weight-normalised layer. [authors]
-        prototype_size (`int`, *optional*, defaults to 1024):
-            Width of a projected class token and of a class prototype. [authors]
-        prototype_momentum (`float`, *optional*, defaults to 0.01):
-            Largest step γ of a prototype towards a new image. [authors]
-        prototype_temperature (`float`, *optional*, defaults to 0.5):
-            Temperature of the prototype contrast. [authors]
-        prototype_branches (`list[str]`, *optional*, defaults to `("broad", "precise")`):
+        projection_hidden_size (`int`, defaults to 2048): Width of the projection head's two hidden layers. [authors]
+        projection_bottleneck_size (`int`, defaults to 512): Width before the last, weight-normalised layer. [authors]
+        prototype_size (`int`, defaults to 1024): Width of a projected class token and of a class prototype. [authors]
+        prototype_momentum (`float`, defaults to 0.01): Largest step γ of a prototype towards a new image. [authors]
+        prototype_temperature (`float`, defaults to 0.5): Temperature of the prototype contrast. [authors]
+        prototype_branches (`list[str]`, defaults to `("broad", "precise")`):
             Branches with instance learning. [authors: both]
-        image_mean (`list[float]`, *optional*, defaults to ImageNet's):
+        image_mean (`list[float]`, defaults to ImageNet's):
             Mean of the normalisation of `pixel_values`, undone before the refinement. [authors]
-        image_std (`list[float]`, *optional*, defaults to ImageNet's):
-            Standard deviation of that normalisation. [authors]
-        low_threshold (`float`, *optional*, defaults to 0.25):
+        image_std (`list[float]`, defaults to ImageNet's): Standard deviation of that normalisation. [authors]
+        low_threshold (`float`, defaults to 0.25):
             A CAM whose largest value is at or below this is background. [authors; COCO 0.25]
-        background_threshold (`float`, *optional*, defaults to 0.5):
-            The single threshold of CAM evaluation. [authors; COCO 0.45]
-        high_threshold (`float`, *optional*, defaults to 0.7):
+        background_threshold (`float`, defaults to 0.5): The single threshold of CAM evaluation. [authors; COCO 0.45]
+        high_threshold (`float`, defaults to 0.7):
             A CAM whose largest value is above this is a class. [authors; COCO 0.65]
-        cam_scales (`list[float]`, *optional*, defaults to `(1.0, 0.5, 0.75, 1.5)`):
+        cam_scales (`list[float]`, defaults to `(1.0, 0.5, 0.75, 1.5)`):
             Scales of the CAMs from which labels are made. [authors; COCO adds 1.25]
-        cam_flip (`bool`, *optional*, defaults to `True`):
-            Whether each scale is also computed on the mirrored image. [authors]
-        floor_scaled_views (`bool`, *optional*, defaults to `False`):
-            Whether scaled views are cut to a multiple of the patch and their CAMs stretched [authors], instead of
-            padded and cropped back [ours, the default].
-        broad_propagation_temperature (`float`, *optional*):
-            Temperature, at least 0.001, of the propagation of the broad branch's CAMs: each token takes the mean of
-            all tokens, weighted by a softmax over their feature cosines (mean of both branches) divided by this.
-            Lower values stay closer to the CAM; 0.14 did best in docs/experiment_log.md. `None` switches it off.
-            Labels, areas and votes use the propagated CAM, the losses the CAM before. [paper: global attention widens
-            the broad CAM; formula ours; authors: none]
-        precise_propagation_temperature (`float`, *optional*):
-            The same for the precise branch. [ours; authors: none]
-        precise_consensus (`bool`, *optional*, defaults to `False`):
-            Whether the precise branch's CAM is the pixelwise minimum over its voting layers (`confidence_layers`).
-            [paper: the branch's coverage objective pushes unsupported pixels to the background; formula ours; authors:
-            none]
-        inference_scales (`list[float]`, *optional*, defaults to `(1.0, 1.25, 1.5)`):
-            Scales of multi-scale segmentation. [authors]
-        broad_share_in_logits (`float`, *optional*, defaults to 0.7):
+        cam_flip (`bool`, defaults to `True`): Whether each scale is computed on the mirrored image too. [authors]
+        floor_scaled_views (`bool`, defaults to `False`): Whether scaled views are cut to a multiple of the
+            patch and their CAMs stretched [authors], instead of padded and cropped back [ours, the default].
+        broad_propagation_temperature (`float`): Temperature, at least 0.001, of the propagation of the
+            broad branch's CAMs: each token takes the mean of all tokens, weighted by a softmax over their feature
+            cosines (mean of both branches) divided by this. Lower values stay closer to the CAM; 0.14 did best in
+            docs/experiment_log.md. `None` switches it off. Labels, areas and votes use the propagated CAM, the losses
+            the CAM before. [paper: global attention widens the broad CAM; formula ours; authors: none]
+        precise_propagation_temperature (`float`): The same for the precise branch. [ours; authors: none]
+        precise_consensus (`bool`, defaults to `False`): Whether the precise branch's CAM is the pixelwise
+            minimum over its voting layers (`confidence_layers`). [paper: the branch's coverage objective pushes
+            unsupported pixels to the background; formula ours; authors: none]
+        inference_scales (`list[float]`, defaults to `(1.0, 1.25, 1.5)`): Scales of multi-scale segmentation. [authors]
+        broad_share_in_logits (`float`, defaults to 0.7):
             Share of the broad branch in the fused segmentation logits. [authors]
-        fusion (`str`, *optional*, defaults to `"confidence"`):
-            `"confidence"` mixes the branches' CAMs per pixel by their agreement [paper], `"fixed"` by the constant
-            shares below [authors].
-        broad_share_in_broad_label (`float`, *optional*, defaults to 0.3):
-            Share of the broad CAM in the label that teaches the broad branch. [authors; COCO 0.5]
-        broad_share_in_precise_label (`float`, *optional*, defaults to 0.5):
-            Share of the broad CAM in the label that teaches the precise branch. [authors]
-        fusion_range (`float`, *optional*, defaults to 0.2):
+        fusion (`str`, defaults to `"confidence"`): `"confidence"` mixes the branches' CAMs per pixel by
+            their agreement [paper], `"fixed"` by the constant shares below [authors].
+        broad_share_in_broad_label (`float`, defaults to 0.3):
+            Share of the broad CAM in the broad branch's label. [authors; COCO 0.5]
+        broad_share_in_precise_label (`float`, defaults to 0.5):
+            Share of the broad CAM in the precise branch's label. [authors]
+        fusion_range (`float`, defaults to 0.2):
             Largest difference between the per-pixel share and the constant one. [ours]
-        confidence_layers (`list[int]`, *optional*):
+        confidence_layers (`list[int]`):
             Hidden states whose CAMs vote on the confidence of a pixel; others than the last read the auxiliary
             classifier. `None` means the auxiliary and the last one. [paper: several layers; which are ours]
-        confidence_threshold (`float`, *optional*, defaults to 1.0):
+        confidence_threshold (`float`, defaults to 1.0):
             Smallest share of equal votes of a confident pixel; 1 means unanimous. [ours]
-        cross_supervision (`bool`, *optional*, defaults to `True`):
+        cross_supervision (`bool`, defaults to `True`):
             Whether the segmentation of a branch trains on fused labels instead of labels from its own CAM. [paper]
-        refinement_dilations (`list[int]`, *optional*, defaults to `(1, 2, 4, 8, 12, 24)`):
+        refinement_dilations (`list[int]`, defaults to `(1, 2, 4, 8, 12, 24)`):
             Neighbour distances of pixel-adaptive refinement, in pixels of the half-resolution image. [authors]
-        refinement_iterations (`int`, *optional*, defaults to 10):
-            Steps of pixel-adaptive refinement. [authors]
-        broad_coverage (`float`, *optional*, defaults to 0.2):
-            Share of the ambiguous area that the broad branch's spatial loss, if it has one, assigns to the foreground
-            before `coverage_switch`. [authors]
-        broad_coverage_late (`float`, *optional*, defaults to 0.1):
+        refinement_iterations (`int`, defaults to 10): Steps of pixel-adaptive refinement. [authors]
+        broad_coverage (`float`, defaults to 0.2): Share of the ambiguous area that the broad branch's
+            spatial loss, if it has one, assigns to the foreground before `coverage_switch`. [authors]
+        broad_coverage_late (`float`, defaults to 0.1):
             The same from `coverage_switch` on, decaying to 0 along a quarter cosine. [authors]
-        precise_coverage (`float`, *optional*, defaults to 0.0):
-            The same for the precise branch, throughout. [ours]
-        coverage_switch (`float`, *optional*, defaults to 0.5):
-            Fraction of training at which the area is read from the mean of both CAMs instead of the branch's own
-            auxiliary CAM. [authors; COCO 0]
-        spatial_bce_branches (`list[str]`, *optional*, defaults to `("precise",)`):
-            Branches with the spatial loss, which sharpens the CAM of its branch. [ours; authors: the broad branch, in
-            our reading of their code]
-        cls_weight (`float`, *optional*, defaults to 1.0):
-            Weight of the classification loss of each branch. [authors]
-        cls_aux_weight (`float`, *optional*, defaults to 1.0):
+        precise_coverage (`float`, defaults to 0.0): The same for the precise branch, throughout. [ours]
+        coverage_switch (`float`, defaults to 0.5): Fraction of training at which the area is read from the
+            mean of both CAMs instead of the branch's own auxiliary CAM. [authors; COCO 0]
+        spatial_bce_branches (`list[str]`, defaults to `("precise",)`): Branches with the spatial loss,
+            which sharpens the CAM of its branch. [ours; authors: the broad branch, in our reading of their code]
+        cls_weight (`float`, defaults to 1.0): Weight of the classification loss of each branch. [authors]
+        cls_aux_weight (`float`, defaults to 1.0):
             Weight of the auxiliary classification loss of each branch. [authors]
-        cls_token_weight (`float`, *optional*, defaults to 1.0):
+        cls_token_weight (`float`, defaults to 1.0):
             Weight of the classification loss of each branch's class token, if the model has heads for it. [ours]
-        spatial_bce_share (`float`, *optional*, defaults to 0.4):
+        spatial_bce_share (`float`, defaults to 0.4):
             Share w of the spatial loss in w · spatial + (1 − w) · classification. [authors; COCO 0.3]
-        patch_contrast_weight (`float`, *optional*, defaults to 0.2):
-            Weight of the patch-token contrast of each branch. [authors]
-        prototype_contrast_weight (`float`, *optional*, defaults to 0.05):
+        patch_contrast_weight (`float`, defaults to 0.2): Weight of the patch-token contrast of each branch. [authors]
+        prototype_contrast_weight (`float`, defaults to 0.05):
             Weight of the prototype contrast of each branch. [authors]
-        segmentation_weight (`float`, *optional*, defaults to 0.17):
+        segmentation_weight (`float`, defaults to 0.17):
             Weight of the segmentation loss of each branch. [authors; COCO 0.15]
-        segmentation_start (`float`, *optional*, defaults to 0.25):
-            Fraction of training after which the segmentation loss counts. [authors: 2,000 of 8,000 steps]
-        spatial_bce_start (`float`, *optional*, defaults to 0.375):
-            Fraction of training after which the spatial loss counts. [authors: 3,000 of 8,000 steps]
-        prototype_contrast_start (`float`, *optional*, defaults to 0.375):
-            Fraction of training after which the prototype contrast counts. [authors: 3,000 of 8,000 steps]
-        semantic_loss_ignore_index (`int`, *optional*, defaults to 255):
+        segmentation_start (`float`, defaults to 0.25):
+            Fraction of training after which the term counts. [authors: 2,000 of 8,000 steps]
+        spatial_bce_start (`float`, defaults to 0.375):
+            Fraction of training after which the term counts. [authors: 3,000 of 8,000]
+        prototype_contrast_start (`float`, defaults to 0.375):
+            Fraction of training after which the term counts. [authors: 3,000 of 8,000]
+        semantic_loss_ignore_index (`int`, defaults to 255):
             Label of pixels left out of the segmentation loss. [authors]
-        initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of freshly drawn weights. [ours]
+        initializer_range (`float`, defaults to 0.02): Standard deviation of freshly drawn weights. [ours]
 
     Raises:
         StrictDataclassClassValidationError: if thresholds do not increase, a share is outside [0, 1], a size, scale or
@@ -355,35 +306,34 @@ class SynerNetConfig(PreTrainedConfig):
         }
 
     def validate_thresholds(self):
-        """Part of the strict checks: thresholds rise, shares are shares."""
+        """Part of the strict checks: thresholds rise."""
         if not 0 <= self.low_threshold <= self.background_threshold <= self.high_threshold <= 1:
             raise ValueError(
                 f"low, background and high threshold must rise within [0, 1], got {self.low_threshold}, "
                 f"{self.background_threshold} and {self.high_threshold}."
             )
-        for name in _SHARES:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
 
-    def validate_sizes(self):
-        """Part of the strict checks: counts and sizes are positive, weights not negative."""
-        for name in _POSITIVE:
-            # nan compares false
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
-        if self.logits_pooling_share is not None and not 0 < self.logits_pooling_share <= 1:
-            raise ValueError(
-                f"`logits_pooling_share` must lie in (0, 1] or be left out, got {self.logits_pooling_share}."
-            )
-        if self.broad_pooling_top_k is not None and self.broad_pooling_top_k <= 0:
-            raise ValueError(f"`broad_pooling_top_k` must be positive or left out, got {self.broad_pooling_top_k}.")
-        for name in ("broad_propagation_temperature", "precise_propagation_temperature"):
-            # below, the softmax would meet numbers that float32 cannot hold; nan compares false
-            if getattr(self, name) is not None and not 1e-3 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"`{name}` must be at least 0.001 or left out, got {getattr(self, name)}.")
-        for name in _NOT_NEGATIVE:
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"`{name}` must be finite and not negative, got {getattr(self, name)}.")
+    def validate_ranges(self):
+        """Part of the strict checks: shares are shares, counts and sizes positive, weights not negative."""
+        # nan compares false; a lower temperature would meet numbers that float32 cannot hold
+        inside = {
+            "must lie in [0, 1]": (_SHARES, lambda value: 0 <= value <= 1),
+            "must be positive": (_POSITIVE, lambda value: value > 0),
+            "must be finite and not negative": (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf),
+            "must be positive or left out": (["broad_pooling_top_k"], lambda value: value is None or value > 0),
+            "must lie in (0, 1] or be left out": (
+                ["logits_pooling_share"],
+                lambda value: value is None or 0 < value <= 1,
+            ),
+            "must be at least 0.001 or left out": (
+                ["broad_propagation_temperature", "precise_propagation_temperature"],
+                lambda value: value is None or 1e-3 <= value < math.inf,
+            ),
+        }
+        for rule, (names, holds) in inside.items():
+            for name in names:
+                if not holds(getattr(self, name)):
+                    raise ValueError(f"`{name}` {rule}, got {getattr(self, name)}.")
 
     def validate_lists(self):
         """Part of the strict checks: lists are of the right length and kind."""

@@ -83,8 +83,7 @@ def prepare_image(processor: SynerNetImageProcessor, source: Any, timeout: float
     Args:
         processor ([`SynerNetImageProcessor`]): Its padding and its center crop are left out: the model pads by itself,
             and the whole image is asked for.
-        source:
-            The image in any form that `open_image` reads.
+        source: The image in any form that `open_image` reads.
         timeout (`float`, *optional*): Seconds to wait for a URL.
 
     Returns:
@@ -199,12 +198,10 @@ def generate_image_cams(
     Generate the class activation maps of images; those of equal processed size go through the model together.
 
     Args:
-        model, processor, images:
-            As in [`segment_images`].
+        model, processor, images: As in [`segment_images`].
         labels (`Sequence[torch.Tensor]`, *optional*): Multi-hot rows `(num_labels - 1,)`; the maps of other classes
             are zero. `None` gives the maps of all.
-        scales, flip, plain, all_classes:
-            As in `model.generate_cams`.
+        scales, flip, plain, all_classes: As in `model.generate_cams`.
 
     Returns:
         `list[dict]`: Per image the fields of [`SynerNetCamOutput`], without the batch dimension: maps

@@ -25,7 +25,6 @@ from .cam_synernet import (
     normalize_cams,
     patch_map,
     propagate_cams,
-    spread_classes,
     token_map,
 )
 from .configuration_synernet import SynerNetConfig
@@ -39,7 +38,7 @@ from .encoder_synernet import (
     select_states,
 )
 from .objective_synernet import SynerNetObjective, batch_objective
-from .refinement_synernet import masks_to_boxes, present_classes
+from .refinement_synernet import masks_to_boxes, present_classes, spread_classes
 
 
 BRANCHES = ("broad", "precise")
@@ -111,10 +110,9 @@ class SynerNetSegmenterOutput(ModelOutput):
     """
     Args:
         loss (`torch.FloatTensor`, *optional*): scalar, returned with `labels`.
-        loss_dict (`dict[str, torch.FloatTensor]`, *optional*):
-            The active terms, weighted and summed over the branches, without gradient; they add up to `loss`. Names:
-            `loss_cls`, `loss_cls_aux`, `loss_cls_token`, `loss_spatial_bce`, `loss_patch_contrast`,
-            `loss_prototype_contrast`, `loss_segmentation`.
+        loss_dict (`dict[str, torch.FloatTensor]`, *optional*): The active terms, weighted and summed over the
+            branches, without gradient; they add up to `loss`. Names: `loss_cls`, `loss_cls_aux`, `loss_cls_token`,
+            `loss_spatial_bce`, `loss_patch_contrast`, `loss_prototype_contrast`, `loss_segmentation`.
         logits (`torch.FloatTensor` of shape `(B, K, H, W)`):
             Segmentation logits, float32, at the size of `pixel_values`: both branches mixed by
             `config.broad_share_in_logits`, resized bilinearly. With a class token head, unlikely classes are lowered.

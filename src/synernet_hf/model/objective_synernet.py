@@ -14,7 +14,6 @@ from .cam_synernet import (
     cams_to_pseudo_labels,
     fuse_branches,
     multi_scale_cams,
-    spread_classes,
 )
 from .configuration_synernet import SynerNetConfig
 from .refinement_synernet import (
@@ -23,6 +22,7 @@ from .refinement_synernet import (
     denormalize,
     present_classes,
     refine_present,
+    spread_classes,
 )
 
 
@@ -379,7 +379,9 @@ def _branch_losses(
     losses = {}
     spatial_share = weights["spatial_bce"] if target.area_shares is not None else 0.0
     if weights["cls"]:
-        losses["cls"] = weights["cls"] * (1 - spatial_share) * classification_loss(output.classification_logits, labels)
+        losses["cls"] = (
+            weights["cls"] * (1 - spatial_share) * classification_loss(output.classification_logits, labels)
+        )
     if spatial_share:
         losses["spatial_bce"] = spatial_share * spatial_bce_loss(output.cam_logits, labels, target.area_shares)
     if weights["cls_aux"]:

@@ -46,13 +46,8 @@ class SynerNetPixelAdaptiveRefinement(nn.Module):
 
     def affinity(self, images: torch.Tensor) -> torch.Tensor:
         """
-        Weights of every pixel's neighbours.
-
-        Args:
-            images (`torch.Tensor` of shape `(B, 3, H, W)`): float, in [0, 1].
-
-        Returns:
-            `torch.Tensor` of shape `(B, 8 * len(dilations), H, W)`; over the neighbours they sum to 1.01.
+        Weights `(B, 8 * len(dilations), H, W)` of every pixel's neighbours in `images` `(B, 3, H, W)` in [0, 1]; over
+        the neighbours they sum to 1.01.
         """
         neighbours = torch.stack(list(self._neighbours(images)), dim=1)
         deviation = neighbours.std(dim=1, keepdim=True)
@@ -92,12 +87,9 @@ class SynerNetPixelAdaptiveRefinement(nn.Module):
 
 class PresentClasses(NamedTuple):
     """
-    The classes that each image of a batch has, packed to the front.
-
-    Attributes:
-        ids (`torch.Tensor` of shape `(B, S)`): int64, 0-based foreground classes; S is the largest number of classes
-            of an image of the batch, at least 1. Slots that an image does not fill hold ids of classes it lacks.
-        mask (`torch.Tensor` of shape `(B, S)`): bool, true in filled slots.
+    The classes that each image of a batch has, packed to the front: `ids` `(B, S)`, int64, from 0 without background,
+    and `mask` `(B, S)`, bool, true in filled slots. S is the largest number of classes of an image, at least 1. Slots
+    that an image does not fill hold ids of classes it lacks.
     """
 
     ids: torch.Tensor
@@ -112,6 +104,20 @@ def present_classes(labels: torch.Tensor) -> PresentClasses:
     return PresentClasses(ids, present.gather(1, ids))
 
 
+def select_classes(maps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """`(n·B, C, h, w)` maps of n views → `(n·B, S, h, w)`: the classes `ids` `(B, S)`."""
+    ids = ids.repeat(maps.shape[0] // ids.shape[0], 1)
+    return maps.gather(1, ids[:, :, None, None].expand(-1, -1, *maps.shape[-2:]))
+
+
+def spread_classes(maps: torch.Tensor, present: PresentClasses, num_classes: int) -> torch.Tensor:
+    """Maps `(B, S, ...)` of the present classes → `(B, C, ...)`; 0 for absent classes."""
+    spread = maps.new_zeros(maps.shape[0], num_classes, *maps.shape[2:])
+    ids = present.ids.reshape(*present.ids.shape, *[1] * (maps.ndim - 2)).expand_as(maps)
+    mask = present.mask.reshape(*present.mask.shape, *[1] * (maps.ndim - 2))
+    return spread.scatter_(1, ids, maps * mask)
+
+
 @torch.no_grad()
 def refine_pseudo_labels(
     images: torch.Tensor,
@@ -124,8 +130,7 @@ def refine_pseudo_labels(
     refinement: SynerNetPixelAdaptiveRefinement | None = None,
 ) -> torch.Tensor:
     """
-    Label maps from CAMs under two background hypotheses, refined by the colours of the image (authors' code; PAR of
-    AFA).
+    Label maps from CAMs under two background hypotheses, refined by the colours of the image (authors' code, AFA).
 
     For each of the constant background planes `high` and `low`, the plane and the CAMs of the image's own classes
     go through a softmax at half resolution, refinement, and an argmax at full resolution. A pixel is a class where
@@ -136,10 +141,8 @@ def refine_pseudo_labels(
         cams (`torch.Tensor` of shape `(B, C, h, w)` or `(M, B, C, h, w)`): Float, in [0, 1], resized bilinearly to the
             images where their size is another; NaN counts as 0. M sets of CAMs of the same images share one affinity.
         labels (`torch.Tensor` of shape `(B, C)`): multi-hot image-level labels.
-        low (`float`): lower background plane.
-        high (`float`): upper background plane.
-        valid_boxes (`torch.Tensor` of shape `(B, 4)`, *optional*): [top, bottom, left, right) of the real pixels;
-            outside is ignored. `None` means everywhere.
+        low (`float`): lower background plane. high (`float`): upper background plane.
+        valid_boxes (`torch.Tensor` of shape `(B, 4)`, *optional*): see [`ignore_outside`].
         ignore_index (`int`, *optional*, defaults to 255): label of undecided pixels.
         refinement (`SynerNetPixelAdaptiveRefinement`, *optional*): the refinement; the authors' by default.
 
@@ -149,7 +152,7 @@ def refine_pseudo_labels(
     """
     present = present_classes(labels)
     sets = cams if cams.ndim == 5 else (cams,)
-    own = [maps.gather(1, present.ids[:, :, None, None].expand(-1, -1, *maps.shape[-2:])) for maps in sets]
+    own = [select_classes(maps, present.ids) for maps in sets]
     label_maps = refine_present(images, own, present, low, high, valid_boxes, ignore_index, refinement)
     return torch.stack(label_maps) if cams.ndim == 5 else label_maps[0]
 
@@ -165,10 +168,7 @@ def refine_present(
     ignore_index: int = 255,
     refinement: SynerNetPixelAdaptiveRefinement | None = None,
 ) -> list[torch.Tensor]:
-    """
-    [`refine_pseudo_labels`] of M sets of CAMs `(B, S, h, w)` of the `present` classes: M label maps `(B, H, W)` whose
-    ids are those of the data set.
-    """
+    """[`refine_pseudo_labels`] of M sets of CAMs `(B, S, h, w)` of the `present` classes: M label maps `(B, H, W)`."""
     refinement = refinement or SynerNetPixelAdaptiveRefinement()
     size = images.shape[-2:]
     half = [max(side // 2, 1) for side in size]
@@ -199,15 +199,8 @@ def refine_present(
 
 def ignore_outside(label_map: torch.Tensor, valid_boxes: torch.Tensor | None, ignore_index: int = 255) -> torch.Tensor:
     """
-    Sets everything outside each image's valid box to `ignore_index`.
-
-    Args:
-        label_map (`torch.Tensor` of shape `(B, H, W)`): int64 labels; left as they are.
-        valid_boxes (`torch.Tensor` of shape `(B, 4)`, *optional*): [top, bottom, left, right) per image.
-        ignore_index (`int`, *optional*, defaults to 255): the label to set.
-
-    Returns:
-        `torch.Tensor` of shape `(B, H, W)`: a new label map.
+    Label maps `(B, H, W)` with `ignore_index` outside the `valid_boxes` `(B, 4)`, [top, bottom, left, right) of the
+    real pixels; `None` means everywhere. The given label maps stay as they are.
     """
     if valid_boxes is None:
         return label_map
@@ -251,4 +244,6 @@ __all__ = [
     "present_classes",
     "refine_present",
     "refine_pseudo_labels",
+    "select_classes",
+    "spread_classes",
 ]
