@@ -77,7 +77,7 @@ def test_the_docstring_names_the_source_of_every_config_field():
     from synernet_hf import SynerNetConfig
 
     entries = dict(
-        re.findall(r"^        (\w+) \(`.*?\):\n((?:            .*\n)+)", SynerNetConfig.__doc__, re.MULTILINE)
+        re.findall(r"^        (\w+) \(`.*?\):\s(.*\n(?:            .*\n)*)", SynerNetConfig.__doc__, re.MULTILINE)
     )
     own = [name for name in SynerNetConfig.__annotations__ if not name.startswith(("_", "model_type", "sub_configs"))]
     assert len(own) > 20
