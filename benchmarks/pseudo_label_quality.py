@@ -12,14 +12,12 @@ pixels. Thresholds and dilations for images of another size than the full recipe
 import argparse
 import copy
 import itertools
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.data import multi_hot
 from synernet_hf.metrics import MeanIoU
 from synernet_hf.model import (
@@ -30,16 +28,17 @@ from synernet_hf.model import (
     multi_scale_cams,
     refine_pseudo_labels,
 )
-from synernet_hf.training import DataArguments, InvalidArguments, load_data
+from synernet_hf.model_folder import load_model_folder
+from synernet_hf.training import InvalidArguments, data_parser, load_data, read_data_arguments
 
 
 HEADER = ("low, high", "dilations", "fg decided", "fg right", "fg precision", "bg decided", "mIoU of decided")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a trained model with its training_args.json")
+    """Reads the command line; data options that are not on it are None."""
+    parser = data_parser(description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of a trained model")
     parser.add_argument("--size", type=int, help="shortest edge of the images (default: the processor's)")
     parser.add_argument("--max_samples", type=int, default=30, help="the first so many images (default: 30)")
     parser.add_argument("--low", nargs="+", type=float, default=[0.25], help="low thresholds to try")
@@ -50,7 +49,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=["1,2,4,8,12,24", "1,2,4,8", "1,2,4", "1"],
         help="lists of dilations to try, numbers separated by commas",
     )
-    parser.add_argument("--data_dir", help="folder of the data set (default: as in training)")
     return parser.parse_args(argv)
 
 
@@ -113,9 +111,6 @@ def measure(model, processor, split, settings: list[tuple], size: int | None) ->
 
 def run(args: argparse.Namespace) -> None:
     """Loads run and images, and prints the table."""
-    path = args.run / "training_args.json"
-    if not path.is_file() or not (args.run / "config.json").is_file():
-        raise InvalidArguments(f"{args.run} is no finished run (config.json and training_args.json); give its folder.")
     try:
         dilations = [tuple(int(number) for number in words.split(",")) for words in args.dilations]
     except ValueError as error:
@@ -124,13 +119,11 @@ def run(args: argparse.Namespace) -> None:
     for low, high, _ in settings:
         if not 0 <= low <= high <= 1:
             raise InvalidArguments(f"Thresholds must rise within [0, 1], got low {low} and high {high}.")
-    data = json.loads(path.read_text(encoding="utf-8"))["data_args"]
-    data |= {"data_dir": args.data_dir} if args.data_dir else {}
-    split = load_data(DataArguments(**data))["validation"]
+    model, processor = load_model_folder(args.run)
+    split = load_data(read_data_arguments(args, args.run))["validation"]
     split = split.select(range(min(args.max_samples, len(split))))
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(args.run).to(device).eval()
-    processor = SynerNetImageProcessor.from_pretrained(args.run)
+    model = model.to(device)
     print("| " + " | ".join(HEADER) + " |\n" + "| --- | --- |" + " ---: |" * (len(HEADER) - 2))
     for (low, high, reach), count in zip(settings, measure(model, processor, split, settings, args.size), strict=True):
         figures = " | ".join(f"{value:.1f}" for value in score(count))

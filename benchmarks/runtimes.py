@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
-from synernet_hf.data import load_voc2012
+from synernet_hf import SynerNetForWeaklySupervisedSegmentation
 from synernet_hf.export import export_onnx, export_program, quantize_weights
 from synernet_hf.metrics import MeanIoU
 from synernet_hf.model import prepare_image
+from synernet_hf.model_folder import load_model_folder
+from synernet_hf.training import data_parser, load_data, read_data_arguments
 
 
 Runtime = Callable[[torch.Tensor], torch.Tensor]
@@ -134,7 +135,7 @@ def measure(runtime: Runtime, inputs: list[torch.Tensor], masks: list[np.ndarray
 
 def read_images(args: argparse.Namespace, processor) -> tuple[list[torch.Tensor], list[np.ndarray]]:
     """Pixel values and masks of validation images spread over the split."""
-    split = load_voc2012(args.data_dir, image_labels=args.image_labels)["validation"]
+    split = load_data(read_data_arguments(args))["validation"]
     if args.square:
         processor.do_resize, processor.size = True, {"height": args.square, "width": args.square}
     chosen = np.linspace(0, len(split) - 1, min(args.max_samples, len(split))).astype(int).tolist()
@@ -147,10 +148,8 @@ def read_images(args: argparse.Namespace, processor) -> tuple[list[torch.Tensor]
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a trained model")
-    parser.add_argument("--data_dir", type=Path, required=True, help="VOCdevkit folder")
-    parser.add_argument("--image_labels", help="table of image labels, where the devkit has no annotations")
+    parser = data_parser(description=__doc__)
+    parser.add_argument("run", help="folder of a trained model")
     parser.add_argument("--max_samples", type=int, default=30, help="validation images")
     parser.add_argument("--square", type=int, help="side that every image is squeezed to (default: as in the run)")
     parser.add_argument("--metric_classes", nargs="+", help="classes in the mean; all that occur if left out")
@@ -163,8 +162,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code."""
     args = parse_arguments(argv)
     try:
-        model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(args.run).eval()
-        inputs, masks = read_images(args, SynerNetImageProcessor.from_pretrained(args.run))
+        model, processor = load_model_folder(args.run)
+        inputs, masks = read_images(args, processor)
         class_ids = [model.config.label2id[name] for name in args.metric_classes] if args.metric_classes else None
     except (KeyError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

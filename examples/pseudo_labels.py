@@ -37,10 +37,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "segmentation, limited to the image's classes",
     )
     parser.add_argument(
-        "--classes_from",
+        "--label_source",
         choices=LABEL_SOURCES,
         default="auto",
-        help="the image's given labels, those the classifier predicts, or predicted where none is given (auto)",
+        help="known: the labels of the image; predicted: those of the classifier; auto: known where there are some (default)",
     )
     parser.add_argument("--scales", type=float, nargs="+", help="scales of the maps (default: those of the model)")
     parser.add_argument("--flip", action="store_true", default=None, help="also use the mirrored image at every scale")
@@ -64,10 +64,10 @@ def check_arguments(args: argparse.Namespace) -> None:
 def label_images(args: argparse.Namespace) -> None:
     """Load the run and the data, write what is missing, and name the images to look at first."""
     check_arguments(args)
-    options = PseudoLabelOptions(args.map, args.classes_from, args.scales and tuple(args.scales), args.flip)
+    options = PseudoLabelOptions(args.map, args.label_source, args.scales and tuple(args.scales), args.flip)
     data_args = read_data_arguments(args, args.run)
     model, processor = load_model_folder(args.run)
-    splits = load_data(data_args, id2label=None if args.classes_from == "predicted" else model.config.id2label)
+    splits = load_data(data_args, id2label=None if args.label_source == "predicted" else model.config.id2label)
     if isinstance(splits, datasets.IterableDatasetDict):
         raise ValueError("Streamed data cannot be shared over processes: leave `streaming` out of `dataset_options`.")
     if args.split not in splits:

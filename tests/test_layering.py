@@ -30,7 +30,7 @@ ROOMS = {
     "metrics": (set(), DATA_LIBRARIES),
     "visualization": (set(), DATA_LIBRARIES),
     "crf": (set(), {"numpy", "PIL", "pydensecrf"}),
-    "model_folder": ({"model"}, {"torch", "huggingface_hub", "safetensors"}),
+    "model_folder": ({"model", "files"}, {"torch", "huggingface_hub", "safetensors"}),
     "export": (
         {"model", "model_folder", "files"},
         {"torch", "numpy", "huggingface_hub", "safetensors", "onnxruntime", "torchao"},

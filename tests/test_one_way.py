@@ -158,7 +158,7 @@ def test_everybody_gives_the_same_label_map(model, folder, kind, dtype):
         assert scores["segmentation"]["pixel_accuracy"] == 1.0
 
     every_class = list(range(model.config.num_labels - 1))
-    labeler = PseudoLabeler(model, processor, PseudoLabelOptions("segmentation", "given", (1.0,)))
+    labeler = PseudoLabeler(model, processor, PseudoLabelOptions("segmentation", "known", (1.0,)))
     for record in split:
         label_map = expected[record["image_id"]]
         assert np.array_equal(labeler(record["image"], every_class)[0], label_map), record["image_id"]

@@ -133,19 +133,19 @@ def test_the_segmentation_shows_no_class_but_the_images_own(model, processor):
     assert not (free == label_map).all()
 
 
-def test_given_labels_or_those_of_the_classifier(model, processor):
+def test_known_labels_or_those_of_the_classifier(model, processor):
     image = some_images(1)[0]
     pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         found = (model(pixel_values).classification_logits[0] > 0).nonzero()[:, 0] + 1
     wanted = {
         ("auto", ()): ("predicted", found.tolist()),
-        ("auto", (1,)): ("given", [2]),
-        ("given", ()): ("given", []),
+        ("auto", (1,)): ("known", [2]),
+        ("known", ()): ("known", []),
         ("predicted", (1,)): ("predicted", found.tolist()),
     }
     for (source, ids), (expected_source, expected_labels) in wanted.items():
-        label_map, content = PseudoLabeler(model, processor, PseudoLabelOptions(image_labels=source))(image, ids)
+        label_map, content = PseudoLabeler(model, processor, PseudoLabelOptions(label_source=source))(image, ids)
         assert (content["label_source"], content["labels"]) == (expected_source, expected_labels)
         if not expected_labels:
             assert (label_map == 0).all()
@@ -174,7 +174,7 @@ def test_other_images_of_the_same_name_get_masks_of_their_own(model, processor, 
 
 def test_masks_are_not_joined_under_other_class_names(model, processor, tmp_path):
     split = split_of(some_images(2), LABELS[:2])
-    write_pseudo_labels(model, processor, split, tmp_path, PseudoLabelOptions(image_labels="predicted"))
+    write_pseudo_labels(model, processor, split, tmp_path, PseudoLabelOptions(label_source="predicted"))
     swapped = ["background", "class 2", "class 1", "class 3"]
     other = build_split(some_images(2), split["image_id"], LABELS[:2], swapped)
     with pytest.raises(ValueError, match="are not those of the masks"):
@@ -217,7 +217,7 @@ def test_the_folder_and_its_manifest(model, processor, tmp_path):
             assert np.array_equal(np.array(mask.getpalette()).reshape(-1, 3), voc_palette())
             ids = np.array(mask)
         assert row["coverage"] == pytest.approx((ids != 255).mean(), abs=1e-6)
-        if row["label_source"] == "given":
+        if row["label_source"] == "known":
             assert row["classes"] == [NAMES[label + 1] for label in LABELS[index]]
         assert row["missing_classes"] == [name for name in row["classes"] if NAMES.index(name) not in ids]
     assert [row["image_id"] for row in rows if row["label_source"] == "predicted"] == ["image_2"]
@@ -333,12 +333,12 @@ def test_one_process_two_processes_and_a_killed_one_give_the_same_bytes(shapes_r
 
 
 def test_the_scripts_options(shapes_run, tmp_path, capsys):
-    words = [str(shapes_run), "--split", "validation", "--map", "segmentation", "--classes_from", "predicted"]
+    words = [str(shapes_run), "--split", "validation", "--map", "segmentation", "--label_source", "predicted"]
     assert run_script(*words, "--output", str(tmp_path / "out"), "--max_samples", "1") == 0
     output = capsys.readouterr().out
     assert "1 of 1 images have a mask" in output and "validation_000000: confidence" in output
     settings = json.loads((tmp_path / "out" / "pseudo_labels.json").read_text())
-    assert (settings["map"], settings["image_labels"]) == ("segmentation", "predicted")
+    assert (settings["map"], settings["label_source"]) == ("segmentation", "predicted")
     for more, expected in (
         (["--split", "test"], "--split can be train or validation"),
         (["--dataset", "voc2012"], "needs data_dir"),

@@ -8,19 +8,15 @@ import numpy as np
 @dataclass(frozen=True)
 class DenseCRF:
     """
-    Fully connected conditional random field (Krähenbühl and Koltun, 2011) that snaps class probabilities to the
-    contours of an image. The defaults are the authors' values for PASCAL VOC.
+    Fully connected conditional random field (Krähenbühl and Koltun, 2011): moves the borders of class probabilities to
+    the contours of an image. The defaults are the authors' values for PASCAL VOC.
 
     Args:
         num_iterations (`int`, *optional*, defaults to 10): Mean-field iterations.
-        gaussian_sxy (`float`, *optional*, defaults to 1): Spatial standard deviation of the smoothness kernel, in
-            pixels.
-        gaussian_compat (`float`, *optional*, defaults to 1): Weight of the smoothness kernel.
-        bilateral_sxy (`float`, *optional*, defaults to 121): Spatial standard deviation of the appearance kernel, in
-            pixels.
-        bilateral_srgb (`float`, *optional*, defaults to 5): Colour standard deviation of the appearance kernel, in
-            grey levels of 0 to 255.
-        bilateral_compat (`float`, *optional*, defaults to 4): Weight of the appearance kernel.
+        gaussian_sxy, gaussian_compat (`float`, *optional*, defaults to 1 and 1): Smoothness kernel: its standard
+            deviation in pixels and its weight.
+        bilateral_sxy, bilateral_srgb, bilateral_compat (`float`, *optional*, defaults to 121, 5 and 4): Appearance
+            kernel: its standard deviations in pixels and in grey levels of 0 to 255, and its weight.
 
     Raises:
         ImportError: If the package `pydensecrf2` (imported as `pydensecrf`) is not installed.
@@ -28,8 +24,7 @@ class DenseCRF:
     Example:
 
     ```python
-    >>> crf = DenseCRF()
-    >>> label_map = crf(image, probabilities).argmax(axis=0)
+    >>> label_map = DenseCRF()(image, probabilities).argmax(axis=0)
     ```
     """
 
@@ -45,15 +40,15 @@ class DenseCRF:
 
     def __call__(self, image: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
         """
-        Refine the class probabilities of one image.
+        Refines the class probabilities of one image.
 
         Args:
             image (`np.ndarray` of dtype uint8 and shape `(height, width, 3)`): The RGB image.
-            probabilities (`np.ndarray` of dtype float32 and shape `(num_labels, height, width)`): Class probabilities
-                in [0, 1], summing to 1 over the classes.
+            probabilities (`np.ndarray` of dtype float32 and shape `(num_labels, height, width)`): In [0, 1], summing
+                to 1 over the classes.
 
         Returns:
-            `np.ndarray` of dtype float32 and shape `(num_labels, height, width)`: Refined probabilities.
+            `np.ndarray` of dtype float32 and the same shape: the refined probabilities.
 
         Raises:
             ValueError: If the image is not uint8 RGB or the sizes differ.

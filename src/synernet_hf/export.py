@@ -2,8 +2,8 @@
 
     python -m synernet_hf.export MODEL --onnx OUT
 
-The graph takes `pixel_values`, float32 of shape `(batch, 3, height, width)`, normalised images of any size, and gives
-`logits` of shape `(batch, num_labels, height, width)`, at the size of the images.
+The graph takes `pixel_values`, float32 `(batch, 3, height, width)`, normalised, of any size, and gives `logits`
+`(batch, num_labels, height, width)`.
 """
 
 import argparse
@@ -69,37 +69,35 @@ class SynerNetInferenceGraph(nn.Module):
         return F.interpolate(total, size=size, mode="bilinear", align_corners=False)[..., :height, :width]
 
 
-def _example(model: SynerNetForWeaklySupervisedSegmentation) -> torch.Tensor:
-    """A batch of an odd size, so that nothing about the size becomes part of the graph."""
-    patch_size = model.config.patch_size
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, 3, 5 * patch_size - 3, 7 * patch_size - 1, generator=generator)
-
-
-def _prepared(model: SynerNetForWeaklySupervisedSegmentation, inference_branches: str | None) -> nn.Module:
-    return SynerNetInferenceGraph(copy.deepcopy(model).float().cpu().eval(), inference_branches).eval()
+def _graph_and_example(
+    model: SynerNetForWeaklySupervisedSegmentation, inference_branches: str | None
+) -> tuple[nn.Module, torch.Tensor]:
+    """The graph of a float32 copy, and a batch of an odd size, so that no size becomes part of what is traced."""
+    graph = SynerNetInferenceGraph(copy.deepcopy(model).float().cpu().eval(), inference_branches).eval()
+    return graph, torch.zeros(2, 3, 5 * graph.patch_size - 3, 7 * graph.patch_size - 1)
 
 
 def export_program(
     model: SynerNetForWeaklySupervisedSegmentation, inference_branches: str | None = None
 ) -> torch.export.ExportedProgram:
     """
-    One `torch.export` program for every batch size, height and width.
+    Makes one `torch.export` program for every batch size, height and width.
 
     Args:
         model ([`SynerNetForWeaklySupervisedSegmentation`]): The model; it is copied, in float32 on the CPU.
         inference_branches (`str`, *optional*, defaults to `"both"`): As in [`SynerNetInferenceGraph`].
 
     Returns:
-        `torch.export.ExportedProgram`: Call `program.module(check_guards=False)`; before PyTorch 2.9 `module()` does not
-        check and does not know the argument. The checks that PyTorch notes down
-        while tracing tell the example's size apart from sizes with a shortcut (no padding, no interpolation of the
-        position embeddings); the graph itself takes no shortcut and is right for all.
+        `torch.export.ExportedProgram`: Call `program.module(check_guards=False)`; before PyTorch 2.9 `module()` does
+        not check and does not know the argument. The checks that PyTorch notes down while tracing tell the example's
+        size apart from sizes with a shortcut (no padding, no interpolation of the position embeddings); the graph
+        itself takes no shortcut and is right for all.
     """
     dynamic = torch.export.Dim.DYNAMIC
+    graph, example = _graph_and_example(model, inference_branches)
     return torch.export.export(
-        _prepared(model, inference_branches),
-        (_example(model),),
+        graph,
+        (example,),
         dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
         strict=False,
     )
@@ -112,11 +110,11 @@ def export_onnx(
     tolerance: float = TOLERANCE,
 ) -> dict[tuple[int, ...], float]:
     """
-    Write one ONNX graph for every batch size, height and width, after comparing it with the model in onnxruntime.
+    Writes one ONNX graph for every batch size, height and width, after comparing it with the model in onnxruntime.
 
     Args:
         model ([`SynerNetForWeaklySupervisedSegmentation`]): The model; it is copied, in float32 on the CPU.
-        path (`str` or `Path`): The file to write. Class names, mean and standard deviation stand in its metadata.
+        path (`str` or `Path`): The file to write. Its metadata hold class names, mean and standard deviation.
         inference_branches (`str`, *optional*, defaults to `"both"`): As in [`SynerNetInferenceGraph`].
         tolerance (`float`, *optional*, defaults to 1e-4): Largest difference of a logit that is accepted.
 
@@ -131,7 +129,7 @@ def export_onnx(
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f'The export needs {", ".join(missing)}: pip install "synernet_hf[onnx]".')
-    path, graph = Path(path), _prepared(model, inference_branches)
+    graph, example = _graph_and_example(model, inference_branches)
     size = sum(4 * parameter.numel() for parameter in graph.parameters())
     if size > MAX_ONNX_BYTES:
         raise ValueError(
@@ -140,7 +138,7 @@ def export_onnx(
         )
     program = torch.onnx.export(
         graph,
-        (_example(model),),
+        (example,),
         dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
         input_names=["pixel_values"],
         output_names=["logits"],
@@ -159,29 +157,27 @@ def export_onnx(
     def write_checked(unchecked: Path) -> None:
         program.save(unchecked, external_data=False)
         differences.update(_compare(graph, unchecked, config.patch_size))
-        if not max(differences.values()) <= tolerance:
+        largest = max(differences.values())
+        if not largest <= tolerance:
             raise RuntimeError(
-                f"The ONNX graph differs from the model by up to {max(differences.values()):.1e}, more than "
-                f"{tolerance:.1e}; nothing was written."
+                f"The ONNX graph differs from the model by up to {largest:.1e}, more than {tolerance:.1e}; nothing was "
+                "written."
             )
 
-    replace_file(path, write_checked)
+    replace_file(Path(path), write_checked)
     return differences
 
 
 def _compare(graph: nn.Module, path: Path, patch_size: int) -> dict[tuple[int, ...], float]:
-    """Largest difference of a logit between the graph and its ONNX form: square, odd, and narrow images."""
+    """Largest difference of a logit between the graph and its ONNX form, by shape: square, odd and narrow images."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     generator = torch.Generator().manual_seed(1)
     differences = {}
-    for batch, height, width in (
-        (1, 14 * patch_size, 14 * patch_size),
-        (2, 9 * patch_size + 5, 11 * patch_size + 1),
-        (1, 3 * patch_size, 8 * patch_size),
-    ):
-        pixel_values = torch.randn(batch, 3, height, width, generator=generator)
+    side = patch_size
+    for batch, *size in ((1, 14 * side, 14 * side), (2, 9 * side + 5, 11 * side + 1), (1, 3 * side, 8 * side)):
+        pixel_values = torch.randn(batch, 3, *size, generator=generator)
         with torch.no_grad():
             expected = graph(pixel_values).numpy()
         (found,) = session.run(["logits"], {"pixel_values": pixel_values.numpy()})
@@ -191,7 +187,7 @@ def _compare(graph: nn.Module, path: Path, patch_size: int) -> dict[tuple[int, .
 
 def quantize_weights(model: SynerNetForWeaklySupervisedSegmentation) -> SynerNetForWeaklySupervisedSegmentation:
     """
-    A copy of the model with the weights of its encoders' linear layers in int8, one scale per row (torchao).
+    Copies a model, with the weights of its encoders' linear layers in int8, one scale per row (torchao).
 
     Args:
         model ([`SynerNetForWeaklySupervisedSegmentation`]): The model; it is left as it is.
@@ -214,7 +210,8 @@ def quantize_weights(model: SynerNetForWeaklySupervisedSegmentation) -> SynerNet
     return quantized
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code: 2 for a mistake in what was given, 1 if the graph is not right."""
     parser = argparse.ArgumentParser(
         prog="python -m synernet_hf.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -224,24 +221,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--inference_branches", choices=("both", "broad", "precise"), default="both", help="encoders in the graph"
     )
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="largest difference of a logit accepted")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; return its exit code: 2 for a mistake in what was given, 1 if the graph is not right."""
-    args = parse_arguments(argv)
+    args = parser.parse_args(argv)
     if args.onnx.is_dir():
         print(f"error: {args.onnx} is a folder; name a file, such as {args.onnx / 'model.onnx'}.", file=sys.stderr)
         return 2
     try:
-        model = load_model(args.model)
-        differences = export_onnx(model, args.onnx, args.inference_branches, args.tolerance)
-    except (ImportError, OSError, ValueError) as error:
+        differences = export_onnx(load_model(args.model), args.onnx, args.inference_branches, args.tolerance)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, RuntimeError) else 2
     for shape, difference in differences.items():
         print(f"pixel_values {shape}: logits differ by at most {difference:.1e}")
     print(f"{args.onnx}: {args.onnx.stat().st_size / 1e6:.1f} MB, inference_branches={args.inference_branches}")

@@ -60,16 +60,14 @@ class SynerNetModelCardData:
         model_name (`str`): Title of the card.
         settings (`Mapping[str, Any]`): All arguments of the run as one flat mapping, as in a recipe.
         class_names (`Sequence[str]`): Class names, background first.
-        num_train (`int`): Number of training images.
-        steps (`int`): Optimizer steps done.
-        minutes (`float`): Time of the training loop in minutes.
-        num_processes (`int`): Training processes.
-        precision (`str`): `"no"`, `"fp16"` or `"bf16"`: mixed precision as it was used.
+        num_train, steps, num_processes (`int`): Training images, optimizer steps done, processes.
+        minutes (`float`): Time of the training loop.
+        precision (`str`): Mixed precision as it was used: `"no"`, `"fp16"` or `"bf16"`.
         hardware (`str`): What it ran on.
-        versions (`Mapping[str, str]`): Package names and versions.
+        versions (`Mapping[str, str]`): Versions by package name.
         results (`Mapping[str, Mapping[str, Any]]`, *optional*, defaults to `{}`): What
-            [`~synernet_hf.training.evaluate_model`] returned; scores in [0, 1].
-        images (`str`, *optional*): Name of the image grid beside the card.
+            [`~synernet_hf.training.evaluate_model`] returned.
+        images (`str`, *optional*): File name of the image grid beside the card.
         num_images (`int`, *optional*, defaults to 0): Rows of that grid.
     """
 
@@ -89,15 +87,21 @@ class SynerNetModelCardData:
 
     @property
     def dataset(self) -> str:
-        """`str`: a data set's name or its id on the Hub; `"image_folder"` for every folder or table."""
+        """Name of a data set or its id on the Hub; `"image_folder"` for every folder or table."""
         name = self.settings["dataset"]
         if name in NAMED_DATA:
             return name
         source = self.settings.get("data_dir") if name == "hub" else name
         return source if _is_hub_id(source) else "image_folder"
 
+    @property
+    def encoder(self) -> str | None:
+        """Hub id of the pretrained encoder, or the last name of its path; `None` for random weights."""
+        backbone = self.settings.get("backbone")
+        return backbone if backbone is None or _is_hub_id(backbone) else PureWindowsPath(backbone).name
+
     def recipe(self) -> dict[str, Any]:
-        """`dict[str, Any]`: the settings without folders, file paths cut to the file's name."""
+        """The settings without folders, file paths cut to the name of the file."""
         kept = {}
         for name, value in self.settings.items():
             if name in LOCAL_SETTINGS or value is None or value == {}:
@@ -109,8 +113,7 @@ class SynerNetModelCardData:
         return kept | {"dataset": self.dataset}
 
     def metadata(self) -> ModelCardData:
-        """[`~huggingface_hub.ModelCardData`]: the card's YAML header, with the results as a model index."""
-        backbone = self.settings.get("backbone")
+        """The card's YAML header, with the results as a model index."""
         evaluations = [
             EvalResult(
                 task_type="image-segmentation",
@@ -130,7 +133,7 @@ class SynerNetModelCardData:
             library_name="transformers",
             pipeline_tag="image-segmentation",
             tags=["synernet", "semantic-segmentation", "weakly-supervised"],
-            base_model=backbone if _is_hub_id(backbone) else None,
+            base_model=self.encoder if _is_hub_id(self.encoder) else None,
             datasets=[self.dataset] if _is_hub_id(self.dataset) else None,
             metrics=["mean_iou"] if evaluations else None,
             eval_results=evaluations or None,
@@ -156,73 +159,33 @@ def _without_folders(value: Any) -> Any:
     return PureWindowsPath(text).name if absolute or on_disk else value
 
 
-def _percent(value: float | None) -> str:
-    return f"{100 * value:.1f}" if _is_number(value) else "–"
-
-
 def _is_number(value: float | None) -> bool:
-    """Whether a score is defined: not `None`, NaN or infinite."""
     return value is not None and math.isfinite(value)
 
 
-def _results_table(data: SynerNetModelCardData) -> str:
-    lines = [
-        "| prediction | mean IoU | recall | precision | mean IoU, classes present |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for kind, scores in data.results.items():
-        values = [_percent(scores[name]) for name in ("mean_iou", "recall", "precision", "mean_iou_present")]
-        lines.append(f"| {RESULT_NAMES.get(kind, kind)} | {' | '.join(values)} |")
+def _table(titles: Sequence[str], rows: Mapping[str, Sequence[float | None]]) -> str:
+    """A Markdown table of shares in percent."""
+    lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
+    for name, values in rows.items():
+        cells = [f"{100 * value:.1f}" if _is_number(value) else "–" for value in values]
+        lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(lines)
 
 
-def _results_intro(data: SynerNetModelCardData) -> str:
-    num_images = next(iter(data.results.values()))["num_images"]
-    chosen = data.settings.get("metric_classes")
-    classes = f"the {len(chosen)} classes {', '.join(chosen)}" if chosen else f"all {len(data.class_names)} classes"
-    return (
-        f"On {num_images} images of the validation split, in percent; mean IoU, recall and precision are means over "
-        f"{classes}. CAMs are given the true image labels. The scores are those of the weights in this folder."
-    )
+def _results_table(data: SynerNetModelCardData) -> str:
+    means = ("mean_iou", "recall", "precision", "mean_iou_present")
+    rows = {RESULT_NAMES.get(kind, kind): [scores[name] for name in means] for kind, scores in data.results.items()}
+    return _table(("prediction", "mean IoU", "recall", "precision", "mean IoU, classes present"), rows)
 
 
 def _class_table(data: SynerNetModelCardData) -> str:
-    kinds = [kind for kind in CLASS_KINDS if kind in data.results]
-    lines = [f"| class | {' | '.join(RESULT_NAMES[kind] for kind in kinds)} |", "| --- " * (len(kinds) + 1) + "|"]
-    for name in data.class_names:
-        values = [_percent(data.results[kind]["per_class_iou"].get(name)) for kind in kinds]
-        lines.append(f"| {name} | {' | '.join(values)} |")
-    return "\n".join(lines)
-
-
-def _limitations(data: SynerNetModelCardData) -> list[str]:
-    sentences = [
-        f"It knows {len(data.class_names) - 1} classes; whatever else an image shows becomes background or one of them.",
-        "No contour was ever shown to it: where masks end was learnt from image labels, colours and agreement of two "
-        "branches, so thin parts and what always appears together with a class are where to look for mistakes.",
-        f"It is one run with one seed ({data.settings['seed']}); how much other seeds differ was not measured.",
-    ]
-    if not data.results:
-        return [*sentences, "It was not evaluated."]
-    sentences.append("It was scored on the validation split named above and on nothing else.")
-    ious = data.results["segmentation"]["per_class_iou"]
-    weak = [name for name in data.class_names if _is_number(ious.get(name)) and ious[name] < 0.3]
-    if weak:
-        sentences.append(f"The IoU of its segmentation is below 30 % for {', '.join(weak)}.")
-    return sentences
-
-
-def _weights_license(backbone: str | None) -> str:
-    if backbone is None:
-        return NO_LICENSE
-    if _is_hub_id(backbone):
-        return f"{NO_LICENSE} They start from {backbone}, whose terms are told at <https://huggingface.co/{backbone}>."
-    return f"{NO_LICENSE} They start from {PureWindowsPath(backbone).name}, whose terms hold for them too."
+    ious = {RESULT_NAMES[kind]: data.results[kind]["per_class_iou"] for kind in CLASS_KINDS if kind in data.results}
+    return _table(("class", *ious), {name: [iou.get(name) for iou in ious.values()] for name in data.class_names})
 
 
 def published_card(text: str, repo_id: str, license: str | None = None) -> ModelCard:
     """
-    The card of a run as it is pushed: the repository's name in the instructions, and the licence where one is chosen.
+    Makes the card to push of the card of a run: with the repository's name in the instructions, and the licence.
 
     Args:
         text (`str`): The card, header included.
@@ -250,40 +213,22 @@ def generate_model_card(data: SynerNetModelCardData) -> ModelCard:
     Returns:
         [`~huggingface_hub.ModelCard`]: its text is `str(card)`.
     """
-    settings = data.settings
-    backbone = settings.get("backbone")
-    if backbone is None:
-        encoder = f"random weights, {settings['backbone_config'].get('model_type')}"
-    else:
-        encoder = f"{backbone if _is_hub_id(backbone) else PureWindowsPath(backbone).name}, pretrained"
-    per_step = settings["per_device_batch_size"] * settings["gradient_accumulation_steps"] * data.num_processes
+    segmentation = data.results.get("segmentation", {}).get("per_class_iou", {})
     return ModelCard.from_template(
         data.metadata(),
         template_path=str(TEMPLATE_PATH),
-        model_name=data.model_name,
-        dataset=data.dataset,
-        num_train=data.num_train,
-        backbone=encoder,
-        steps=data.steps,
-        batch=per_step,
-        crop_size=settings["crop_size"],
-        seed=settings["seed"],
-        precision="float32" if data.precision == "no" else f"mixed, {data.precision}",
-        minutes=f"{data.minutes:.1f}",
-        hardware=data.hardware,
-        software=", ".join(f"{name} {version}" for name, version in data.versions.items()),
-        recipe=yaml.safe_dump(data.recipe(), sort_keys=False, allow_unicode=True).rstrip(),
-        results=bool(data.results),
-        results_intro=_results_intro(data) if data.results else "",
-        results_table=_results_table(data) if data.results else "",
-        class_table=_class_table(data) if data.results else "",
-        images=data.images,
-        num_images=data.num_images,
+        run=data,
+        settings=data.settings,
         folder=FOLDER,
-        limitations=_limitations(data),
-        weights_license=_weights_license(backbone),
+        recipe=yaml.safe_dump(data.recipe(), sort_keys=False, allow_unicode=True).rstrip(),
+        num_scored=next(iter(data.results.values()))["num_images"] if data.results else 0,
+        results_table=_results_table(data),
+        class_table=_class_table(data),
+        weak_classes=[
+            name for name in data.class_names if _is_number(segmentation.get(name)) and segmentation[name] < 0.3
+        ],
+        no_license=NO_LICENSE,
         data_terms=DATA_TERMS.get(data.dataset, UNKNOWN_DATA_TERMS),
-        classes=", ".join(f"{index} {name}" for index, name in enumerate(data.class_names)),
     )
 
 

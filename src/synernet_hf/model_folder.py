@@ -1,6 +1,5 @@
 """Checks a model folder from an unknown source before anything of it is built or loaded."""
 
-import json
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
@@ -8,6 +7,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
+from synernet_hf.files import read_json
 from synernet_hf.model import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 
 
@@ -19,8 +19,7 @@ MAX_SIDE = 16_384
 # pixels that an image may keep: 1.5 times what Pillow opens
 MAX_PIXELS = 2**28
 MAX_JSON_BYTES = 20_000_000
-# Largest sizes of a configuration: far above every published encoder, and low enough that a hostile file cannot make
-# the reader build without end (our choice).
+# Largest sizes of a configuration (ours): far above every published encoder, low enough to bound what is built.
 MAX_FIELDS = {
     "pooling_top_k": 2**20,
     "broad_pooling_top_k": 2**20,
@@ -57,11 +56,10 @@ LOADING_ERRORS = (OSError, RuntimeError, TypeError, ValueError, SafetensorError,
 
 def check_model_folder(folder: str | Path) -> SynerNetConfig:
     """
-    Refuse a folder that `from_pretrained` should not be given.
+    Refuses a folder that `from_pretrained` should not be given.
 
-    Nothing is unpickled, no tensor is read, and no file outside the folder is opened. Loading needs no more memory
-    than the folder's weights after this check. `max_pixels` of the image processor may be null, which our users may
-    save: images then keep their size, which Pillow alone bounds, and resizing has no bound. Set
+    Nothing is unpickled, no tensor is read, no file outside the folder is opened. After this check loading needs no
+    more memory than the folder's weights. `max_pixels` of the image processor may be null: set
     `processor.max_pixels` after loading where the images are not your own.
 
     Args:
@@ -73,8 +71,8 @@ def check_model_folder(folder: str | Path) -> SynerNetConfig:
     Raises:
         FileNotFoundError: If the configuration or the weights are missing.
         ValueError: If the configuration is none of a SynerNet, it or the image processor's (where there is one) asks
-            for sizes beyond all measure, an index names files outside the folder, a weights file is no safetensors
-            file, or the weights are fewer than the configuration asks for.
+            for absurd sizes, an index names files outside the folder, a weights file is no safetensors file, or the
+            weights are fewer than the configuration asks for.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -105,19 +103,15 @@ def load_model(run: str | Path) -> SynerNetForWeaklySupervisedSegmentation:
     Raises:
         ValueError: [`check_model_folder`] refuses the folder, or the model cannot be loaded.
     """
-    return _load(run, with_processor=False)[0]
+    return _load(run)[0]
 
 
-def load_model_folder(
-    run: str | Path,
-) -> tuple[SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor]:
-    """[`load_model`] and the image processor beside it, with the same arguments and errors."""
+def load_model_folder(run: str | Path) -> tuple[SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor]:
+    """Loads the model and the image processor beside it, with the argument and errors of [`load_model`]."""
     return _load(run, with_processor=True)
 
 
-def _load(
-    run: str | Path, with_processor: bool
-) -> tuple[SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor | None]:
+def _load(run: str | Path, with_processor: bool = False):
     try:
         folder = run if Path(run).is_dir() else snapshot_download(str(run), allow_patterns=["*.json", "*.safetensors"])
         check_model_folder(folder)
@@ -128,8 +122,8 @@ def _load(
     except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{run} holds no usable model ({reason}); give the folder of a finished run.") from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    missing = sorted(report["missing_keys"])
+    if missing:
         raise ValueError(
             f"The weights in {run} lack {len(missing)} parameters, such as {missing[0]}; give the folder of a finished "
             "run."
@@ -145,7 +139,7 @@ def _read_json(path: Path) -> dict:
             f"{path} is refused: {path.stat().st_size:,} bytes are too many for a description of a model."
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is refused: it is no JSON that can be read.") from error
     if not isinstance(content, dict):

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
@@ -20,6 +21,9 @@ from synernet_hf.data.checks import DECODING_ERRORS
 from synernet_hf.data.schema import check_on_bad_image, class_names, multi_hot, name_some, record_features
 from synernet_hf.files import TEMPORARY_NAME, read_json, replace_file, write_json
 from synernet_hf.model import (
+    SynerNetForWeaklySupervisedSegmentation,
+    SynerNetImageProcessor,
+    SynerNetPixelAdaptiveRefinement,
     generate_image_cams,
     open_image,
     predict_labels,
@@ -27,24 +31,17 @@ from synernet_hf.model import (
     resize_maps,
     segment_images,
 )
-from synernet_hf.model.refinement_synernet import SynerNetPixelAdaptiveRefinement, refine_present
+from synernet_hf.model.refinement_synernet import refine_present
 from synernet_hf.visualization import palette_image
 
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
-
-
 MAPS = ("pseudo_label", "segmentation")
-LABEL_SOURCES = ("auto", "given", "predicted")
+LABEL_SOURCES = ("auto", "known", "predicted")
 SETTINGS_FILE = "pseudo_labels.json"
 MANIFEST_FILE = "manifest.parquet"
 MASK_FOLDER = "masks"
-# text chunk of a mask that holds its line of the manifest, so that both appear on disk in one step
+# text chunk of a mask that holds its row of the manifest, so that both appear on disk in one step
 RECORD_KEY = "synernet_hf"
-# names under which this module writes what is not complete yet
 MANIFEST_SCHEMA = pa.schema(
     [
         ("image_id", pa.string()),
@@ -64,31 +61,31 @@ MANIFEST_SCHEMA = pa.schema(
 @dataclass(frozen=True)
 class PseudoLabelOptions:
     """
-    Which label map is made of an image.
+    Which label map to make of an image.
 
     Args:
         map (`str`, *optional*, defaults to `"pseudo_label"`): `"pseudo_label"`: the fused CAM under two background
             hypotheses, refined by the image's colours, 255 where they leave a pixel open. `"segmentation"`: the
-            decoders' multi-scale segmentation, no class but those of the image and background; every pixel is decided.
-        image_labels (`str`, *optional*, defaults to `"auto"`): Which classes an image may show: `"given"`, those of
+            decoders' multi-scale segmentation, limited to the image's classes and background; decides every pixel.
+        label_source (`str`, *optional*, defaults to `"auto"`): Which classes an image may show: `"known"`, those of
             its record (none: all background); `"predicted"`, those that the classifier finds (a logit above 0);
-            `"auto"`, given where the record has one at least, predicted elsewhere.
-        scales (`tuple[float, ...]`, *optional*): Scales at which an image is seen; `config.cam_scales` or
-            `config.inference_scales` when not given.
-        flip (`bool`, *optional*): Also see the mirror of every scale; `config.cam_flip` for pseudo-labels and `False`
-            for segmentation when not given.
+            `"auto"`, known where the record has one at least, predicted elsewhere.
+        scales (`tuple[float, ...]`, *optional*): Scales at which an image is seen. Default: `config.cam_scales`, for a
+            segmentation `config.inference_scales`.
+        flip (`bool`, *optional*): Also see the mirror of every scale. Default: `config.cam_flip`, for a segmentation
+            `False`.
 
     Raises:
         ValueError: A choice is unknown or a scale is not positive.
     """
 
     map: str = "pseudo_label"
-    image_labels: str = "auto"
+    label_source: str = "auto"
     scales: tuple[float, ...] | None = None
     flip: bool | None = None
 
     def __post_init__(self) -> None:
-        for name, value, choices in (("map", self.map, MAPS), ("image_labels", self.image_labels, LABEL_SOURCES)):
+        for name, value, choices in (("map", self.map, MAPS), ("label_source", self.label_source, LABEL_SOURCES)):
             if value not in choices:
                 raise ValueError(f"`{name}` is {value!r}; one of {', '.join(choices)} is expected.")
         if self.scales is not None and not (self.scales and all(0 < scale < float("inf") for scale in self.scales)):
@@ -101,14 +98,14 @@ class PseudoLabeler:
 
     Args:
         model ([`SynerNetForWeaklySupervisedSegmentation`]): The model, unwrapped, on its device, in evaluation mode.
-        processor ([`SynerNetImageProcessor`]): Turns an image into normalised pixel values, resized if it is set to.
+        processor ([`SynerNetImageProcessor`]): Saved with the model.
         options ([`PseudoLabelOptions`], *optional*): What to make.
     """
 
     def __init__(
         self,
-        model: "SynerNetForWeaklySupervisedSegmentation",
-        processor: "SynerNetImageProcessor",
+        model: SynerNetForWeaklySupervisedSegmentation,
+        processor: SynerNetImageProcessor,
         options: PseudoLabelOptions | None = None,
     ) -> None:
         self.model = model
@@ -123,21 +120,20 @@ class PseudoLabeler:
         Labels the pixels of one image, alone in its forward passes, so that no other image has an influence.
 
         Args:
-            image (`PIL.Image.Image`): Of any size and mode. The image processor bounds what the model sees of it
-                (`max_pixels`); the label map has the size of the image.
+            image (`PIL.Image.Image`): Of any size and mode.
             label_ids (`Sequence[int]`, *optional*): Its labels, 0-based ids over the foreground classes.
 
         Returns:
             `tuple[np.ndarray, dict]`: the label map, uint8 of shape `(height, width)`, 0 background and 255 undecided;
-            and `width`, `height`, `labels` (ids of the classes it could show), `label_source` (`"given"` or
-            `"predicted"`), `found` (ids of the classes it shows), `confidence` (in [0, 1]: of `"pseudo_label"` the
-            mean share of layers and branches that agree on a pixel, of `"segmentation"` the mean probability of the
-            chosen class), `coverage` (share of decided pixels) and `foreground` (share of pixels with a class).
+            and `width`, `height`, `labels` (ids of the classes it could show), `label_source` (`"known"` or
+            `"predicted"`), `found` (ids of the classes it shows), `confidence` (in [0, 1]: the mean share of layers
+            and branches that agree on a pixel, of a segmentation the mean probability of the chosen class), `coverage`
+            (share of decided pixels) and `foreground` (share of pixels with a class).
         """
         prepared = prepare_image(self.processor, image)
-        source = label_source(self.options, label_ids)
+        source = _label_source(self.options, label_ids)
         labels = "predicted"
-        if source == "given":
+        if source == "known":
             labels = [multi_hot(label_ids, self.model.config.num_labels - 1)]
         make = self._pseudo_label if self.options.map == "pseudo_label" else self._segmentation
         label_map, confidence, labels = make(prepared, labels)
@@ -161,7 +157,6 @@ class PseudoLabeler:
         [cams] = generate_image_cams(
             self.model, self.processor, [prepared], labels, options.scales, options.flip, all_classes=False
         )
-        given = labels[0].to(self.model.device)
         pixels = torch.from_numpy(np.array(prepared.image)).to(self.model.device).permute(2, 0, 1).float() / 255
         [label_map] = refine_present(
             pixels[None],
@@ -173,7 +168,7 @@ class PseudoLabeler:
         )
         # ids and 255 cannot be mixed: the nearest pixel of an image that was shrunk
         label_map = F.interpolate(label_map[None].float(), size=prepared.size)[0, 0]
-        return label_map, cams["confidence"].float().mean(), given
+        return label_map, cams["confidence"].float().mean(), labels[0]
 
     def _segmentation(self, prepared, labels) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         options = self.options
@@ -183,30 +178,30 @@ class PseudoLabeler:
         return segmented.label_map, segmented.probabilities().mean(), segmented.labels
 
 
-def label_source(options: PseudoLabelOptions, label_ids: Sequence[int] | None) -> str:
-    """`"given"` or `"predicted"`: whose classes the options choose for an image with these labels."""
-    if options.image_labels == "auto":
-        return "given" if label_ids else "predicted"
-    return options.image_labels
+def _label_source(options: PseudoLabelOptions, label_ids: Sequence[int] | None) -> str:
+    """`"known"` or `"predicted"`: whose classes the options choose for an image with these labels."""
+    if options.label_source == "auto":
+        return "known" if label_ids else "predicted"
+    return options.label_source
 
 
 def write_pseudo_labels(
-    model: "SynerNetForWeaklySupervisedSegmentation",
-    processor: "SynerNetImageProcessor",
+    model: SynerNetForWeaklySupervisedSegmentation,
+    processor: SynerNetImageProcessor,
     dataset: datasets.Dataset,
     output_dir: str | Path,
     options: PseudoLabelOptions | None = None,
-    accelerator: "Accelerator | None" = None,
+    accelerator: Accelerator | None = None,
     on_bad_image: str = "raise",
     progress: bool = False,
 ) -> pa.Table:
     """
     Writes the pseudo-label of every image and a manifest of them; called again, does what is not there yet.
 
-    What is there is told from the image's file and labels: a mask of another image of the same name is made again.
     The folder holds `masks/IMAGE_ID.png` (VOC palette, 255 = undecided), `manifest.parquet` and `pseudo_labels.json`
-    (what made them). Every file appears whole or not at all. Files are the same, byte for byte, for any number of
-    processes and after any interruption, on one kind of device and with the same number of threads per process.
+    (what made them). A mask belongs to the content and the labels of its image: it is made again where they differ.
+    Every file appears whole or not at all. Files are equal byte for byte for any number of processes and after any
+    interruption, on one kind of device and with the same number of threads per process.
 
     Args:
         model ([`SynerNetForWeaklySupervisedSegmentation`]): The model, unwrapped, on its device. Its training mode is
@@ -220,12 +215,12 @@ def write_pseudo_labels(
             call this function.
         on_bad_image (`str`, *optional*, defaults to `"raise"`): `"raise"` stops at the first image that does not
             decode, `"skip"` names and leaves out such images.
-        progress (`bool`, *optional*, defaults to `False`): Shows a progress bar on the first process.
+        progress (`bool`, *optional*, defaults to `False`): Show a progress bar on the first process.
 
     Returns:
-        `pyarrow.Table`: the manifest, least confident image first: `image_id`, `mask` (path in the folder), `width`,
-        `height`, `classes` (names of the classes it could show), `missing_classes` (those of them it does not show),
-        `label_source`, `confidence`, `coverage` and `foreground`, see [`PseudoLabeler`].
+        `pyarrow.Table`: the manifest, least confident image first: `image_id`, `mask` (path in the folder), `classes`
+        (names of the classes it could show), `missing_classes` (those of them it does not show), and `width`,
+        `height`, `label_source`, `confidence`, `coverage` and `foreground` as [`PseudoLabeler`] returns them.
 
     Raises:
         ValueError: The split lacks a column, is empty, has other classes than the model, or an identifier that is no
@@ -234,15 +229,14 @@ def write_pseudo_labels(
     """
     output_dir, options = Path(output_dir), options or PseudoLabelOptions()
     check_on_bad_image(on_bad_image)
-    main = accelerator is None or accelerator.is_main_process
+    first, step = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     _check_classes(model, dataset, options)
     records = _wanted_records(dataset, options)
     settings = _settings(model, processor, options)
     _check_same_settings(output_dir, settings)
-    if main:
+    if first == 0:
         _prepare_folder(output_dir, settings)
     _wait(accelerator)
-    first, step = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     images = dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
     labeler = PseudoLabeler(model, processor, options)
     was_training = model.training
@@ -251,7 +245,8 @@ def write_pseudo_labels(
         for record in tqdm(records[first::step], desc="pseudo-labels", disable=not progress or first > 0):
             path = output_dir / record["mask"]
             try:
-                content = _file_content(images[record["index"]]["image"])
+                image = images[record["index"]]["image"]
+                content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
                 digest = hashlib.sha256(content).hexdigest()
                 if _is_current(_mask_record(path), record, digest, options):
                     continue
@@ -271,16 +266,13 @@ def write_pseudo_labels(
     finally:
         model.train(was_training)
     _wait(accelerator)
-    manifest = _manifest(output_dir, records, model.config.id2label) if main else None
-    if accelerator is not None:
-        from accelerate.utils import broadcast_object_list
-
-        [manifest] = broadcast_object_list([manifest])
+    if first == 0:
+        rows = _manifest(output_dir, records, model.config.id2label)
+        replace_file(output_dir / MANIFEST_FILE, lambda path: pq.write_table(rows, path))
+    _wait(accelerator)
+    manifest = pq.read_table(output_dir / MANIFEST_FILE)
     if len(manifest) == 0:
         raise ValueError(f"None of the {len(records)} images decodes; there is nothing to label.")
-    if main:
-        replace_file(output_dir / MANIFEST_FILE, lambda path: pq.write_table(manifest, path))
-    _wait(accelerator)
     return manifest
 
 
@@ -303,10 +295,12 @@ def with_pseudo_labels(dataset: datasets.Dataset, folder: str | Path, min_confid
         ValueError: No record is left, or the records carry another class list than the masks.
     """
     folder = Path(folder)
-    path = folder / MANIFEST_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no {path}: give a folder that examples/pseudo_labels.py has finished.")
-    names = pseudo_label_classes(folder)
+    for name in (MANIFEST_FILE, SETTINGS_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"There is no {folder / name}: give a folder that examples/pseudo_labels.py has finished."
+            )
+    names = _mask_classes(folder / SETTINGS_FILE)
     if "labels" in dataset.column_names:
         given = class_names(datasets.DatasetDict(split=dataset))
         if given != names:
@@ -314,7 +308,7 @@ def with_pseudo_labels(dataset: datasets.Dataset, folder: str | Path, min_confid
                 f"The data set's classes ({name_some(given)}) are not those of the masks in {folder} "
                 f"({name_some(names)}), in this order: load it with the masks' class list (class_names)."
             )
-    rows = pq.read_table(path, columns=["image_id", "mask", "confidence", "classes"]).to_pylist()
+    rows = pq.read_table(folder / MANIFEST_FILE, columns=["image_id", "mask", "confidence", "classes"]).to_pylist()
     rows = {row["image_id"]: row for row in rows if row["confidence"] >= min_confidence}
     chosen = [index for index, image_id in enumerate(dataset["image_id"]) if image_id in rows]
     if not chosen:
@@ -332,48 +326,29 @@ def with_pseudo_labels(dataset: datasets.Dataset, folder: str | Path, min_confid
     return dataset.add_column("mask", paths, feature=datasets.Image())
 
 
-def pseudo_label_classes(folder: str | Path) -> list[str]:
-    """
-    Reads what the ids in pseudo-labels mean.
-
-    Args:
-        folder (`str` or `Path`): What [`write_pseudo_labels`] wrote.
-
-    Returns:
-        `list[str]`: class names by id, background first.
-
-    Raises:
-        FileNotFoundError: The folder has no `pseudo_labels.json`.
-        ValueError: The file cannot be read.
-    """
-    path = Path(folder) / SETTINGS_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no {path}: give a folder that examples/pseudo_labels.py has finished.")
+def _mask_classes(path: Path) -> list[str]:
+    """What the ids in masks mean: class names by id, background first."""
     try:
-        id2label = json.loads(path.read_text(encoding="utf-8"))["id2label"]
+        id2label = read_json(path)["id2label"]
         return [id2label[str(class_id)] for class_id in range(len(id2label))]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not say what the ids in the masks mean: make them anew.") from error
 
 
-def _wait(accelerator: "Accelerator | None") -> None:
+def _wait(accelerator: Accelerator | None) -> None:
     if accelerator is not None:
         accelerator.wait_for_everyone()
 
 
-def _file_content(image: dict) -> bytes:
-    return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
-
-
 def _check_classes(model, dataset: datasets.Dataset, options: PseudoLabelOptions) -> None:
-    needed = ["image", "image_id"] + ["labels"] * (options.image_labels == "given")
+    needed = ["image", "image_id"] + ["labels"] * (options.label_source == "known")
     missing = [name for name in needed if name not in dataset.column_names]
     if missing or len(dataset) == 0:
         fault = f"lacks the columns {', '.join(missing)}" if missing else "is empty"
         raise ValueError(f"The split to label {fault}; give records as docs/data.md describes them.")
     if model.config.num_labels > 255:
         raise ValueError(f"The model has {model.config.num_labels} classes; a palette mask holds 255 at most.")
-    if options.image_labels == "predicted" or "labels" not in dataset.column_names:
+    if options.label_source == "predicted" or "labels" not in dataset.column_names:
         return
     known = [model.config.id2label[index] for index in range(model.config.num_labels)]
     names = class_names(datasets.DatasetDict(split=dataset))
@@ -386,9 +361,9 @@ def _check_classes(model, dataset: datasets.Dataset, options: PseudoLabelOptions
 
 def _wanted_records(dataset: datasets.Dataset, options: PseudoLabelOptions) -> list[dict[str, Any]]:
     """What is known of each image before it is opened: `index`, `image_id`, `mask` (path), `labels`."""
-    image_ids = dataset["image_id"][:]
-    use_labels = options.image_labels != "predicted" and "labels" in dataset.column_names
-    labels = dataset["labels"][:] if use_labels else [None] * len(image_ids)
+    image_ids, labels = dataset["image_id"][:], [None] * len(dataset)
+    if options.label_source != "predicted" and "labels" in dataset.column_names:
+        labels = dataset["labels"][:]
     seen: set[str] = set()
     records = []
     for index, (image_id, label_ids) in enumerate(zip(image_ids, labels, strict=True)):
@@ -418,9 +393,9 @@ def _is_current(content: dict[str, Any] | None, record: dict, digest: str, optio
     """Whether a mask was made of this file, for these image labels."""
     if content is None or content.get("image") != digest:
         return False
-    source = label_source(options, record["labels"])
+    source = _label_source(options, record["labels"])
     wanted = [label + 1 for label in record["labels"] or ()]
-    return content["label_source"] == source and (source != "given" or content["labels"] == wanted)
+    return content["label_source"] == source and (source != "known" or content["labels"] == wanted)
 
 
 def _settings(model, processor, options: PseudoLabelOptions) -> dict[str, Any]:
@@ -438,7 +413,7 @@ def _settings(model, processor, options: PseudoLabelOptions) -> dict[str, Any]:
     return {
         "model": digest.hexdigest(),
         "map": options.map,
-        "image_labels": options.image_labels,
+        "label_source": options.label_source,
         "scales": [float(scale) for scale in scales],
         "flip": bool(flip),
         "id2label": {str(key): name for key, name in config.id2label.items()},
@@ -510,7 +485,6 @@ __all__ = [
     "MAPS",
     "PseudoLabelOptions",
     "PseudoLabeler",
-    "pseudo_label_classes",
     "with_pseudo_labels",
     "write_pseudo_labels",
 ]

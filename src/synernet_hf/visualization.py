@@ -6,17 +6,16 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 
-# Control points of the heat map, from cold (0) to hot (1): dark, so that small values recede, then ever lighter.
+# colours of the heat map at evenly spaced values from 0 to 1, ever lighter
 _HEAT_COLORS = ((8, 8, 32), (70, 20, 120), (190, 50, 90), (250, 140, 40), (255, 240, 170))
 
 
 def voc_palette() -> np.ndarray:
     """
-    The colour map of PASCAL VOC: the bits of an id, three at a time, fill red, green and blue from the top bit on.
+    Makes the colour map of PASCAL VOC: the bits of an id, three at a time, fill red, green and blue from the top bit on.
 
     Returns:
-        `np.ndarray` of dtype uint8 and shape `(256, 3)`: RGB colour of every id; 0 is black, 255 is the pale contour
-        colour of "ignore".
+        `np.ndarray` of dtype uint8 and shape `(256, 3)`: RGB colours by id; 0 is black, 255 ("ignore") is pale.
     """
     ids = np.arange(256)
     palette = np.zeros((256, 3), dtype=np.uint8)
@@ -52,15 +51,26 @@ def _as_rgb(image: "Image.Image | np.ndarray") -> Image.Image:
     return Image.fromarray(array).convert("RGB")
 
 
+def _pixels_under(image: "Image.Image | np.ndarray", drawn: np.ndarray, name: str) -> np.ndarray:
+    """The pixels of an image, float32 `(height, width, 3)`, on which a map of the same size is drawn."""
+    pixels = np.asarray(_as_rgb(image), dtype=np.float32)
+    if pixels.shape[:2] != drawn.shape:
+        raise ValueError(
+            f"The image is {pixels.shape[0]} x {pixels.shape[1]} (height x width), the {name} {drawn.shape[0]} x "
+            f"{drawn.shape[1]}; equal sizes are expected: resize the map first."
+        )
+    return pixels
+
+
 def palette_image(label_map: np.ndarray) -> Image.Image:
     """
-    A label map as a palette image, the file format of PASCAL VOC masks: the stored values are the ids themselves.
+    Makes a palette image of a label map, the format of PASCAL VOC masks: the stored values are the ids themselves.
 
     Args:
         label_map (`np.ndarray` of integers and shape `(height, width)`): Class ids, 0 to 255.
 
     Returns:
-        `PIL.Image.Image`: Image of mode `"P"` with the VOC palette.
+        `PIL.Image.Image`: Mode `"P"`, with the VOC palette.
 
     Raises:
         ValueError: If the map is not two-dimensional, not integer or holds ids outside 0 to 255.
@@ -72,28 +82,18 @@ def palette_image(label_map: np.ndarray) -> Image.Image:
 
 def colorize(label_map: np.ndarray) -> Image.Image:
     """
-    Paint every class id in its VOC colour.
-
-    Args:
-        label_map (`np.ndarray` of integers and shape `(height, width)`): Class ids, 0 to 255.
-
-    Returns:
-        `PIL.Image.Image`: RGB image of the same size.
-
-    Raises:
-        ValueError: As in [`palette_image`].
+    Paints every class id in its VOC colour: an RGB image, with the argument and the errors of [`palette_image`].
     """
     return Image.fromarray(voc_palette()[_checked_label_map(label_map)])
 
 
 def overlay(image: "Image.Image | np.ndarray", label_map: np.ndarray, alpha: float = 0.5) -> Image.Image:
     """
-    Lay the coloured classes over an image; background (id 0) stays as it is.
+    Lays the coloured classes over an image; background (id 0) stays as it is.
 
     Args:
         image (`PIL.Image.Image` or `np.ndarray` of dtype uint8 and shape `(height, width, 3)`): The image.
-        label_map (`np.ndarray` of integers and shape `(height, width)`): Class ids, 0 to 255, of the size of the
-            image.
+        label_map (`np.ndarray` of integers and shape `(height, width)`): Class ids, 0 to 255.
         alpha (`float`, *optional*, defaults to 0.5): Opacity of the colours in [0, 1].
 
     Returns:
@@ -104,13 +104,8 @@ def overlay(image: "Image.Image | np.ndarray", label_map: np.ndarray, alpha: flo
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"`alpha` is {alpha}; an opacity between 0 and 1 is expected.")
-    pixels = np.asarray(_as_rgb(image), dtype=np.float32)
     label_map = _checked_label_map(label_map)
-    if pixels.shape[:2] != label_map.shape:
-        raise ValueError(
-            f"The image is {pixels.shape[0]} x {pixels.shape[1]} (height x width), the label map "
-            f"{label_map.shape[0]} x {label_map.shape[1]}; equal sizes are expected: resize the map first."
-        )
+    pixels = _pixels_under(image, label_map, "label map")
     colored = voc_palette()[label_map].astype(np.float32)
     opacity = np.where(label_map == 0, 0.0, alpha)[..., None]  # (height, width, 1)
     return Image.fromarray(np.rint(pixels * (1 - opacity) + colored * opacity).astype(np.uint8))
@@ -118,12 +113,12 @@ def overlay(image: "Image.Image | np.ndarray", label_map: np.ndarray, alpha: flo
 
 def heat_map(values: np.ndarray, image: "Image.Image | np.ndarray | None" = None, alpha: float = 0.6) -> Image.Image:
     """
-    Colour a map of values, such as a CAM or a confidence map, from dark (0) to light (1).
+    Colours a map of values, such as a CAM or a confidence map, from dark (0) to light (1).
 
     Args:
-        values (`np.ndarray` of floats and shape `(height, width)`): Values in [0, 1]; what lies outside is clipped.
+        values (`np.ndarray` of floats and shape `(height, width)`): Clipped to [0, 1].
         image (`PIL.Image.Image` or `np.ndarray` of dtype uint8 and shape `(height, width, 3)`, *optional*): Image of
-            the same size to show through. None paints the plain heat map.
+            the same size to show through.
         alpha (`float`, *optional*, defaults to 0.6): Opacity of the heat map over `image` in [0, 1].
 
     Returns:
@@ -139,13 +134,7 @@ def heat_map(values: np.ndarray, image: "Image.Image | np.ndarray | None" = None
     channels = np.asarray(_HEAT_COLORS, dtype=np.float32).T
     heat = np.stack([np.interp(values, stops, channel) for channel in channels], axis=-1)  # (height, width, 3)
     if image is not None:
-        pixels = np.asarray(_as_rgb(image), dtype=np.float32)
-        if pixels.shape[:2] != values.shape:
-            raise ValueError(
-                f"The image is {pixels.shape[0]} x {pixels.shape[1]} (height x width), the values "
-                f"{values.shape[0]} x {values.shape[1]}; equal sizes are expected."
-            )
-        heat = (1 - alpha) * pixels + alpha * heat
+        heat = (1 - alpha) * _pixels_under(image, values, "map of values") + alpha * heat
     return Image.fromarray(np.rint(heat).astype(np.uint8))
 
 
@@ -153,13 +142,13 @@ def figure_panels(
     rows: "Sequence[Sequence[tuple[str, Image.Image | np.ndarray]]]", panel_size: tuple[int, int] = (224, 224)
 ) -> Image.Image:
     """
-    Images in a grid, each with its title above.
+    Lays images out in a grid, each with its title above.
 
     Args:
         rows (`Sequence[Sequence[tuple[str, PIL.Image.Image or np.ndarray]]]`): One sequence of (title, image) per row;
             rows may differ in length. Arrays are uint8 of shape `(height, width)` or `(height, width, 3)`.
-        panel_size (`tuple[int, int]`, *optional*, defaults to `(224, 224)`): Width and height in pixels that every
-            image is fitted into, its proportions kept.
+        panel_size (`tuple[int, int]`, *optional*, defaults to `(224, 224)`): Width and height in pixels into which
+            every image fits, its proportions kept.
 
     Returns:
         `PIL.Image.Image`: RGB figure on white.
