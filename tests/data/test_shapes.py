@@ -4,12 +4,21 @@ import numpy as np
 import pytest
 
 from synernet_hf.data import SHAPES_CLASSES, class_names, load_shapes
-from synernet_hf.data.shapes import CLUTTER_WITH_CLASS, CLUTTER_WITHOUT_CLASS, generate_shapes
+from synernet_hf.data.shapes import CLUTTER_WITH_CLASS, CLUTTER_WITHOUT_CLASS
+
+
+def pairs(split):
+    """Images and masks as arrays."""
+    return [(np.asarray(record["image"]), np.asarray(record["mask"])) for record in split]
+
+
+def drawn_shapes(number, image_size, seed=0):
+    return pairs(load_shapes(number, 1, image_size, seed, with_train_masks=True)["train"])
 
 
 @pytest.fixture(scope="module")
 def drawn():
-    return list(generate_shapes(150, 64, 0, "train"))
+    return drawn_shapes(150, 64)
 
 
 def test_splits_columns_and_classes():
@@ -30,16 +39,15 @@ def test_labels_are_the_classes_in_the_mask():
 
 
 def test_same_seed_same_images_and_a_larger_set_starts_with_the_smaller():
-    small, large, other = (
-        list(generate_shapes(number, 40, seed, "train")) for number, seed in ((3, 1), (6, 1), (3, 2))
-    )
+    small, large, other = (drawn_shapes(number, 40, seed) for number, seed in ((3, 1), (6, 1), (3, 2)))
     for (image, mask), (same_image, same_mask) in zip(small, large, strict=False):
         assert (image == same_image).all() and (mask == same_mask).all()
     assert not any((one == two).all() for (one, _), (two, _) in zip(small, other, strict=True))
 
 
 def test_train_and_validation_share_no_image():
-    images = [image for split in ("train", "validation") for image, _ in generate_shapes(10, 40, 0, split)]
+    loaded = load_shapes(10, 10, 40, with_train_masks=True)
+    images = [image for split in loaded.values() for image, _ in pairs(split)]
     assert len({image.tobytes() for image in images}) == 20
 
 

@@ -2,7 +2,6 @@
 
 import colorsys
 import io
-from collections.abc import Iterator
 
 import datasets
 import numpy as np
@@ -17,7 +16,6 @@ CLUTTER_WITH_CLASS, CLUTTER_WITHOUT_CLASS = 0.65, 0.1
 DISTRACTOR_PROBABILITY = 0.4
 TOUCH_PROBABILITY = 0.6
 MIN_VISIBLE_SHARE = 0.6
-SPLIT_IDS = {"train": 0, "validation": 1}
 
 
 def load_shapes(
@@ -30,15 +28,13 @@ def load_shapes(
     """
     Generates the embedded data set (our choice).
 
-    An image shows one to three objects on a cluttered background. An object of each of the five classes has a small
-    head with a texture and a strong colour of its own, the part a classifier finds, and a larger plain body in a pale
-    colour near that of the head, the part it does not need. Objects have several sizes, often touch or cover one
-    another, and plain bodies without a head lie around as background. Each class has its own kind of clutter, drawn
-    in 65 % of the images with the class and in 10 % of those without. A plain class activation map is therefore
-    partial (heads only) and leaky (clutter).
+    An image shows one to three objects on a cluttered background. Each has a small head with the texture and the strong
+    colour of its class, which a classifier finds, and a larger plain body in a pale colour. Objects touch or cover one
+    another, bodies without a head are background, and each class has clutter of its own, in 65 % of its images and in
+    10 % of the others. A plain class activation map is therefore partial (heads only) and leaky (clutter).
 
-    Image i of a split depends on `seed`, the split, `image_size` and i alone, so that a larger data set starts with
-    the images of a smaller one.
+    Image i of a split depends on `seed`, the split, `image_size` and i alone: a larger data set starts with the images
+    of a smaller one.
 
     Args:
         num_train (`int`, *optional*, defaults to 2000): Number of training images.
@@ -46,7 +42,7 @@ def load_shapes(
         image_size (`int`, *optional*, defaults to 64): Height and width of an image in pixels.
         seed (`int`, *optional*, defaults to 0): Seed of all random choices.
         with_train_masks (`bool`, *optional*, defaults to `False`): Adds the `mask` column to the training split, for
-            analysis; training neither needs nor reads it.
+            analysis.
 
     Returns:
         `datasets.DatasetDict`: `train` (`image`, `image_id`, `labels`) and `validation` (the same and `mask`),
@@ -59,28 +55,19 @@ def load_shapes(
         raise ValueError(f"{num_train} training and {num_validation} validation images: give at least one of each.")
     if image_size < 32:
         raise ValueError(f"image_size is {image_size}, but the textures need at least 32 pixels.")
-    splits = {}
-    for split, number in (("train", num_train), ("validation", num_validation)):
-        images, ids, labels, masks = [], [], [], []
-        for index, (image, mask) in enumerate(generate_shapes(number, image_size, seed, split)):
+    grid = np.mgrid[0:image_size, 0:image_size].astype(np.float32)
+    splits = datasets.DatasetDict()
+    for split_index, (split, number) in enumerate((("train", num_train), ("validation", num_validation))):
+        images, labels, masks = [], [], []
+        for index in range(number):
+            image, mask = _draw_image(grid, np.random.default_rng((seed, split_index, image_size, index)))
             images.append(_encode_png(image))
-            ids.append(f"{split}_{index:06d}")
             labels.append([class_id - 1 for class_id in np.unique(mask).tolist() if class_id > 0])
             masks.append(_encode_png(mask))
+        ids = [f"{split}_{index:06d}" for index in range(number)]
         keep_masks = split == "validation" or with_train_masks
         splits[split] = build_split(images, ids, labels, SHAPES_CLASSES, masks if keep_masks else None)
-    return datasets.DatasetDict(splits)
-
-
-def generate_shapes(number: int, image_size: int, seed: int, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """
-    Draws `number` images of a split: image `(S, S, 3)` uint8 and mask `(S, S)` uint8 with class ids, 0 = background.
-
-    The splits `"train"` and `"validation"` have no image in common.
-    """
-    grid = np.mgrid[0:image_size, 0:image_size].astype(np.float32)
-    for index in range(number):
-        yield _draw_image(grid, np.random.default_rng((seed, SPLIT_IDS[split], image_size, index)))
+    return splits
 
 
 def _draw_image(grid: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -238,4 +225,4 @@ def _encode_png(array: np.ndarray) -> dict[str, bytes | None]:
     return {"bytes": stream.getvalue(), "path": None}
 
 
-__all__ = ["SHAPES_CLASSES", "generate_shapes", "load_shapes"]
+__all__ = ["SHAPES_CLASSES", "load_shapes"]

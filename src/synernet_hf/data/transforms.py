@@ -23,10 +23,7 @@ ORIENTATION_TAG = 0x0112
 
 
 def open_stored(image: dict | str | Path | Image.Image) -> Image.Image:
-    """
-    Opens an undecoded `datasets.Image` (`{"bytes": ..., "path": ...}`), a path or an image, as it is stored; no pixel
-    is decoded.
-    """
+    """Opens an undecoded `datasets.Image`, a path or an image as it is stored, without decoding a pixel."""
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, dict):
@@ -40,20 +37,16 @@ class TrainTransform:
     """
     Random rescale, mirror and crop of one image, as in the authors' family of code (AFA, ToCo, SynerNet).
 
-    The image of h×w pixels is rescaled by one factor to h'×w' and put at a random place of a black canvas of
-    max(h', S) × max(w', S) pixels; a random window of S×S pixels of the canvas is the crop. Only the pixels inside
-    the window are resampled, which gives the crop of the whole rescaled image; a JPEG that is shrunk to half or
-    less is decoded at half, a quarter or an eighth of its size, never below the size needed. That is faster and
-    slightly smoother than shrinking the whole image (docs/data.md has figures).
+    The rescaled image of h×w pixels is put at a random place of a black canvas of max(h, S) × max(w, S) pixels, and a
+    random window of S×S pixels of the canvas is the crop. Only the pixels inside the window are resampled. A JPEG that
+    is shrunk to half or less is decoded at half, a quarter or an eighth of its size, never below the size needed.
 
     Args:
         crop_size (`int`): Side S of the crop in pixels.
         scale_range (`tuple[float, float]`, *optional*, defaults to `(0.5, 2.0)`): Range of the uniformly drawn rescale
-            factor. The default belongs to crops of 448 pixels; for VOC images and a crop of 224, half of it keeps as
-            much of an image in view (our choice).
+            factor. The default belongs to crops of 448 pixels; half of it suits VOC images and crops of 224.
         flip (`bool`, *optional*, defaults to `True`): Mirrors left and right with probability 0.5.
-        seed (`int`, *optional*, defaults to 0): All randomness comes from `numpy.random.default_rng((seed,
-            position))`, so that the same position of the stream gives the same crop in any process and after a resume.
+        seed (`int`, *optional*, defaults to 0): The random numbers of a sample depend on `(seed, position)` alone.
 
     Raises:
         ValueError: The crop size or the range is not positive, or the range is reversed.
@@ -74,19 +67,12 @@ class TrainTransform:
 
     def __call__(self, record: dict, position: int) -> dict[str, Any]:
         """
-        Makes one training sample.
+        Makes the training sample at `position` of the stream.
 
-        Args:
-            record (`dict`): `image` (see [`open_stored`]), `image_id` and `labels`.
-            position (`int`): Place of the sample in the training stream.
-
-        Returns:
-            `dict`: `image` (`(3, S, S)` uint8, 0 outside the box), `valid_box` (`(4,)` int64: top, bottom, left,
-            right of the rectangle `[top, bottom) × [left, right)` of real pixels), `labels` (list of
-            class ids) and `image_id`.
-
-        Raises:
-            ValueError: The image does not decode; the sentence names it.
+        `record` holds `image` (undecoded, a path or an image), `image_id` and `labels`. Returns `image` (`(3, S, S)`
+        uint8, 0 outside the box), `valid_box` (`(4,)` int64: top, bottom, left, right of the rectangle
+        `[top, bottom) × [left, right)` of real pixels), `labels` (list of class ids) and `image_id`. Raises
+        `ValueError` that names an image which does not decode.
         """
         rng = np.random.default_rng((self.seed, position))
         try:
@@ -104,7 +90,7 @@ class TrainTransform:
         size = self.crop_size
         factor, mirror = rng.uniform(*self.scale_range), self.flip and rng.random() < 0.5
         width, height = (max(1, round(side * factor)) for side in image.size)
-        # a JPEG gives half, a quarter or an eighth of its size cheaply; never less than width x height
+        # a JPEG is decoded smaller, never below width x height
         image.draft("RGB", (width, height))
         image.load()
         # asked after loading: a TIFF has been turned by loading, and a PNG may have its EXIF after the pixels
@@ -131,7 +117,7 @@ class TrainTransform:
         if mirror:
             window = window.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         crop = np.zeros((3, size, size), dtype=np.uint8)
-        # channel by channel, which is far faster than to move the channels of an array
+        # channel by channel is far faster than moving the channels of an array
         for plane, band in zip(crop, window.split(), strict=True):
             plane[top:bottom, left:right] = np.asarray(band)
         return crop, (top, bottom, left, right)
@@ -148,12 +134,10 @@ def _place(length: int, size: int, rng: np.random.Generator) -> tuple[int, int, 
 
 class TrainDataset(Dataset):
     """
-    The training stream: `dataset[(index, position)]` is the sample at `position` of the stream, made of the record at
-    `index`.
+    The training stream: `dataset[(index, position)]` is the sample at `position`, made of the record at `index`.
 
     Args:
-        dataset (`datasets.Dataset`): A training split. A `mask` column, if there is one, is dropped unread; images are
-            opened by the transform.
+        dataset (`datasets.Dataset`): A training split. A `mask` column is dropped unread.
         transform ([`TrainTransform`]): Called as `transform(record, position)`.
     """
 
@@ -174,16 +158,15 @@ class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
     """
     Batches of (index, position) keys for [`TrainDataset`], the same whether or not the run was interrupted.
 
-    The stream runs through one permutation of the records after another, each drawn from
-    `numpy.random.default_rng((seed, epoch))`; batches are full and may straddle two epochs.
+    Each epoch is a permutation of the records that depends on `(seed, epoch)`. Batches are full and may straddle two
+    epochs.
 
     Args:
         num_records (`int`): Number of records.
         batch_size (`int`): Number of samples in a batch.
-        num_batches (`int`): Number of batches of the whole stream, that is of a run that was not interrupted.
+        num_batches (`int`): Number of batches of a run that is not interrupted.
         seed (`int`, *optional*, defaults to 0): Seed of the permutations.
-        start_batch (`int`, *optional*, defaults to 0): Number of batches to leave out at the start, because an earlier
-            run has seen them.
+        start_batch (`int`, *optional*, defaults to 0): Number of batches that an earlier run has seen.
 
     Raises:
         ValueError: There are no records, or the numbers are out of range.
@@ -221,7 +204,10 @@ class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
 
 class SynerNetDataCollator:
     """
-    Stacks the samples of [`TrainTransform`] into a batch.
+    Stacks B samples of [`TrainTransform`] of one crop size into a batch.
+
+    The batch is a `dict[str, torch.Tensor]`: `images` (`(B, 3, S, S)` uint8), `labels` (`(B, C)` float32 multi-hot) and
+    `valid_boxes` (`(B, 4)` int64: top, bottom, left, right).
 
     Args:
         num_classes (`int`): Number C of foreground classes.
@@ -231,17 +217,6 @@ class SynerNetDataCollator:
         self.num_classes = num_classes
 
     def __call__(self, samples: Sequence[dict]) -> dict[str, torch.Tensor]:
-        """
-        Stacks samples of one crop size.
-
-        Args:
-            samples (`Sequence[dict]`): B dictionaries with `image` (`(3, S, S)` uint8), `labels` (class ids) and
-                `valid_box` (`(4,)` int64); other entries are left out.
-
-        Returns:
-            `dict[str, torch.Tensor]`: `images` (`(B, 3, S, S)` uint8), `labels` (`(B, C)` float32 multi-hot) and
-            `valid_boxes` (`(B, 4)` int64: top, bottom, left, right).
-        """
         return {
             "images": torch.stack([sample["image"] for sample in samples]),
             "labels": torch.stack([multi_hot(sample["labels"], self.num_classes) for sample in samples]),
@@ -253,8 +228,7 @@ class PhotometricAugmentation(nn.Module):
     """
     Colour jitter, greyscale and blur of a batch on its device, then the normalisation that the encoder expects.
 
-    The probabilities are the authors'; they are drawn for each image from torch's global generator. With all three
-    at 0 the module only normalises.
+    The default probabilities are the authors'; each image draws from torch's global generator.
 
     Args:
         image_mean (`Sequence[float]`): Mean of each channel, for pixels in [0, 1].
@@ -296,16 +270,8 @@ class PhotometricAugmentation(nn.Module):
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """
-        Augments and normalises a batch.
-
-        Args:
-            images (`torch.Tensor`): `(B, 3, H, W)` uint8, H and W at least 7.
-
-        Returns:
-            `torch.Tensor`: `(B, 3, H, W)` float32, `(pixel / 255 - mean) / std`.
-
-        Raises:
-            TypeError: `images` is not uint8.
+        Augments `images` (`(B, 3, H, W)` uint8, H and W at least 7) and normalises them: `(pixel / 255 - mean) / std`,
+        `(B, 3, H, W)` float32. Raises `TypeError` for another dtype.
         """
         if images.dtype != torch.uint8:
             raise TypeError(f"Images of dtype {images.dtype} were given, but uint8 in 0..255 is expected.")
@@ -321,5 +287,4 @@ __all__ = [
     "SynerNetDataCollator",
     "TrainDataset",
     "TrainTransform",
-    "open_stored",
 ]
