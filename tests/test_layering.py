@@ -21,7 +21,7 @@ MAX_LOOP_LINES = 120
 MAX_ARGUMENTS = 8
 
 # Per room: which other rooms of the package it may import, and which third-party roots.
-DATA_LIBRARIES = {"torch", "datasets", "PIL", "numpy", "kornia", "pycocotools", "evaluate"}
+DATA_LIBRARIES = {"torch", "datasets", "PIL", "numpy", "kornia", "pycocotools", "evaluate", "tqdm"}
 ROOMS = {
     "__init__": ({"model"}, set()),
     "model": (set(), {"torch", "numpy", "PIL", "transformers", "huggingface_hub", "safetensors"}),

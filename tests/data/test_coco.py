@@ -49,7 +49,7 @@ def coco(tmp_path):
         (7, 90, square(6, 6, 4), False),
         (7, 18, square(4, 4, 10), False),
         (7, 1, crowd, True),
-        (9, 1, [[1, 1, 2, 2]], False),
+        (9, 1, [[1, 1, 2, 2], *square(8, 8, 4)], False),
     ]
     write_coco(root, "val2014", entries, extra_images=[8])
     return root
@@ -74,7 +74,8 @@ def test_masks_hold_small_objects_above_large_ones_and_crowds_as_ignore(coco):
     assert mask[5, 5] == mask[12, 12] == 2
     assert mask[0, 10] == mask[15, 19] == 0
     # a polygon of two corners encloses nothing
-    assert not np.asarray(load_coco2014(coco)["validation"][1]["mask"]).any()
+    mask = np.asarray(load_coco2014(coco)["validation"][1]["mask"])
+    assert (mask[8:12, 8:12] == 1).all() and (mask == 1).sum() == 16
 
 
 def test_streams_give_the_same_records(coco):
@@ -90,11 +91,13 @@ def test_a_mask_is_drawn_when_its_record_is_opened_and_not_before(coco, monkeypa
     original = coco_module.draw_objects
     monkeypatch.setattr(coco_module, "draw_objects", lambda *args: drawn.append(1) or original(*args))
     loaded = load_coco2014(coco)
-    check_dataset(loaded)
+    check_dataset(loaded, decode_images=False)
     assert loaded["validation"]["labels"][0] == [0, 1, 2]
     assert not drawn
     loaded["validation"][1]
     assert len(drawn) == 1
+    check_dataset(loaded)
+    assert len(drawn) == 3
 
 
 def test_masks_survive_what_is_done_to_data_sets(coco, tmp_path):
@@ -162,7 +165,10 @@ def test_an_image_of_another_size_than_its_annotations(coco):
         ),
         (lambda c: c["categories"].pop(), "categories of .* are not those|category ids 90"),
         (lambda c: c.pop("images"), "not in COCO's format"),
-        (lambda c: c["annotations"][0].pop("segmentation"), "not in COCO's format"),
+        (
+            lambda c: c["annotations"][0].pop("segmentation"),
+            "mask of COCO_val2014_000000000007 does not decode .annotation 0 of image 7: the segmentation null encloses",
+        ),
     ],
     ids=["category", "image", "categories", "images", "segmentation"],
 )
@@ -172,7 +178,7 @@ def test_annotation_files_with_a_mistake(coco, change, sentence):
     change(content)
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=sentence):
-        load_coco2014(coco)
+        check_dataset(load_coco2014(coco))
 
 
 def test_missing_folders_and_files(coco, tmp_path):

@@ -2,7 +2,10 @@
 
 import hashlib
 import logging
+import sys
+import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
@@ -12,6 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from synernet_hf.data.coco import PolygonMask
 from synernet_hf.data.schema import IGNORE_INDEX, check_on_bad_image, class_names, name_some, note_skipped
@@ -20,33 +24,31 @@ from synernet_hf.data.transforms import ORIENTATION_TAG, TRANSPOSED_ORIENTATIONS
 
 logger = logging.getLogger(__name__)
 
+FEW_IMAGES = 10
+SECONDS_BETWEEN_LINES = 10
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclass
 class RecordScan:
-    """
-    What a look at one record finds.
+    """What a look at one record finds; `size` is width and height of the upright image."""
 
-    Args:
-        digest (`bytes`, *optional*): SHA-256 of the image file; `None` where it cannot be read.
-        num_bytes (`int`): size of the image file.
-        size (`tuple[int, int]`, *optional*): width and height of the upright image.
-        kind (`str`, *optional*): file format and mode, such as `"JPEG RGB"`.
-        fault (`str`, *optional*): why the image does not decode.
-        mask_fault (`str`, *optional*): why the mask cannot be used, a predicate such as `"is missing"`.
-        contradicts (`bool`): the mask shows a class that the labels do not name.
-        place (`str`): the image and its file, for error sentences; those of the mask where that is at fault.
-    """
-
+    # the image and its file; those of the mask where that is at fault
+    place: str = ""
+    # SHA-256 of the file
     digest: bytes | None = None
     num_bytes: int = 0
     size: tuple[int, int] | None = None
+    # file format and mode, such as "JPEG RGB"
     kind: str | None = None
+    # why the image does not decode
     fault: str | None = None
+    # why the mask cannot be used, a predicate such as "is missing"
     mask_fault: str | None = None
+    # class ids in the mask, without background and ignore
+    shown: frozenset[int] = frozenset()
+    # the mask shows a class that the labels do not name
     contradicts: bool = False
-    place: str = ""
 
     @property
     def complaint(self) -> str | None:
@@ -62,19 +64,20 @@ class SplitReport:
     What one split is like.
 
     Args:
-        num_images (`int`): records of the split.
-        num_bytes (`int`): size of the image files together.
-        class_counts (`dict[str, int]`): for each foreground class, the number of images that show it.
-        unlabelled (`list[str]`): identifiers of images without any class.
-        bad_labels (`list[str]`): identifiers of images whose labels are missing or hold other ids than those of the
-            class list.
-        repeated_ids (`list[str]`): identifiers that occur more than once.
-        undecodable (`dict[str, str]`): for each image that does not decode, why.
-        unusable_masks (`dict[str, str]`): for each mask that evaluation would refuse, why. Masks of `train` are not
-            opened.
-        widths (`list[int]`, *optional*): smallest, median and largest width of the upright images, in pixels.
-        heights (`list[int]`, *optional*): smallest, median and largest height, in pixels.
-        formats (`dict[str, int]`): number of images of each file format and mode, such as `"JPEG RGB"`.
+        num_images (`int`): Number of records.
+        num_bytes (`int`): Size of the image files together.
+        class_counts (`dict[str, int]`): For each foreground class, the number of images that show it.
+        unlabelled (`list[str]`): Identifiers of images without any class.
+        bad_labels (`list[str]`): Identifiers of images with labels that are no ids of the class list.
+        repeated_ids (`list[str]`): Identifiers that occur more than once.
+        missing (`list[str]`): A phrase for each record that the loader left out.
+        undecodable (`dict[str, str]`): For each image that does not decode, why.
+        unusable_masks (`dict[str, str]`): For each mask that evaluation would refuse, why; not for `train`, whose
+            masks are not opened.
+        mask_counts (`dict[str, int]`, *optional*): For each foreground class, the number of masks that show it.
+        widths (`list[int]`, *optional*): Smallest, median and largest width of the upright images, in pixels.
+        heights (`list[int]`, *optional*): The same of the heights.
+        formats (`dict[str, int]`): Number of images of each file format and mode, such as `"JPEG RGB"`.
     """
 
     num_images: int
@@ -83,32 +86,33 @@ class SplitReport:
     unlabelled: list[str] = field(default_factory=list)
     bad_labels: list[str] = field(default_factory=list)
     repeated_ids: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
     undecodable: dict[str, str] = field(default_factory=dict)
     unusable_masks: dict[str, str] = field(default_factory=dict)
+    mask_counts: dict[str, int] | None = None
     widths: list[int] | None = None
     heights: list[int] | None = None
     formats: dict[str, int] = field(default_factory=dict)
 
     def problems(self) -> list[str]:
         """One sentence for each kind of thing that is worth a look."""
-        found = []
-        for fault, items in (
-            ("do not decode", [f"{key}: {why}" for key, why in self.undecodable.items()]),
-            ("have labels that are no ids of the class list", self.bad_labels),
-            ("have no class", self.unlabelled),
-            ("have a mask that cannot be used", [f"{key} {why}" for key, why in self.unusable_masks.items()]),
-        ):
-            if items:
-                found.append(f"{len(items)} of {self.num_images} images {fault} ({name_some(items)}).")
-        if self.repeated_ids:
-            found.append(f"{len(self.repeated_ids)} identifiers occur twice ({name_some(self.repeated_ids)}).")
-        absent = [label for label, count in self.class_counts.items() if count == 0]
-        if absent:
-            found.append(f"{len(absent)} of {len(self.class_counts)} classes are in no image ({name_some(absent)}).")
-        doubtful = _likely_misspelt(self.class_counts)
-        if doubtful:
-            found.append(f"rare classes with almost the name of a common one ({name_some(doubtful)}).")
-        return found
+        number, classes = self.num_images, self.class_counts
+        unusable = [f"{key} {why}" for key, why in self.unusable_masks.items()]
+        rare = [f"{label}: {count}" for label, count in classes.items() if 0 < count < FEW_IMAGES]
+        unseen = [label for label, count in (self.mask_counts or {}).items() if count == 0]
+        found = (
+            (self.missing, "records were left out", len(self.missing)),
+            ([f"{key}: {why}" for key, why in self.undecodable.items()], f"of {number} images do not decode", 3),
+            (self.bad_labels, f"of {number} images have labels that are no ids of the class list", 3),
+            (self.unlabelled, f"of {number} images have no class", 3),
+            (unusable, f"of {number} images have a mask that cannot be used", 3),
+            (self.repeated_ids, "identifiers occur twice", 3),
+            ([label for label in classes if not classes[label]], f"of {len(classes)} classes are in no image", 5),
+            (rare, f"of {len(classes)} classes are in fewer than {FEW_IMAGES} images", 20),
+            (unseen, f"of {len(classes)} classes are in no mask", 20),
+            (_likely_misspelt(classes), "rare classes with almost the name of a common one", 3),
+        )
+        return [f"{len(items)} {fault} ({name_some(items, limit)})." for items, fault, limit in found if items]
 
 
 @dataclass
@@ -117,9 +121,9 @@ class DatasetReport:
     What a data set is like.
 
     Args:
-        splits (`dict[str, SplitReport]`): by name.
-        duplicates (`list[list[str]]`): groups of images whose files are equal byte for byte, each as
-            `"split/image_id"`, over all splits.
+        splits (`dict[str, SplitReport]`): Reports by name.
+        duplicates (`list[list[str]]`): Groups of images, each as `"split/image_id"`, whose files are equal byte for
+            byte.
     """
 
     splits: dict[str, SplitReport]
@@ -181,13 +185,10 @@ def check_dataset(
         on_bad_image (`str`, *optional*, defaults to `"raise"`): What to do about an image or mask that cannot be
             used: `"raise"`, or `"skip"` to leave the record out.
         decode_images (`bool`, *optional*, defaults to `True`): Decodes every image, JPEGs at an eighth of their size,
-            so that a truncated file is found now and not in the middle of a run, and every mask; `False` leaves images
-            and masks unopened.
-        skipped (`dict[str, list[str]]`, *optional*): Dictionary to which what is left out is added, a phrase for each
-            record, by split.
+            and every mask; `False` leaves them unopened.
+        skipped (`dict[str, list[str]]`, *optional*): Receives, by split, a phrase for each record that is left out.
         num_threads (`int`, *optional*, defaults to 2): Threads that decode.
-        left_out (`dict[str, list[int]]`, *optional*): Dictionary that receives the positions of what is left out, for
-            each split with such records.
+        left_out (`dict[str, list[int]]`, *optional*): Receives, by split, the positions of what is left out.
 
     Returns:
         `datasets.DatasetDict`: the records to use.
@@ -208,12 +209,17 @@ def check_dataset(
     kept = datasets.DatasetDict()
     for name, split in dataset_dict.items():
         scans = _scan(split, name, num_labels, num_threads)
-        complaints = [scan.complaint for scan in scans if scan.complaint]
-        if complaints and on_bad_image == "raise":
+        bad = {index: scan.complaint for index, scan in enumerate(scans) if scan.complaint}
+        if bad and on_bad_image == "raise":
             raise ValueError(
-                f"{len(complaints)} of {len(split)} records of the split {name!r} cannot be used: "
-                f"{name_some(complaints)}. Repair them or take them out of the split (on_bad_image='skip', "
+                f"{len(bad)} of {len(split)} records of the split {name!r} cannot be used: "
+                f"{name_some(list(bad.values()))}. Repair them or take them out of the split (on_bad_image='skip', "
                 "--on_bad_image skip, leaves them out)."
+            )
+        if len(bad) == len(split):
+            raise ValueError(
+                f"The split {name!r} is empty after all {len(bad)} records were left out: "
+                f"{name_some(list(bad.values()))}. Repair them."
             )
         contradictions = sum(scan.contradicts for scan in scans)
         if contradictions > len(split) / 2:
@@ -224,11 +230,10 @@ def check_dataset(
                 len(split),
                 name,
             )
-        note_skipped(skipped, name, complaints)
-        good = [index for index, scan in enumerate(scans) if not scan.complaint]
-        kept[name] = split.select(good) if complaints else split
-        if complaints and left_out is not None:
-            left_out[name] = [index for index, scan in enumerate(scans) if scan.complaint]
+        note_skipped(skipped, name, list(bad.values()))
+        if bad and left_out is not None:
+            left_out[name] = list(bad)
+        kept[name] = split.select([index for index in range(len(split)) if index not in bad]) if bad else split
     if any(len(kept[name]) < len(dataset_dict[name]) for name in kept):
         _check_labels(kept)
     return kept
@@ -265,6 +270,9 @@ def inspect_dataset(dataset_dict: datasets.DatasetDict, num_threads: int = 2) ->
         if good:
             report.widths, report.heights = (_three([scan.size[axis] for scan in good]) for axis in (0, 1))
         report.formats = dict(sorted(Counter(scan.kind for scan in good).items()))
+        if split_name != "train" and "mask" in split.column_names:
+            shown = Counter(label for scan in scans for label in scan.shown)
+            report.mask_counts = {name: shown[index] for index, name in enumerate(names) if index}
     return DatasetReport(splits, [group for group in places.values() if len(group) > 1])
 
 
@@ -272,7 +280,7 @@ def mask_ids(
     mask: Image.Image, size: tuple[int, int], num_labels: int, ignore_index: int = IGNORE_INDEX
 ) -> np.ndarray:
     """
-    Reads the class ids of a mask and says in one sentence what is wrong with it.
+    Reads the class ids of a mask.
 
     Args:
         mask (`PIL.Image.Image`): Palette or greyscale image of ids, upright.
@@ -284,8 +292,7 @@ def mask_ids(
         `np.ndarray`: `(height, width)` int64, each 0 to `num_labels - 1` or `ignore_index`.
 
     Raises:
-        ValueError: The size, the mode or an id is another one. The message is a predicate, such as `"has mode RGB"`:
-            the caller puts the name of the mask before it.
+        ValueError: The size, the mode or an id is wrong. The message is a predicate, such as `"has mode RGB"`.
     """
     if mask.size != size:
         raise ValueError(
@@ -332,7 +339,7 @@ def _check_labels(dataset_dict: datasets.DatasetDict) -> None:
 
 def _label_report(split: datasets.Dataset, names: list[str]) -> SplitReport:
     """What identifiers and labels say of a split; `names` are those of the foreground classes."""
-    table = split.select_columns(["image_id", "labels"])[:]
+    table = split.with_format(None).select_columns(["image_id", "labels"])[:]
     counts, unlabelled, bad = [0] * len(names), [], []
     for image_id, ids in zip(table["image_id"], table["labels"], strict=True):
         if ids is None or None in ids or sorted(set(ids)) != ids or not set(ids) <= set(range(len(names))):
@@ -348,13 +355,28 @@ def _label_report(split: datasets.Dataset, names: list[str]) -> SplitReport:
 
 def _scan(split: datasets.Dataset, split_name: str, num_labels: int, num_threads: int) -> list[RecordScan]:
     """Reads and decodes every image once, and every mask outside the training split."""
+    split = split.with_format(None)
     columns = ["image", "image_id", "labels"] + ["mask"] * ("mask" in split.column_names and split_name != "train")
     split = split.select_columns(columns).cast_column("image", datasets.Image(decode=False))
     if "mask" in columns:
         kind = PolygonMask if isinstance(split.features["mask"], PolygonMask) else datasets.Image
         split = split.cast_column("mask", kind(decode=False))
     with ThreadPoolExecutor(num_threads) as pool:
-        return list(pool.map(lambda index: _scan_record(split[index], num_labels), range(len(split))))
+        scans = pool.map(lambda index: _scan_record(split[index], num_labels), range(len(split)))
+        return list(_with_progress(scans, len(split), f"checking the split {split_name!r}"))
+
+
+def _with_progress(scans: Iterable[RecordScan], total: int, text: str) -> Iterator[RecordScan]:
+    """Says how far a long check is: a bar on a terminal, else a line every ten seconds."""
+    if sys.stderr.isatty():
+        yield from tqdm(scans, text, total, leave=False, delay=1)
+        return
+    said = time.monotonic()
+    for number, scan in enumerate(scans, start=1):
+        if time.monotonic() - said >= SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            print(f"{text}: {number:,} of {total:,} records", file=sys.stderr, flush=True)
+        yield scan
 
 
 def _scan_record(record: dict, num_labels: int) -> RecordScan:
@@ -375,9 +397,9 @@ def _scan_record(record: dict, num_labels: int) -> RecordScan:
         if scan.mask_fault:
             path = (record["mask"] or {}).get("path")
             scan.place = f"the mask of {record['image_id']}" + (f" ({path})" if path else "")
-        elif ids is not None:
-            named = {0, IGNORE_INDEX, *(label + 1 for label in record["labels"])}
-            scan.contradicts = not named.issuperset(np.unique(ids).tolist())
+        else:
+            scan.shown = frozenset(np.unique(ids).tolist()) - {0, IGNORE_INDEX}
+            scan.contradicts = not scan.shown <= {label + 1 for label in record["labels"]}
     return scan
 
 
@@ -391,24 +413,23 @@ def _decoded_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _examine_mask(cell: dict | None, size: tuple[int, int], num_labels: int) -> tuple[str | None, np.ndarray | None]:
-    """What is wrong with a stored mask, a predicate; and its ids, where it can be used and is no annotation."""
+    """What is wrong with a stored mask, a predicate; and its ids where it can be used."""
     if cell is None:
         return "is missing", None
-    if "objects" in cell:
-        # drawn from annotations, as large as these say and with the classes they name
-        if (cell["width"], cell["height"]) == size:
-            return None, None
-        return (
-            f"is drawn from annotations for {cell['width']} x {cell['height']} pixels (width x height), its image "
-            f"has {size[0]} x {size[1]}",
-            None,
-        )
     try:
-        mask = open_stored(cell)
-        mask.load()
-        mask = ImageOps.exif_transpose(mask)
+        if "objects" in cell:
+            if (cell["width"], cell["height"]) != size:
+                return (
+                    f"is drawn from annotations for {cell['width']} x {cell['height']} pixels (width x height), its "
+                    f"image has {size[0]} x {size[1]}"
+                ), None
+            mask = PolygonMask().decode_example(cell)
+        else:
+            mask = open_stored(cell)
+            mask.load()
+            mask = ImageOps.exif_transpose(mask)
     except DECODING_ERRORS as error:
-        return f"does not decode ({error})", None
+        return f"does not decode ({str(error).rstrip('.')})", None
     try:
         return None, mask_ids(mask, size, num_labels)
     except ValueError as error:

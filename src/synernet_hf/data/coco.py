@@ -1,8 +1,10 @@
-"""COCO 2014 folder → `datasets.DatasetDict`, with masks that are drawn from polygons when they are read."""
+"""COCO annotation files → `datasets.DatasetDict`, with masks that are drawn from polygons when they are read."""
 
 import json
 import logging
 import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,13 +16,13 @@ from datasets.table import array_cast
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from synernet_hf.data.files import ImageIndex
+from synernet_hf.data.files import ImageIndex, unique_ids
+from synernet_hf.data.labels import choose_class_names, read_text
 from synernet_hf.data.schema import (
     IGNORE_INDEX,
     as_streams,
     build_split,
     check_on_bad_image,
-    id2label_from,
     name_some,
     note_skipped,
 )
@@ -29,6 +31,8 @@ from synernet_hf.data.schema import (
 logger = logging.getLogger(__name__)
 
 PART_SIZE = 1000
+# an annotation file of another kind is known by a key of its annotations
+OTHER_KINDS = {"segments_info": "panoptic segments", "caption": "captions"}
 
 
 def load_coco2014(
@@ -38,17 +42,16 @@ def load_coco2014(
     on_bad_image: str = "raise",
     streaming: bool = False,
     skipped: dict[str, list[str]] | None = None,
+    splits: Sequence[str] = ("train", "validation"),
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """
     Loads COCO 2014, or any folder in its layout, without decoding an image.
 
-    Read are `annotations/instances_<split>.json` and the images in `<split>/`. The classes are the categories of the
-    file in the order of their ids, numbered from 1 without gaps: for the official files the 80 of `COCO_CLASSES`. A
-    class is an image-level label of an image if any object or crowd of it is annotated there; images without an
-    annotation are left out, as is usual in this field (82,081 and 40,137 images remain of the official splits).
-    Masks of the validation split are drawn from the polygons when a record is opened, see [`PolygonMask`]; crowds are
-    255 (ignore). Polygons of the training split are thrown away while its file is read, and no file is ever held in
-    memory as a tree of objects.
+    Reads `annotations/instances_<split>.json` and the images in `<split>/`. The classes are the categories in the order
+    of their ids, numbered from 1 without gaps: for the official files the 80 of `COCO_CLASSES`. An object or crowd of a
+    class labels its image; images without an annotation are left out, as is usual in this field (82,081 and 40,137
+    images of the official splits remain). Masks of the validation split are drawn when a record is opened, see
+    [`PolygonMask`]. A file whose annotations have no outlines, such as a detection export, gives no masks.
 
     Args:
         data_dir (`str` or `Path`): The folder that holds `annotations` and the folders of images.
@@ -57,85 +60,132 @@ def load_coco2014(
         validation_split (`str`, *optional*, defaults to `"val2014"`): The same of the images to evaluate on.
         on_bad_image, streaming, skipped:
             See [`load_image_labels`].
+        splits (`Sequence[str]`, *optional*, defaults to `("train", "validation")`): The splits to read.
 
     Returns:
         `datasets.DatasetDict` or `datasets.IterableDatasetDict`: `train` (`image`, `image_id`, `labels`) and
-        `validation` (the same and `mask`).
+        `validation` (the same and, where there are outlines, `mask`).
 
     Raises:
         FileNotFoundError: A folder, an annotation file or an image is missing.
-        ValueError: An annotation file is not in COCO's format, it has more than 254 categories, or the two files do not
-            list the same categories.
+        ValueError: An annotation file is not in COCO's format or gives an id twice, it has more than 254 categories, or
+            the two files do not list the same categories.
     """
-    check_on_bad_image(on_bad_image)
     root = Path(data_dir).expanduser()
     if not (root / "annotations").is_dir():
         raise FileNotFoundError(
             f"There is no folder {root / 'annotations'}: give the folder that holds annotations, {train_split} and "
             f"{validation_split}."
         )
-    names, splits = None, {}
-    for split, name in (("train", train_split), ("validation", validation_split)):
-        path = root / "annotations" / f"instances_{name}.json"
-        reader = _AnnotationReader(path, keep_polygons=split == "validation")
-        if names is not None and reader.class_names != names:
+    names = {"train": train_split, "validation": validation_split}
+    files = {split: (root / "annotations" / f"instances_{names[split]}.json", root / names[split]) for split in splits}
+    loaded = load_coco_files(files, None, on_bad_image, skipped)
+    return as_streams(loaded) if streaming else loaded
+
+
+def load_coco_files(
+    files: Mapping[str, tuple[Path, Path]],
+    class_names: Sequence[str] | None,
+    on_bad_image: str,
+    skipped: dict[str, list[str]] | None,
+) -> datasets.DatasetDict:
+    """
+    Loads the annotation file and the folder of images of each split, as [`load_coco2014`] describes.
+
+    No file is ever held in memory as a tree of objects.
+    """
+    check_on_bad_image(on_bad_image)
+    readers = {split: _CocoFile(path, keep_outlines=split != "train") for split, (path, _) in files.items()}
+    first, *others = readers.values()
+    background = _background_ids(first, [category for reader in readers.values() for category in reader.used()])
+    listed = sorted(set(first.categories) - background)
+    if len(listed) >= IGNORE_INDEX:
+        raise ValueError(
+            f"The annotation file {first.path} has {len(listed)} categories, but masks of 8 bits hold at most "
+            f"{IGNORE_INDEX - 1}, for {IGNORE_INDEX} is ignore: leave out or join categories."
+        )
+    for other in others:
+        if other.categories != first.categories:
             raise ValueError(
-                f"The categories of {path} are not those of the file for {train_split}: use two files of one data set."
+                f"The categories of {other.path} are not those of {first.path}: use two files of one data set."
             )
-        names = reader.class_names
-        splits[split], missing = _build(root / name, reader, on_bad_image)
+    names = choose_class_names(
+        class_names, ["background", *(first.categories[category] for category in listed)], str(first.path)
+    )
+    class_ids = {category: index for index, category in enumerate(listed, start=1)}
+    built = datasets.DatasetDict()
+    for split, reader in readers.items():
+        built[split], missing = _build(files[split][1], reader, class_ids, names, on_bad_image)
         note_skipped(skipped, split, missing)
-    return as_streams(splits) if streaming else datasets.DatasetDict(splits)
+    return built
 
 
-class _AnnotationReader:
+class _CocoFile:
     """
-    Reads an annotation file in one pass. The JSON reader hands over each object as soon as it is complete, so that
-    only what is needed stays: the class ids of each image, and its segmentations as text where masks are wanted.
+    An annotation file, read in one pass. The JSON reader hands over each object as soon as it is complete, so that only
+    what is needed stays: the class ids of each image, and its segmentations as text where `keep_outlines` says so.
     """
 
-    def __init__(self, path: Path, keep_polygons: bool) -> None:
+    def __init__(self, path: Path, keep_outlines: bool) -> None:
         self.path = path
-        self.keep_polygons = keep_polygons
-        # image id → [(category id, is a crowd, segmentation as JSON text)]
-        self.annotations: dict[int, list[tuple[int, bool, str | None]]] = {}
+        self.keep_outlines = keep_outlines
+        self.has_outlines = False
+        # image id → [(category id, is a crowd, annotation id, segmentation as JSON text)]
+        self.annotations: dict[int, list[tuple[int, bool, Any, str | None]]] = {}
         if not path.is_file():
-            found = sorted(other.name for other in path.parent.glob("instances_*.json"))
+            found = sorted(other.name for other in path.parent.glob("*.json"))
             raise FileNotFoundError(
                 f"There is no annotation file {path}: the folder has {', '.join(found) or 'no instances_*.json'}."
             )
+        text = read_text(path)
         try:
-            with path.open(encoding="utf-8") as stream:
-                content = json.load(stream, object_hook=self._reduce)
-            images, categories = content["images"], content["categories"]
-            by_id = {int(category["id"]): str(category["name"]) for category in categories}
-            self.images = {
-                int(entry["id"]): (entry["file_name"], int(entry["height"]), int(entry["width"])) for entry in images
-            }
-        except (KeyError, TypeError, ValueError) as error:
+            content = json.loads(text, object_hook=self._reduce)
+            left = next((entry for entry in content["annotations"] if entry is not None), {})
+            images = [(int(entry["id"]), self._image(entry)) for entry in content["images"]]
+            rows = content.get("categories") or []
+            categories = [(int(entry["id"]), str(entry["name"])) for entry in rows]
+            self.supercategories = {int(entry["id"]): entry.get("supercategory") for entry in rows}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"The annotation file {path} is not in COCO's format ({type(error).__name__}: {error}): images, "
                 "annotations and categories are expected."
             ) from error
-        self.class_ids = {category_id: index for index, category_id in enumerate(sorted(by_id), start=1)}
-        self.class_names = ["background", *(by_id[category_id] for category_id in sorted(by_id))]
-        if len(by_id) >= IGNORE_INDEX:
+        if left or not categories:
+            kind = next((OTHER_KINDS[key] for key in OTHER_KINDS if key in left), "no labels of classes")
             raise ValueError(
-                f"The annotation file {path} has {len(by_id)} categories, but masks of 8 bits hold at most "
-                f"{IGNORE_INDEX - 1}, for {IGNORE_INDEX} is ignore: leave out or join categories."
+                f"The annotation file {path} holds {kind}: give a file of objects with an image_id and a category_id "
+                "(instances_*.json)."
             )
-        id2label_from(self.class_names)
+        self.images = self._by_id("images", images)
+        self.categories = self._by_id("categories", categories)
         self._check_references()
 
     def _reduce(self, entry: dict[str, Any]) -> dict[str, Any] | None:
         if "category_id" not in entry or "image_id" not in entry:
             return entry
         text = None
-        if self.keep_polygons:
-            text = json.dumps(entry["segmentation"], separators=(",", ":"))
-        item = (int(entry["category_id"]), bool(entry.get("iscrowd", 0)), text)
+        if self.keep_outlines:
+            self.has_outlines |= not _is_empty(entry.get("segmentation"))
+            text = json.dumps(entry.get("segmentation"), separators=(",", ":"))
+        item = (int(entry["category_id"]), bool(entry.get("iscrowd")), entry.get("id", "without id"), text)
         self.annotations.setdefault(int(entry["image_id"]), []).append(item)
         return None
+
+    def _image(self, entry: dict[str, Any]) -> tuple[str, int, int]:
+        height, width = (int(entry[side]) if self.keep_outlines else 0 for side in ("height", "width"))
+        return str(entry["file_name"]), height, width
+
+    def _by_id(self, kind: str, entries: list[tuple[int, Any]]) -> dict[int, Any]:
+        """The entries of a list of the file by their ids, each of which is expected once."""
+        by_id = dict(entries)
+        if len(by_id) < len(entries):
+            key = Counter(key for key, _ in entries).most_common(1)[0][0]
+            places = [f"{value} (entry {place})" for place, (other, value) in enumerate(entries, 1) if other == key]
+            raise ValueError(
+                f"The annotation file {self.path} gives the id {key} to several {kind}: {name_some(places)}. Number "
+                "them anew, or join files with a tool that does."
+            )
+        return by_id
 
     def _check_references(self) -> None:
         orphans = [str(image_id) for image_id in self.annotations if image_id not in self.images]
@@ -144,63 +194,101 @@ class _AnnotationReader:
                 f"The annotation file {self.path} annotates {len(orphans)} images that it does not list "
                 f"({name_some(orphans)}): list them under images."
             )
-        used = {category_id for items in self.annotations.values() for category_id, _, _ in items}
-        unknown = sorted(used - set(self.class_ids))
+        unknown = sorted(self.used() - set(self.categories))
         if unknown:
             raise ValueError(
                 f"The annotation file {self.path} uses the category ids {name_some([str(i) for i in unknown])}, which "
                 "it does not list: list them under categories."
             )
 
-    def labels(self, image_id: int) -> list[int]:
-        """Label ids of an image."""
-        return [self.class_ids[category_id] - 1 for category_id, _, _ in self.annotations[image_id]]
+    def used(self) -> set[int]:
+        """The category ids of all annotations."""
+        return {category for items in self.annotations.values() for category, *_ in items}
 
-    def pop_mask(self, image_id: int) -> dict[str, Any]:
+    def pop_mask(self, image_id: int, class_ids: Mapping[int, int]) -> dict[str, Any]:
         """The cell of an image in the mask column; its annotations are given up."""
         _, height, width = self.images[image_id]
         objects = (
-            f"[{IGNORE_INDEX if is_crowd else self.class_ids[category_id]},{text}]"
-            for category_id, is_crowd, text in self.annotations.pop(image_id)
+            f'[{IGNORE_INDEX if is_crowd else class_ids[category]},{text},"annotation {key} of image {image_id}"]'
+            for category, is_crowd, key, text in self.annotations.pop(image_id)
+            if category in class_ids
         )
         return {"height": height, "width": width, "objects": f"[{','.join(objects)}]"}
 
 
-def _build(folder: Path, reader: _AnnotationReader, on_bad_image: str) -> tuple[datasets.Dataset, list[str]]:
+def _background_ids(reader: _CocoFile, used: set[int]) -> set[int]:
+    """Ids of categories that are no class: the background, and the row 0 for all classes that Roboflow writes."""
+    names = reader.categories
+    background = {key for key, name in names.items() if name.strip("_ ").lower() == "background"}
+    if background:
+        logger.warning(
+            "%s: the category %s is the background: its annotations are left out.",
+            reader.path,
+            name_some([repr(names[key]) for key in sorted(background)]),
+        )
+    others = {group for key, group in reader.supercategories.items() if key != 0}
+    if 0 in names and 0 not in used and others == {names[0]}:
+        logger.warning("%s: the category %r stands for all classes and is left out.", reader.path, names[0])
+        background.add(0)
+    return background
+
+
+def _build(
+    folder: Path, reader: _CocoFile, class_ids: Mapping[int, int], names: Sequence[str], on_bad_image: str
+) -> tuple[datasets.Dataset, list[str]]:
+    """A split, and a phrase for each image that is not there."""
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder} with the images of {reader.path.name}.")
-    there = ImageIndex(folder).by_key
     annotated = sorted(reader.annotations)
     if len(annotated) < len(reader.images):
         without = len(reader.images) - len(annotated)
-        logger.info("%s: %d images without annotations are left out.", reader.path, without)
-    missing = [reader.images[image_id][0] for image_id in annotated if reader.images[image_id][0] not in there]
+        logger.warning("%s: %d images without annotations are left out.", reader.path, without)
+    index = ImageIndex(folder)
+    found = {image_id: _find(index, reader, image_id) for image_id in annotated}
+    missing = [reader.images[image_id][0] for image_id, path in found.items() if path is None]
     if missing and on_bad_image == "raise":
         raise FileNotFoundError(
             f"{reader.path} names {len(missing)} of {len(annotated)} images that are not in {folder} "
             f"({name_some(missing)}): add them, or leave them out with on_bad_image='skip' (--on_bad_image skip)."
         )
-    kept = [image_id for image_id in annotated if reader.images[image_id][0] in there]
+    kept = [image_id for image_id, path in found.items() if path is not None]
     if not kept:
         raise ValueError(
             f"None of the images of {reader.path} is in {folder} and annotated: there is nothing to load."
         )
-    skipped = [f"the image {file} is not in {folder}" for file in missing]
+    paths = [found[image_id] for image_id in kept]
+    repeated = [path for path, number in Counter(paths).items() if number > 1]
+    if repeated:
+        ids = [str(image_id) for image_id in kept if found[image_id] == repeated[0]]
+        raise ValueError(
+            f"The annotation file {reader.path} lists the image {repeated[0]} more than once, under the ids "
+            f"{name_some(ids)}: keep one of them, with all annotations."
+        )
+    with_masks = reader.keep_outlines and reader.has_outlines
+    if reader.keep_outlines and not with_masks:
+        logger.warning(
+            "%s: no annotation has an outline, so the split has no masks: it cannot be scored.", reader.path
+        )
+    ids = unique_ids(paths, folder)
+    parts = []
     # in parts, so that an annotation is in memory either as text or in the table
-    parts = [_build_part(folder, reader, kept[i : i + PART_SIZE]) for i in range(0, len(kept), PART_SIZE)]
-    return datasets.concatenate_datasets(parts), skipped
+    for start in range(0, len(kept), PART_SIZE):
+        part = kept[start : start + PART_SIZE]
+        labels = [
+            [class_ids[key] - 1 for key, *_ in reader.annotations[image_id] if key in class_ids] for image_id in part
+        ]
+        masks = [reader.pop_mask(image_id, class_ids) for image_id in part] if with_masks else None
+        end = start + len(part)
+        parts.append(build_split(paths[start:end], ids[start:end], labels, names, masks, PolygonMask()))
+    return datasets.concatenate_datasets(parts), [f"the image {file} is not in {folder}" for file in missing]
 
 
-def _build_part(folder: Path, reader: _AnnotationReader, image_ids: list[int]) -> datasets.Dataset:
-    files = [reader.images[image_id][0] for image_id in image_ids]
-    return build_split(
-        [str(folder / file) for file in files],
-        [Path(file).stem for file in files],
-        [reader.labels(image_id) for image_id in image_ids],
-        reader.class_names,
-        [reader.pop_mask(image_id) for image_id in image_ids] if reader.keep_polygons else None,
-        mask_feature=PolygonMask() if reader.keep_polygons else None,
-    )
+def _find(index: ImageIndex, reader: _CocoFile, image_id: int) -> str | None:
+    name = reader.images[image_id][0]
+    try:
+        return index.find(name) or index.find(Path(name.replace("\\", "/")).name)
+    except ValueError as error:
+        raise ValueError(f"{reader.path}, image {image_id}, {error}.") from error
 
 
 @dataclass
@@ -208,10 +296,10 @@ class PolygonMask:
     """
     Feature of a `mask` column whose images are kept as annotations and drawn on access.
 
-    A cell holds `height`, `width` and `objects`, JSON text of pairs `[class id, segmentation]`; the class id of a crowd
-    is 255 (ignore), and a segmentation is what COCO allows: a list of polygons, or a run-length encoding. Crowds are
-    drawn first, then objects from the largest to the smallest, so that a small object in front of a large one stays
-    visible (our choice; annotations say nothing about depth).
+    A cell holds `height`, `width` and `objects`, JSON text of lists `[class id, segmentation, name]`. The class id of a
+    crowd is 255 (ignore), a segmentation is a list of polygons or a run-length encoding as in COCO, and the name
+    appears in error sentences. Crowds are drawn first, then objects from the largest to the smallest, so that a small
+    object in front of a large one stays visible (our choice; annotations say nothing about depth).
 
     Args:
         decode (`bool`, *optional*, defaults to `True`): Gives images (`PIL.Image.Image`, mode `L`); `False` gives the
@@ -246,22 +334,28 @@ class PolygonMask:
         return Image.fromarray(draw_objects(json.loads(value["objects"]), value["height"], value["width"]))
 
 
-def draw_objects(objects: list[tuple[int, Any]], height: int, width: int) -> np.ndarray:
+def draw_objects(objects: list[tuple], height: int, width: int) -> np.ndarray:
     """
-    Draws pairs of class id (255 for a crowd) and COCO segmentation over one another: crowds, then the largest to the
-    smallest.
+    Draws the objects of a [`PolygonMask`] over one another: `(height, width)` uint8.
 
-    Returns `(height, width)` uint8. Raises `ValueError` for a class id that is not between 1 and 255, and for a
-    segmentation that is none of COCO's kinds or belongs to an image of another size.
+    Raises `ValueError` for a class id that is not between 1 and 255, and for a segmentation that encloses nothing, is
+    none of COCO's kinds or belongs to an image of another size.
     """
-    wrong = [class_id for class_id, _ in objects if not 1 <= class_id <= IGNORE_INDEX]
-    if wrong:
-        raise ValueError(
-            f"An object has the class id {wrong[0]}, expected are 1 to {IGNORE_INDEX - 1}, or {IGNORE_INDEX} for a "
-            "crowd: masks have 8 bits."
-        )
-    encoded = [(class_id, _run_lengths(segmentation, height, width)) for class_id, segmentation in objects]
-    encoded = [(class_id, runs) for class_id, runs in encoded if runs is not None]
+    encoded = []
+    for class_id, segmentation, *name in objects:
+        if not 1 <= class_id <= IGNORE_INDEX:
+            raise ValueError(
+                f"An object has the class id {class_id}, expected are 1 to {IGNORE_INDEX - 1}, or {IGNORE_INDEX} for a "
+                "crowd: masks have 8 bits."
+            )
+        fault = _fault_of(segmentation, height, width)
+        if fault:
+            raise ValueError(
+                f"{name[0] if name else 'An object'}: the segmentation {json.dumps(segmentation)[:60]} {fault}; polygons "
+                f"of three points or more, or a run-length encoding of {height} x {width} pixels (height x width), are "
+                "expected."
+            )
+        encoded.append((class_id, _run_lengths(segmentation, height, width)))
     encoded.sort(key=lambda item: (item[0] != IGNORE_INDEX, -int(mask_utils.area(item[1]))))
     ids = np.zeros((height, width), dtype=np.uint8)
     for class_id, runs in encoded:
@@ -269,16 +363,55 @@ def draw_objects(objects: list[tuple[int, Any]], height: int, width: int) -> np.
     return ids
 
 
-def _run_lengths(segmentation: Any, height: int, width: int) -> dict | None:
+def _is_empty(segmentation: Any) -> bool:
+    """Whether there is no outline: nothing at all, or polygons of fewer than three points only."""
+    if isinstance(segmentation, dict):
+        return not segmentation.get("counts")
+    polygons = segmentation if isinstance(segmentation, list) else [segmentation]
+    return all(polygon is None or (isinstance(polygon, list) and len(polygon) < 6) for polygon in polygons)
+
+
+def _fault_of(segmentation: Any, height: int, width: int) -> str | None:
+    """Why a segmentation cannot be drawn, a predicate. pycocotools would end the process or draw at random."""
+    if _is_empty(segmentation):
+        return "encloses nothing"
+    if isinstance(segmentation, dict):
+        if segmentation.get("size") != [height, width]:
+            return f"has the size {segmentation.get('size')}"
+        return None if _num_pixels(segmentation["counts"]) == height * width else "does not cover the image"
+    if not isinstance(segmentation, list) or not all(isinstance(polygon, list) for polygon in segmentation):
+        return "is no list of polygons [[x, y, x, y, x, y, ...], ...]"
+    reach = 10 * max(height, width)
+    for polygon in segmentation:
+        if len(polygon) % 2 or not all(isinstance(value, int | float) and abs(value) <= reach for value in polygon):
+            return "has points that are no pairs of numbers in or near the image"
+    return None
+
+
+def _num_pixels(counts: list[int] | str) -> int | None:
+    """The number of pixels that a run-length encoding covers; `None` where it is none."""
+    if isinstance(counts, list):
+        return sum(counts) if all(isinstance(count, int) and count >= 0 for count in counts) else None
+    if not isinstance(counts, str) or not all(48 <= ord(character) < 112 for character in counts):
+        return None
+    # COCO's text: five bits a character, the sixth says that the number goes on, the last character has its sign;
+    # from the third number on, the difference to the last but one
+    numbers, number, shift = [], 0, 0
+    for code in (ord(character) - 48 for character in counts):
+        number |= (code & 31) << shift
+        shift += 5
+        if not code & 32:
+            number -= (1 << shift) if code & 16 else 0
+            numbers.append(number + (numbers[-2] if len(numbers) > 2 else 0))
+            number, shift = 0, 0
+    return sum(numbers) if not shift and min(numbers) >= 0 else None
+
+
+def _run_lengths(segmentation: Any, height: int, width: int) -> dict:
     if isinstance(segmentation, list):
-        # fewer than three corners enclose nothing, and pycocotools takes four numbers for a box
+        # pycocotools takes four numbers for a box
         polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
-        return mask_utils.merge(mask_utils.frPyObjects(polygons, height, width)) if polygons else None
-    if not isinstance(segmentation, dict) or list(segmentation.get("size", ())) != [height, width]:
-        raise ValueError(
-            f"A segmentation is a list of polygons or a run-length encoding of {height} x {width} pixels (height x "
-            f"width), not {str(segmentation)[:60]}: repair the annotation."
-        )
+        return mask_utils.merge(mask_utils.frPyObjects(polygons, height, width))
     if isinstance(segmentation["counts"], list):
         return mask_utils.frPyObjects(segmentation, height, width)
     return segmentation
@@ -290,4 +423,4 @@ with warnings.catch_warnings():
     register_feature(PolygonMask, "SynerNetPolygonMask")
 
 
-__all__ = ["PolygonMask", "draw_objects", "load_coco2014"]
+__all__ = ["PolygonMask", "load_coco2014", "load_coco_files"]

@@ -142,7 +142,7 @@ class TrainDataset(Dataset):
     """
 
     def __init__(self, dataset: datasets.Dataset, transform: TrainTransform) -> None:
-        dataset = dataset.select_columns(["image", "image_id", "labels"])
+        dataset = dataset.with_format(None).select_columns(["image", "image_id", "labels"])
         self.dataset = dataset.cast_column("image", datasets.Image(decode=False))
         self.transform = transform
 

@@ -1,6 +1,8 @@
 """PASCAL VOC 2012 devkit folder → `datasets.DatasetDict`."""
 
 import logging
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
@@ -9,8 +11,8 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from synernet_hf.data.files import ImageIndex, first_file, image_name
-from synernet_hf.data.labels import ids_from_names, read_label_file
+from synernet_hf.data.files import ImageIndex, image_name, unique_ids
+from synernet_hf.data.labels import ids_from_names, read_label_file, read_text
 from synernet_hf.data.schema import VOC_CLASSES, as_streams, build_split, check_on_bad_image, name_some, note_skipped
 
 
@@ -27,25 +29,27 @@ def load_voc2012(
     on_bad_image: str = "raise",
     streaming: bool = False,
     skipped: dict[str, list[str]] | None = None,
+    splits: Sequence[str] = ("train", "validation"),
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """
     Loads PASCAL VOC 2012, or any folder in its layout, without decoding an image.
 
-    Read are `JPEGImages/`, `ImageSets/Segmentation/`, for the validation masks `SegmentationClassAug/` or else
-    `SegmentationClass/`, and the image-level labels. The training split has no `mask` column and its masks are never
-    opened, unless `image_labels="masks"` asks for it by name.
+    Reads `JPEGImages/`, `ImageSets/Segmentation/`, the image-level labels, and for the validation masks
+    `SegmentationClassAug/` or else `SegmentationClass/`. Training masks are never opened, unless
+    `image_labels="masks"` asks for it by name.
 
     Args:
         data_dir (`str` or `Path`): The `VOCdevkit` folder that holds `VOC2012`, or the `VOC2012` folder itself.
         image_labels (`str` or `Path`, *optional*, defaults to `"annotations"`): Where the image-level labels come
             from: `"annotations"` (the `object/name` entries of `Annotations/*.xml`, difficult objects included, as is
-            usual in this field), `"masks"` (the class ids that occur in the masks), or the path of an `.npz`, `.json`
-            or `.csv` file, see [`read_label_file`].
-        train_split (`str`, *optional*, defaults to `"train_aug"`): The list in `ImageSets/Segmentation` to train on.
-            Where it is not given and `train_aug` does not exist, `train` is taken and logged.
+            usual in this field), `"masks"` (the class ids in the masks), or the path of an `.npz`, `.json` or `.csv`
+            file, see [`read_label_file`].
+        train_split (`str`, *optional*, defaults to `"train_aug"`): The list in `ImageSets/Segmentation` to train on;
+            without a name, `train` where `train_aug` does not exist.
         validation_split (`str`, *optional*, defaults to `"val"`): The list to evaluate on.
         on_bad_image, streaming, skipped:
             See [`load_image_labels`].
+        splits (`Sequence[str]`, *optional*, defaults to `("train", "validation")`): The splits to read.
 
     Returns:
         `datasets.DatasetDict` or `datasets.IterableDatasetDict`: `train` (`image`, `image_id`, `labels`) and
@@ -58,42 +62,34 @@ def load_voc2012(
     """
     check_on_bad_image(on_bad_image)
     root = _find_root(Path(data_dir).expanduser())
-    train_list = train_split or _default_train_split(root)
-    ids = {"train": _read_list(root, train_list), "validation": _read_list(root, validation_split)}
     source = "annotations" if image_labels is None else image_labels
     table = None if source in ("annotations", "masks") else read_label_file(source, VOC_CLASSES)
-
-    images = ImageIndex(root / "JPEGImages").by_key
-    splits = {}
-    for split, split_ids in ids.items():
-        list_name = train_list if split == "train" else validation_split
-        missing = [image_id for image_id in split_ids if image_id not in images]
+    index = ImageIndex(root / "JPEGImages")
+    built = datasets.DatasetDict()
+    for split in splits:
+        name = validation_split if split == "validation" else train_split or _default_train_split(root)
+        paths, missing = _read_list(root, name, index)
         if missing and on_bad_image == "raise":
             raise FileNotFoundError(
-                f"The split {list_name!r} names {len(missing)} images that are not in {root / 'JPEGImages'} "
-                f"({name_some(missing)}): add them or take them out of the list."
+                f"The split {name!r} names {len(missing)} images that are not in {index.folder} ({name_some(missing)}): "
+                "add them or take them out of the list."
             )
-        split_ids = [image_id for image_id in split_ids if image_id in images]
-        if not split_ids:
-            raise ValueError(f"None of the images of the split {list_name!r} is in {root / 'JPEGImages'}.")
-        doubled = [image_id for image_id in split_ids if len(images[image_id]) > 1]
-        if doubled:
-            raise ValueError(
-                f"{len(doubled)} images of the split {list_name!r} are there more than once "
-                f"({name_some(images[doubled[0]])} in {root / 'JPEGImages'}): keep one file of each name."
-            )
+        if not paths:
+            raise ValueError(f"None of the images of the split {name!r} is in {index.folder}.")
+        ids = [image_name(path) for path in paths]
+        masks = None
+        if split == "validation" or source == "masks":
+            masks = _find_masks(root, ids, name, required=source == "masks")
         if source == "annotations":
-            labels = _labels_from_annotations(root, split_ids)
+            labels = _labels_from_annotations(root, ids)
         elif source == "masks":
-            labels = _labels_from_masks(_find_masks(root, split_ids, list_name, required=True))
+            labels = _labels_from_masks(masks)
         else:
-            labels = _labels_from_table(table, split_ids, source, list_name)
-        masks = _find_masks(root, split_ids, list_name) if split == "validation" else None
-        paths = [str(root / "JPEGImages" / images[image_id][0]) for image_id in split_ids]
-        phrases = [f"{image_id} of the list {list_name} is not in {root / 'JPEGImages'}" for image_id in missing]
-        note_skipped(skipped, split, phrases)
-        splits[split] = build_split(paths, split_ids, labels, VOC_CLASSES, masks)
-    return as_streams(splits) if streaming else datasets.DatasetDict(splits)
+            labels = _labels_from_table(table, ids, source, name)
+        note_skipped(skipped, split, [f"{other} of the list {name} is not in {index.folder}" for other in missing])
+        image_ids = unique_ids(paths, index.folder)
+        built[split] = build_split(paths, image_ids, labels, VOC_CLASSES, masks if split == "validation" else None)
+    return as_streams(built) if streaming else built
 
 
 def _find_root(data_dir: Path) -> Path:
@@ -117,22 +113,41 @@ def _default_train_split(root: Path) -> str:
     return "train_aug"
 
 
-def _read_list(root: Path, name: str) -> list[str]:
+def _read_list(root: Path, name: str, index: ImageIndex) -> tuple[list[str], list[str]]:
+    """The images of a list, and the names in it that are no image."""
     path = root / "ImageSets" / "Segmentation" / f"{name}.txt"
     if not path.is_file():
         existing = sorted(other.stem for other in path.parent.glob("*.txt"))
         raise FileNotFoundError(
             f"There is no list {path} for the split {name!r}: the folder has {', '.join(existing) or 'no lists'}."
         )
-    # Lists of the field's repositories hold "/JPEGImages/ID.jpg /SegmentationClassAug/ID.png" instead of "ID".
-    ids = [image_name(line.split()[0]) for line in path.read_text().splitlines() if line.strip()]
-    if not ids:
+    found, missing = Counter(), []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        # Lists of the field's repositories hold "/JPEGImages/ID.jpg /SegmentationClassAug/ID.png" instead of "ID".
+        listed = re.split(r"\s+(?=[/\\])", line.strip())[0].replace("\\", "/").rpartition("JPEGImages/")[2]
+        if not listed:
+            continue
+        try:
+            image = index.find(listed) or index.find(listed.split()[0])
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}, {error}.") from error
+        if image is None:
+            missing.append(image_name(listed))
+        else:
+            found[image] += 1
+    if not found and not missing:
         raise ValueError(f"The list {path} of the split {name!r} is empty: give at least one image.")
-    return ids
+    repeated = [image_name(image) for image, count in found.items() if count > 1]
+    if repeated:
+        logger.warning(
+            "%s names %d images more than once (%s): each is used once.", path, len(repeated), name_some(repeated)
+        )
+    return list(found), missing
 
 
-def _find_masks(root: Path, image_ids: Sequence[str], split: str, required: bool = False) -> list[str] | None:
-    masks = [first_file(root / folder / f"{image_id}.png" for folder in MASK_FOLDERS) for image_id in image_ids]
+def _find_masks(root: Path, image_ids: Sequence[str], split: str, required: bool) -> list[str] | None:
+    indices = [ImageIndex(root / folder) for folder in MASK_FOLDERS]
+    masks = [next(filter(None, (index.find(image_id) for index in indices)), None) for image_id in image_ids]
     missing = [image_id for image_id, mask in zip(image_ids, masks, strict=True) if mask is None]
     if len(missing) == len(masks) and not required:
         logger.warning("The split %r has no masks in %s: it cannot be scored.", split, " or ".join(MASK_FOLDERS))
@@ -164,15 +179,15 @@ def _labels_from_annotations(root: Path, image_ids: Sequence[str]) -> list[list[
             f"The folder {root} has no Annotations: give image_labels as the path of an .npz, .json or .csv file, or "
             "as 'masks' to read the labels off the masks."
         )
-    missing = [image_id for image_id in image_ids if not (folder / f"{image_id}.xml").is_file()]
+    paths = [folder / f"{image_id}.xml" for image_id in image_ids]
+    missing = [path.stem for path in paths if not path.is_file()]
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(image_ids)} images have no annotation in {folder} ({name_some(missing)}): add "
             "them or give image_labels as the path of a label file."
         )
     labels = []
-    for image_id in image_ids:
-        path = folder / f"{image_id}.xml"
+    for path in paths:
         try:
             names = [(node.text or "").strip() for node in ElementTree.parse(path).iterfind("object/name")]
         except ElementTree.ParseError as error:
