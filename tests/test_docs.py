@@ -1,22 +1,50 @@
-"""The documentation holds: links lead somewhere, named files exist, Python blocks marked for it run as written."""
+"""The documentation holds: links lead somewhere, named files exist, Python blocks run, commands have real options."""
 
+import argparse
+import json
 import re
+import runpy
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
+import datasets
 import pytest
+from devkit_utils import write_labels_npz, write_voc_devkit
+from PIL import Image
+from testing_utils import tiny_backbone_config
+from transformers import ViTForImageClassification
+
+from synernet_hf import SynerNetImageProcessor
 
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"])
-# A Python block below this line is run; blocks of one page share their names, as when pasted one after another.
-RUNNABLE = "<!-- runnable -->"
-PYTHON_BLOCK = re.compile(re.escape(RUNNABLE) + r"\n+```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
-PAGES_WITH_CODE = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("index.md", "inference.md", "hub.md"))]
+READMES = [ROOT / folder / "README.md" for folder in ("examples", "benchmarks")]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *READMES])
+BLOCK = re.compile(r"(<!-- walk-through -->\n+)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LANGUAGES = {"bash", "csv", "json", "python", "text", "yaml"}
+# What makes a block short enough for a test. The text on the left has to be on the page.
+SHORTER = {
+    "docs/data.md": {"num_batches=100": "num_batches=2", '"num_train": 500': '"num_train": 8, "num_validation": 4'},
+    "docs/training.md": {"crop_size=224": "crop_size=32", "max_steps=1200": "max_steps=1"},
+}
+# Options of accelerate and torchrun.
+FOREIGN_OPTIONS = {"--cpu", "--multi_gpu", "--nproc_per_node", "--num_processes"}
+SCRIPTS = sorted(path for folder in ("benchmarks", "examples", "scripts") for path in (ROOT / folder).glob("*.py"))
 
 
 def page_name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
+
+
+def python_blocks(page: Path) -> list[str]:
+    """Python blocks of a page but for those of the walk-through, which tests/hub runs."""
+    blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
+    return [text for elsewhere, language, text in blocks if language == "python" and not elsewhere]
+
+
+PAGES_WITH_PYTHON = [page for page in PAGES if python_blocks(page)]
 
 
 def without_code(text: str) -> str:
@@ -56,15 +84,158 @@ def test_named_make_targets_exist(page):
     assert used <= targets, f"{page_name(page)} names make targets that are not there: {used - targets}"
 
 
-@pytest.mark.parametrize("page", PAGES_WITH_CODE, ids=page_name)
-def test_python_blocks_run(page, tiny_run_folder, tmp_path, monkeypatch):
-    blocks = PYTHON_BLOCK.findall(page.read_text(encoding="utf-8"))
-    assert blocks, f"{page_name(page)} has no block marked {RUNNABLE}"
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_block_names_its_language(page):
+    languages = {language for _, language, _ in BLOCK.findall(page.read_text(encoding="utf-8"))}
+    assert languages <= LANGUAGES, f"{page_name(page)} has blocks in {languages - LANGUAGES or 'no language'}"
+
+
+def write_images_of_the_table(folder: Path) -> None:
+    """Writes the table of docs/data.md and the images and masks that it names."""
+    (table,) = [
+        text for _, language, text in BLOCK.findall((ROOT / "docs" / "data.md").read_text()) if language == "csv"
+    ]
+    for name in re.findall(r"[\w/]+\.(?:jpg|png)", table):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L" if "masks" in name else "RGB", (48, 40)).save(folder / name)
+    (folder / "labels.csv").write_text(table)
+
+
+def write_coco(folder: Path) -> None:
+    """Writes a COCO folder with one image in each split."""
+    for split in ("train2014", "val2014"):
+        (folder / split).mkdir(parents=True)
+        Image.new("RGB", (48, 40)).save(folder / split / "1.jpg")
+        annotation = {"id": 1, "image_id": 1, "category_id": 18, "iscrowd": 0, "segmentation": [[4, 4, 20, 4, 20, 20]]}
+        content = {
+            "images": [{"id": 1, "file_name": "1.jpg", "width": 48, "height": 40}],
+            "annotations": [annotation],
+            "categories": [{"id": 18, "name": "dog"}],
+        }
+        (folder / "annotations").mkdir(exist_ok=True)
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(params=[None, 32], ids=["as they are", "resized"])
+def reader_folder(request, tiny_run_folder, tmp_path, monkeypatch) -> Path:
+    """What a reader of the pages has: a run that shows the model images as they are or resized, data, an encoder."""
     shutil.copytree(tiny_run_folder, tmp_path / "runs" / "demo")
+    if request.param is not None:
+        processor = SynerNetImageProcessor(do_resize=True, size={"shortest_edge": request.param})
+        processor.save_pretrained(tmp_path / "runs" / "demo")
+    data = tmp_path / "path" / "to"
+    write_labels_npz(data / "voc2012_image_labels.npz", write_voc_devkit(data).labels)
+    write_coco(data / "coco")
+    write_images_of_the_table(data / "images")
+    rows = {
+        "image": [str(tiny_run_folder / "image.png")] * 2,
+        "objects": ["cat", "cat;dog"],
+        "segmentation": [None] * 2,
+    }
+    for split in ("train", "validation"):
+        split_rows = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+        split_rows.cast_column("segmentation", datasets.Image()).to_parquet(
+            tmp_path / "owner" / "name" / f"{split}.parquet"
+        )
+    encoder = tmp_path / "facebook" / "deit-tiny-patch16-224"
+    ViTForImageClassification(tiny_backbone_config()).save_pretrained(encoder)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **options: "runs/demo")
     monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_PYTHON, ids=page_name)
+def test_python_blocks_run(page, reader_folder, monkeypatch):
+    for words in commands_of(page):
+        if "synernet_hf.export" in words:
+            monkeypatch.setattr(sys, "argv", words[words.index("synernet_hf.export") :])
+            with pytest.raises(SystemExit, match="^(0|None)$"):
+                runpy.run_module("synernet_hf.export", run_name="__main__")
     names: dict = {"__name__": "__main__"}
-    for number, block in enumerate(blocks, start=1):
+    shorter = dict(SHORTER.get(page_name(page), {}))
+    for number, block in enumerate(python_blocks(page), start=1):
+        for long in [long for long in shorter if long in block]:
+            block = block.replace(long, shorter.pop(long))
         exec(compile(block, f"{page_name(page)}, block {number}", "exec"), names)
+    assert not shorter, f"{page_name(page)} has no {list(shorter)}"
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """Words of the commands in blocks and in the text that run a script of ours."""
+    text = page.read_text(encoding="utf-8")
+    blocks = "".join(block for _, language, block in BLOCK.findall(text) if language == "bash")
+    lines = blocks.replace("\\\n", " ").splitlines()
+    lines += re.findall(r"`((?:python|accelerate launch) [^`]+)`", without_code(text))
+    lines = [line.replace("$VOC", "--data_dir $DEVKIT --image_labels $LABELS --backbone $DEIT") for line in lines]
+    words = [shlex.split(line, comments=True) for line in lines if "…" not in line]
+    # the last word is the script's name where it is only named
+    return [line for line in words if any(is_ours(word) for word in line[:-1])]
+
+
+def is_ours(word: str) -> bool:
+    return (
+        (ROOT / word).is_file()
+        and word.endswith(".py")
+        and not word.startswith("tests")
+        or word == "synernet_hf.export"
+    )
+
+
+class Parsed(BaseException):
+    """Ends a script as soon as its command line is read."""
+
+
+def read_command_line(words: list[str], monkeypatch, options: set[str] | None = None) -> None:
+    """Runs a script up to the point where it has read its command line; collects the options it has."""
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def parse_and_end(parser, args=None, namespace=None):
+        if options is not None:
+            options.update(parser._option_string_actions)
+        known, rest = parse(parser, args, namespace)
+        # the recipe's own parser leaves the rest to the next one
+        if parser.add_help and not rest:
+            raise Parsed
+        return known, rest
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_end)
+    monkeypatch.setattr(sys, "argv", words)
+    if words[0] == "synernet_hf.export":
+        runpy.run_module(words[0], run_name="__main__")
+    else:
+        monkeypatch.syspath_prepend(str((ROOT / words[0]).parent))
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)], ids=page_name)
+def test_commands_are_read(page, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    for words in commands_of(page):
+        script = next(place for place, word in enumerate(words) if is_ours(word))
+        with monkeypatch.context() as patch:
+            try:
+                read_command_line(words[script:], patch)
+            except Parsed:
+                continue
+            except SystemExit as ended:
+                assert not ended.code, f"{page_name(page)}: {shlex.join(words)}\n{capsys.readouterr().err[-500:]}"
+
+
+@pytest.fixture(scope="module")
+def all_options() -> set[str]:
+    """Options of all scripts, of accelerate and torchrun as far as the pages name them."""
+    options = set(FOREIGN_OPTIONS)
+    for script in [*SCRIPTS, "synernet_hf.export", ROOT / "tests" / "hub_server.py"]:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises((Parsed, SystemExit)):
+            name = script if isinstance(script, str) else page_name(script)
+            read_command_line([name, "--help"], patch, options)
+    return options
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=page_name)
+def test_named_options_exist(page, all_options):
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8")))
+    assert named <= all_options, f"{page_name(page)} names options that no script has: {named - all_options}"
 
 
 def test_readme_says_how_to_test_and_try():

@@ -35,7 +35,7 @@ def free_port() -> int:
 def test_the_walk_through_runs_as_written(tmp_path):
     port = free_port()
     blocks = BLOCK.findall((ROOT / "docs" / "hub.md").read_text(encoding="utf-8"))
-    assert [language for language, _ in blocks] == ["bash", "bash", "bash", "python", "bash"]
+    assert [language for language, _ in blocks] == ["bash", "bash", "bash", "python", "bash", "python"]
     here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
     for folder in (here, elsewhere):
         folder.mkdir()
@@ -43,6 +43,7 @@ def test_the_walk_through_runs_as_written(tmp_path):
         (here / name).symlink_to(ROOT / name)
     (elsewhere / "sitecustomize.py").write_text(HIDE_PACKAGE)
     (elsewhere / "predict.py").write_text(blocks[3][1])
+    (here / "push.py").write_text(blocks[5][1])
 
     # one shell for all blocks, as for a reader; the Python block runs where the package cannot be imported
     start, *steps = [text for language, text in blocks if language == "bash"]
@@ -52,7 +53,7 @@ for attempt in $(seq 100); do (exec 3<> /dev/tcp/127.0.0.1/{port}) 2> /dev/null 
     predict = f"""
 (cd {elsewhere} && HF_HOME={elsewhere}/home PYTHONPATH={elsewhere} python predict.py > predicted.txt)
 """
-    script = "\n".join(["set -e", start, "trap 'kill %1' EXIT", wait, steps[0], steps[1], predict, steps[2]])
+    script = "\n".join(["set -e", start, "trap 'kill %1' EXIT", wait, steps[0], steps[1], predict, steps[2], "python push.py"])
     environment = client_environment(None, here / "home", token=None) | {
         "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"
     }
