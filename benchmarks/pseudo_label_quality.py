@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from synernet_hf.data import multi_hot
+from synernet_hf.files import one_line
 from synernet_hf.metrics import MeanIoU
 from synernet_hf.model import (
     SynerNetPixelAdaptiveRefinement,
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(parse_arguments(argv))
     except (InvalidArguments, OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -52,8 +52,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Find mistakes of the command line before anything is loaded."""
-    if Path(args.run).is_dir() and not (Path(args.run) / "config.json").is_file():
-        raise ValueError(f"{args.run} holds no trained model (no config.json); give the folder of a finished run.")
     for name in ("max_samples", "num_threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; a positive number is expected.")
@@ -65,8 +63,8 @@ def label_images(args: argparse.Namespace) -> None:
     """Load the run and the data, write what is missing, and name the images to look at first."""
     check_arguments(args)
     options = PseudoLabelOptions(args.map, args.label_source, args.scales and tuple(args.scales), args.flip)
-    data_args = read_data_arguments(args, args.run)
     model, processor = load_model_folder(args.run)
+    data_args = read_data_arguments(args, args.run)
     splits = load_data(data_args, id2label=None if args.label_source == "predicted" else model.config.id2label)
     if isinstance(splits, datasets.IterableDatasetDict):
         raise ValueError("Streamed data cannot be shared over processes: leave `streaming` out of `dataset_options`.")

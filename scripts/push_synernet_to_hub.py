@@ -12,15 +12,11 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError
 
-from synernet_hf import (
-    SynerNetConfig,
-    SynerNetForWeaklySupervisedSegmentation,
-    SynerNetImageProcessor,
-    SynerNetSegmentationPipeline,
-)
+from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetSegmentationPipeline
+from synernet_hf.files import one_line
 from synernet_hf.model_card import published_card
+from synernet_hf.model_folder import find_model_folder, load_model_folder
 
 
 CARD_FILE = "README.md"
@@ -62,15 +58,15 @@ def write_folder(run: Path, folder: Path, args: argparse.Namespace) -> None:
         OSError: If the run lacks a file.
         ValueError: If a file cannot be used.
     """
-    for name in ("config.json", "model.safetensors", "preprocessor_config.json", CARD_FILE):
-        if not (run / name).is_file() and not (name == "model.safetensors" and (run / f"{name}.index.json").is_file()):
-            raise FileNotFoundError(f"{run / name} is missing; give a folder as training leaves it.")
-    model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(run).eval()
+    run = find_model_folder(run, on_hub=False)
+    if not (run / CARD_FILE).is_file():
+        raise FileNotFoundError(f"{run / CARD_FILE} is missing; give a folder as training leaves it.")
+    model, processor = load_model_folder(run)
     if args.no_projection_head:
         model = without_projection_head(model)
     segmenter = SynerNetSegmentationPipeline(
         model=model,
-        image_processor=SynerNetImageProcessor.from_pretrained(run),
+        image_processor=processor,
         task="weakly-supervised-segmentation",
     )
     segmenter.save_pretrained(folder)
@@ -145,8 +141,8 @@ def main(argv: list[str] | None = None) -> int:
             write_folder(args.run, Path(temporary), args)
             size = sum(path.stat().st_size for path in Path(temporary).iterdir())
             address = push(Path(temporary), args)
-    except (OSError, ValueError, SafetensorError, HfHubHTTPError, HFValidationError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     print(f"{size / 2**20:.1f} MiB are at {address}")
     return 0

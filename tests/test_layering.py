@@ -39,7 +39,7 @@ ROOMS = {
         {"model", "data", "files", "visualization"},
         {"torch", "numpy", "PIL", "datasets", "pyarrow", "accelerate", "tqdm"},
     ),
-    "model_card": (set(), {"huggingface_hub", "yaml", "jinja2"}),
+    "model_card": ({"files"}, {"huggingface_hub", "yaml", "jinja2"}),
     "training": (
         {"files", "model", "data", "metrics", "model_card", "visualization"},
         DATA_LIBRARIES | {"accelerate", "transformers", "huggingface_hub", "safetensors", "tqdm", "yaml"},

@@ -347,7 +347,7 @@ def test_the_scripts_options(shapes_run, tmp_path, capsys):
         assert run_script(str(shapes_run), "--output", str(tmp_path / "other"), *more) == 2
         assert expected in capsys.readouterr().err
     assert run_script(str(tmp_path / "nothing"), "--dataset", "shapes", "--output", str(tmp_path / "other")) == 2
-    assert "holds no usable model" in capsys.readouterr().err
+    assert "no such folder" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 

@@ -14,7 +14,7 @@ from testing_utils import SynerNetModelTester
 
 from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.export import main as export_main
-from synernet_hf.model_folder import check_model_folder, load_model_folder
+from synernet_hf.model_folder import check_model_folder, find_model_folder, load_model_folder
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,6 +108,46 @@ def refused(folder, message, error=ValueError):
     with pytest.raises(error, match=message) as caught:
         check_model_folder(folder)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("run", "told"),
+    [
+        ("runs/dmeo", "runs/dmeo: no such folder; did you mean runs/demo?"),
+        (
+            "runs/other/model",
+            "runs/other/model: no such folder; give the folder of a trained model, or its name on the",
+        ),
+        ("nothing", "nothing: no such folder; give"),
+        ("C:\\runs\\demo", "no such folder; give"),
+        ("/nowhere/runs/demo", "no such folder; give"),
+        ("runs/demo", "holds no trained model"),
+        ("image.png", "image.png is a file; give the folder"),
+    ],
+)
+def test_a_wrong_path_is_told_at_once(tmp_path, monkeypatch, run, told):
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "image.png").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr("synernet_hf.model_folder.snapshot_download", lambda *args, **kwargs: asked.append(args))
+    for load in (find_model_folder, load_model_folder):
+        with pytest.raises(ValueError) as caught:
+            load(run)
+        assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert not asked
+
+
+def test_without_network_a_hub_id_is_told_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(
+        ValueError, match="owner/model: no such folder, and the Hub cannot be reached .*offline"
+    ) as caught:
+        find_model_folder("owner/model")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="no such folder; give the folder of a trained model[.]"):
+        find_model_folder("owner/model", on_hub=False)
 
 
 def test_a_saved_folder_passes(folder, tmp_path):

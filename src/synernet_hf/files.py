@@ -1,4 +1,4 @@
-"""The one way in which the package writes a file: whole, or not at all."""
+"""The one way in which the package writes a file, whole or not at all, and tells a path from an id of the Hub."""
 
 import json
 import math
@@ -74,6 +74,34 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read ({error}).") from error
 
 
+def is_hub_id(name: Any) -> bool:
+    """
+    Tells a Hub id from a path.
+
+    Args:
+        name (`Any`): Text or anything else.
+
+    Returns:
+        `bool`: whether it reads `owner/name` and no such file and no folder `owner` is here.
+    """
+    if not isinstance(name, str) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is None:
+        return False
+    return not Path(name).exists() and not Path(name).parent.is_dir()
+
+
+def one_line(error: BaseException) -> str:
+    """
+    Gives the message of an error without line breaks.
+
+    Args:
+        error (`BaseException`): The error.
+
+    Returns:
+        `str`: its message.
+    """
+    return " ".join(str(error).split())
+
+
 def finite(data: Any) -> Any:
     """
     Makes a value what it is after being written to JSON and read again.
@@ -91,4 +119,13 @@ def finite(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
-__all__ = ["TEMPORARY_NAME", "finite", "read_json", "replace_file", "write_json", "write_text"]
+__all__ = [
+    "TEMPORARY_NAME",
+    "finite",
+    "is_hub_id",
+    "one_line",
+    "read_json",
+    "replace_file",
+    "write_json",
+    "write_text",
+]

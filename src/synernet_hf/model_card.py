@@ -1,7 +1,6 @@
 """Model card of a training run, made of nothing but the run's own values."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -9,6 +8,8 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from synernet_hf.files import is_hub_id
 
 
 TEMPLATE_PATH = Path(__file__).with_name("model_card_template.md")
@@ -92,13 +93,13 @@ class SynerNetModelCardData:
         if name in NAMED_DATA:
             return name
         source = self.settings.get("data_dir") if name == "hub" else name
-        return source if _is_hub_id(source) else "image_folder"
+        return source if is_hub_id(source) else "image_folder"
 
     @property
     def encoder(self) -> str | None:
         """Hub id of the pretrained encoder, or the last name of its path; `None` for random weights."""
         backbone = self.settings.get("backbone")
-        return backbone if backbone is None or _is_hub_id(backbone) else PureWindowsPath(backbone).name
+        return backbone if backbone is None or is_hub_id(backbone) else PureWindowsPath(backbone).name
 
     def recipe(self) -> dict[str, Any]:
         """The settings without folders, file paths cut to the name of the file."""
@@ -107,7 +108,7 @@ class SynerNetModelCardData:
             if name in LOCAL_SETTINGS or value is None or value == {}:
                 continue
             # a hub id (owner/name) is kept whole, a path is not
-            if name in PATH_SETTINGS and not _is_hub_id(value):
+            if name in PATH_SETTINGS and not is_hub_id(value):
                 value = PureWindowsPath(value).name
             kept[name] = _without_folders(value)
         return kept | {"dataset": self.dataset}
@@ -133,16 +134,11 @@ class SynerNetModelCardData:
             library_name="transformers",
             pipeline_tag="image-segmentation",
             tags=["synernet", "semantic-segmentation", "weakly-supervised"],
-            base_model=self.encoder if _is_hub_id(self.encoder) else None,
-            datasets=[self.dataset] if _is_hub_id(self.dataset) else None,
+            base_model=self.encoder if is_hub_id(self.encoder) else None,
+            datasets=[self.dataset] if is_hub_id(self.dataset) else None,
             metrics=["mean_iou"] if evaluations else None,
             eval_results=evaluations or None,
         )
-
-
-def _is_hub_id(name: Any) -> bool:
-    # a path that merely looks like owner/name is told by its being on disk
-    return isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).exists()
 
 
 def _without_folders(value: Any) -> Any:

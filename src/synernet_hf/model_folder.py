@@ -1,16 +1,18 @@
 """Checks a model folder from an unknown source before anything of it is built or loaded."""
 
+import difflib
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from synernet_hf.files import read_json
+from synernet_hf.files import is_hub_id, one_line, read_json
 from synernet_hf.model import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 
 
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PROCESSOR = "preprocessor_config.json"
@@ -52,6 +54,51 @@ MAX_LIST = 64
 MAX_HEADER_BYTES = 100_000_000
 # what a folder with missing, truncated or foreign files raises on loading
 LOADING_ERRORS = (OSError, RuntimeError, TypeError, ValueError, SafetensorError, StrictDataclassError)
+
+
+def find_model_folder(run: str | Path, on_hub: bool = True) -> Path:
+    """
+    Finds a trained model. A path that is not there is told at once, without asking the Hub.
+
+    Args:
+        run (`str` or `Path`): Folder, or Hub id `owner/name`. Only JSON and safetensors files are fetched.
+        on_hub (`bool`, *optional*, defaults to `True`): Whether a Hub id is accepted.
+
+    Returns:
+        `Path`: the folder, with a `config.json`.
+
+    Raises:
+        ValueError: If there is no such folder, it holds no model, or the Hub does not give the model.
+    """
+    folder = Path(run)
+    if folder.is_dir():
+        if not (folder / CONFIG).is_file():
+            raise ValueError(f"{run} holds no trained model (no {CONFIG}); give the folder of a finished run.")
+        return folder
+    if folder.exists():
+        raise ValueError(f"{run} is a file; give the folder of a trained model.")
+    expected = "the folder of a trained model" + (", or its name on the Hub (owner/name)" if on_hub else "")
+    if not on_hub or not is_hub_id(str(run)):
+        beside = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        close = difflib.get_close_matches(folder.name, beside, n=1)
+        hint = f"did you mean {folder.parent / close[0]}?" if close else f"give {expected}."
+        raise ValueError(f"{run}: no such folder; {hint}")
+    try:
+        return Path(snapshot_download(str(run), allow_patterns=["*.json", "*.safetensors"]))
+    except GatedRepoError as error:
+        raise ValueError(f"{run} is gated: ask for access at <https://huggingface.co/{run}>, then log in.") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{run}: no such folder, and no such model on the Hub, or a private one; give {expected}, and log in "
+            "(hf auth login) for a private model."
+        ) from error
+    except Exception as error:
+        # those of the HTTP library share no other class
+        reason = one_line(error.__cause__ or error)[:200]
+        raise ValueError(
+            f"{run}: no such folder, and the Hub cannot be reached ({reason}); give the folder of a trained model, or "
+            "try again with a network."
+        ) from error
 
 
 def check_model_folder(folder: str | Path) -> SynerNetConfig:
@@ -112,16 +159,17 @@ def load_model_folder(run: str | Path) -> tuple[SynerNetForWeaklySupervisedSegme
 
 
 def _load(run: str | Path, with_processor: bool = False):
+    folder = find_model_folder(run)
     try:
-        folder = run if Path(run).is_dir() else snapshot_download(str(run), allow_patterns=["*.json", "*.safetensors"])
         check_model_folder(folder)
         model, report = SynerNetForWeaklySupervisedSegmentation.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True
         )
         processor = SynerNetImageProcessor.from_pretrained(folder) if with_processor else None
     except LOADING_ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{run} holds no usable model ({reason}); give the folder of a finished run.") from error
+        raise ValueError(
+            f"{run} holds no usable model ({one_line(error)}); give the folder of a finished run."
+        ) from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(
@@ -148,7 +196,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _read_config(folder: Path) -> SynerNetConfig:
-    fields = _read_json(folder / "config.json")
+    fields = _read_json(folder / CONFIG)
     if fields.get("model_type") != SynerNetConfig.model_type:
         raise ValueError(
             f"{folder} is refused: its model type is {str(fields.get('model_type'))[:40]!r}, expected is "
@@ -160,8 +208,9 @@ def _read_config(folder: Path) -> SynerNetConfig:
             _check_sizes(fields["backbone_config"], MAX_BACKBONE_FIELDS, "backbone_config.")
         return SynerNetConfig.from_dict(fields)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{folder} is refused: its configuration is none of a SynerNet ({reason}).") from error
+        raise ValueError(
+            f"{folder} is refused: its configuration is none of a SynerNet ({one_line(error)[:300]})."
+        ) from error
 
 
 def _check_sizes(fields: dict, limits: dict[str, int], where: str) -> None:
@@ -232,4 +281,4 @@ def _count_elements(path: Path) -> int:
     return sum(torch.Size(shape).numel() for shape in shapes)
 
 
-__all__ = ["check_model_folder", "load_model", "load_model_folder"]
+__all__ = ["check_model_folder", "find_model_folder", "load_model", "load_model_folder"]

@@ -28,6 +28,7 @@ from synernet_hf.data import (
     id2label_from,
     load_wsss_dataset,
 )
+from synernet_hf.files import one_line
 from synernet_hf.model import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.model.encoder_synernet import pretrained_backbone_config
 from synernet_hf.training.arguments import (
@@ -199,11 +200,6 @@ def data_problems(splits: datasets.DatasetDict, data_args: DataArguments) -> lis
     if unknown:
         problems.append(f"`metric_classes` has unknown names {', '.join(unknown)}; known are {', '.join(names)}.")
     return problems
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error without line breaks."""
-    return " ".join(str(error).split())
 
 
 def model_config_from(model_args: ModelArguments, names: list[str]) -> SynerNetConfig:
