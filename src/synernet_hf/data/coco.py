@@ -16,13 +16,16 @@ from datasets.table import array_cast
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from synernet_hf.data.files import ImageIndex, unique_ids
-from synernet_hf.data.labels import choose_class_names, read_text
+from synernet_hf.data.files import ImageIndex, read_text, unique_ids
+from synernet_hf.data.labels import choose_class_names
 from synernet_hf.data.schema import (
     IGNORE_INDEX,
     as_streams,
     build_split,
     check_on_bad_image,
+    class_index,
+    clean_label,
+    is_background,
     name_some,
     note_skipped,
 )
@@ -31,6 +34,8 @@ from synernet_hf.data.schema import (
 logger = logging.getLogger(__name__)
 
 PART_SIZE = 1000
+# labelme's name for what is not scored
+IGNORED_LABEL = "__ignore__"
 # an annotation file of another kind is known by a key of its annotations
 OTHER_KINDS = {"segments_info": "panoptic segments", "caption": "captions"}
 
@@ -219,7 +224,7 @@ class _CocoFile:
 def _background_ids(reader: _CocoFile, used: set[int]) -> set[int]:
     """Ids of categories that are no class: the background, and the row 0 for all classes that Roboflow writes."""
     names = reader.categories
-    background = {key for key, name in names.items() if name.strip("_ ").lower() == "background"}
+    background = {key for key, name in names.items() if is_background(name)}
     if background:
         logger.warning(
             "%s: the category %s is the background: its annotations are left out.",
@@ -286,7 +291,7 @@ def _build(
 def _find(index: ImageIndex, reader: _CocoFile, image_id: int) -> str | None:
     name = reader.images[image_id][0]
     try:
-        return index.find(name) or index.find(Path(name.replace("\\", "/")).name)
+        return index.find(name)
     except ValueError as error:
         raise ValueError(f"{reader.path}, image {image_id}, {error}.") from error
 
@@ -332,6 +337,22 @@ class PolygonMask:
     def decode_example(self, value: dict, token_per_repo_id: dict | None = None) -> Image.Image:
         """Draws a mask: mode `L`, 0 = background, 1..C = classes, 255 = ignore."""
         return Image.fromarray(draw_objects(json.loads(value["objects"]), value["height"], value["width"]))
+
+
+def outline_cell(
+    height: int, width: int, outlines: Sequence[tuple[str, Any, str]], class_names: Sequence[str]
+) -> dict[str, Any]:
+    """
+    The cell of a [`PolygonMask`] with outlines given as (class name, segmentation, name for error sentences).
+
+    Outlines of the background are left out; those called `__ignore__` become 255.
+    """
+    objects = [
+        (IGNORE_INDEX if label == IGNORED_LABEL else class_index(clean_label(label), class_names), segmentation, name)
+        for label, segmentation, name in outlines
+        if not is_background(label)
+    ]
+    return {"height": height, "width": width, "objects": json.dumps(objects, separators=(",", ":"))}
 
 
 def draw_objects(objects: list[tuple], height: int, width: int) -> np.ndarray:
@@ -423,4 +444,4 @@ with warnings.catch_warnings():
     register_feature(PolygonMask, "SynerNetPolygonMask")
 
 
-__all__ = ["PolygonMask", "load_coco2014", "load_coco_files"]
+__all__ = ["IGNORED_LABEL", "PolygonMask", "load_coco2014", "load_coco_files", "outline_cell"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 
+from synernet_hf.data.coco import PolygonMask, outline_cell
 from synernet_hf.data.files import IMAGE_SUFFIXES, MASK_FOLDER, ImageIndex, read_text, unique_ids
 from synernet_hf.data.labels import IMAGE_HEADERS, LabelReader, choose_class_names, read_csv_rows
 from synernet_hf.data.schema import build_split, choose_splits, name_some, note_skipped
@@ -36,7 +37,7 @@ class LabelledImages:
         image_ids (`list[str]`): unique names.
         labels (`list[list[Any]]`): what the rows of each image hold: a text, a number or a list.
         places (`list[str]`): where each image's labels stand, for error sentences.
-        masks (`list[str | None]`): mask files, `None` where there is none.
+        masks (`list`): mask files, or what [`outline_cell`] takes; `None` where there is none.
         class_names (`list[str]`, *optional*): class list that the source itself gives, background first.
         label_column (`str`, *optional*): name of the column of labels.
         skipped (`list[str]`): what was left out and why.
@@ -46,7 +47,7 @@ class LabelledImages:
     image_ids: list[str] = field(default_factory=list)
     labels: list[list[Any]] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
-    masks: list[str | None] = field(default_factory=list)
+    masks: list[Any] = field(default_factory=list)
     class_names: list[str] | None = None
     label_column: str | None = None
     skipped: list[str] = field(default_factory=list)
@@ -69,7 +70,17 @@ def load_folder(
     Raises `FileNotFoundError` if a split, an image or a mask is missing, and `ValueError` if a table cannot be read
     or a label is not in the class list.
     """
-    splits = _read_folder(path, columns, *wanted)
+    return build_splits(_read_folder(path, columns, *wanted), path, class_names, on_bad_image, skipped)
+
+
+def build_splits(
+    splits: dict[str, LabelledImages],
+    path: Path,
+    class_names: Sequence[str] | None,
+    on_bad_image: str,
+    skipped: dict[str, list[str]] | None,
+) -> datasets.DatasetDict:
+    """The splits of records, with a class list for all of them; `path` is their source."""
     first = next(iter(splits.values()))
     names = choose_class_names(class_names, first.class_names, str(path))
     cells = (cell for images in splits.values() for image in images.labels for cell in image)
@@ -95,8 +106,11 @@ def load_folder(
                 name_some(unlabelled),
             )
         masks = None if split == "train" else _masks(images, split, path)
+        feature = None
+        if masks and not isinstance(masks[0], str):
+            masks, feature = [outline_cell(*mask, names) for mask in masks], PolygonMask()
         note_skipped(skipped, split, images.skipped)
-        built[split] = build_split(images.paths, images.image_ids, labels, names, masks)
+        built[split] = build_split(images.paths, images.image_ids, labels, names, masks, feature)
     return datasets.DatasetDict(built)
 
 

@@ -8,6 +8,7 @@ import datasets
 from datasets.exceptions import DatasetsError
 from datasets.table import embed_table_storage
 
+from synernet_hf.data.annotations import find_annotations, load_annotations
 from synernet_hf.data.coco import PolygonMask
 from synernet_hf.data.folders import LABEL_HEADERS, TABLE_SUFFIXES, find_table, load_folder
 from synernet_hf.data.labels import (
@@ -59,6 +60,9 @@ def load_image_labels(
     - **A folder with a table** (`labels.csv`, `metadata.csv` or `metadata.jsonl`, or the table itself): a row for each
       image, with its file (or its name without suffix) and its labels; several labels are separated by `;`, `|` or
       `,`, or stand in rows or in 0/1 columns of their own. The column `split` says what is `train` and `validation`.
+    - **A folder with annotation files**: COCO (`annotations/instances_*.json`, or `_annotations.coco.json` in a folder
+      for each split), Label Studio (tasks as JSON; `label_column` is the tag) or labelme (a file for each image); or
+      the path of such a file. Outlines are the masks to evaluate on.
     - **A folder with a subfolder for each class.**
     - **A folder with `train` and `validation`** (or `val`, `test`), each of one of these two kinds.
     - **A Hub data set, a folder of parquet files, or what `save_to_disk` wrote**: the label column is a `ClassLabel`,
@@ -107,9 +111,20 @@ def load_image_labels(
         raise TypeError(f"load_image_labels does not take {', '.join(unknown)}: columns are {', '.join(known)}.")
     path = Path(data_dir).expanduser()
     is_table = path.is_file() and path.suffix.lower() in TABLE_SUFFIXES
-    if is_table or (path.is_dir() and not _holds_columns(path)):
+    is_json = path.is_file() and path.suffix.lower() == ".json"
+    if is_table or is_json or (path.is_dir() and not _holds_columns(path)):
         wanted = (train_split, validation_split)
-        built = load_folder(path, dict(columns), class_names, wanted, on_bad_image, skipped)
+        has_table = is_table or (path.is_dir() and find_table(path) is not None)
+        found = None if has_table else find_annotations(path)
+        if found is not None:
+            label_column = columns.get("label_column")
+            built = load_annotations(path, found, label_column, class_names, wanted, on_bad_image, skipped)
+        elif is_json:
+            raise ValueError(
+                f"{path} is not an annotation file of COCO, Label Studio or labelme: export one of these."
+            )
+        else:
+            built = load_folder(path, dict(columns), class_names, wanted, on_bad_image, skipped)
         return as_streams(built) if streaming else built
     if not path.exists() and str(data_dir).count("/") != 1:
         raise FileNotFoundError(f"There is no folder {data_dir}, and it is no Hub id of the form owner/name.")

@@ -196,8 +196,11 @@ def build_split(
 
 
 def split_meaning(name: str) -> str | None:
-    """`"train"`, `"validation"` or `"test"` of the names that people give to splits, in any case; else `None`."""
-    plain = name.strip().lower().replace("-", "_")
+    """
+    `"train"`, `"validation"` or `"test"` of the names that people give to splits, in any case and with a year at the
+    end (`val2017`); else `None`.
+    """
+    plain = re.sub(r"_?(19|20)\d\d$", "", name.strip().lower().replace("-", "_"))
     return next((meaning for meaning, names in SPLIT_NAMES.items() if plain in names), None)
 
 

@@ -11,8 +11,8 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from synernet_hf.data.files import ImageIndex, image_name, unique_ids
-from synernet_hf.data.labels import ids_from_names, read_label_file, read_text
+from synernet_hf.data.files import ImageIndex, image_name, read_text, unique_ids
+from synernet_hf.data.labels import ids_from_names, read_label_file
 from synernet_hf.data.schema import VOC_CLASSES, as_streams, build_split, check_on_bad_image, name_some, note_skipped
 
 
@@ -124,7 +124,7 @@ def _read_list(root: Path, name: str, index: ImageIndex) -> tuple[list[str], lis
     found, missing = Counter(), []
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         # Lists of the field's repositories hold "/JPEGImages/ID.jpg /SegmentationClassAug/ID.png" instead of "ID".
-        listed = re.split(r"\s+(?=[/\\])", line.strip())[0].replace("\\", "/").rpartition("JPEGImages/")[2]
+        listed = re.split(r"\s+(?=[/\\])", line.strip())[0]
         if not listed:
             continue
         try:

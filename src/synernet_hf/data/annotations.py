@@ -1,0 +1,307 @@
+"""Annotation files as tools write them (COCO, Label Studio, labelme) → splits of records."""
+
+import base64
+import io
+import json
+import logging
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import datasets
+import numpy as np
+from PIL import Image
+from pycocotools import mask as mask_utils
+
+from synernet_hf.data.coco import IGNORED_LABEL, load_coco_files
+from synernet_hf.data.files import ImageIndex, find_folder, is_hidden, read_text, unique_ids
+from synernet_hf.data.folders import LabelledImages, build_splits
+from synernet_hf.data.schema import choose_splits, is_background, name_some, split_meaning
+
+
+logger = logging.getLogger(__name__)
+
+# what tells the kind of a file in its first characters
+KINDS = {
+    "labelme": r'"shapes"\s*:',
+    "Label Studio": r'^\[.*"(data|annotations|completions|annotator|annotation_id)"\s*:',
+    "COCO": r'^\{.*"(images|annotations|categories|licenses|info)"\s*:\s*[\[{]',
+}
+# what COCO gives beside its files of objects
+OTHER_COCO_FILES = ("captions_", "person_keypoints_", "panoptic_", "stuff_", "image_info_")
+# fields of a task in Label Studio's short form that are no labels
+TASK_FIELDS = {"id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement", "inner_id"}
+
+
+def find_annotations(path: Path) -> tuple[str, dict[str, list[Path]]] | None:
+    """
+    The kind of the annotation files in a folder, and the files by the name of their split, `""` where there is none.
+
+    They lie in the folder, in its subfolder `annotations`, or so in folders of splits; `path` may also be a file.
+    Returns `None` if there is no file of a known kind.
+    """
+    files = {"": [path]} if path.is_file() else {"": _json_files(path)}
+    if path.is_dir() and not files[""]:
+        parts = [part for part in sorted(path.iterdir()) if part.is_dir() and split_meaning(part.name)]
+        files = {part.name: _json_files(part) for part in parts}
+    for kind in KINDS:
+        found = {name: [file for file in listed if _kind_of(file) == kind] for name, listed in files.items()}
+        found = {name: listed for name, listed in found.items() if listed}
+        if found:
+            return kind, _coco_splits(found) if kind == "COCO" else found
+    return None
+
+
+def load_annotations(
+    path: Path,
+    found: tuple[str, dict[str, list[Path]]],
+    label_column: str | None,
+    class_names: Sequence[str] | None,
+    wanted: tuple[str | None, str | None],
+    on_bad_image: str,
+    skipped: dict[str, list[str]] | None,
+) -> datasets.DatasetDict:
+    """
+    Loads what [`find_annotations`] found; see [`load_image_labels`] for the other arguments.
+
+    Raises `FileNotFoundError` if an image is missing, and `ValueError` if a file cannot be read or the splits cannot be
+    told apart.
+    """
+    kind, files = found
+    root = path.parent if path.is_file() else path
+    chosen = choose_splits(files, *wanted, root)
+    missing = [name for name in wanted if name and name not in chosen.values()]
+    if not chosen and len(files) == 1 and not missing:
+        chosen = {"train": next(iter(files))}
+    if missing or not chosen:
+        raise ValueError(
+            f"{root} has annotation files of {', '.join(map(repr, files))}, none of which is clearly the split "
+            f"{(missing or ['train'])[0]!r}: name the ones to take with train_split and validation_split."
+        )
+    unused = [repr(name) for name in files if name not in chosen.values()]
+    if unused:
+        logger.warning("%s: the annotation files of %s are not used.", root, ", ".join(unused))
+    if kind == "COCO":
+        parts = {
+            split: (_only(files[name]), _image_folder(root, files[name][0], name)) for split, name in chosen.items()
+        }
+        return load_coco_files(parts, class_names, on_bad_image, skipped)
+    images = {}
+    for split, name in chosen.items():
+        if kind == "labelme":
+            images[split] = _read_labelme(files[name], with_masks=split != "train")
+        else:
+            images[split] = _read_tasks(_only(files[name]), label_column)
+    return build_splits(images, root, class_names, on_bad_image, skipped)
+
+
+def _json_files(folder: Path) -> list[Path]:
+    places = (folder, find_folder(folder, "annotations"))
+    return [file for place in places if place for file in sorted(place.glob("*.json")) if not is_hidden(file.name)]
+
+
+def _kind_of(path: Path) -> str | None:
+    with path.open("rb") as stream:
+        # the ASCII in UTF-8 or UTF-16, without byte order marks
+        head = stream.read(8192).replace(b"\0", b"").decode("ascii", errors="ignore").strip()
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, head, re.DOTALL)), None)
+
+
+def _coco_splits(found: dict[str, list[Path]]) -> dict[str, list[Path]]:
+    """Files of objects by the name of their split: of their folder or else of the file, as in `instances_val.json`."""
+    chosen: dict[str, list[Path]] = {}
+    for name, files in found.items():
+        objects = [file for file in files if not file.name.startswith(OTHER_COCO_FILES)] or files
+        if len(objects) < len(files):
+            others = [file.name for file in files if file not in objects]
+            logger.warning("%s: not read, as no files of objects: %s.", files[0].parent, name_some(others))
+        for file in objects:
+            chosen.setdefault(name or re.sub("^(instances|person_keypoints)_", "", file.stem), []).append(file)
+    return chosen
+
+
+def _only(files: list[Path]) -> Path:
+    if len(files) > 1:
+        raise ValueError(
+            f"{files[0].parent} has the annotation files {name_some([file.name for file in files])}: keep one of them, "
+            "or give the path of the one to read."
+        )
+    return files[0]
+
+
+def _image_folder(root: Path, file: Path, split: str) -> Path:
+    """The folder of the images of a COCO file: that of its split where there is one, else the one that holds both."""
+    if split:
+        for parent in (root, find_folder(root, "images")):
+            found = parent and find_folder(parent, split)
+            if found:
+                return found
+    return root if file.parent.name.lower() == "annotations" else file.parent
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"The annotation file {path} is not valid JSON ({error}).") from error
+
+
+def _find(index: ImageIndex, names: Iterable[str], place: str) -> str | None:
+    """The first of several names that is an image."""
+    try:
+        return next(filter(None, map(index.find, names)), None)
+    except ValueError as error:
+        raise ValueError(f"{place}, {error}.") from error
+
+
+def _read_tasks(path: Path, tag: str | None) -> LabelledImages:
+    """
+    Reads an export of Label Studio: the choices made for each image, and the names of its boxes and outlines.
+
+    `tag` is the one whose labels are taken, where there are several.
+    """
+    try:
+        tasks = [(f"{path}, task {task.get('id', n)}", *_task(task)) for n, task in enumerate(_read_json(path), 1)]
+    except (AttributeError, KeyError, StopIteration, TypeError) as error:
+        raise ValueError(
+            f"{path} is no export of Label Studio ({type(error).__name__}: {error}): export tasks with images as JSON."
+        ) from error
+    tags = sorted({name for _, _, answers in tasks for answer in answers for name in answer})
+    if tag is None and len(tags) > 1:
+        raise ValueError(
+            f"{path} has labels of the tags {', '.join(tags)}: name the one to take with label_column (--label_column)."
+        )
+    if tag is not None and tag not in tags:
+        raise ValueError(
+            f"{path} has no labels of the tag {tag!r} (label_column): it has {', '.join(tags) or 'none'}."
+        )
+    for number, fault in (
+        (sum(not answers for _, _, answers in tasks), "tasks without a finished annotation are left out"),
+        (sum(len(answers) > 1 for _, _, answers in tasks), "tasks have several annotations, whose labels are joined"),
+    ):
+        if number:
+            logger.warning("%s: %d %s.", path, number, fault)
+    images, index, positions = LabelledImages(), ImageIndex(path.parent), {}
+    for place, reference, answers in tasks:
+        if not answers:
+            continue
+        # a URL or a path on the server, with a prefix that uploading adds
+        reference = unquote(reference.rpartition("?d=")[2].split("?")[0]).replace("\\", "/")
+        name = reference.rpartition("/")[2]
+        image = _find(index, (reference, name, re.sub("^[0-9a-f]{8}-", "", name)), place)
+        labels = [label for answer in answers for label in answer.get(tag or "".join(tags), ())]
+        if image is None:
+            images.skipped.append(f"{place}: there is no image {name} below {index.folder}")
+        elif image in positions:
+            images.labels[positions[image]].append(labels)
+        else:
+            positions[image] = len(images.paths)
+            _append(images, image, labels, place)
+    images.image_ids = unique_ids(images.paths, path.parent)
+    return images
+
+
+def _append(images: LabelledImages, image: str, labels: list[str], place: str, mask: Any = None) -> None:
+    images.paths.append(image)
+    images.labels.append([labels])
+    images.places.append(place)
+    images.masks.append(mask)
+
+
+def _task(task: dict[str, Any]) -> tuple[str, list[dict[str, list[str]]]]:
+    """The image of a task, and for each finished annotation the labels of each tag."""
+    data = task.get("data", task)
+    texts = {key: value for key, value in data.items() if isinstance(value, str)}
+    image = texts.get("image") or next(value for value in texts.values() if re.search(r"\.\w{3,4}$|\?d=", value))
+    if "data" not in task:
+        fields = {key: value for key, value in task.items() if key not in TASK_FIELDS and value != image}
+        return image, [{key: _values(value) for key, value in fields.items()}]
+    answers = []
+    for annotation in task.get("annotations", task.get("completions", [])):
+        if not annotation.get("was_cancelled"):
+            answer: dict[str, list[str]] = {}
+            for item in annotation["result"]:
+                labels = _values(item.get("value"))
+                if labels:
+                    answer.setdefault(item["from_name"], []).extend(labels)
+            answers.append(answer)
+    return image, answers
+
+
+def _values(value: Any) -> list[str]:
+    """The labels in an answer: a text, a list, or `{"choices": [...]}`, `{"polygonlabels": [...], ...}` and the like."""
+    if isinstance(value, list):
+        return [label for item in value for label in _values(item)]
+    if isinstance(value, dict):
+        return [
+            label for key, found in value.items() if key.endswith(("choices", "labels")) for label in _values(found)
+        ]
+    return [value] if isinstance(value, str) else []
+
+
+def _read_labelme(files: list[Path], with_masks: bool) -> LabelledImages:
+    """Reads labelme's files, one for each image: the names of its shapes, or where there are none, of its flags."""
+    folder = files[0].parent
+    root = folder.parent if folder.name.lower() == "annotations" else folder
+    images, index, places = LabelledImages(), ImageIndex(root), {}
+    kinds = set()
+    for path in files:
+        content = _read_json(path)
+        try:
+            shapes = [(str(shape["label"]), shape, f"shape {n}") for n, shape in enumerate(content["shapes"], 1)]
+            flags = [name for name, is_set in (content.get("flags") or {}).items() if is_set]
+            names = [label for label, *_ in shapes if label != IGNORED_LABEL and not is_background(label)]
+            names = names if shapes else flags
+            mask = None
+            if with_masks:
+                height, width = int(content["imageHeight"]), int(content["imageWidth"])
+                outlines = [(label, _segmentation(shape, height, width), place) for label, shape, place in shapes]
+                mask = (height, width, outlines)
+                kinds.update(shape.get("shape_type", "polygon") for _, shape, _ in shapes)
+            image = _find(index, (content["imagePath"], path.stem), str(path))
+        except (AttributeError, KeyError, OSError, TypeError) as error:
+            raise ValueError(f"{path} is no file of labelme ({type(error).__name__}: {error}).") from error
+        if image is None:
+            images.skipped.append(f"{path}: there is no image {content['imagePath']} below {root}")
+            continue
+        if image in places:
+            raise ValueError(f"{places[image]} and {path} are both of the image {image}: keep one of them.")
+        places[image] = path
+        _append(images, image, names, str(path), mask)
+    others = len(index.paths) - len(places)
+    if others > 0:
+        logger.warning("%s: %d images without an annotation file are left out.", root, others)
+    # boxes, lines and points alone are no outlines
+    if not kinds & {"polygon", "circle", "mask"}:
+        images.masks = [None] * len(images.paths)
+    images.image_ids = unique_ids(images.paths, root)
+    return images
+
+
+def _segmentation(shape: dict[str, Any], height: int, width: int) -> Any:
+    """The outline of a shape as a COCO segmentation; `None` for lines and points."""
+    kind, points = shape.get("shape_type", "polygon"), shape["points"]
+    if kind == "polygon":
+        return [[value for point in points for value in point]]
+    if kind == "rectangle":
+        (left, top), (right, bottom) = points
+        return [[left, top, right, top, right, bottom, left, bottom]]
+    if kind == "circle":
+        (x, y), edge = points
+        radius = math.dist((x, y), edge)
+        turns = [2 * math.pi * step / 64 for step in range(64)]
+        return [[value for turn in turns for value in (x + radius * math.cos(turn), y + radius * math.sin(turn))]]
+    if kind == "mask":
+        # the pixels of a box as a PNG file
+        canvas = Image.new("L", (width, height))
+        with Image.open(io.BytesIO(base64.b64decode(shape["mask"]))) as pixels:
+            canvas.paste(pixels.convert("L"), tuple(int(value) for value in points[0]))
+        runs = mask_utils.encode(np.asfortranarray(np.asarray(canvas) > 0, dtype=np.uint8))
+        return {"size": [height, width], "counts": runs["counts"].decode("ascii")}
+    return None
+
+
+__all__ = ["find_annotations", "load_annotations"]
