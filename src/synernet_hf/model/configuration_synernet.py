@@ -33,23 +33,27 @@ OLD_NAMES = {
 }
 
 
-def _refuse_two_names(config_class):
-    """Looks at the arguments of `__init__`, since `__post_init__` cannot tell a given value from a default."""
+def _with_old_names(config_class):
+    """Renames the arguments of `__init__`: `__post_init__` could not tell a given value from a default."""
     init = config_class.__init__
 
     @functools.wraps(init)
-    def checked(self, *args, **fields):
+    def renaming(self, *args, **fields):
         for old, new in OLD_NAMES.items():
-            if new in fields and fields.get(old) is not None:
+            value = fields.pop(old, None)
+            if value is None or new is None:
+                continue
+            if new in fields:
                 raise ValueError(f"`{old}` is the old name of `{new}`, and both are given; give `{new}` alone.")
+            fields[new] = value
         init(self, *args, **fields)
 
-    config_class.__init__ = checked
+    config_class.__init__ = renaming
     return config_class
 
 
 @strict
-@_refuse_two_names
+@_with_old_names
 class SynerNetConfig(PreTrainedConfig):
     r"""
     Everything that fixes a SynerNet: its encoder, its heads, the thresholds that turn class activation maps (CAMs)
@@ -249,10 +253,6 @@ class SynerNetConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
-        for old, new in OLD_NAMES.items():
-            value = kwargs.pop(old, None)
-            if value is not None and new is not None:
-                setattr(self, new, value)
         super().__post_init__(**kwargs)
         if self.label2id is None and self.id2label is not None:
             self.label2id = {name: index for index, name in self.id2label.items()}

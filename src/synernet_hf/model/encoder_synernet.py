@@ -9,16 +9,16 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 
+def closest_name(name: str, known: list[str]) -> str | None:
+    """The question whether one of the `known` names was meant by an unknown one; `None` where none is close."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else None
+
+
 def pretrained_backbone_config(name_or_path: str, overrides: dict | None = None) -> PreTrainedConfig:
     """
-    Configuration of a pretrained encoder with some fields changed.
-
-    Args:
-        name_or_path (`str`): Hub id or folder of a ViT-family model.
-        overrides (`dict`, *optional*): fields to change.
-
-    Returns:
-        `PreTrainedConfig`
+    Configuration of the pretrained encoder `name_or_path`, Hub id or folder of a ViT-family model, with the fields
+    `overrides` changed.
 
     Raises:
         OSError: if the encoder cannot be found.
@@ -29,8 +29,7 @@ def pretrained_backbone_config(name_or_path: str, overrides: dict | None = None)
     known = [name for name in config.to_dict() if not name.startswith("_")]
     for name, value in overrides.items():
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(sorted(known))}."
+            hint = closest_name(name, known) or f"it has {', '.join(sorted(known))}."
             raise ValueError(f"The configuration of the encoder {name_or_path} has no field {name}: {hint}")
         # not built anew: some families save the names of their last layers, which fewer layers would refuse
         setattr(config, name, value)
@@ -110,6 +109,7 @@ def forward_arguments(backbone: nn.Module) -> dict[str, bool]:
 
 
 __all__ = [
+    "closest_name",
     "copy_encoder",
     "encoder_blocks",
     "forward_arguments",

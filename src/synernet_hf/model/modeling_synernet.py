@@ -1,6 +1,5 @@
 """SynerNet: two ViT branches, a broad and a precise one, that teach each other segmentation from image-level labels."""
 
-import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from .cam_synernet import (
 )
 from .configuration_synernet import SynerNetConfig
 from .encoder_synernet import (
+    closest_name,
     copy_encoder,
     encoder_blocks,
     forward_arguments,
@@ -39,9 +39,6 @@ from .encoder_synernet import (
 )
 from .objective_synernet import SynerNetObjective, batch_objective
 from .refinement_synernet import masks_to_boxes, present_classes, spread_classes
-
-
-BRANCHES = ("broad", "precise")
 
 
 @dataclass
@@ -351,8 +348,8 @@ class SynerNetBranch(nn.Module):
 
 def lower_unlikely_classes(logits: torch.Tensor, log_probabilities: torch.Tensor, weight: float) -> torch.Tensor:
     """
-    Segmentation logits `(B, K, h, w)`, each class lowered by `weight` times the gap between its log-probability in
-    `log_probabilities` `(B, C)` and that of the image's likeliest class (ours). The background stays as it is.
+    Segmentation logits `(B, K, h, w)`, each class but the background lowered by `weight` times the gap between its
+    log-probability in `log_probabilities` `(B, C)` and that of the image's likeliest class (ours).
     """
     penalty = weight * (log_probabilities.amax(dim=1, keepdim=True) - log_probabilities)
     return logits - F.pad(penalty, (1, 0))[..., None, None]
@@ -385,12 +382,10 @@ class SynerNetModel(SynerNetPreTrainedModel):
     def __init__(self, config: SynerNetConfig):
         super().__init__(config)
         depth = config.backbone_config.num_hidden_layers
-        chosen = {"auxiliary_layer_index": [config.auxiliary_layer_index]}
-        chosen["confidence_layers"] = config.confidence_layers or ()
-        for name, indices in chosen.items():
-            wrong = [index for index in indices if not -depth - 1 <= index <= depth]
-            if wrong:
-                raise ValueError(f"`{name}` must pick out of the encoder's {depth + 1} hidden states, got {wrong[0]}.")
+        chosen = [("confidence_layers", index) for index in config.confidence_layers or ()]
+        for name, index in [("auxiliary_layer_index", config.auxiliary_layer_index), *chosen]:
+            if not -depth - 1 <= index <= depth:
+                raise ValueError(f"`{name}` must pick out of the encoder's {depth + 1} hidden states, got {index}.")
         if config.shared_encoder_layers >= depth:
             raise ValueError(
                 f"`shared_encoder_layers` must leave each branch one of the encoder's {depth} blocks, got "
@@ -464,7 +459,7 @@ class SynerNetModel(SynerNetPreTrainedModel):
     def forward(
         self,
         pixel_values: torch.FloatTensor,
-        branches: tuple[str, ...] = BRANCHES,
+        branches: tuple[str, ...] = BranchPair._fields,
         output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         **kwargs,
@@ -772,8 +767,8 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
 def chosen_branches(inference_branches: str | None) -> tuple[str, ...]:
     """The branches that `"broad"`, `"precise"`, `"both"` or `None` (both) stands for."""
     if inference_branches in (None, "both"):
-        return BRANCHES
-    if inference_branches not in BRANCHES:
+        return BranchPair._fields
+    if inference_branches not in BranchPair._fields:
         raise ValueError(f"inference_branches must be 'broad', 'precise' or 'both', got {inference_branches!r}.")
     return (inference_branches,)
 
@@ -782,8 +777,7 @@ def _check_keywords(given: dict, function: Callable) -> None:
     """Refuses keyword arguments that `function` does not name."""
     known = [name for name in inspect.signature(function).parameters if name not in ("self", "kwargs")]
     for name in given:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(known)}."
+        hint = closest_name(name, known) or f"it takes {', '.join(known)}."
         raise TypeError(f"forward does not know {name}: {hint}")
 
 
