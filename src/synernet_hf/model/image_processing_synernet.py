@@ -1,7 +1,10 @@
 """Image processor of SynerNet: images and masks to tensors, and the model's outputs back to label maps."""
 
+import base64
+import functools
 import io
 import os
+import urllib.request
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,22 +23,21 @@ from transformers.image_utils import (
     PILImageResampling,
     SizeDict,
     get_image_size_for_max_height_width,
-    load_image,
+    infer_channel_dimension_format,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
-from transformers.utils import TensorType
+from transformers.utils import TensorType, logging
 
 
+logger = logging.get_logger(__name__)
 # values of float32 that the way back resizes at once: 64 MiB
 CHUNK_VALUES = 2**24
 
 
 class SynerNetImageProcessorKwargs(ImagesKwargs, total=False):
     r"""
-    size_divisor (`int`, *optional*, defaults to `self.size_divisor`): With `do_pad`, heights and widths are padded up
-        to a multiple of this number: the patch size of the model.
-    max_pixels (`int`, *optional*, defaults to `self.max_pixels`): Larger images are shrunk to this many pixels before
-        anything else, and none is resized to more; `None` sets no bound.
+    size_divisor (`int`, *optional*, defaults to `self.size_divisor`): see [`SynerNetImageProcessor`].
+    max_pixels (`int`, *optional*, defaults to `self.max_pixels`): see [`SynerNetImageProcessor`].
     """
 
     size_divisor: int
@@ -48,31 +50,25 @@ class SynerNetImageProcessor(PilBackend):
 
     By default an image of up to `max_pixels` keeps its native size, as in the authors' evaluation, and is scaled to
     [0, 1] and normalised with the mean and standard deviation of ImageNet. The model itself pads what is not a
-    multiple of its patch, so neither resizing nor padding is needed for a single image; a batch of images of several
-    sizes needs one of the two. Images are read as [`open_image`] describes.
+    multiple of its patch, so a single image needs neither resizing nor padding; a batch of several sizes needs one of
+    the two. Images are read as [`open_image`] describes.
 
-    Masks come back as `mask`, never as `labels`: `labels` are the model's image-level classes. `mask` is for scoring,
-    and the model does not know it: take it out before `model(**inputs)` with `mask = inputs.pop("mask")`. Of
-    `pixel_mask`, which `do_pad` adds, the model makes use with `labels` only: there it leaves the padding out of the
-    losses. `logits` and CAMs cover the padding as if it were image, so cut it off the results: a label map of the
-    padded size is that of the image in its first `height` rows and `width` columns.
+    Masks come back as `mask`, for scoring: the model does not know them, and its `labels` are image-level classes. Take
+    them out before `model(**inputs)` with `mask = inputs.pop("mask")`. `do_pad` adds `pixel_mask`, with which the model
+    leaves the padding out of its losses. `logits` and CAMs cover the padding as if it were image, so cut it off: a
+    label map of the padded size is that of the image in its first `height` rows and `width` columns.
+
+    Arguments are those of transformers' image processors; these have defaults or a meaning of their own:
 
     Args:
-        do_resize (`bool`, *optional*, defaults to `False`): Resize the image to `size`.
+        do_resize (`bool`, *optional*, defaults to `False`): Resize the image to `size`, with `resample` (`BILINEAR`),
+            and its mask with `NEAREST`.
         size (`dict[str, int]`, *optional*, defaults to `{"shortest_edge": 448}`): `{"shortest_edge": s}` keeps the
             proportions, `{"height": h, "width": w}` does not. 448 is the authors' crop.
-        resample (`PIL.Image.Resampling`, *optional*, defaults to `BILINEAR`): Filter for images; masks are always
-            resized with `NEAREST`.
-        do_rescale (`bool`, *optional*, defaults to `True`): Multiply the values by `rescale_factor`.
-        rescale_factor (`float`, *optional*, defaults to `1/255`): The factor.
-        do_normalize (`bool`, *optional*, defaults to `True`): Subtract `image_mean` and divide by `image_std`.
-        image_mean (`list[float]`, *optional*, defaults to `[0.485, 0.456, 0.406]`): Mean of the red, green and blue
-            channel.
-        image_std (`list[float]`, *optional*, defaults to `[0.229, 0.224, 0.225]`): Standard deviation of the red,
-            green and blue channel.
+        do_rescale (`bool`, *optional*, defaults to `True`): Multiply the values 0 to 255 by `rescale_factor`.
         do_pad (`bool`, *optional*, defaults to `False`): Pad images at the right and the bottom with 0 (after
             normalisation), masks with 255, up to the largest height and width of the batch rounded up to a multiple of
-            `size_divisor`, or up to `pad_size`. Adds `pixel_mask` to the result, for the model: see above.
+            `size_divisor`, or up to `pad_size`.
         size_divisor (`int`, *optional*, defaults to 16): The multiple; the patch size of the model.
         do_convert_rgb (`bool`, *optional*, defaults to `True`): Convert arrays to RGB first; files and PIL images
             always are.
@@ -84,7 +80,7 @@ class SynerNetImageProcessor(PilBackend):
     Example:
 
     ```python
-    >>> from PIL import Image, ImageOps
+    >>> from PIL import Image
 
     >>> processor = SynerNetImageProcessor()
     >>> processor(Image.new("RGB", (60, 40)), return_tensors="pt")["pixel_values"].shape
@@ -121,10 +117,8 @@ class SynerNetImageProcessor(PilBackend):
         Prepare images, and their masks when given, for the model.
 
         Args:
-            images (`ImageInput`): One image or a list: PIL, `np.ndarray` or `torch.Tensor` of shape `(height, width,
-                3)`, `(3, height, width)` or `(height, width)` with values 0 to 255, a path or a URL, `bytes` of a
-                file, or an undecoded `datasets.Image` (`{"bytes": …, "path": …}`); or one array or tensor with a batch
-                of images of equal size. See [`open_image`].
+            images (`ImageInput`): One image or a list, each as [`open_image`] takes it; or one array or tensor with a
+                batch of images of equal size. Without `do_rescale` the values of arrays stay as they are.
             segmentation_maps (`ImageInput`, *optional*): One mask or a list, in the order and of the sizes of
                 `images`: palette or greyscale PIL, the path of such a file, or an array of shape `(height, width)`; 0
                 = background, 255 = ignore.
@@ -133,9 +127,8 @@ class SynerNetImageProcessor(PilBackend):
 
         Returns:
             `BatchFeature`: `pixel_values`, float32 of shape `(batch_size, 3, height, width)`; with segmentation maps
-            `mask`, int64 of shape `(batch_size, height, width)` (transformers' own processors say `labels`, which here
-            are the image-level labels of the model; our choice), to be taken out before `model(**inputs)`; with
-            `do_pad` `pixel_mask`, int64 of shape `(batch_size, height, width)`, 1 on the image and 0 on the padding.
+            `mask`, int64 of shape `(batch_size, height, width)` (transformers' own processors say `labels`; our
+            choice); with `do_pad` `pixel_mask`, int64 of that shape, 1 on the image and 0 on the padding.
 
         Raises:
             ValueError: If an image cannot be read, the number or the size of the masks is not that of the images,
@@ -143,13 +136,6 @@ class SynerNetImageProcessor(PilBackend):
                 sizes differ.
         """
         return super().preprocess(images, segmentation_maps, **kwargs)
-
-    def fetch_images(self, image_url_or_urls):
-        """Opens images in any form that [`open_image`] reads; arrays stay as they are; lists are read item by item."""
-        source = image_url_or_urls
-        if isinstance(source, str | os.PathLike | bytes | dict):
-            return open_image(source)
-        return super().fetch_images(source)
 
     def _preprocess_image_like_inputs(
         self,
@@ -160,8 +146,11 @@ class SynerNetImageProcessor(PilBackend):
         return_tensors: str | TensorType | None,
         **kwargs,
     ) -> BatchFeature:
+        read = functools.partial(
+            _read, scale=kwargs["do_rescale"], to_image=do_convert_rgb, input_data_format=input_data_format
+        )
         images = self._prepare_image_like_inputs(
-            images=_each(images, _prepare_input), do_convert_rgb=do_convert_rgb, input_data_format=input_data_format
+            images=_each(images, read), do_convert_rgb=do_convert_rgb, input_data_format=input_data_format
         )
         data = self._preprocess(images, **kwargs)
         if segmentation_maps is not None:
@@ -199,8 +188,8 @@ class SynerNetImageProcessor(PilBackend):
         for image in images:
             bounded = bounded_size(image.shape[-2:], kwargs["max_pixels"])
             if bounded != image.shape[-2:]:
-                is_mask = kwargs["resample"] == PILImageResampling.NEAREST and fill_value
-                resample = PILImageResampling.NEAREST if is_mask else PILImageResampling.BOX
+                # only masks are filled with something
+                resample = PILImageResampling.NEAREST if fill_value else PILImageResampling.BOX
                 image = self.resize(image, SizeDict(height=bounded[0], width=bounded[1]), resample)
             if do_resize:
                 target = _resized_size(image, size)
@@ -234,17 +223,14 @@ class SynerNetImageProcessor(PilBackend):
         return_segmentation_scores: bool = False,
     ) -> list[torch.Tensor] | list[SemanticSegmentationPostProcessorOutput]:
         """
-        Turn the logits of the model into label maps.
-
-        The logits are resized and compared a few classes at a time, so that memory does not grow with the number of
-        classes at full size.
+        Turn the logits of the model into label maps, a few classes at a time, so that memory does not grow with the
+        number of classes at full size.
 
         Args:
-            outputs ([`SynerNetSegmenterOutput`]): Output of the model; its `logits` have shape `(batch_size,
-                num_labels, height, width)`.
+            outputs ([`SynerNetSegmenterOutput`]): With `logits` of shape `(batch_size, num_labels, height, width)`.
             target_sizes (`list[tuple[int, int]]` or `torch.Tensor` of shape `(batch_size, 2)`, *optional*): Height and
-                width of every label map: the logits are resized bilinearly before the argmax. Unresized when not
-                given.
+                width of every label map, to which the logits are resized bilinearly before the argmax; `None` keeps
+                their size.
             return_segmentation_scores (`bool`, *optional*, defaults to `False`): Return the resized logits beside each
                 label map.
 
@@ -282,8 +268,7 @@ class SynerNetImageProcessor(PilBackend):
                 classes in [0, 1], zero for classes that are not in the image.
             threshold (`float`, *optional*, defaults to 0.5): A pixel whose largest value is at or below it is
                 background. 0.5 is the authors' value for VOC, 0.45 for COCO (`config.background_threshold`).
-            target_sizes (`list[tuple[int, int]]` or `torch.Tensor` of shape `(batch_size, 2)`, *optional*): Height and
-                width of every label map: the maps are resized bilinearly first. Unresized when not given.
+            target_sizes: As for `post_process_semantic_segmentation`.
 
         Returns:
             `list[torch.Tensor]`: int64 label maps of shape `(height, width)`; 0 = background, class `c` of the maps
@@ -303,37 +288,37 @@ def open_image(source, timeout: float | None = None) -> Image.Image:
     """
     Read an image as every part of this package sees it: upright, 8-bit RGB.
 
-    The EXIF orientation of JPEG, TIFF and PNG is applied. See [`to_rgb`] for other colour modes. Of an animation the
-    first frame counts.
+    The EXIF orientation of JPEG, TIFF and PNG is applied. Of an animation the first frame counts. See [`to_rgb`] for
+    colour modes and [`to_8_bits`] for the depth of pixels.
 
     Args:
-        source (`str`, `PathLike`, `bytes`, `dict` or `PIL.Image.Image`): Path, URL or base64 text; content of a file;
-            an undecoded `datasets.Image` (`{"bytes": …, "path": …}`); or an open image, of which the current frame
-            counts. A URL is fetched by the library, which keeps 8 bits.
+        source (`str`, `PathLike`, `bytes`, `dict`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): Path, URL or
+            base64 text; content of a file; an undecoded `datasets.Image` (`{"bytes": …, "path": …}`); an open image,
+            of which the current frame counts; or pixels of shape `(height, width, channels)`, `(channels, height,
+            width)` or `(height, width)` with 1, 3 or 4 channels.
         timeout (`float`, *optional*): Seconds to wait for a URL.
 
     Returns:
         `PIL.Image.Image`: Mode `RGB`, with the pixels loaded.
 
     Raises:
-        ValueError: If the image cannot be read.
+        ValueError: If the image cannot be read, or the range of its values is unknown.
     """
-    if isinstance(source, Image.Image):
-        return to_rgb(ImageOps.exif_transpose(source))
+    if isinstance(source, np.ndarray | torch.Tensor):
+        return _image_of(to_8_bits(_array_of(source)))
     if isinstance(source, dict):
         content = source.get("bytes")
         source = content if content is not None else source.get("path")
     try:
-        if isinstance(source, bytes):
-            with Image.open(io.BytesIO(source)) as opened:
-                return to_rgb(ImageOps.exif_transpose(opened))
-        if os.path.isfile(source):
-            with Image.open(source) as opened:
-                return to_rgb(ImageOps.exif_transpose(opened))
-        return load_image(os.fspath(source), timeout=timeout)
+        image = ImageOps.exif_transpose(source if isinstance(source, Image.Image) else _opened(source, timeout))
     except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
-        name = "given as bytes" if isinstance(source, bytes) else repr(str(source)[:200])
-        raise ValueError(f"The image {name} cannot be read; expected is the path or URL of an image file.") from error
+        raise ValueError(
+            f"The image {_name(source)} cannot be read; expected is the path or URL of an image file."
+        ) from error
+    try:
+        return to_rgb(image)
+    except ValueError as error:
+        raise ValueError(f"The image {_name(source)} cannot be used. {error}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -341,16 +326,52 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Give an image 8-bit colours.
 
     Args:
-        image (`PIL.Image.Image`): Any mode. Grey values of 16 bits are divided by 256 (Pillow alone cuts them off at
-            255). Alpha and the transparent colour of a palette are dropped: a transparent pixel shows the colour that
-            it stores. CMYK is converted by Pillow, without a colour profile.
+        image (`PIL.Image.Image`): Any mode. Modes of more than 8 bits (`I`, `I;16`, `F`) become 8 bits as [`to_8_bits`]
+            says; Pillow alone cuts them off at 255. Alpha and the transparent colour of a palette are dropped: a
+            transparent pixel shows the colour that it stores. CMYK is converted by Pillow, without a colour profile.
 
     Returns:
         `PIL.Image.Image`: Mode `RGB`.
+
+    Raises:
+        ValueError: If the range of the values is unknown.
     """
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode[0] in "IF":
+        image = Image.fromarray(to_8_bits(np.asarray(image)))
     return image.convert("RGB")
+
+
+def to_8_bits(values: np.ndarray) -> np.ndarray:
+    """
+    Pixel values of any kind as uint8, with black at 0 and white at 255.
+
+    White is 255 in uint8, 65535 in uint16 and 1 in bool. In wider integers and floats the values tell: floats up to 1
+    have white at 1, values up to 255 at 255, values up to 65535 at 65535. Values of 16 bits are divided by 256.
+
+    Raises:
+        ValueError: If a value is negative, above 65535 or not finite.
+    """
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype.kind not in "buif":
+        raise ValueError(f"Its values are {values.dtype}; numbers are expected.")
+    low, high = values.min(), values.max()
+    # nan compares false
+    if not (low >= 0 and high <= 65535):
+        raise ValueError(
+            f"Its values range from {low:g} to {high:g}; known ranges are 0 to 1 (floats), 0 to 255 and 0 to 65535: "
+            "scale them to one of these."
+        )
+    if values.dtype == bool or (values.dtype.kind == "f" and high <= 1):
+        return np.rint(values * np.float32(255)).astype(np.uint8)
+    is_16_bit = values.dtype.kind == "u" and values.dtype.itemsize == 2
+    if high <= 255 and not is_16_bit:
+        return np.rint(values).astype(np.uint8)
+    if high < 4096:
+        logger.warning_once(
+            f"Values up to {high:g} are read as 16 bits, which gives a dark image; multiply images of 12 bits by 16."
+        )
+    return (values // 256).astype(np.uint8)
 
 
 def bounded_size(size: tuple[int, int], max_pixels: int | None) -> tuple[int, int]:
@@ -389,16 +410,9 @@ def resized_chunks(maps: torch.Tensor, size: tuple[int, int] | None) -> Iterator
 
 def resized_maximum(maps: torch.Tensor, size: tuple[int, int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Largest value of each pixel and its channel, without all channels at full size at once.
-
-    Args:
-        maps (`torch.Tensor` of shape `(channels, h, w)`): Maps of one image.
-        size (`tuple[int, int]`, *optional*): Height and width to resize to first.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]` of shape `(height, width)`: Values, float32, and channels, int64; the
-        first of equal ones. The maximum of `resize_maps(maps, size)`, but for the rounding of the resize, which may
-        depend on the number of channels.
+    Largest value of each pixel and its channel, `(height, width)` float32 and int64, the first of equal ones: of maps
+    `(channels, h, w)`, resized to `size` a few channels at a time. It is the maximum of [`resize_maps`], but for the
+    rounding of the resize, which may depend on the number of channels.
     """
     best, channels = None, None
     for start, chunk in resized_chunks(maps, size):
@@ -427,11 +441,53 @@ def _each(inputs, function):
     return [_each(item, function) for item in inputs] if isinstance(inputs, list | tuple) else function(inputs)
 
 
-def _prepare_input(image):
-    """Everything but arrays → an upright image of 8 bits; a greyscale array `(height, width)` → `(1, height, width)`."""
-    if isinstance(image, str | os.PathLike | bytes | dict | Image.Image):
+def _opened(source, timeout: float | None) -> Image.Image:
+    """The stored image behind a path, URL, base64 text or the content of a file."""
+    text = source if isinstance(source, bytes) else os.fspath(source)
+    if isinstance(text, str):
+        # a path written on Windows
+        text = next((path for path in (text, text.replace("\\", "/")) if os.path.isfile(path)), text)
+    if isinstance(text, str) and text.startswith(("http://", "https://")):
+        # not by the library, which cuts 16 bits off at 255; some servers turn nameless callers away
+        request = urllib.request.Request(text, headers={"User-Agent": "synernet_hf"})
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            text = answer.read()
+    elif isinstance(text, str) and not os.path.isfile(text):
+        text = base64.b64decode(text.rpartition(",")[2], validate=True)
+    image = Image.open(io.BytesIO(text) if isinstance(text, bytes) else text)
+    with image:
+        image.load()
+    return image
+
+
+def _name(source) -> str:
+    return repr(str(source)[:200]) if isinstance(source, str | os.PathLike) else f"given as {type(source).__name__}"
+
+
+def _array_of(image: np.ndarray | torch.Tensor) -> np.ndarray:
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        return (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+    return image
+
+
+def _image_of(values: np.ndarray, input_data_format: ChannelDimension | str | None = None) -> Image.Image:
+    """uint8 pixels in any layout → RGB."""
+    if values.ndim == 3:
+        layout = input_data_format or infer_channel_dimension_format(values, num_channels=(1, 3, 4))
+        values = np.moveaxis(values, 0, -1) if layout == ChannelDimension.FIRST else values
+        values = values[..., 0] if values.shape[-1] == 1 else values
+    return Image.fromarray(np.ascontiguousarray(values)).convert("RGB")
+
+
+def _read(image, scale: bool, to_image: bool, input_data_format: ChannelDimension | str | None):
+    """Everything but arrays → an upright image of 8 bits; arrays likewise, unless their values or kind are to stay."""
+    if not isinstance(image, np.ndarray | torch.Tensor):
         return open_image(image)
-    return image[None] if isinstance(image, np.ndarray | torch.Tensor) and image.ndim == 2 else image
+    values = to_8_bits(_array_of(image)) if scale else _array_of(image)
+    if scale and to_image:
+        return [_image_of(item, input_data_format) for item in (values if values.ndim == 4 else [values])]
+    return values[None] if values.ndim == 2 else values
 
 
 def _opened_mask(mask):

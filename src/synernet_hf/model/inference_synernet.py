@@ -1,6 +1,6 @@
 """The one way from images to label maps and CAMs, which the pipeline, the scripts, evaluation and the card share."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,19 +78,8 @@ class SegmentedImage:
 
 def prepare_image(processor: SynerNetImageProcessor, source: Any, timeout: float | None = None) -> PreparedImage:
     """
-    Open an image and process it for the network; runs in the workers of a data loader too.
-
-    Args:
-        processor ([`SynerNetImageProcessor`]): Its padding and its center crop are left out: the model pads by itself,
-            and the whole image is asked for.
-        source: The image in any form that `open_image` reads.
-        timeout (`float`, *optional*): Seconds to wait for a URL.
-
-    Returns:
-        [`PreparedImage`]
-
-    Raises:
-        ValueError: If the image cannot be read.
+    Open an image and process it for the network; arguments and errors as for `open_image`. The processor neither pads
+    nor crops here: the model pads by itself, and the whole image is asked for.
     """
     image = open_image(source, timeout)
     size = (image.height, image.width)
@@ -116,14 +105,12 @@ def segment_images(
     Segment images; those of equal processed size go through the model together.
 
     Args:
-        model ([`SynerNetForWeaklySupervisedSegmentation`]): The model, in evaluation mode, of any dtype and on any
-            device.
+        model ([`SynerNetForWeaklySupervisedSegmentation`]): In evaluation mode, of any dtype and on any device.
         processor ([`SynerNetImageProcessor`]): Saved with the model.
         images (`Sequence`): [`PreparedImage`] or anything that `open_image` reads.
         labels (`str` or `Sequence[torch.Tensor]`, *optional*): Classes that the label maps may show beside the
             background: `"predicted"`, those that the classifiers see (a logit above 0, one more pass); or multi-hot
-            rows `(num_labels - 1,)`, `None` for an image without limit. With given labels the class prior is off, for
-            which classes are there is known already.
+            rows `(num_labels - 1,)`, `None` for an image without limit. Given labels switch the class prior off.
         scales (`tuple[float, ...]`, *optional*, defaults to `(1.0,)`): Scales at which each image is seen; `None`
             stands for `config.inference_scales`.
         flip (`bool`, *optional*, defaults to `False`): Also see the mirror of every scale.
@@ -134,23 +121,20 @@ def segment_images(
     Returns:
         `list[SegmentedImage]`: On the device of the model, in the order of `images`.
     """
-    prepared = [_prepared(processor, image) for image in images]
-    results: list[SegmentedImage] = [None] * len(prepared)
+    prepared = _prepared(processor, images)
     limits = [None] * len(prepared) if labels is None else labels
     if isinstance(labels, str):
         limits = predict_labels(model, processor, prepared)
     prior_off = [labels != "predicted" and limit is not None for limit in limits]
-    for members, pixel_values in _equal_batches(model, prepared, prior_off):
-        logits = model.multi_scale_logits(
-            pixel_values,
-            scales=scales,
-            flip=flip,
-            inference_branches=inference_branches,
-            class_prior_weight=0.0 if prior_off[members[0]] else None,
-        )
-        for index, maps in zip(members, logits, strict=True):
-            results[index] = _segmented(maps, limits[index], prepared[index], crf)
-    return results
+
+    def run(pixel_values, members):
+        prior = 0.0 if prior_off[members[0]] else None
+        logits = model.multi_scale_logits(pixel_values, scales, flip, inference_branches, prior)
+        return [
+            _segmented(maps, limits[index], prepared[index], crf) for index, maps in zip(members, logits, strict=True)
+        ]
+
+    return _in_equal_batches(model, prepared, run, prior_off)
 
 
 def _segmented(maps, labels, prepared: PreparedImage, crf) -> SegmentedImage:
@@ -174,13 +158,8 @@ def _segmented(maps, labels, prepared: PreparedImage, crf) -> SegmentedImage:
 @torch.no_grad()
 def predict_labels(model: PreTrainedModel, processor: SynerNetImageProcessor, images: Sequence[Any]) -> list:
     """Multi-hot labels `(num_labels - 1,)`, float32, that the classifiers see in each image: a logit above 0."""
-    prepared = [_prepared(processor, image) for image in images]
-    rows = [None] * len(prepared)
-    for members, pixel_values in _equal_batches(model, prepared):
-        present = (model.class_scores(pixel_values) > 0).float()
-        for index, row in zip(members, present, strict=True):
-            rows[index] = row
-    return rows
+    prepared = _prepared(processor, images)
+    return _in_equal_batches(model, prepared, lambda values, _: (model.class_scores(values) > 0).float())
 
 
 @torch.no_grad()
@@ -209,36 +188,44 @@ def generate_image_cams(
         `processor.post_process_class_activation_maps` or [`resize_maps`]. Without `all_classes` the maps are those of
         the entry `present`, the [`PresentClasses`] of the image.
     """
-    prepared = [_prepared(processor, image) for image in images]
-    results: list[dict[str, torch.Tensor]] = [None] * len(prepared)
-    for members, pixel_values in _equal_batches(model, prepared):
+    prepared = _prepared(processor, images)
+
+    def run(pixel_values, members):
         given = None
         if labels is not None:
             given = torch.stack([torch.as_tensor(labels[index], dtype=torch.float32) for index in members])
             given = given.to(pixel_values.device)
         cams = model.generate_cams(pixel_values, given, scales, flip, plain, all_classes)
-        present = None if all_classes or given is None else present_classes(given)
-        for row, index in enumerate(members):
-            results[index] = {name: maps[row] for name, maps in cams.items()}
-            if present is not None:
-                results[index]["present"] = PresentClasses(present.ids[row, None], present.mask[row, None])
-    return results
+        results = [{name: maps[row] for name, maps in cams.items()} for row in range(len(members))]
+        if given is not None and not all_classes:
+            present = present_classes(given)
+            for row, result in enumerate(results):
+                result["present"] = PresentClasses(present.ids[row, None], present.mask[row, None])
+        return results
+
+    return _in_equal_batches(model, prepared, run)
 
 
-def _prepared(processor: SynerNetImageProcessor, image: Any) -> PreparedImage:
-    return image if isinstance(image, PreparedImage) else prepare_image(processor, image)
+def _prepared(processor: SynerNetImageProcessor, images: Sequence[Any]) -> list[PreparedImage]:
+    return [image if isinstance(image, PreparedImage) else prepare_image(processor, image) for image in images]
 
 
-def _equal_batches(
-    model: PreTrainedModel, prepared: list[PreparedImage], kinds: Sequence | None = None
-) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Positions of images of equal size (and kind), and their pixel values `(n, 3, h, w)` as the model takes them."""
-    kinds = [None] * len(prepared) if kinds is None else kinds
+def _in_equal_batches(
+    model: PreTrainedModel, prepared: list[PreparedImage], run: Callable, kinds: Sequence | None = None
+) -> list:
+    """
+    What `run` answers for every image, in their order. It is given the pixel values `(n, 3, h, w)` of the images of one
+    size (and kind) as the model takes them, and their positions.
+    """
+    results = [None] * len(prepared)
+    kinds = results if kinds is None else kinds
     keys = [(tuple(item.pixel_values.shape[-2:]), kind) for item, kind in zip(prepared, kinds, strict=True)]
     for key in dict.fromkeys(keys):
         members = [index for index, other in enumerate(keys) if other == key]
         batch = torch.stack([prepared[index].pixel_values for index in members])
-        yield members, batch.to(model.device, model.dtype)
+        for index, answer in zip(members, run(batch.to(model.device, model.dtype), members), strict=True):
+            results[index] = answer
+    return results
 
 
 __all__ = [
