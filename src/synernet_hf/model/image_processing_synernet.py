@@ -354,12 +354,12 @@ def to_8_bits(values: np.ndarray) -> np.ndarray:
     if values.dtype == np.uint8:
         return values
     if values.dtype.kind not in "buif":
-        raise ValueError(f"Its values are {values.dtype}; numbers are expected.")
+        raise ValueError(f"Pixel values are {values.dtype}; numbers are expected.")
     low, high = values.min(), values.max()
     # nan compares false
     if not (low >= 0 and high <= 65535):
         raise ValueError(
-            f"Its values range from {low:g} to {high:g}; known ranges are 0 to 1 (floats), 0 to 255 and 0 to 65535: "
+            f"Pixel values range from {low:g} to {high:g}; known ranges are 0 to 1 (floats), 0 to 255 and 0 to 65535: "
             "scale them to one of these."
         )
     if values.dtype == bool or (values.dtype.kind == "f" and high <= 1):
@@ -465,10 +465,11 @@ def _name(source) -> str:
 
 
 def _array_of(image: np.ndarray | torch.Tensor) -> np.ndarray:
+    """An array as it is, but for floats, which become float32."""
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
-        return (image.float() if image.dtype == torch.bfloat16 else image).numpy()
-    return image
+        image = (image.float() if image.is_floating_point() else image).numpy()
+    return image.astype(np.float32) if image.dtype.kind == "f" else image
 
 
 def _image_of(values: np.ndarray, input_data_format: ChannelDimension | str | None = None) -> Image.Image:
