@@ -17,7 +17,7 @@ endif
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-DOCUMENTED := .data .metrics .model .training .visualization .crf .export .model_folder
+DOCUMENTED := .cli .data .metrics .model .training .visualization .crf .export .model_folder
 SOURCES := src tests examples $(wildcard scripts benchmarks metrics)
 
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)

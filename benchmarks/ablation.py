@@ -26,17 +26,21 @@ import torch
 from transformers.utils import logging
 
 from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
-from synernet_hf.data import class_names
+from synernet_hf.cli import CommandParser, needs_extra, run_command
 from synernet_hf.files import write_json, write_text
-from synernet_hf.training import (
-    InvalidArguments,
-    evaluate_model,
-    load_data,
-    parse_arguments,
-    read_recipe,
-    resolve_precision,
-    train,
-)
+
+
+with needs_extra("train"):
+    from synernet_hf.data import class_names
+    from synernet_hf.training import (
+        InvalidArguments,
+        evaluate_model,
+        load_data,
+        parse_arguments,
+        read_recipe,
+        resolve_precision,
+        train,
+    )
 
 
 MODEL_FIELDS = set(SynerNetConfig.__annotations__) - {"backbone_config"}
@@ -162,9 +166,7 @@ ROWS = {
 
 def parse_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """Reads the ablation's own options; what remains is for the recipe."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--data", choices=DATA, required=True, help="data set with its recipe")
     parser.add_argument("--output", type=Path, required=True, help="folder of the tables and of all runs")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows to do (default: all)")
@@ -486,19 +488,10 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
     # saving has its own bar, which would break into that of the training
     logging.disable_progress_bar()
-    try:
-        run_ablation(*parse_options(argv))
-    except InvalidArguments as error:
-        for sentence in str(error).splitlines():
-            print(f"error: {sentence}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted; the same command goes on with the row and seed that were not finished.", file=sys.stderr)
-        return 130
-    return 0
+    status = run_command(run_ablation, *parse_options(argv))
+    if status == 130:
+        print("The same command goes on with the row and seed that were not finished.", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

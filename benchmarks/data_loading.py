@@ -19,19 +19,24 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
 import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from synernet_hf.data import (
-    StreamBatchSampler,
-    SynerNetDataCollator,
-    TrainDataset,
-    TrainTransform,
-    class_names,
-)
-from synernet_hf.training import data_parser, load_data, read_data_arguments
+from synernet_hf.cli import needs_extra, run_command
+
+
+with needs_extra("train"):
+    import datasets
+
+    from synernet_hf.data import (
+        StreamBatchSampler,
+        SynerNetDataCollator,
+        TrainDataset,
+        TrainTransform,
+        class_names,
+    )
+    from synernet_hf.training import data_parser, load_data, read_data_arguments
 
 
 SEED = 0
@@ -175,14 +180,9 @@ def table(rows: list[dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the script; returns its exit code."""
-    args = parse_arguments(argv)
-    try:
-        split = load_data(read_data_arguments(args))["train"]
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run(args: argparse.Namespace) -> None:
+    """Measures and prints."""
+    split = load_data(read_data_arguments(args))["train"]
     rows = summary(measure(split, args))
     difference = draft_difference(split, args)
     print(f"images per second, {args.num_images} images, {args.rounds} rounds")
@@ -198,7 +198,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps({"rates": rows, "draft": difference}, indent=2) + "\n", encoding="utf-8")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the script; returns its exit code."""
+    return run_command(run, parse_arguments(argv))
 
 
 if __name__ == "__main__":

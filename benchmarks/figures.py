@@ -23,7 +23,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
-from synernet_hf.data import multi_hot
+from synernet_hf.cli import CommandParser, needs_extra, run_command
 from synernet_hf.metrics import MeanIoU
 from synernet_hf.model import (
     BranchPair,
@@ -38,8 +38,12 @@ from synernet_hf.model import (
     refine_pseudo_labels,
     segment_images,
 )
-from synernet_hf.training import DataArguments, InvalidArguments, load_data
 from synernet_hf.visualization import colorize, figure_panels, heat_map, voc_palette
+
+
+with needs_extra("train"):
+    from synernet_hf.data import multi_hot
+    from synernet_hf.training import DataArguments, InvalidArguments, load_data
 
 
 LETTERS = {"broad": "B", "precise": "P"}
@@ -48,7 +52,7 @@ UNCERTAIN = 255
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a trained model")
     parser.add_argument("--images", nargs="+", required=True, help="ids of the validation split, or image files")
     parser.add_argument("--labels", nargs="+", help="classes of image files (default: those the model finds)")
@@ -289,13 +293,7 @@ def make_figures(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    args = parse_arguments(argv)
-    try:
-        make_figures(args)
-    except InvalidArguments as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(make_figures, parse_arguments(argv))
 
 
 if __name__ == "__main__":

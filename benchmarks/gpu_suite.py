@@ -19,6 +19,8 @@ from pathlib import Path
 
 from make_pack import unpack
 
+from synernet_hf.cli import CommandParser, run_command
+
 
 HERE = Path(__file__).resolve().parent
 RUNS = [f"{row}:{seed}" for seed in range(3) for row in ("class_prior", "logits_pooling", "two_branches")][:8]
@@ -157,7 +159,7 @@ class Suite:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("out", type=Path, help="folder of the results, and of the unpacked data")
     parser.add_argument("--pack", type=Path, required=True, help="folder that make_pack.py has made")
     parser.add_argument("--minutes", type=float, default=8.5, help="of the whole suite (default: 8.5)")
@@ -171,14 +173,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the suite; returns its exit code."""
-    suite = Suite(parse(argv))
-    record = unpack(suite.args.pack, suite.args.out / "data", os.cpu_count() or 1)
+def run(args: argparse.Namespace) -> None:
+    """Unpacks the data, times steps, trains."""
+    suite = Suite(args)
+    record = unpack(args.pack, args.out / "data", os.cpu_count() or 1)
     suite.say("unpacked")
     suite.table()
     suite.train(record["factor"])
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the suite; returns its exit code."""
+    return run_command(run, parse(argv))
 
 
 if __name__ == "__main__":

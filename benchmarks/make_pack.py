@@ -13,6 +13,7 @@ import argparse
 import io
 import json
 import shutil
+import sys
 import tarfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -20,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from synernet_hf.cli import CommandParser, run_command
 
 
 LISTS = ("train_aug", "val")
@@ -121,19 +124,28 @@ def unpack(pack: Path, output: Path, processes: int) -> dict:
     return record
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs the script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the options."""
+    parser = CommandParser(description=__doc__)
     for name in ("data_dir", "image_labels", "backbone", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--factor", type=float, default=0.7, help="of the sides (default: 0.7)")
-    parser.add_argument("--quality", type=int, default=50, help="of the WebP files (default: 50)")
-    parser.add_argument("--processes", type=int, default=2, help="that shrink images (default: 2)")
-    args = parser.parse_args(argv)
+    parser.add_argument("--factor", type=float, default=0.7, help="of the sides")
+    parser.add_argument("--quality", type=int, default=50, help="of the WebP files")
+    parser.add_argument("--processes", type=int, default=2, help="that shrink images")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Makes the pack and prints its size."""
     make_pack(**vars(args))
     size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
     print(f"{args.output}: {size / 1e6:.1f} MB")
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Runs the script; returns its exit code."""
+    return run_command(run, parse(argv))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from synernet_hf.data import multi_hot
-from synernet_hf.files import one_line
+from synernet_hf.cli import needs_extra, run_command
 from synernet_hf.metrics import MeanIoU
 from synernet_hf.model import (
     SynerNetPixelAdaptiveRefinement,
@@ -30,7 +29,11 @@ from synernet_hf.model import (
     refine_pseudo_labels,
 )
 from synernet_hf.model_folder import load_model_folder
-from synernet_hf.training import InvalidArguments, data_parser, load_data, read_data_arguments
+
+
+with needs_extra("train"):
+    from synernet_hf.data import multi_hot
+    from synernet_hf.training import InvalidArguments, data_parser, load_data, read_data_arguments
 
 
 HEADER = ("low, high", "dilations", "fg decided", "fg right", "fg precision", "bg decided", "mIoU of decided")
@@ -133,12 +136,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    try:
-        run(parse_arguments(argv))
-    except (InvalidArguments, OSError, ValueError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(run, parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -22,11 +22,15 @@ import torch
 from torch.nn import functional as F
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation
+from synernet_hf.cli import needs_extra, run_command
 from synernet_hf.export import export_onnx, export_program, quantize_weights
 from synernet_hf.metrics import MeanIoU
 from synernet_hf.model import prepare_image
 from synernet_hf.model_folder import load_model_folder
-from synernet_hf.training import data_parser, load_data, read_data_arguments
+
+
+with needs_extra("train"):
+    from synernet_hf.training import data_parser, load_data, read_data_arguments
 
 
 Runtime = Callable[[torch.Tensor], torch.Tensor]
@@ -158,16 +162,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the script; return its exit code."""
-    args = parse_arguments(argv)
-    try:
-        model, processor = load_model_folder(args.run)
-        inputs, masks = read_images(args, processor)
-        class_ids = [model.config.label2id[name] for name in args.metric_classes] if args.metric_classes else None
-    except (KeyError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def compare(args: argparse.Namespace) -> None:
+    """Measures one runtime after the other and prints the table."""
+    model, processor = load_model_folder(args.run)
+    unknown = [name for name in args.metric_classes or () if name not in model.config.label2id]
+    if unknown:
+        raise ValueError(f"--metric_classes has {', '.join(unknown)}; known are {', '.join(model.config.label2id)}.")
+    inputs, masks = read_images(args, processor)
+    class_ids = [model.config.label2id[name] for name in args.metric_classes] if args.metric_classes else None
     rows: dict[str, dict] = {}
     reference = None
     print("| runtime | mIoU | equal pixels | largest difference of a logit | seconds per image |")
@@ -182,7 +184,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; return its exit code."""
+    return run_command(compare, parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation
+from synernet_hf.cli import CommandParser, needs_extra, run_command
 from synernet_hf.files import write_json
 from synernet_hf.model import (
     BranchPair,
@@ -48,7 +49,10 @@ from synernet_hf.model import (
     pick_instance_classes,
     weighted_losses,
 )
-from synernet_hf.training import parameter_groups, read_recipe
+
+
+with needs_extra("train"):
+    from synernet_hf.training import parameter_groups, read_recipe
 
 
 RECIPE = Path(__file__).resolve().parents[1] / "examples" / "recipes" / "voc12_authors.yaml"
@@ -363,7 +367,7 @@ def machine(device: torch.device) -> dict:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="tiny", help="encoder, crop and batch (default: tiny)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     formats = ["float32", "bfloat16"]
@@ -378,8 +382,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    measure(parse(argv))
-    return 0
+    return run_command(lambda: measure(parse(argv)) and None)
 
 
 if __name__ == "__main__":

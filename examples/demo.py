@@ -21,10 +21,14 @@ import torch
 from PIL import Image
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor, SynerNetSegmentationPipeline
-from synernet_hf.data import class_names, load_wsss_dataset, multi_hot
+from synernet_hf.cli import CommandParser, needs_extra
 from synernet_hf.model import open_image, prepare_image, resize_maps, segment_images
-from synernet_hf.training import InvalidArguments, evaluate_model, parse_arguments
 from synernet_hf.visualization import colorize, figure_panels, heat_map, overlay, palette_image
+
+
+with needs_extra("train"):
+    from synernet_hf.data import class_names, load_wsss_dataset, multi_hot
+    from synernet_hf.training import InvalidArguments, evaluate_model, parse_arguments
 
 
 HERE = Path(__file__).resolve().parent
@@ -49,9 +53,7 @@ def say(act: str) -> None:
 
 def parse_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """Read the demo's own options; what remains is for the training script."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--config", default=str(HERE / "recipes" / "tiny_cpu.yaml"), help="recipe of the run")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="folder of the run, made anew")
     parser.add_argument("--num_images", type=int, default=6, help="rows of the figure")

@@ -4,22 +4,26 @@ import argparse
 import sys
 from pathlib import Path
 
-import datasets
-from accelerate import Accelerator
-
+from synernet_hf.cli import needs_extra, run_command
 from synernet_hf.crf import DenseCRF
-from synernet_hf.data import class_names
 from synernet_hf.files import write_json
 from synernet_hf.model_folder import check_model_folder, load_model_folder
-from synernet_hf.training import (
-    DataArguments,
-    check_on_main_process,
-    data_parser,
-    evaluate_model,
-    load_data,
-    read_data_arguments,
-    results_table,
-)
+
+
+with needs_extra("train"):
+    import datasets
+    from accelerate import Accelerator
+
+    from synernet_hf.data import class_names
+    from synernet_hf.training import (
+        DataArguments,
+        check_on_main_process,
+        data_parser,
+        evaluate_model,
+        load_data,
+        read_data_arguments,
+        results_table,
+    )
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -127,13 +131,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code."""
-    args = parse_arguments(argv)
-    try:
-        evaluate(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(evaluate, parse_arguments(argv))
 
 
 if __name__ == "__main__":

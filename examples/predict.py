@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from synernet_hf.cli import CommandParser, run_command
 from synernet_hf.crf import DenseCRF
 from synernet_hf.files import replace_file
 from synernet_hf.model import open_image, segment_images
@@ -19,7 +20,7 @@ from synernet_hf.visualization import overlay, palette_image
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a trained model, such as runs/voc_animals")
     parser.add_argument("images", type=Path, nargs="+", help="image files")
     parser.add_argument("--output_dir", type=Path, default=Path("predictions"), help="folder of the results")
@@ -57,6 +58,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def predict(args: argparse.Namespace) -> None:
     """Segment every image and write its results."""
+    check_arguments(args)
     crf = DenseCRF() if args.crf else None
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model, processor = load_model_folder(args.run)
@@ -81,17 +83,7 @@ def predict(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code."""
-    args = parse_arguments(argv)
-    try:
-        check_arguments(args)
-        predict(args)
-    except (ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: The results cannot be written: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(predict, parse_arguments(argv))
 
 
 if __name__ == "__main__":

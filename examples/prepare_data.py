@@ -10,22 +10,26 @@ import argparse
 import sys
 from pathlib import Path
 
-import datasets
-from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
-from synernet_hf.data import (
-    DatasetReport,
-    check_dataset,
-    class_names,
-    inspect_dataset,
-    same_columns,
-    write_parquet,
-)
+from synernet_hf.cli import needs_extra, run_command
 from synernet_hf.files import replace_file, write_json
 from synernet_hf.model import open_image
-from synernet_hf.training import data_parser, load_data, read_data_arguments
 from synernet_hf.visualization import figure_panels
+
+
+with needs_extra("train"):
+    import datasets
+
+    from synernet_hf.data import (
+        DatasetReport,
+        check_dataset,
+        class_names,
+        inspect_dataset,
+        same_columns,
+        write_parquet,
+    )
+    from synernet_hf.training import data_parser, load_data, read_data_arguments
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -101,13 +105,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code."""
-    args = parse_arguments(argv)
-    try:
-        prepare(args)
-    except (ValueError, OSError, ImportError, HfHubHTTPError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(prepare, parse_arguments(argv))
 
 
 if __name__ == "__main__":

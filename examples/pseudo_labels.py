@@ -10,13 +10,18 @@ import argparse
 import sys
 from pathlib import Path
 
-import datasets
 import torch
-from accelerate import Accelerator
 
+from synernet_hf.cli import needs_extra, run_command
 from synernet_hf.model_folder import load_model_folder
-from synernet_hf.pseudo_labels import LABEL_SOURCES, MAPS, PseudoLabelOptions, write_pseudo_labels
-from synernet_hf.training import data_parser, load_data, read_data_arguments
+
+
+with needs_extra("train"):
+    import datasets
+    from accelerate import Accelerator
+
+    from synernet_hf.pseudo_labels import LABEL_SOURCES, MAPS, PseudoLabelOptions, write_pseudo_labels
+    from synernet_hf.training import data_parser, load_data, read_data_arguments
 
 
 NUM_SHOWN = 5
@@ -100,13 +105,7 @@ def label_images(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code."""
-    args = parse_arguments(argv)
-    try:
-        label_images(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(label_images, parse_arguments(argv))
 
 
 if __name__ == "__main__":

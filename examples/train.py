@@ -14,41 +14,28 @@ import sys
 
 from transformers.utils import logging
 
-from synernet_hf.training import InvalidArguments, parse_arguments, train
+from synernet_hf.cli import needs_extra, run_command
 
 
-def main(argv: list[str] | None = None) -> int:
-    """
-    Runs one training.
+with needs_extra("train"):
+    from synernet_hf.training import parse_arguments, train
 
-    Args:
-        argv (`list[str]`, *optional*): Command-line words; `None` takes those of the process.
 
-    Returns:
-        `int`: exit status: 0 done, 1 diverged, 2 input refused, 130 interrupted.
-    """
+def run(argv: list[str] | None) -> None:
+    """Trains, and prints the scores."""
     # saving has its own bar, which would break into that of the training
     logging.disable_progress_bar()
-    try:
-        model_args, data_args, training_args = parse_arguments(argv)
-        results = train(model_args, data_args, training_args)
-    except InvalidArguments as error:
-        return _complain(error, 2)
-    except FloatingPointError as error:
-        return _complain(error, 1)
-    except KeyboardInterrupt as error:
-        return _complain(error, 130)
+    model_args, data_args, training_args = parse_arguments(argv)
+    results = train(model_args, data_args, training_args)
     training = results.pop("training")
     print(f"{training['step']} steps in {training['minutes']:.1f} minutes; the run is in {training_args.output_dir}")
     for kind, scores in results.items():
         print(f"  {kind:<24} mean IoU {100 * scores['mean_iou']:.1f}")
-    return 0
 
 
-def _complain(error: BaseException, status: int) -> int:
-    for sentence in str(error).splitlines():
-        print(f"error: {sentence}", file=sys.stderr)
-    return status
+def main(argv: list[str] | None = None) -> int:
+    """Runs one training; returns its exit status: 0 done, 1 diverged, 2 input refused, 130 interrupted."""
+    return run_command(run, argv)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from transformers import (
@@ -26,11 +25,18 @@ from transformers import (
     TrainingArguments,
 )
 
-from synernet_hf.data import check_dataset, class_names, id2label_from
+from synernet_hf.cli import needs_extra, run_command
 from synernet_hf.metrics import MeanIoU
 from synernet_hf.model import open_image
-from synernet_hf.pseudo_labels import with_pseudo_labels
-from synernet_hf.training import data_parser, load_data, read_data_arguments
+
+
+with needs_extra("train"):
+    import datasets
+    from accelerate import PartialState
+
+    from synernet_hf.data import class_names, id2label_from
+    from synernet_hf.pseudo_labels import with_pseudo_labels
+    from synernet_hf.training import check_on_main_process, data_parser, load_data, read_data_arguments
 
 
 @dataclass
@@ -126,7 +132,8 @@ class Scores:
 def train(data_args: Any, args: SegmenterArguments, training_args: TrainingArguments) -> None:
     """Join images and pseudo-labels, train, score, save."""
     data_args = read_data_arguments(data_args)
-    splits = check_dataset(load_data(data_args), data_args.on_bad_image, args.check_data)
+    data_args.check_data = args.check_data
+    splits = check_on_main_process(load_data(data_args), data_args, PartialState())
     names = class_names(splits)
     images = with_pseudo_labels(splits["train"], args.pseudo_labels, args.min_confidence)
     model = build_model(args, names)
@@ -154,12 +161,7 @@ def train(data_args: Any, args: SegmenterArguments, training_args: TrainingArgum
 def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code."""
     parser = data_parser(SegmenterArguments, TrainingArguments, description=__doc__.splitlines()[1])
-    try:
-        train(*parser.parse_args_into_dataclasses(argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: train(*parser.parse_args_into_dataclasses(argv)))
 
 
 if __name__ == "__main__":

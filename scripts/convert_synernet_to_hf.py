@@ -27,7 +27,11 @@ from convert_timm_vit_to_hf import (
 from transformers import ViTConfig
 
 from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
-from synernet_hf.data import COCO_CLASSES, VOC_CLASSES, id2label_from
+from synernet_hf.cli import CommandParser, needs_extra, run_command
+
+
+with needs_extra("train"):
+    from synernet_hf.data import COCO_CLASSES, VOC_CLASSES, id2label_from
 
 
 # The branch with the area-expanding loss is the broad one.
@@ -223,7 +227,7 @@ def report(conversion: Conversion, others: list[str]) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="torch file of plain tensors, as the authors' code saves it")
     parser.add_argument("out", type=Path, help="new folder for the model")
     parser.add_argument("--num_heads", type=int, help="attention heads (default: width / 64)")
@@ -231,24 +235,23 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the script; return its exit code."""
-    args = parse_arguments(argv)
-    try:
-        check_free(args.out)
-        state_dict, others = read_state_dict(args.checkpoint)
-        model, conversion = build_model(state_dict, args.num_heads, args.classes)
-        processor = SynerNetImageProcessor(size_divisor=model.config.patch_size)
-        save_checked(model, conversion.weights, args.out, processor)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def convert(args: argparse.Namespace) -> None:
+    """Reads, converts, writes, and prints what became of each tensor."""
+    check_free(args.out)
+    state_dict, others = read_state_dict(args.checkpoint)
+    model, conversion = build_model(state_dict, args.num_heads, args.classes)
+    processor = SynerNetImageProcessor(size_divisor=model.config.patch_size)
+    save_checked(model, conversion.weights, args.out, processor)
     report(conversion, others)
     print(
         f"{len(conversion.mapped)} tensors became {sum(map(len, conversion.mapped.values()))}, "
         f"{len(conversion.dropped)} were dropped; all weights equal after loading {args.out} again"
     )
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; return its exit code."""
+    return run_command(convert, parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from transformers import (
     ViTModel,
 )
 
+from synernet_hf.cli import CommandParser, run_command
+
 
 # timm's name, as a pattern over the whole key → the name in transformers' ViTModel and DeiTModel.
 ENCODER_NAMES = {
@@ -265,30 +267,29 @@ def convert(state_dict: Mapping[str, torch.Tensor], num_heads: int | None = None
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="safetensors file, or torch file of plain tensors")
     parser.add_argument("out", type=Path, help="new folder for the model")
     parser.add_argument("--num_heads", type=int, help="attention heads (default: width / 64)")
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the script; return its exit code."""
-    args = parse_arguments(argv)
-    try:
-        check_free(args.out)
-        state_dict, others = read_state_dict(args.checkpoint)
-        model, weights, dropped = convert(state_dict, args.num_heads)
-        save_checked(model, weights, args.out)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def convert_file(args: argparse.Namespace) -> None:
+    """Reads, converts, writes, and prints what was dropped."""
+    check_free(args.out)
+    state_dict, others = read_state_dict(args.checkpoint)
+    model, weights, dropped = convert(state_dict, args.num_heads)
+    save_checked(model, weights, args.out)
     for name in dropped:
         print(f"dropped  {name}: a head that transformers' {type(model).__name__} does not have")
     if others:
         print(f"left out beside the weights: {', '.join(others)}")
     print(f"{len(state_dict) - len(dropped)} tensors became {len(weights)}, all equal after loading {args.out} again")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; return its exit code."""
+    return run_command(convert_file, parse_arguments(argv))
 
 
 if __name__ == "__main__":

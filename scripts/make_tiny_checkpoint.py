@@ -15,6 +15,7 @@ from convert_timm_vit_to_hf import save_checked
 from transformers import ViTConfig
 
 from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+from synernet_hf.cli import CommandParser, run_command
 
 
 def make_tiny_model(class_names: list[str], seed: int = 0) -> SynerNetForWeaklySupervisedSegmentation:
@@ -45,24 +46,23 @@ def make_tiny_model(class_names: list[str], seed: int = 0) -> SynerNetForWeaklyS
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("out", type=Path, help="new folder for the model")
     parser.add_argument("--class_names", nargs="+", default=["cat", "dog"], help="foreground classes")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
     return parser.parse_args(argv)
 
 
+def make(args: argparse.Namespace) -> None:
+    """Draws and writes the model."""
+    model = make_tiny_model(args.class_names, args.seed)
+    save_checked(model, model.state_dict(), args.out, SynerNetImageProcessor(size_divisor=model.config.patch_size))
+    print(f"{sum(parameter.numel() for parameter in model.parameters())} random weights in {args.out}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code."""
-    args = parse_arguments(argv)
-    model = make_tiny_model(args.class_names, args.seed)
-    try:
-        save_checked(model, model.state_dict(), args.out, SynerNetImageProcessor(size_divisor=model.config.patch_size))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{sum(parameter.numel() for parameter in model.parameters())} random weights in {args.out}")
-    return 0
+    return run_command(make, parse_arguments(argv))
 
 
 if __name__ == "__main__":

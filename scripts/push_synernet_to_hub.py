@@ -11,10 +11,9 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetSegmentationPipeline
-from synernet_hf.files import one_line
+from synernet_hf.cli import CommandParser, run_command
 from synernet_hf.model_card import published_card
 from synernet_hf.model_folder import find_model_folder, load_model_folder
 
@@ -114,7 +113,7 @@ def push(folder: Path, args: argparse.Namespace) -> str:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder that training left")
     parser.add_argument("repo_id", help="repository on the Hub, as owner/name")
     parser.add_argument(
@@ -133,19 +132,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def write_and_push(args: argparse.Namespace) -> None:
+    """Collects the files of the repository in a temporary folder and pushes them."""
+    with tempfile.TemporaryDirectory() as temporary:
+        write_folder(args.run, Path(temporary), args)
+        size = sum(path.stat().st_size for path in Path(temporary).iterdir())
+        address = push(Path(temporary), args)
+    print(f"{size / 2**20:.1f} MiB are at {address}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code."""
-    args = parse_arguments(argv)
-    try:
-        with tempfile.TemporaryDirectory() as temporary:
-            write_folder(args.run, Path(temporary), args)
-            size = sum(path.stat().st_size for path in Path(temporary).iterdir())
-            address = push(Path(temporary), args)
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    print(f"{size / 2**20:.1f} MiB are at {address}")
-    return 0
+    return run_command(write_and_push, parse_arguments(argv))
 
 
 if __name__ == "__main__":

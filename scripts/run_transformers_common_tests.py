@@ -25,6 +25,8 @@ from pathlib import Path
 
 import transformers
 
+from synernet_hf.cli import CommandParser, run_command
+
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITES = ROOT / "tests" / "hf_common" / "suites.py"
@@ -107,28 +109,25 @@ def run_suites(folder: Path, pytest_arguments: list[str]) -> tuple[Counter, dict
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--sdist", type=Path, help="transformers-VERSION.tar.gz; fetched with pip if left out")
     parser.add_argument("--list", action="store_true", help="also print the outcome of every test")
     parser.add_argument("pytest_arguments", nargs="*", help="passed on to pytest, after --")
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the script; return its exit code."""
-    args = parse_arguments(argv)
+def run(args: argparse.Namespace) -> int:
+    """Runs the suites and prints what failed."""
     missing = [name for name in ("pytest", "accelerate", "parameterized") if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"error: The suites need {', '.join(missing)}: pip install {' '.join(missing)}.", file=sys.stderr)
-        return 2
+        raise ValueError(f"The suites need {', '.join(missing)}: pip install {' '.join(missing)}.")
     with tempfile.TemporaryDirectory(prefix="synernet_hf_common_") as name:
         folder = Path(name)
         try:
             lay_out(args.sdist or fetch_sdist(folder), folder)
-            counts, outcomes = run_suites(folder, args.pytest_arguments)
-        except (OSError, tarfile.TarError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        except tarfile.TarError as error:
+            raise ValueError(f"{args.sdist} is not the source distribution of transformers: {error}") from error
+        counts, outcomes = run_suites(folder, args.pytest_arguments)
     for test, outcome in sorted(outcomes.items()) if args.list else ():
         print(outcome, test)
     failed = {name for name, outcome in outcomes.items() if outcome == "failed"}
@@ -144,6 +143,11 @@ def main(argv: list[str] | None = None) -> int:
     for name in sorted(left_out):
         print(f"left out: {name}, which must run")
     return 1 if failed - POLICY or left_out else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; return its exit code."""
+    return run_command(run, parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ ROOMS = {
     "__init__": ({"model"}, set()),
     "model": (set(), {"torch", "numpy", "PIL", "transformers", "huggingface_hub", "safetensors"}),
     "files": (set(), set()),
+    "cli": ({"files"}, {"transformers"}),
     "data": ({"files", "model"}, DATA_LIBRARIES),
     "metrics": (set(), DATA_LIBRARIES),
     "visualization": (set(), DATA_LIBRARIES),
@@ -41,7 +42,7 @@ ROOMS = {
     ),
     "model_card": ({"files"}, {"huggingface_hub", "yaml", "jinja2"}),
     "training": (
-        {"files", "model", "data", "metrics", "model_card", "visualization"},
+        {"cli", "files", "model", "data", "metrics", "model_card", "visualization"},
         DATA_LIBRARIES | {"accelerate", "transformers", "huggingface_hub", "safetensors", "tqdm", "yaml"},
     ),
 }
@@ -176,7 +177,7 @@ PUBLIC_MODULES = {
     *(
         f"synernet_hf.{name}"
         for name in (
-            "crf data export files metrics model model_card model_folder pseudo_labels training visualization".split()
+            "cli crf data export files metrics model model_card model_folder pseudo_labels training visualization".split()
         )
     ),
 }

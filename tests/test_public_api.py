@@ -19,6 +19,7 @@ PUBLIC_NAMES = {
         "SynerNetSegmentationPipeline",
         "__version__",
     ],
+    "synernet_hf.cli": ["CommandParser", "InvalidArguments", "needs_extra", "run_command"],
     "synernet_hf.data": [
         "check_dataset",
         "inspect_dataset",

@@ -34,40 +34,20 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """
-    Writes a UTF-8 text file as [`replace_file`] does.
-
-    Args:
-        path (`Path`): The file.
-        text (`str`): Its content.
-    """
+    """Writes a UTF-8 text file as [`replace_file`] does."""
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, data: Any) -> None:
     """
-    Writes a JSON file as [`replace_file`] does.
-
-    Args:
-        path (`Path`): The file.
-        data (`Any`): Mappings, lists, text and numbers. NaN and infinities, which JSON lacks, become `null`.
+    Writes mappings, lists, text and numbers to a JSON file as [`replace_file`] does. NaN and infinities, which JSON
+    lacks, become `null`.
     """
     write_text(path, json.dumps(finite(data), indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """
-    Reads a JSON file.
-
-    Args:
-        path (`Path`): The file.
-
-    Returns:
-        `Any`: its content.
-
-    Raises:
-        ValueError: if the file is missing or not JSON.
-    """
+    """Reads the content of a JSON file; `ValueError` if the file is missing or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -89,29 +69,13 @@ def is_hub_id(name: Any) -> bool:
     return not Path(name).exists() and not Path(name).parent.is_dir()
 
 
-def one_line(error: BaseException) -> str:
-    """
-    Gives the message of an error without line breaks.
-
-    Args:
-        error (`BaseException`): The error.
-
-    Returns:
-        `str`: its message.
-    """
+def one_line(error: BaseException | str) -> str:
+    """Returns a `str`: the message of an error, or a text, without line breaks."""
     return " ".join(str(error).split())
 
 
 def finite(data: Any) -> Any:
-    """
-    Makes a value what it is after being written to JSON and read again.
-
-    Args:
-        data (`Any`): Mappings, lists, text and numbers.
-
-    Returns:
-        `Any`: the same with text keys, lists for tuples, and `None` for NaN and infinities.
-    """
+    """Returns data as JSON gives it back: keys are text, tuples lists, and NaN and infinities `None`."""
     if isinstance(data, Mapping):
         return {str(key): finite(item) for key, item in data.items()}
     if isinstance(data, (list, tuple)):

@@ -53,7 +53,9 @@ for attempt in $(seq 100); do (exec 3<> /dev/tcp/127.0.0.1/{port}) 2> /dev/null 
     predict = f"""
 (cd {elsewhere} && HF_HOME={elsewhere}/home PYTHONPATH={elsewhere} python predict.py > predicted.txt)
 """
-    script = "\n".join(["set -e", start, "trap 'kill %1' EXIT", wait, steps[0], steps[1], predict, steps[2], "python push.py"])
+    script = "\n".join(
+        ["set -e", start, "trap 'kill %1' EXIT", wait, steps[0], steps[1], predict, steps[2], "python push.py"]
+    )
     environment = client_environment(None, here / "home", token=None) | {
         "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"
     }

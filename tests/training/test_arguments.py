@@ -53,7 +53,8 @@ def test_mappings_and_lists_come_from_recipe_and_command_line(tmp_path):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("max_stepz: 10\ncrop: 3\n", "unknown settings crop, max_stepz; known are"),
+        ("max_stepz: 10\n", "has the unknown setting max_stepz: did you mean max_steps\\?"),
+        ("max_steps: 10\nwaffles: 3\n", "has the unknown setting waffles; --help lists all"),
         ("max_steps: [1, 2]\n", "`max_steps` in the recipe .* must be a whole number"),
         ("max_steps: 1.5\n", "`max_steps` in the recipe .* must be a whole number"),
         ("max_steps: null\n", "`max_steps` in the recipe .* must be a value"),
@@ -96,12 +97,35 @@ def test_an_unreadable_mapping_is_named():
         parse_arguments(["--model_config", "fixed"])
 
 
-@pytest.mark.parametrize("argv", [["--max_stepz", "3"], ["--max_st", "3"], ["--mixed_precision", "int8"]])
-def test_unknown_options_and_choices_are_refused(argv, capsys):
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--max_stepz", "3"], "There is no option --max_stepz: did you mean --max_steps?"),
+        (["--max_st", "3"], "There is no option --max_st: did you mean --max_steps?"),
+        (["--max-step=3"], "There is no option --max-step: did you mean --max_steps?"),
+        (["--waffles"], "There is no option --waffles; --help lists all."),
+        (["runs/x"], "Nothing is expected at runs/x: quote words with spaces, or see --help."),
+        (["--max_steps", "many"], "--max_steps must be a whole number, got 'many'."),
+        (["--blur", "much"], "--blur must be a number, got 'much'."),
+        (["--mixed_precision", "int8"], "argument --mixed_precision: invalid choice: 'int8'"),
+    ],
+)
+def test_unknown_options_and_choices_are_refused_in_one_line(argv, sentence, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_arguments(argv)
     assert stop.value.code == 2
-    assert "error:" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {sentence}") and errors.count("\n") == 1
+
+
+def test_help_says_each_default_once_and_fits_what_turns_off(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "warm-up are fractions of it. (default: 8000)" in text
+    assert "--no_flip Turn --flip off. --color_jitter" in text
+    assert "--config RECIPE YAML file with any of the settings above." in text
+    assert "(default: all). (default" not in text and "(default: None)" not in text
 
 
 def test_every_setting_has_a_help_text():

@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import importlib.util
 import inspect
-import json
 import math
 import re
 import types
@@ -15,17 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from transformers import HfArgumentParser
 
+from synernet_hf.cli import CommandParser, InvalidArguments, did_you_mean
 from synernet_hf.files import read_json
 
 
 # the record of a run's settings, in its folder and in each checkpoint
 ARGUMENTS_FILE = "training_args.json"
-
-
-class InvalidArguments(ValueError):
-    """Input with which a run does not start; the message has one sentence per problem."""
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -258,19 +253,16 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise InvalidArguments(f"The recipe {path} must be a mapping of settings, got {type(recipe).__name__}.")
     # not the fields' own types, which the argument parser rewrites
     hints = {name: hint for group in ARGUMENT_CLASSES for name, hint in typing.get_type_hints(group).items()}
-    unknown = sorted(str(key) for key in recipe if key not in hints)
-    if unknown:
-        raise InvalidArguments(
-            f"The recipe {path} has unknown settings {', '.join(unknown)}; known are {', '.join(sorted(hints))}."
-        )
     problems = [
-        f"`{key}` in the recipe {path} must be {wanted}, got {value!r}."
+        f"The recipe {path} has the unknown setting {key}{did_you_mean(str(key), hints)}"
+        if key not in hints
+        else f"`{key}` in the recipe {path} must be {wanted}, got {value!r}."
         for key, value in recipe.items()
-        if (wanted := _wrong_kind(hints[key], value))
+        if (wanted := key not in hints or _wrong_kind(hints[key], value))
     ]
     if problems:
         raise InvalidArguments("\n".join(problems))
-    return recipe
+    return {key: float(value) if hints[key] is float else value for key, value in recipe.items()}
 
 
 def _wrong_kind(hint: Any, value: Any) -> str | None:
@@ -310,33 +302,19 @@ def parse_arguments(
     >>> data_args.dataset, training_args.max_steps
     ('shapes', 10)
     ```"""
-    parser = HfArgumentParser(ARGUMENT_CLASSES, description="Train SynerNet from image labels.", allow_abbrev=False)
-    parser.add_argument("--config", default=None, help="Recipe: a YAML file with any of the settings below.")
-    # parsed alone first, because the recipe sets the defaults of the full parse
-    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config", default=None)
-    config, _ = config_parser.parse_known_args(argv)
-    if config.config is not None:
-        parser.set_defaults(**{key: _as_default(value) for key, value in read_recipe(config.config).items()})
-    known, unknown = parser.parse_known_args(argv)
-    if unknown:
-        parser.error(f"unknown options {' '.join(unknown)}")
-    values = vars(known)
+    # only what is on the command line, so that the recipe decides on the rest
+    parser = CommandParser(*ARGUMENT_CLASSES, description="Train SynerNet from image labels.", only_given=True)
+    parser.add_argument("--config", metavar="RECIPE", help="YAML file with any of the settings above.")
+    given = vars(parser.parse_args(argv))
+    recipe = given.pop("config")
+    settings = ({} if recipe is None else read_recipe(recipe)) | given
     return tuple(
-        group(**{item.name: values[item.name] for item in dataclasses.fields(group) if item.init})
+        group(**{item.name: settings[item.name] for item in dataclasses.fields(group) if item.name in settings})
         for group in ARGUMENT_CLASSES
     )
 
 
-def _as_default(value: Any) -> Any:
-    # argparse runs text defaults through the option's type and takes everything else as it is
-    if isinstance(value, dict):
-        return json.dumps(value)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return str(value) if is_number else value
-
-
-def data_parser(*groups: type, description: str | None = None) -> HfArgumentParser:
+def data_parser(*groups: type, description: str | None = None) -> CommandParser:
     """
     Makes the parser of a script that reads data without training on it. Data options that are not on the command
     line are `None`, for [`read_data_arguments`] to fill in.
@@ -346,14 +324,9 @@ def data_parser(*groups: type, description: str | None = None) -> HfArgumentPars
         description (`str`, *optional*): Shown by `--help` as it is.
 
     Returns:
-        [`~transformers.HfArgumentParser`]: with the fields of [`DataSourceArguments`] and of `groups`.
+        [`~synernet_hf.cli.CommandParser`]: with the fields of [`DataSourceArguments`] and of `groups`.
     """
-    parser = HfArgumentParser(
-        (DataSourceArguments, *groups),
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser(DataSourceArguments, *groups, description=description)
     parser.set_defaults(**dict.fromkeys(item.name for item in dataclasses.fields(DataSourceArguments)))
     return parser
 

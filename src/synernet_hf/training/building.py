@@ -12,7 +12,7 @@ import accelerate
 import datasets
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import DataLoader
@@ -128,7 +128,7 @@ def prepare_data(
 def check_on_main_process(
     splits: datasets.DatasetDict,
     data_args: DataArguments,
-    accelerator: Accelerator,
+    accelerator: Accelerator | PartialState,
     skipped: dict[str, list[str]] | None = None,
     left_out: dict[str, list[int]] | None = None,
 ) -> datasets.DatasetDict:
@@ -139,7 +139,7 @@ def check_on_main_process(
     Args:
         splits (`datasets.DatasetDict`): What [`load_data`] returned.
         data_args ([`DataArguments`]): Say whether images are decoded, and what is done about bad ones.
-        accelerator (`accelerate.Accelerator`): The processes.
+        accelerator (`accelerate.Accelerator` or `accelerate.PartialState`): The processes.
         skipped (`dict[str, list[str]]`, *optional*): Receives in the main process, by split, a phrase for each record
             that is left out.
         left_out (`dict[str, list[int]]`, *optional*): Receives in every process, by split, the positions of these

@@ -1,0 +1,148 @@
+"""What every command shares: its parser, its end, and the extra that it needs."""
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser
+
+from synernet_hf.files import one_line
+
+
+NUMBERS = {"int": "a whole number", "float": "a number"}
+
+
+class InvalidArguments(ValueError):
+    """Input with which a command does not start; the message has one sentence per line."""
+
+
+def _with_default(action: argparse.Action) -> str:
+    """The help of an option and its default, unless it tells that itself."""
+    text = action.help or ""
+    if action.nargs == 0 or action.default in (None, {}, argparse.SUPPRESS) or "default" in text:
+        return text
+    return f"{text} (default: {action.default})".replace("%", "%%")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return _with_default(action)
+
+
+class CommandParser(HfArgumentParser):
+    """
+    A parser of dataclasses and options that refuses in one sentence: `error: …` and status 2, without the usage. Options
+    are not abbreviated. An unknown one is answered by the one that was probably meant.
+
+    Args:
+        groups (`type`): Dataclasses of options, each field with a `help` in its metadata.
+        description (`str`, *optional*): Shown by `--help` as it is.
+        only_given (`bool`, *optional*, defaults to `False`): Leave fields that are not on the command line out of the
+            result.
+    """
+
+    def __init__(self, *groups: type, description: str | None = None, only_given: bool = False) -> None:
+        super().__init__(groups, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+        for action in self._actions[1:]:
+            # the spelling with hyphens is read, and not shown again
+            action.option_strings = action.option_strings[:1]
+            if action.option_strings[0].startswith("--no_"):
+                action.help = f"Turn --{action.dest} off."
+            if only_given:
+                action.help, action.default = _with_default(action), argparse.SUPPRESS
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        """Reads a command line, of which every word must be known."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        self._refuse(unknown)
+        return parsed
+
+    def parse_args_into_dataclasses(self, args=None) -> tuple[Any, ...]:
+        """Reads a command line into one object per dataclass, and a namespace of the other options, if any."""
+        *parsed, unknown = super().parse_args_into_dataclasses(args, True, look_for_args_file=False)
+        self._refuse(unknown)
+        return tuple(parsed)
+
+    def _refuse(self, unknown: list[str]) -> None:
+        options = [word.split("=")[0] for word in unknown if word.startswith("--")]
+        known = [option for action in self._actions for option in action.option_strings]
+        if options:
+            self.error(" ".join(f"There is no option {option}{did_you_mean(option, known)}" for option in options))
+        if unknown:
+            self.error(f"Nothing is expected at {' '.join(unknown)}: quote words with spaces, or see --help.")
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with one sentence and status 2."""
+        number = re.fullmatch(r"argument (.*): invalid (int|float) value: (.*)", message)
+        if number:
+            message = f"{number[1]} must be {NUMBERS[number[2]]}, got {number[3]}."
+        self.exit(2, f"error: {message}\n")
+
+
+def did_you_mean(word: str, known: Collection[str]) -> str:
+    """
+    Ends a sentence about an unknown word.
+
+    Args:
+        word (`str`): The word.
+        known (`Collection[str]`): Words that would have been right.
+
+    Returns:
+        `str`: `": did you mean …?"`, or a pointer to `--help` where none is close.
+    """
+    close = difflib.get_close_matches(word, known, n=1)
+    return f": did you mean {close[0]}?" if close else "; --help lists all."
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """
+    Ends the process with one sentence and status 2 if an import inside fails because a package is not installed.
+
+    Args:
+        extra (`str`): The optional dependencies of `synernet_hf` that bring the package.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "synernet_hf").split(".")[0] == "synernet_hf":
+            raise
+        print(
+            f"error: The package {error.name} is not installed: this command needs the extra `{extra}` of synernet_hf, "
+            f'which `pip install -e ".[{extra}]"` in a clone of its repository installs.',
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
+def run_command(command: Callable[..., int | None], *args: Any) -> int:
+    """
+    Runs a command and prints what it refuses as lines `error: …`, without a traceback.
+
+    Args:
+        command (`Callable`): Does the work; returns an exit status or `None`.
+        args (`Any`): Its arguments.
+
+    Returns:
+        `int`: exit status: the command's own, 0 done, 1 diverged, 2 input refused, 130 interrupted.
+    """
+    try:
+        return command(*args) or 0
+    except (ValueError, OSError, ImportError) as error:
+        problem, status = error, 2
+    except FloatingPointError as error:
+        problem, status = error, 1
+    except KeyboardInterrupt as error:
+        problem, status = error, 130
+    text = str(problem) or "Interrupted."
+    # messages of libraries have line breaks within their sentences
+    for line in text.splitlines() if isinstance(problem, InvalidArguments) else [one_line(text)]:
+        print(f"error: {line}", file=sys.stderr)
+    return status
+
+
+__all__ = ["CommandParser", "InvalidArguments", "did_you_mean", "needs_extra", "run_command"]

@@ -1,0 +1,104 @@
+"""What all commands share: one sentence per error, exit statuses, and the extra that a command needs."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from synernet_hf.cli import CommandParser, InvalidArguments, needs_extra, run_command
+
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = sorted(path for folder in ("examples", "scripts", "benchmarks") for path in (ROOT / folder).glob("*.py"))
+# what a base installation lacks
+TRAIN_PACKAGES = ("accelerate", "datasets", "evaluate", "kornia", "pycocotools", "tensorboard", "trackio")
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_misspelt_option_is_one_line_in_every_command(path, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [path.name, "--helpp"])
+    monkeypatch.syspath_prepend(str(path.parent))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(path), run_name="__main__")
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert errors.startswith("error: ") and errors.count("\n") == 1, errors
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "printed"),
+    [
+        (InvalidArguments("One.\nTwo."), 2, "error: One.\nerror: Two.\n"),
+        (OSError("A message\n  of a library."), 2, "error: A message of a library.\n"),
+        (FloatingPointError("Not finite."), 1, "error: Not finite.\n"),
+        (KeyboardInterrupt(), 130, "error: Interrupted.\n"),
+    ],
+)
+def test_what_a_command_raises_becomes_lines_and_a_status(error, status, printed, capsys):
+    def command():
+        raise error
+
+    assert run_command(command) == status
+    assert capsys.readouterr().err == printed
+
+
+def test_the_status_of_a_command_is_kept():
+    assert run_command(lambda number: number, 3) == 3
+    assert run_command(print) == 0
+
+
+def test_missing_words_are_one_line(capsys):
+    parser = CommandParser()
+    parser.add_argument("run")
+    parser.add_argument("--size", type=int, default=3, help="of images")
+    with pytest.raises(SystemExit):
+        parser.parse_args([])
+    assert capsys.readouterr().err == "error: the following arguments are required: run\n"
+    assert "of images (default: 3)" in " ".join(parser.format_help().split())
+
+
+def test_errors_of_the_package_itself_are_no_missing_extra():
+    with pytest.raises(ModuleNotFoundError), needs_extra("train"):
+        import synernet_hf.no_such_room  # noqa: F401
+
+
+BASE = f"""
+import runpy, sys
+
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        hidden = name.split(".")[0] in {TRAIN_PACKAGES!r}
+        return None if hidden else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = map(Hiding, sys.meta_path)
+for script in sys.argv[1:]:
+    sys.argv = [script, "--help"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as stop:
+        print(script, stop.code or 0, file=sys.stderr)
+"""
+
+
+def test_without_the_extra_scripts_name_it_and_predict_works():
+    scripts = [str(path) for path in COMMANDS if path.parent.name == "examples"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", BASE, *scripts], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    lines = done.stderr.splitlines()
+    for script in scripts:
+        base = Path(script).name == "predict.py"
+        position = lines.index(f"{script} {0 if base else 2}")
+        if not base:
+            assert 'needs the extra `train` of synernet_hf, which `pip install -e ".[train]"' in lines[position - 1]
