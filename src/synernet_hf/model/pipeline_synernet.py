@@ -1,5 +1,6 @@
 """The pipeline task `weakly-supervised-segmentation`: images in, one mask per class out."""
 
+import re
 from collections.abc import Callable, Iterable
 from types import GeneratorType
 from typing import Any
@@ -47,7 +48,7 @@ class SynerNetSegmentationPipeline(Pipeline):
 
     def _sanitize_parameters(
         self,
-        scales: tuple[float, ...] | list[float] | None = None,
+        scales: float | tuple[float, ...] | list[float] | None = None,
         flip: bool | None = None,
         image_labels: list[str] | str | None = None,
         crf: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
@@ -56,48 +57,42 @@ class SynerNetSegmentationPipeline(Pipeline):
         return_scores: bool | None = None,
         timeout: float | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        if scales is not None and (not scales or min(scales) <= 0):
-            raise ValueError(f"`scales` is {scales}; at least one positive scale is expected, such as (1.0,).")
+        if scales is not None:
+            given, scales = scales, tuple(np.atleast_1d(scales).tolist())
+            if not scales or not min(scales) > 0:
+                raise ValueError(f"`scales` is {given}; at least one positive scale is expected, such as (1.0,).")
         if crf is not None and not callable(crf):
             raise ValueError(
                 f"`crf` is {crf!r}; a function of an image and its class probabilities is expected, such as "
                 "`synernet_hf.crf.DenseCRF()`."
             )
-        if isinstance(image_labels, str) and image_labels not in LABEL_SOURCES:
-            image_labels = [image_labels]
-        if isinstance(image_labels, list | tuple):
-            self._multi_hot(image_labels)
-        given = {
-            "preprocess": {"image_labels": image_labels, "timeout": timeout},
-            "forward": {
-                "scales": scales if scales is None else tuple(scales),
-                "flip": flip,
-                "predict_labels": None if image_labels is None else image_labels == "predicted",
-                "crf": crf,
-                "return_cams": return_cams,
-                "return_confidence": return_confidence,
-            },
-            "postprocess": {
-                "return_cams": return_cams,
-                "return_confidence": return_confidence,
-                "return_scores": return_scores,
-            },
-        }
-        return tuple({name: value for name, value in act.items() if value is not None} for act in given.values())
+        is_name = not isinstance(image_labels, str) or image_labels not in LABEL_SOURCES
+        if image_labels is not None and is_name:
+            image_labels = self._multi_hot(image_labels)
+        maps = {"return_cams": return_cams, "return_confidence": return_confidence}
+        acts = (
+            {"image_labels": image_labels, "timeout": timeout},
+            {"scales": scales, "flip": flip, "crf": crf, **maps},
+            {"return_scores": return_scores, **maps},
+        )
+        return tuple({name: value for name, value in act.items() if value is not None} for act in acts)
 
     def _multi_hot(self, image_labels: Any) -> torch.Tensor:
         """Class names, or ids of foreground classes from 0, as a multi-hot tensor of shape `(num_labels - 1,)`."""
         config = self.model.config
+        names = config.label2id
+        if isinstance(image_labels, str):
+            # a text of several names, unless it is one
+            image_labels = [image_labels] if image_labels in names else re.split(r"\s*[,;|]\s*", image_labels.strip())
         values = image_labels.tolist() if isinstance(image_labels, np.ndarray | torch.Tensor) else list(image_labels)
         if all(isinstance(value, str) for value in values):
-            unknown = [name for name in values if name not in config.label2id]
+            unknown = [name for name in values if name not in names]
             if unknown:
                 raise ValueError(
-                    f"The image labels {unknown} are not classes of the model; choose from "
-                    f"{', '.join(config.label2id)}."
+                    f"The image labels {unknown} are not classes of the model; choose from {', '.join(names)}."
                 )
             # the background is no label: it is always possible
-            values = [int(config.label2id[name]) - 1 for name in values if name != config.id2label[0]]
+            values = [names[name] - 1 for name in values if names[name] != 0]
         if any(value not in range(config.num_labels - 1) for value in values):
             raise ValueError(
                 f"Got the image labels {values}; class names are expected, or ids from 0 to {config.num_labels - 2} of "
@@ -112,16 +107,18 @@ class SynerNetSegmentationPipeline(Pipeline):
         Segment one image or several.
 
         Args:
-            inputs (`str`, `PIL.Image.Image`, `dict`, a list of these, or a data set or generator of them): Images,
-                paths or URLs, or records that hold one of these as `image`; read as the image processor reads them. A
-                data set or generator is read as the answers are, one batch after another.
-            scales (`tuple[float, ...]`, *optional*, defaults to `(1.0,)`): Scales at which each image is seen; the
-                elementwise maximum of the logits decides. The authors' inference uses `model.config.inference_scales`.
+            inputs (`str`, `Path`, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `dict`, or several of these):
+                Images as `open_image` reads them, or records that hold one as `image`. Several come as a list, as an
+                array or tensor of four dimensions, or as a data set or generator, which is read as the answers are,
+                one batch after another.
+            scales (`float` or `tuple[float, ...]`, *optional*, defaults to `(1.0,)`): Scales at which each image is
+                seen; the elementwise maximum of the logits decides. The authors' inference uses
+                `model.config.inference_scales`.
             flip (`bool`, *optional*, defaults to `False`): Also see the mirror of every scale.
             image_labels (`list[str]` or `str`, *optional*): Classes that are in the images; no other class but
-                background is predicted then. A list of names; `"known"`, to take `labels` of each record (names, or
-                ids of foreground classes from 0); or `"predicted"`, for the classes that the model's classifiers see,
-                at the cost of one more pass.
+                background is predicted then. A list of names, or a text of names between commas; `"known"`, to take
+                `labels` of each record (names, or ids of foreground classes from 0); or `"predicted"`, for the classes
+                that the model's classifiers see, at the cost of one more pass.
             crf (`Callable[[np.ndarray, np.ndarray], np.ndarray]`, *optional*): Refines the probabilities, such as
                 `synernet_hf.crf.DenseCRF()`: takes the image (shrunk to the processor's `max_pixels`), uint8 of shape
                 `(height, width, 3)`, and class probabilities, float32 of shape `(num_labels, height, width)`, and
@@ -145,27 +142,27 @@ class SynerNetSegmentationPipeline(Pipeline):
             ValueError: If a scale is not positive, an image label is not a class of the model, a record lacks the
                 image labels to be used, or `crf` is no function.
         """
-        single = (str, dict, list, tuple, Image.Image, GeneratorType, Dataset)
-        if isinstance(inputs, Iterable) and not isinstance(inputs, single):
+        if isinstance(inputs, tuple) or (isinstance(inputs, np.ndarray | torch.Tensor) and inputs.ndim == 4):
+            inputs = list(inputs)
+        known = (str, dict, list, np.ndarray, torch.Tensor, Image.Image, GeneratorType, Dataset)
+        if isinstance(inputs, Iterable) and not isinstance(inputs, known):
             inputs = (item for item in inputs)
         return super().__call__(inputs, **kwargs)
 
     def preprocess(
-        self, image: Any, image_labels: list[str] | str | None = None, timeout: float | None = None
+        self, image: Any, image_labels: torch.Tensor | str | None = None, timeout: float | None = None
     ) -> dict[str, list]:
         # what an undecoded `datasets.Image` column holds is an image
         is_record = isinstance(image, dict) and "image" in image
         record = image if is_record else {"image": image}
-        labels = None
-        if image_labels == "known":
+        labels = image_labels
+        if isinstance(labels, str) and labels == "known":
             if record.get("labels") is None:
                 raise ValueError(
                     'An image has no `labels`, but `image_labels="known"`; pass records with `image` and `labels`, or '
                     "name the classes."
                 )
             labels = self._multi_hot(record["labels"])
-        elif image_labels is not None and image_labels != "predicted":
-            labels = self._multi_hot(image_labels)
         # lists are collated as they are, so that a batch may hold several sizes
         return {"prepared": [prepare_image(self.image_processor, record["image"], timeout)], "labels": [labels]}
 
@@ -174,13 +171,15 @@ class SynerNetSegmentationPipeline(Pipeline):
         model_inputs: dict[str, list],
         scales: tuple[float, ...] = (1.0,),
         flip: bool = False,
-        predict_labels: bool = False,
         crf: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
         return_cams: bool = False,
         return_confidence: bool = False,
     ) -> dict[str, list]:
         prepared = _flattened(model_inputs["prepared"])
-        labels = "predicted" if predict_labels else _flattened(model_inputs["labels"])
+        labels = _flattened(model_inputs["labels"])
+        if isinstance(labels[0], str):
+            # "predicted", for all images
+            labels = labels[0]
         segmented = segment_images(
             self.model, self.image_processor, prepared, labels=labels, scales=scales, flip=flip, crf=crf
         )
