@@ -1,5 +1,5 @@
 """
-The main job from end to end on generated images, no download: train, evaluate, predict, draw. `make demo` runs it.
+The whole workflow on generated images, without download: train, evaluate, predict, draw. `make demo` runs it.
 
     python examples/demo.py
     python examples/demo.py --output_dir runs/short_demo --max_steps 100
@@ -55,7 +55,9 @@ def parse_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, li
     """Read the demo's own options; what remains is for the training script."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("--config", default=str(HERE / "recipes" / "tiny_cpu.yaml"), help="recipe of the run")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="folder of the run, made anew")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/demo"), help="folder of the run; an earlier run in it is removed"
+    )
     parser.add_argument("--num_images", type=int, default=6, help="rows of the figure")
     return parser.parse_known_args(argv)
 
@@ -71,7 +73,7 @@ def clear(folder: Path) -> None:
 
 
 def train(config: str, output_dir: Path, extra: list[str]) -> None:
-    """Train through `accelerate launch`, in a process of its own as a user would."""
+    """Train through `accelerate launch`, in a process of its own."""
     script = [str(HERE / "train.py"), "--config", config, "--output_dir", str(output_dir), *extra]
     print(f"accelerate launch {shlex.join(script)}", flush=True)
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -148,7 +150,7 @@ def pick_records(split, number: int) -> list[dict]:
 
 
 def run_demo(options: argparse.Namespace, extra: list[str]) -> None:
-    """The acts of the demo."""
+    """Run all steps of the demo."""
     start = time.monotonic()
     folder = options.output_dir
     _, data_args, _ = parse_arguments(["--config", options.config, "--output_dir", str(folder), *extra])

@@ -1,7 +1,7 @@
 """
 Look at a data set before training on it: `python examples/prepare_data.py --data_dir path/to/VOCdevkit`.
 
-Prints images per class, sizes, and what is worth a look: files that do not decode, images without a class, exact
+Prints images per class, sizes, and problems: files that do not decode, images without a class, exact
 duplicates, classes without images. With --output, writes the report and a contact sheet; with --parquet, also the
 data itself with the images inside, as `push_to_hub` would.
 """
@@ -79,7 +79,7 @@ def thumbnail(image: dict) -> Image.Image:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Load, look, print, write."""
+    """Load the data, inspect it, print and write the report."""
     check_arguments(args)
     data_args = read_data_arguments(args)
     splits = load_data(data_args)

@@ -2,8 +2,8 @@
 Write the pseudo-labels of a whole data set: `accelerate launch examples/pseudo_labels.py RUN --output DIR`.
 
 DIR/masks/IMAGE_ID.png are palette masks (0 background, 255 undecided), DIR/manifest.parquet lists them, the least
-confident image first. The images are shared over the processes; called again after an interruption, what is
-finished is kept. The data set is the one RUN was trained on unless another one is named.
+confident image first. The processes share the images; after an interruption the same command keeps what is finished.
+Without data options, the data set is the one RUN was trained on.
 """
 
 import argparse

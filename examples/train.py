@@ -6,8 +6,8 @@ Trains SynerNet from image-level labels.
     accelerate launch examples/train.py --config examples/recipes/voc_animals.yaml --data_dir path/to/VOCdevkit \
         --backbone facebook/deit-tiny-patch16-224 --output_dir runs/voc_animals
 
-A recipe holds settings, the command line changes single ones, `--help` lists all. What the run folder holds and how
-to resume is told in docs/training.md.
+A recipe holds settings, options on the command line override it, and `--help` lists them all. docs/training.md
+describes the run folder and how to resume.
 """
 
 import sys
@@ -23,7 +23,7 @@ with needs_extra("train"):
 
 def run(argv: list[str] | None) -> None:
     """Trains, and prints the scores."""
-    # saving has its own bar, which would break into that of the training
+    # the bar of saving would interrupt that of the training
     logging.disable_progress_bar()
     model_args, data_args, training_args = parse_arguments(argv)
     results = train(model_args, data_args, training_args)

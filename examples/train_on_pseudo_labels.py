@@ -56,7 +56,7 @@ class SegmenterArguments:
 
 
 class SegmentationDataset(torch.utils.data.Dataset):
-    """Images and masks of one size; `mirror` turns every other image round, drawn anew each time."""
+    """Images and masks of one size; `mirror` flips each image with probability 0.5."""
 
     def __init__(self, dataset: datasets.Dataset, processor: SegformerImageProcessorPil, mirror: bool = False) -> None:
         self.dataset = dataset.select_columns(["image", "mask"])
@@ -89,7 +89,7 @@ def build_model(args: SegmenterArguments, names: list[str]) -> PreTrainedModel:
 
 
 def build_processor(args: SegmenterArguments) -> SegformerImageProcessorPil:
-    """Resizes and normalises images, resizes masks; with the colours' mean and deviation of the model."""
+    """Resizes and normalises images with the model's mean and deviation, and resizes masks."""
     colours = {}
     if args.model is not None:
         try:

@@ -633,7 +633,7 @@ def test_settings_without_influence_may_change_on_resume(finished, tmp_path, cap
     changes = {"logging_steps": 3, "save_total_limit": 1, "mixed_precision": "auto"}
     run(tmp_path / "run", resume_from_checkpoint=str(folder / "checkpoint-2"), **changes)
     printed = capsys.readouterr().out
-    assert f"Going on from {folder / 'checkpoint-2'}." in printed and "without scores" not in printed
+    assert f"Continuing from {folder / 'checkpoint-2'}." in printed and "no scores" not in printed
     assert_equal_weights(folder, tmp_path / "run")
 
 

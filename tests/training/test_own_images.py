@@ -226,4 +226,4 @@ def test_a_run_without_a_validation_split_says_so(tmp_path, capsys):
     table.write_text("\n".join(line for line in table.read_text().splitlines() if ",validation" not in line) + "\n")
     results = run(tmp_path / "run", data, on_bad_image="skip")
     assert set(results) == {"training"}
-    assert "no validation split with masks: this run goes without scores" in capsys.readouterr().out
+    assert "no validation split with masks: this run computes no scores" in capsys.readouterr().out

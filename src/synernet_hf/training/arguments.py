@@ -46,7 +46,7 @@ def _read_mapping(value: dict[str, Any] | str | None, name: str) -> dict[str, An
 
 
 def documented(group: type) -> type:
-    """Appends to a dataclass's docstring an `Args` section made of the help texts of its fields."""
+    """Appends an `Args` section, made of the help texts of the fields, to a dataclass's docstring."""
     lines = []
     for item in dataclasses.fields(group):
         hint = str(item.type.__name__ if isinstance(item.type, type) else item.type).replace("typing.", "")
@@ -196,7 +196,7 @@ class SynerNetTrainingArguments:
 
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, SynerNetTrainingArguments)
-# what values must be, and of which settings
+# limits of values, and the settings that they apply to
 LIMITS = (
     (
         "be at least 1",

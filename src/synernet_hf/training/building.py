@@ -1,4 +1,4 @@
-"""The data, the model and the record of a run, made of its arguments, and what is wrong with them beforehand."""
+"""Checks the arguments of a run, and makes its data, its model and its record from them."""
 
 import dataclasses
 import hashlib
@@ -138,7 +138,7 @@ def check_on_main_process(
 
     Args:
         splits (`datasets.DatasetDict`): What [`load_data`] returned.
-        data_args ([`DataArguments`]): Say whether images are decoded, and what is done about bad ones.
+        data_args ([`DataArguments`]): Whether to decode images, and what to do about bad ones.
         accelerator (`accelerate.Accelerator` or `accelerate.PartialState`): The processes.
         skipped (`dict[str, list[str]]`, *optional*): Receives in the main process, by split, a phrase for each record
             that is left out.
@@ -307,7 +307,7 @@ def train_loader(
 ) -> DataLoader:
     """
     Makes the stream of training batches from `step` on. It has no end, because steps that a gradient scaler skips use
-    up batches too. Order, crops and mirrors depend on the position alone, so a continuation repeats nothing.
+    up batches too. Order, crops and mirrors depend on the position alone, so a resumed run repeats nothing.
     """
     batches_per_step = training_args.gradient_accumulation_steps * accelerator.num_processes
     sampler = StreamBatchSampler(
@@ -340,7 +340,7 @@ def run_record(
 ) -> dict[str, Any]:
     """
     Collects the content of `training_args.json`: the three argument groups, `class_names`, `skipped` records, what was
-    `checked`, `versions`, and under `run` what else the weights depend on.
+    `checked`, `versions`, and under `run` the rest of what the weights depend on.
     """
     train_split = data.splits["train"]
     return {

@@ -1,4 +1,4 @@
-"""The files of a run: checkpoints and model folders, each whole or not there at all."""
+"""The files of a run: checkpoints and model folders, each complete or absent."""
 
 import itertools
 import os
@@ -245,7 +245,7 @@ def save_model_folder(
 ) -> None:
     """
     Writes a folder that `from_pretrained` reads, and JSON files beside the model. Files are made in a temporary folder
-    and moved into place one by one, so that a reader finds each of them whole.
+    and moved into place one by one, so that a reader finds each of them complete.
     """
     temporary = folder / "model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)

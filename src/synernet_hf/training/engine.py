@@ -72,7 +72,7 @@ MAX_SKIPPED_IN_A_ROW = 100
 
 @dataclass
 class TrainingRun:
-    """Everything the acts after `build_run` share. Model, optimizer, scheduler and loader are prepared."""
+    """What the functions after `build_run` share. Model, optimizer, scheduler and loader are prepared."""
 
     accelerator: Accelerator
     model: torch.nn.Module
@@ -112,17 +112,17 @@ def train(
     model_args: ModelArguments, data_args: DataArguments, training_args: SynerNetTrainingArguments
 ) -> dict[str, dict[str, Any]]:
     """
-    Trains a SynerNet from image-level labels and leaves a complete folder behind: model, processor, model card,
+    Trains a SynerNet from image-level labels and writes its run folder: model, processor, model card,
     `training_args.json`, `eval_results.json` (where the validation split has masks), the best evaluated model in
     `best/`, checkpoints and logs. No mask of a training image is opened.
 
     Args:
         model_args ([`ModelArguments`]): What is trained.
-        data_args ([`DataArguments`]): On what.
-        training_args ([`SynerNetTrainingArguments`]): How.
+        data_args ([`DataArguments`]): The data.
+        training_args ([`SynerNetTrainingArguments`]): The settings of the training.
 
     Returns:
-        `dict[str, dict]`: what [`evaluate_model`] says of the final weights (nothing where there are no masks), and
+        `dict[str, dict]`: the scores of the final weights as [`evaluate_model`] gives them (none without masks), and
         under `"training"` the step, minutes, and the last logged losses.
 
     Raises:
@@ -135,12 +135,12 @@ def train(
         data = prepare_data(data_args, accelerator, checkpoint and read_record(checkpoint / ARGUMENTS_FILE))
         run = build_run(model_args, data_args, training_args, accelerator, data, checkpoint)
     except InvalidArguments:
-        # all processes are here: they part in order, or one that ends early aborts the others before they say why
+        # every process gets here; without the wait, one that ends early would abort the others before they report
         accelerator.wait_for_everyone()
         accelerator.end_training()
         raise
     if not run.can_evaluate:
-        accelerator.print("The data has no validation split with masks: this run goes without scores.")
+        accelerator.print("The data has no validation split with masks: this run computes no scores.")
     with _stop_cleanly(run):
         fit(run)
         results = finish(run)
@@ -167,7 +167,7 @@ def setup(training_args: SynerNetTrainingArguments) -> Accelerator:
     )
     if accelerator.mixed_precision == "bf16" and is_slow_in_bf16(accelerator.device):
         accelerator.print(
-            "This device imitates bf16, many times slower than full precision: --mixed_precision auto takes what is "
+            "This device only emulates bf16, many times slower than full precision: --mixed_precision auto takes what is "
             "fast."
         )
     # every process draws its own random classes and colours; weights are made equal by the distributed wrapper
@@ -191,7 +191,7 @@ def build_run(
     record = run_record(model_args, data_args, training_args, accelerator, data)
     if checkpoint is not None:
         check_same_settings(checkpoint, record)
-        accelerator.print(f"Going on from {checkpoint}.")
+        accelerator.print(f"Continuing from {checkpoint}.")
     model = build_model(model_args, class_names(data.splits))
     config, args = model.config, training_args
     optimizer = torch.optim.AdamW(
@@ -223,7 +223,7 @@ def build_run(
         record=record,
         state=state,
     )
-    # no process may make the output folder while another still looks whether it is free
+    # no process may create the output folder while another still checks that it is free
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if checkpoint is None and is_without_checkpoint(output_dir):
@@ -240,9 +240,9 @@ def build_run(
 
 def fit(run: TrainingRun) -> None:
     """
-    Runs one optimizer step after another until `max_steps`, with logs, evaluations and checkpoints in between. The
-    last step is always logged, saved and evaluated. A checkpoint is saved before the evaluation of the same step, so
-    that a failing evaluation costs no step; the continuation starts with the evaluation that is missing.
+    Runs optimizer steps until `max_steps`, with logs, evaluations and checkpoints in between. The last step is always
+    logged, saved and evaluated. A checkpoint is saved before the evaluation of the same step, so that a failing
+    evaluation costs no step; a resumed run starts with the missing evaluation.
     """
     args, state, accelerator = run.training_args, run.state, run.accelerator
     # `passes`: those of the present step, which count once the step is known not to be skipped
@@ -262,7 +262,7 @@ def fit(run: TrainingRun) -> None:
     if state.step == args.max_steps:
         bar.close()
         return
-    # closes before the final folder is written, so that the bar's last line stands above the messages
+    # the bar closes before the final folder is written, so that its last line comes before the messages
     with bar:
         for batch in run.loader:
             passes.append(train_step(run, batch))
@@ -333,7 +333,7 @@ def train_step(run: TrainingRun, batch: dict[str, torch.Tensor]) -> tuple[torch.
 
 def log(run: TrainingRun, means: dict[str, float], bar: tqdm) -> None:
     """Writes the mean losses since the last log to the bar, the tracker and the run's history."""
-    # the groups already hold the next step's rates; logged is the one that the last step used
+    # the groups already hold the rates of the next step; the log gets that of the last one
     args = run.training_args
     multiplier = learning_rate_multiplier(run.state.step - 1, args.warmup_steps, args.max_steps)
     rate = run.optimizer.param_groups[0]["initial_lr"] * multiplier
@@ -348,8 +348,8 @@ def log(run: TrainingRun, means: dict[str, float], bar: tqdm) -> None:
 
 def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
     """
-    Scores the present weights on the validation split in float32, whatever the precision of the training, and saves
-    them as `best/` if no earlier ones were as good. Every process calls this.
+    Scores the current weights on the validation split in float32, whatever the precision of the training, and saves
+    them as `best/` if they are better than all earlier ones. Every process calls this.
     """
     accelerator, state = run.accelerator, run.state
     started = time.perf_counter()
@@ -412,7 +412,7 @@ def finish(run: TrainingRun) -> dict[str, dict[str, Any]]:
 
 
 def hardware(accelerator: Accelerator) -> str:
-    """Names what a run was computed on, such as `2 × NVIDIA A100` or `cpu (x86_64, 2 threads)`."""
+    """Names the hardware of a run, such as `2 × NVIDIA A100` or `cpu (x86_64, 2 threads)`."""
     count = f"{accelerator.num_processes} × " if accelerator.num_processes > 1 else ""
     if accelerator.device.type == "cuda":
         return count + torch.cuda.get_device_name(accelerator.device)
@@ -422,8 +422,8 @@ def hardware(accelerator: Accelerator) -> str:
 @contextmanager
 def _full_precision(model: torch.nn.Module) -> Iterator[None]:
     """
-    Lifts the autocast that accelerate lays around `forward` under mixed precision, and lays it back. What the model
-    computes outside of `forward` is float32 either way, and so is a model that is loaded from the run's folder.
+    Removes the autocast that accelerate wraps around `forward` under mixed precision, and restores it at the end.
+    Outside of `forward` the model computes in float32 anyway, as does a model loaded from the run folder.
     """
     wrapped = model.__dict__.pop("forward", None)
     try:
@@ -436,8 +436,8 @@ def _full_precision(model: torch.nn.Module) -> Iterator[None]:
 @contextmanager
 def _stop_cleanly(run: TrainingRun) -> Iterator[None]:
     """
-    Lets an interruption (Ctrl-C, or SIGTERM as clusters send it) end the run with nothing half-written and a word on
-    how to go on; adds the last good checkpoint to what a diverged run says.
+    At an interruption (Ctrl-C, or SIGTERM as clusters send it) removes what is half-written and says how to continue;
+    adds the last good checkpoint to the message of a diverged run.
     """
 
     def interrupt(signum, frame):
@@ -456,7 +456,7 @@ def _stop_cleanly(run: TrainingRun) -> Iterator[None]:
         last = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
         if isinstance(error, FloatingPointError):
             raise FloatingPointError(f"{error} Training stopped; {last}.") from error
-        way_on = f" ({'go on' if checkpoints else 'start over'} with --resume_from_checkpoint latest)"
+        way_on = f" ({'continue' if checkpoints else 'start over'} with --resume_from_checkpoint latest)"
         raise KeyboardInterrupt(f"Interrupted after step {run.state.step}; {last}{way_on}.") from error
     finally:
         if in_main_thread:

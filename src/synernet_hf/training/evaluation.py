@@ -153,7 +153,7 @@ class _EvaluationImage(NamedTuple):
 
 
 class _EvaluationImages(torch.utils.data.Dataset):
-    """Decodes and processes images. An unusable record comes as its error, which a worker would wrap in a traceback."""
+    """Decodes and processes images. Returns the error of an unusable record: raised in a worker, it gets a traceback."""
 
     def __init__(self, dataset, processor, order: _ClassOrder, positions: range, scorer: "_KindScorer") -> None:
         self.dataset, self.processor, self.order, self.positions = dataset, processor, order, positions
@@ -230,7 +230,7 @@ class _KindScorer:
         if self.baselines:
             pixel_values = torch.stack([item.pixel_values for item in prepared])
             pixel_values = pixel_values.to(self.model.device, self.model.dtype)
-            # as the segmentation has to do: without being told what is in the image
+            # like the segmentation, without the true image labels
             predicted = (self.model.class_scores(pixel_values) > 0).float()
             for kind, given in zip(BASELINE_KINDS, (labels.to(self.model.device), predicted), strict=False):
                 yield kind, self._label_maps(single_scale_cams(self.model, pixel_values, given), prepared)

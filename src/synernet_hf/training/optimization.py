@@ -22,7 +22,7 @@ GATED_TERMS = ("segmentation", "spatial_bce", "prototype_contrast")
 
 def resolve_precision(mixed_precision: str | None) -> str | None:
     """
-    Replaces `"auto"` by what is fast on the device of this process.
+    Resolves `"auto"` to the precision that is fast on the device of this process.
 
     Args:
         mixed_precision (`str`, *optional*): `"no"`, `"fp16"`, `"bf16"`, `"auto"` or `None`.
@@ -41,7 +41,7 @@ def resolve_precision(mixed_precision: str | None) -> str | None:
 
 
 def is_slow_in_bf16(device: torch.device) -> bool:
-    """Whether a device is known to imitate bf16: CUDA without it, or a CPU whose best instructions are AVX2."""
+    """Whether a device is known to emulate bf16: CUDA without it, or a CPU whose best instructions are AVX2."""
     if device.type == "cuda":
         return not torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -153,8 +153,8 @@ class LossMeter:
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """
-        Averages each term over processes and the passes that had it, and starts anew; the one place where a step waits
-        for the device. `FloatingPointError` in every process if a value is not finite.
+        Averages each term over the processes and over the passes that computed it, then resets; nothing else in a step
+        waits for the device. `FloatingPointError` in every process if a value is not finite.
         """
         if not self.steps:
             return {}
@@ -196,16 +196,16 @@ def gather_in_rank_order(
     embeddings: torch.Tensor, class_ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, slice]:
     """
-    Collects the embeddings of all processes in rank order, so that every process updates its prototypes alike. The
-    model's `gather_embeddings`; all processes call it together, with batches of any size.
+    Collects the embeddings of all processes in rank order, so that every process makes the same update of its
+    prototypes. The argument `gather_embeddings` of the model; all processes call it together, with batches of any size.
 
     Args:
-        embeddings (`torch.Tensor` of shape `(n, P)`): of the own images.
-        class_ids (`torch.Tensor` of shape `(n,)`): int64, of the own images.
+        embeddings (`torch.Tensor` of shape `(n, P)`): of the images of this process.
+        class_ids (`torch.Tensor` of shape `(n,)`): int64, of the images of this process.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor, slice]`: embeddings `(N, P)`, with gradient for the own ones only; class ids
-        `(N,)`, −1 where a process has fewer images than another; and the position of the own ones.
+        `tuple[torch.Tensor, torch.Tensor, slice]`: embeddings `(N, P)`, with gradient only for those of this process;
+        class ids `(N,)`, −1 where a process has fewer images than another; and the slice of this process.
     """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):

@@ -81,7 +81,7 @@ def _panels(model, processor, record: dict) -> list[tuple[str, Image.Image]]:
     [cams] = generate_image_cams(model, processor, [prepared], [labels])
     image = prepared.image
     cam = resize_maps(cams["fused_cams"].amax(dim=0, keepdim=True), (image.height, image.width))[0].cpu().numpy()
-    # of the whole image, as everybody sees it
+    # at the size of the whole image
     segmentation = Image.fromarray(segmented.label_map.cpu().numpy().astype(np.uint8)).resize(image.size, 0)
     return [
         ("image", image),
