@@ -1,6 +1,7 @@
 """The documentation holds: links lead somewhere, named files exist, Python blocks run, commands have real options."""
 
 import argparse
+import importlib
 import json
 import re
 import runpy
@@ -242,6 +243,29 @@ def test_readme_says_how_to_test_and_try():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for command in ("make test", "make demo", 'pip install -e ".[train]"', "examples/recipes/voc_animals.yaml"):
         assert command in text
+
+
+def test_public_names_stand_in_their_modules():
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8").replace("`evaluate`", "evaluate")
+    rows = re.findall(r"^\| (`synernet_hf[^|]*) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) > 8
+    for modules, names in rows:
+        found = [importlib.import_module(module) for module in re.findall(r"`([\w.]+)`", modules)]
+        missing = [name for name in re.findall(r"`(\w+)`", names) if not any(hasattr(it, name) for it in found)]
+        assert not missing, f"{modules} has no {missing}"
+
+
+def test_parts_of_the_method_stand_in_their_files():
+    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`[\w/]+\.py`[^|]*) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) > 6
+    for files, names in rows:
+        paths = [
+            name if "/" in name else f"src/synernet_hf/model/{name}" for name in re.findall(r"`([\w/.]+)`", files)
+        ]
+        sources = "".join((ROOT / path).read_text(encoding="utf-8") for path in paths)
+        missing = [name for name in re.findall(r"`(\w+)`", names) if not re.search(rf"\b{name}\b", sources)]
+        assert not missing, f"{files} has no {missing}"
 
 
 def test_the_docstring_names_the_source_of_every_config_field():
