@@ -105,7 +105,7 @@ def predict_one(model, processor, record: dict, folder: Path) -> None:
         label_map[where] = model.config.label2id[segment["label"]]
         print(f"{segment['label']:<12} {100 * where.mean():5.1f} % of the image, score {segment['score']:.2f}")
     palette_image(label_map).save(folder / "image_mask.png")
-    overlay(image, label_map).save(folder / "image_overlay.png")
+    overlay(image, label_map, class_names=model.config.id2label).save(folder / "image_overlay.png")
     print(f"Wrote {folder / 'image_mask.png'} and {folder / 'image_overlay.png'}.")
 
 

@@ -1,9 +1,17 @@
-"""Segment images with a trained SynerNet: `python examples/predict.py RUN IMAGE…` writes masks and overlays."""
+"""
+Segment images with a trained SynerNet: `python examples/predict.py MODEL IMAGE_OR_FOLDER…` writes masks and overlays.
+
+MODEL is the folder of a trained model or its name on the Hub. NAME_mask.png is a palette PNG of class ids, as VOC has
+them; NAME_overlay.png shows the classes over the image, with a legend.
+"""
 
 import argparse
 import functools
+import glob
 import math
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +22,19 @@ from synernet_hf.cli import CommandParser, run_command
 from synernet_hf.crf import DenseCRF
 from synernet_hf.files import replace_file
 from synernet_hf.model import open_image, segment_images
-from synernet_hf.model_folder import load_model_folder
+from synernet_hf.model_folder import find_model_folder, load_model_folder
 from synernet_hf.visualization import overlay, palette_image
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = CommandParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a trained model, such as runs/voc_animals")
-    parser.add_argument("images", type=Path, nargs="+", help="image files")
+    parser.add_argument("run", metavar="MODEL", help="folder or Hub id of a trained model, such as runs/voc_animals")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        help="image files, folders of images (with their subfolders), or patterns such as 'a/*.jpg'",
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("predictions"), help="folder of the results")
     parser.add_argument("--scales", type=float, nargs="+", help="scales to use (default: those of the model)")
     parser.add_argument("--flip", action="store_true", help="also use the mirrored image at every scale")
@@ -32,53 +44,97 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def read_image(path: Path) -> Image.Image:
     """An image as the model sees it, upright and in colour; [`ValueError`] says what is wrong with it."""
-    if not path.is_file():
-        raise ValueError(f"There is no image {path}; check the path.")
     try:
         return open_image(path)
     except ValueError as error:
         raise ValueError(f"The image {path} cannot be decoded; give a valid JPEG, PNG or the like.") from error
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Find every mistake before the model is loaded and anything is written."""
-    if not (args.run / "config.json").is_file():
-        raise ValueError(f"{args.run} holds no trained model (no config.json); give the folder of a finished run.")
+def images_in(folder: Path, output_dir: Path) -> list[Path]:
+    """The image files of a folder and its subfolders, without hidden ones and earlier results."""
+    suffixes = Image.registered_extensions()
+    found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes and path.is_file()]
+    found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    return [path for path in found if output_dir.resolve() not in path.resolve().parents]
+
+
+def find_images(names: Iterable[str], output_dir: Path) -> dict[Path, str]:
+    """
+    The image files that the command line names, and for each the path and beginning of the name of its results.
+
+    Results are called like the file, with the subfolders of a folder or pattern, and with its suffix where two files
+    differ in nothing else.
+    """
+    places: dict[Path, Path] = {}
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            found = {file: file.relative_to(path) for file in images_in(path, output_dir)}
+        elif path.is_file():
+            found = {path: Path(path.name)}
+        elif glob.has_magic(name):
+            root = next(folder for folder in path.parents if not glob.has_magic(str(folder)))
+            files = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
+            found = {file: file.relative_to(root) for file in files if file.is_file()}
+        else:
+            raise ValueError(f"There is no image {path}; check the path.")
+        if not found:
+            raise ValueError(f"{name} holds no image; give image files, a folder of images, or a pattern.")
+        places |= found
+    stems = Counter(str(place.with_suffix("")).casefold() for place in places.values())
+    results = {
+        path: str(place if stems[str(place.with_suffix("")).casefold()] > 1 else place.with_suffix(""))
+        for path, place in places.items()
+    }
+    seen: dict[str, Path] = {}
+    for path, result in results.items():
+        other = seen.setdefault(result.casefold(), path)
+        if other != path:
+            raise ValueError(f"{other} and {path} would write the same results; segment them separately.")
+    return results
+
+
+def check_arguments(args: argparse.Namespace) -> dict[Path, str]:
+    """Find every mistake before the model is loaded and anything is written; return the images to segment."""
+    find_model_folder(args.run)
     if args.scales is not None and not all(0 < scale < math.inf for scale in args.scales):
         raise ValueError(f"The scales {args.scales} are not all positive numbers; give factors such as 1.0 1.25 1.5.")
     if args.output_dir.exists() and not args.output_dir.is_dir():
         raise ValueError(f"{args.output_dir} is a file; give a folder for the results.")
-    seen = {}
-    for path in args.images:
-        read_image(path)
-        if path.stem in seen:
-            raise ValueError(f"{seen[path.stem]} and {path} would write the same results; segment them separately.")
-        seen[path.stem] = path
+    images = find_images(args.images, args.output_dir)
+    for path in images:
+        if str(path) in args.images:
+            read_image(path)
+    return images
 
 
 def predict(args: argparse.Namespace) -> None:
     """Segment every image and write its results."""
-    check_arguments(args)
+    images = check_arguments(args)
     crf = DenseCRF() if args.crf else None
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model, processor = load_model_folder(args.run)
     model = model.to(device).eval()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    for path in args.images:
-        image = read_image(path)
-        scales = args.scales and tuple(args.scales)
+    names, scales, unread = model.config.id2label, args.scales and tuple(args.scales), []
+    for path, result in images.items():
+        try:
+            image = read_image(path)
+        except ValueError as error:
+            # of a folder; a file that was named is read beforehand
+            print(f"left out: {error}", file=sys.stderr)
+            unread.append(path)
+            continue
         [segmented] = segment_images(model, processor, [image], scales=scales, flip=args.flip, crf=crf)
         label_map = segmented.label_map.cpu().numpy()
-        mask_path = args.output_dir / f"{path.stem}_mask.png"
-        overlay_path = args.output_dir / f"{path.stem}_overlay.png"
-        for drawn, target in ((palette_image(label_map), mask_path), (overlay(image, label_map), overlay_path)):
-            replace_file(target, functools.partial(drawn.save, format="PNG"))
+        mask_path, overlay_path = (args.output_dir / f"{result}_{kind}.png" for kind in ("mask", "overlay"))
+        drawn = {mask_path: palette_image(label_map), overlay_path: overlay(image, label_map, class_names=names)}
+        for target, figure in drawn.items():
+            replace_file(target, functools.partial(figure.save, format="PNG"))
         ids, counts = np.unique(label_map, return_counts=True)
-        found = (
-            f"{model.config.id2label[int(i)]} {100 * n / label_map.size:.1f} %"
-            for i, n in zip(ids, counts, strict=True)
-        )
-        print(f"{path}: {', '.join(found)} -> {mask_path}, {overlay_path}")
+        found = (f"{names[int(i)]} {100 * n / label_map.size:.1f} %" for i, n in zip(ids, counts, strict=True))
+        print(f"{path}: {', '.join(found)} -> {mask_path}, {overlay_path}", flush=True)
+    if unread:
+        raise ValueError(f"{len(unread)} of {len(images)} images cannot be decoded and have no result, see above.")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from synernet_hf.visualization import colorize, figure_panels, heat_map, overlay, palette_image, voc_palette
+from synernet_hf.visualization import (
+    colorize,
+    figure_panels,
+    heat_map,
+    overlay,
+    palette_image,
+    voc_palette,
+    with_legend,
+)
 
 
 LABEL_MAP = np.array([[0, 1, 2], [15, 20, 255]])
@@ -42,6 +50,40 @@ def test_overlay_leaves_background_and_blends_the_rest():
     assert np.array_equal(np.asarray(overlay(image, LABEL_MAP, alpha=0.0)), image)
     opaque = np.asarray(overlay(Image.fromarray(image), LABEL_MAP, alpha=1.0))
     assert np.array_equal(opaque[1], np.asarray(colorize(LABEL_MAP))[1])
+
+
+def colors_of(image) -> set[tuple[int, ...]]:
+    return {tuple(color) for color in np.asarray(image).reshape(-1, 3).tolist()}
+
+
+def test_an_overlay_names_the_classes_it_shows():
+    image = np.full((60, 200, 3), 100, dtype=np.uint8)
+    label_map = np.zeros((60, 200), dtype=int)
+    label_map[:20, :20], label_map[20:30], label_map[40:] = 8, 12, 255
+    names = {0: "background", 8: "cat", 12: "dog", 15: "person"}
+    drawn = overlay(image, label_map, class_names=names)
+    assert drawn.width == 200 and drawn.height > 60
+    assert np.array_equal(np.asarray(drawn)[:60], np.asarray(overlay(image, label_map)))
+    legend = colors_of(drawn.crop((0, 60, *drawn.size)))
+    palette = voc_palette()
+    # the undecided pixels are named too, classes that are not there are not, nor is the background, which has no colour
+    assert {index for index in (0, 8, 12, 15, 255) if tuple(palette[index].tolist()) in legend} - {0} == {8, 12, 255}
+    assert overlay(image, np.zeros((60, 200), dtype=int), class_names=names).size == (200, 60)
+    # ids without a name are no reason to fail after the work is done
+    assert overlay(image, label_map, class_names={8: "cat"}).height > 60
+
+
+@pytest.mark.parametrize("width", [20, 120, 600])
+def test_a_legend_has_room_for_every_name(width):
+    names = {index: f"class number {index}" for index in range(21)}
+    drawn = with_legend(Image.new("RGB", (width, 10), "white"), names)
+    assert drawn.width >= width
+    legend = np.asarray(drawn)[10:]
+    palette = voc_palette()
+    for index in names:
+        assert (legend == palette[index]).all(axis=-1).sum() >= 12 * 12, index
+    # nothing is cut off at the right
+    assert (legend[:, -4:] == 255).all()
 
 
 def test_heat_map_grows_lighter_with_the_value_and_clips():

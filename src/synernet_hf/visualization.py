@@ -1,6 +1,7 @@
 """Colours, overlays and caption figures made with numpy and PIL alone."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -87,7 +88,12 @@ def colorize(label_map: np.ndarray) -> Image.Image:
     return Image.fromarray(voc_palette()[_checked_label_map(label_map)])
 
 
-def overlay(image: "Image.Image | np.ndarray", label_map: np.ndarray, alpha: float = 0.5) -> Image.Image:
+def overlay(
+    image: "Image.Image | np.ndarray",
+    label_map: np.ndarray,
+    alpha: float = 0.5,
+    class_names: Mapping[int, str] | None = None,
+) -> Image.Image:
     """
     Lays the coloured classes over an image; background (id 0) stays as it is.
 
@@ -95,9 +101,11 @@ def overlay(image: "Image.Image | np.ndarray", label_map: np.ndarray, alpha: flo
         image (`PIL.Image.Image` or `np.ndarray` of dtype uint8 and shape `(height, width, 3)`): The image.
         label_map (`np.ndarray` of integers and shape `(height, width)`): Class ids, 0 to 255.
         alpha (`float`, *optional*, defaults to 0.5): Opacity of the colours in [0, 1].
+        class_names (`Mapping[int, str]`, *optional*): Names by id, for a legend of the classes shown below the image.
 
     Returns:
-        `PIL.Image.Image`: RGB image of the same size.
+        `PIL.Image.Image`: RGB image of the same size, with `class_names` higher by the legend and at least wide enough
+        for it.
 
     Raises:
         ValueError: If the sizes differ or `alpha` is outside [0, 1].
@@ -108,7 +116,12 @@ def overlay(image: "Image.Image | np.ndarray", label_map: np.ndarray, alpha: flo
     pixels = _pixels_under(image, label_map, "label map")
     colored = voc_palette()[label_map].astype(np.float32)
     opacity = np.where(label_map == 0, 0.0, alpha)[..., None]  # (height, width, 1)
-    return Image.fromarray(np.rint(pixels * (1 - opacity) + colored * opacity).astype(np.uint8))
+    drawn = Image.fromarray(np.rint(pixels * (1 - opacity) + colored * opacity).astype(np.uint8))
+    if class_names is None:
+        return drawn
+    shown = np.unique(label_map[label_map > 0]).tolist()
+    names = {255: "undecided", **class_names}
+    return with_legend(drawn, {index: names.get(index, f"class {index}") for index in shown})
 
 
 def heat_map(values: np.ndarray, image: "Image.Image | np.ndarray | None" = None, alpha: float = 0.6) -> Image.Image:
@@ -136,6 +149,41 @@ def heat_map(values: np.ndarray, image: "Image.Image | np.ndarray | None" = None
     if image is not None:
         heat = (1 - alpha) * _pixels_under(image, values, "map of values") + alpha * heat
     return Image.fromarray(np.rint(heat).astype(np.uint8))
+
+
+def with_legend(image: Image.Image, class_names: Mapping[int, str]) -> Image.Image:
+    """
+    Adds a legend below an image: the VOC colour and the name of each class, in as many lines as it takes.
+
+    Args:
+        image (`PIL.Image.Image`): The image.
+        class_names (`Mapping[int, str]`): Names by id, in the order of the legend. Without any the image is returned.
+
+    Returns:
+        `PIL.Image.Image`: RGB image on white, as wide as the image and the longest name need.
+    """
+    if not class_names:
+        return image
+    font = ImageFont.load_default(size=13)
+    swatch, gap, line, margin = 14, 6, 20, 8
+    widths = {index: swatch + gap + math.ceil(font.getlength(name)) for index, name in class_names.items()}
+    width = max(image.width, 2 * margin + max(widths.values()))
+    places, left, top = {}, margin, margin
+    for index, taken in widths.items():
+        if left > margin and left + taken > width - margin:
+            left, top = margin, top + line
+        places[index] = (left, top)
+        left += taken + 2 * gap
+    figure = Image.new("RGB", (width, image.height + top + line), "white")
+    figure.paste(image, (0, 0))
+    draw, palette = ImageDraw.Draw(figure), voc_palette()
+    for index, (left, top) in places.items():
+        top += image.height
+        draw.rectangle(
+            (left, top, left + swatch - 1, top + swatch - 1), fill=tuple(palette[index].tolist()), outline="grey"
+        )
+        draw.text((left + swatch + gap, top - 2), class_names[index], fill="black", font=font)
+    return figure
 
 
 def figure_panels(
@@ -192,4 +240,4 @@ def _shortened(text: str, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont", 
     return text + "…"
 
 
-__all__ = ["colorize", "figure_panels", "heat_map", "overlay", "palette_image", "voc_palette"]
+__all__ = ["colorize", "figure_panels", "heat_map", "overlay", "palette_image", "voc_palette", "with_legend"]

@@ -56,3 +56,12 @@ def test_a_wrong_id_is_told_quickly(hub, tmp_path, name, changes, told):
     answer, seconds = find(hub, tmp_path, name, **changes)
     assert told in answer
     assert seconds < 10
+
+
+def test_the_prediction_script_takes_an_id(hub, pushed, tiny_run_folder, tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "predict.py"), pushed, str(tiny_run_folder / "image.png")]
+    done = subprocess.run(
+        command, env=client_environment(hub, tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "predictions" / "image_mask.png").is_file()

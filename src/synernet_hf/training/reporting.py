@@ -21,7 +21,7 @@ from synernet_hf.model import (
 from synernet_hf.model_card import SynerNetModelCardData, generate_model_card
 from synernet_hf.training.checkpoints import CARD_FILE, IMAGES_FILE
 from synernet_hf.training.evaluation import inference_mode_of
-from synernet_hf.visualization import colorize, figure_panels, heat_map, overlay
+from synernet_hf.visualization import colorize, figure_panels, heat_map, overlay, with_legend
 
 
 NUM_IMAGES = 4
@@ -69,7 +69,9 @@ def write_image_grid(
     """Draws the first images of a split with mask, segmentation at one scale and fused CAM; returns their number."""
     with inference_mode_of(model):
         rows = [_panels(model, processor, split[index]) for index in range(min(num_images, len(split)))]
-    grid = figure_panels(rows, panel_size=(160, 160))
+    # masks of VOC have contours that are not scored
+    names = model.config.id2label | {model.config.semantic_loss_ignore_index: "not scored"}
+    grid = with_legend(figure_panels(rows, panel_size=(160, 160)), names)
     replace_file(path, lambda temporary: grid.save(temporary, format="PNG"))
     return len(rows)
 
