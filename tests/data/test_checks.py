@@ -6,7 +6,21 @@ import pytest
 from devkit_utils import save_mask
 from PIL import Image
 
-from synernet_hf.data import build_split, check_dataset, inspect_dataset, load_shapes, load_voc2012
+from synernet_hf.data import (
+    PolygonMask,
+    SynerNetDataCollator,
+    TrainDataset,
+    TrainTransform,
+    build_split,
+    check_dataset,
+    checks,
+    class_names,
+    inspect_dataset,
+    load_shapes,
+    load_voc2012,
+    same_columns,
+    write_parquet,
+)
 
 
 NAMES = ["background", "cat", "dog"]
@@ -154,3 +168,51 @@ def test_the_checks_give_the_records_to_use_and_say_what_they_leave_out(devkit):
         check_dataset(loaded, "drop")
     with pytest.raises(ValueError, match="Streamed data cannot be shuffled"):
         check_dataset(load_voc2012(devkit.root, streaming=True))
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas"])
+def test_a_split_in_any_format(devkit, tmp_path, kind):
+    plain = load_voc2012(devkit.root)
+    loaded = datasets.DatasetDict({name: split.with_format(kind) for name, split in plain.items()})
+    assert class_names(loaded) == class_names(plain)
+    (devkit.voc / "JPEGImages" / f"{devkit.train_ids[2]}.jpg").write_bytes(b"none")
+    left_out = {}
+    kept = check_dataset(loaded, "skip", left_out=left_out)
+    assert left_out == {"train": [2]} and kept["train"].format["type"] == kind
+    assert inspect_dataset(loaded).to_dict() == inspect_dataset(plain).to_dict()
+    good = plain["train"].select([0, 1])
+    transform = TrainTransform(32)
+    for index in range(2):
+        samples = [TrainDataset(split, transform)[index, index] for split in (good, good.with_format(kind))]
+        batches = [SynerNetDataCollator(20)([sample]) for sample in samples]
+        assert all((batches[0][key] == batches[1][key]).all() for key in batches[0])
+    kept["train"] = kept["train"].select([0, 1])
+    write_parquet(kept, tmp_path / "out")
+    written = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    for name in ("train", "validation"):
+        assert written[name]["labels"][:] == plain[name]["labels"][: len(written[name])]
+    assert np.array_equal(written["validation"][0]["mask"], plain["validation"][0]["mask"])
+
+
+def test_annotated_masks_in_any_format():
+    cell = {"height": 10, "width": 12, "objects": "[[1,[[1,1,5,1,5,5,1,5]]]]"}
+    image = Image.new("RGB", (12, 10))
+    split = build_split([image], ["a"], [[0]], NAMES, [cell], PolygonMask()).with_format("torch")
+    check_dataset(datasets.DatasetDict(validation=split))
+    aligned = same_columns(datasets.DatasetDict(validation=split))
+    assert (np.asarray(aligned["validation"].with_format(None)[0]["mask"]) == 1).sum() == 16
+
+
+def test_a_long_check_says_how_far_it_is(devkit, capsys, monkeypatch):
+    monkeypatch.setattr(checks, "SECONDS_BETWEEN_LINES", 0)
+    check_dataset(load_voc2012(devkit.root))
+    assert "checking the split 'train': 6 of 6 records" in capsys.readouterr().err
+
+
+def test_the_reason_is_told_where_every_record_is_left_out(devkit):
+    loaded = load_voc2012(devkit.root)
+    for image_id in devkit.train_ids:
+        (devkit.voc / "JPEGImages" / f"{image_id}.jpg").write_bytes(b"none")
+    sentence = "The split 'train' is empty after all 6 records were left out: the image .* does not decode"
+    with pytest.raises(ValueError, match=sentence):
+        check_dataset(loaded, "skip")

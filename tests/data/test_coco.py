@@ -220,3 +220,148 @@ def test_more_categories_than_a_mask_can_hold_are_refused(tmp_path):
 def test_an_object_with_an_impossible_class_id_is_refused(class_id):
     with pytest.raises(ValueError, match=f"class id {class_id}, expected are 1 to 254"):
         coco_module.draw_objects([(class_id, square(1, 1, 4))], 16, 20)
+
+
+def rewrite(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def without_outlines(content):
+    for annotation, outline in zip(content["annotations"], ([], None, [[1, 1, 4, 4]], [[]]), strict=True):
+        annotation["segmentation"] = outline
+
+
+@pytest.mark.parametrize("change", [without_outlines, lambda c: [a.pop("segmentation") for a in c["annotations"]]])
+def test_a_detection_export_gives_no_masks(coco, change, caplog):
+    rewrite(coco / "annotations" / "instances_val2014.json", change)
+    loaded = check_dataset(load_coco2014(coco))
+    assert loaded["validation"].column_names == ["image", "image_id", "labels"]
+    assert loaded["validation"]["labels"][:] == [[0, 1, 2], [0]]
+    assert caplog.text.count("no annotation has an outline, so the split has no masks: it cannot be scored") == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_no_masks_in_a_stream_of_a_detection_export(coco, streaming):
+    rewrite(coco / "annotations" / "instances_val2014.json", without_outlines)
+    record = next(iter(load_coco2014(coco, streaming=streaming)["validation"]))
+    assert "mask" not in record
+
+
+FAULTY = {
+    "empty": ([], r"the segmentation \[\] encloses nothing"),
+    "null": (None, "the segmentation null encloses nothing"),
+    "two points": ([[1, 1, 4, 4]], "encloses nothing"),
+    "flat": ([1, 1, 4, 1, 4, 4], "is no list of polygons"),
+    "odd": ([[1, 1, 4, 1, 4, 4, 7]], "points that are no pairs of numbers"),
+    "text": ([["1", "1", "4", "1", "4", "4"]], "points that are no pairs of numbers"),
+    "not finite": ([[1, 1, float("nan"), 1, 4, 4]], "points that are no pairs of numbers"),
+    "far away": ([[1, 1, 1e12, 1, 4, 4]], "points that are no pairs of numbers"),
+    "swapped": ({"counts": [0, 320], "size": [20, 16]}, r"has the size \[20, 16\]"),
+    "short": ({"counts": [0, 100], "size": [16, 20]}, "does not cover the image"),
+    "negative": ({"counts": [-5, 325], "size": [16, 20]}, "does not cover the image"),
+    "cut off": ({"counts": "0T1", "size": [16, 20]}, "does not cover the image"),
+    "no text": ({"counts": "\u00e9", "size": [16, 20]}, "does not cover the image"),
+    "word": ("box", "is no list of polygons"),
+}
+
+
+@pytest.mark.parametrize("outline, sentence", FAULTY.values(), ids=FAULTY)
+def test_an_outline_that_cannot_be_drawn_is_named_by_the_check(coco, outline, sentence):
+    def change(content):
+        content["annotations"][1] |= {"segmentation": outline, "id": 4711}
+
+    rewrite(coco / "annotations" / "instances_val2014.json", change)
+    loaded = load_coco2014(coco)
+    place = r"1 of 2 records .* the mask of COCO_val2014_000000000007 does not decode \(annotation 4711 of image 7: "
+    with pytest.raises(ValueError, match=f"{place}.*{sentence}.*of 16 x 20 pixels"):
+        check_dataset(loaded)
+    assert check_dataset(loaded, "skip")["validation"]["image_id"][:] == ["COCO_val2014_000000000009"]
+    with pytest.raises(ValueError, match="annotation 4711 of image 7"):
+        loaded["validation"][0]
+
+
+def test_compressed_run_lengths_are_drawn(coco):
+    shown = np.zeros((16, 20), dtype=np.uint8)
+    shown[3:9, 5:17:2] = 1
+    runs = coco_module.mask_utils.encode(np.asfortranarray(shown))
+    outline = {"size": runs["size"], "counts": runs["counts"].decode()}
+    assert np.array_equal(coco_module.draw_objects([(1, outline)], 16, 20), shown)
+
+
+def test_an_image_id_given_twice_is_refused_with_both_places(coco):
+    path = coco / "annotations" / "instances_train2014.json"
+    rewrite(path, lambda c: c["images"][1].update(id=3))
+    with pytest.raises(
+        ValueError, match=r"the id 3 to several images: .*0003.jpg.*\(entry 1\), .*0005.jpg.*\(entry 2\)"
+    ):
+        load_coco2014(coco)
+
+
+def test_a_category_id_given_twice_is_refused_with_both_places(coco):
+    for split in ("train2014", "val2014"):
+        rewrite(coco / "annotations" / f"instances_{split}.json", lambda c: c["categories"][1].update(id=1))
+    with pytest.raises(ValueError, match=r"the id 1 to several categories: person \(entry 1\), dog \(entry 2\)"):
+        load_coco2014(coco)
+
+
+def test_a_file_or_a_name_given_twice_is_refused(coco):
+    path = coco / "annotations" / "instances_train2014.json"
+    rewrite(path, lambda c: c["images"][1].update(file_name=c["images"][0]["file_name"]))
+    with pytest.raises(ValueError, match=r"lists the image .*0003.jpg more than once, under the ids 3, 5"):
+        load_coco2014(coco)
+    for split in ("train2014", "val2014"):
+        rewrite(coco / "annotations" / f"instances_{split}.json", lambda c: c["categories"][1].update(name="person"))
+    with pytest.raises(ValueError, match="person occurs more than once"):
+        load_coco2014(coco)
+
+
+@pytest.mark.parametrize("name", ["background", "_background_", "Background"])
+@pytest.mark.parametrize("background_id", [0, 2])
+def test_a_category_for_the_background_is_no_class(tmp_path, name, background_id, caplog):
+    categories = [{"id": background_id, "name": name}, *CATEGORIES]
+    entries = [(7, background_id, square(0, 0, 12), False), (7, 18, square(4, 4, 4), False)]
+    for split in ("train2014", "val2014"):
+        write_coco(tmp_path, split, [*entries, (9, background_id, square(0, 0, 12), False)], categories)
+    loaded = check_dataset(load_coco2014(tmp_path))
+    assert class_names(loaded) == NAMES
+    assert loaded["train"]["labels"][:] == loaded["validation"]["labels"][:] == [[1], []]
+    mask = np.asarray(loaded["validation"][0]["mask"])
+    assert (mask == 2).sum() == 16 and (mask == 0).sum() == mask.size - 16
+    assert caplog.text.count(f"the category {name!r} is the background") == 1
+
+
+def test_images_are_found_and_named_as_everywhere(tmp_path):
+    entries = [(1, 18, square(1, 1, 4), False), (2, 1, square(1, 1, 4), False), (3, 1, square(1, 1, 4), False)]
+    entries.append((4, 90, square(1, 1, 4), False))
+    for split in ("train2014", "val2014"):
+        path = write_coco(tmp_path, split, entries)
+        folder = tmp_path / split
+        files = [folder / f"COCO_{split}_{number:012d}.jpg" for number in range(1, 5)]
+        (folder / "farm").mkdir()
+        for file, name in zip(files, ("a.JPEG", "a.png", "farm/b c.jpg", "caf\u0065\u0301.jpg"), strict=True):
+            file.rename(folder / name)
+        names = ("a.jpeg", f"{split}/a.png", "farm\\b c.jpg", "caf\u00e9.jpg")
+        rewrite(path, lambda c, names=names: [i.update(file_name=n) for i, n in zip(c["images"], names, strict=True)])
+    loaded = check_dataset(load_coco2014(tmp_path))
+    for split in loaded.values():
+        assert split["labels"][:] == [[1], [0], [0], [2]]
+        ids = split["image_id"][:]
+        assert len(set(ids)) == 4 and ids[0].lower().startswith("a.jp") and ids[1] == "a.png"
+
+
+def test_the_validation_split_alone(coco):
+    for path in (coco / "annotations" / "instances_train2014.json", *(coco / "train2014").iterdir()):
+        path.unlink()
+    assert list(load_coco2014(coco, splits=["validation"])) == ["validation"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_annotation_files_in_other_encodings(coco, encoding):
+    path = coco / "annotations" / "instances_val2014.json"
+    path.write_text(path.read_text(), encoding=encoding)
+    assert load_coco2014(coco)["validation"]["labels"][:] == [[0, 1, 2], [0]]
+    path.write_bytes(b'{"images": "\xe9"}')
+    with pytest.raises(ValueError, match="instances_val2014.json, line 1, is not UTF-8 text"):
+        load_coco2014(coco)

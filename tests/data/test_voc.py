@@ -265,3 +265,61 @@ def test_real_devkit_and_real_label_file(root):
     assert (len(loaded["train"]), len(loaded["validation"])) == (3131, 300)
     from_masks = load_voc2012(shared / "VOCdevkit", "masks", train_split="train")
     assert loaded["validation"]["labels"][:] == from_masks["validation"]["labels"][:]
+
+
+def rename_image(devkit, old, new, suffix=".jpg"):
+    """Renames an image with its mask and annotation."""
+    for folder, kind, ending in (
+        ("JPEGImages", ".jpg", suffix),
+        ("SegmentationClassAug", ".png", ".PNG"),
+        ("Annotations", ".xml", ".xml"),
+    ):
+        path = devkit.voc / folder / f"{old}{kind}"
+        if path.exists():
+            path.rename(path.with_name(new + ending))
+
+
+def write_list(devkit, name, lines, encoding="utf-8", newline="\n"):
+    path = devkit.voc / "ImageSets" / "Segmentation" / f"{name}.txt"
+    path.write_bytes(newline.join([*lines, ""]).encode(encoding))
+    return path
+
+
+def test_an_image_listed_twice_is_used_once_and_that_is_said(devkit, caplog):
+    first, *others = devkit.validation_ids
+    write_list(devkit, "val", [first, *others, f"/JPEGImages/{first}.jpg /SegmentationClassAug/{first}.png"])
+    assert load_voc2012(devkit.root)["validation"]["image_id"][:] == devkit.validation_ids
+    assert f"names 1 images more than once ({first}): each is used once" in caplog.text
+
+
+@pytest.mark.parametrize("encoding, newline", [("utf-8-sig", "\n"), ("utf-16", "\r\n"), ("utf-8", "\r\n")])
+def test_lists_of_other_systems_and_names_with_spaces(devkit, encoding, newline):
+    first, second, third = devkit.validation_ids
+    rename_image(devkit, first, "a photo 1", ".JPEG")
+    rename_image(devkit, second, "cafe\u0301")
+    lines = ["a photo 1", r"JPEGImages\caf" + "\u00e9" + r".jpg SegmentationClassAug\caf" + "\u00e9.png", third]
+    write_list(devkit, "val", lines, encoding, newline)
+    loaded = load_voc2012(devkit.root, "masks")
+    assert loaded["validation"]["image_id"][:] == ["a photo 1", "caf\u00e9", third]
+    assert all(record["mask"].size == record["image"].size for record in loaded["validation"])
+    assert load_voc2012(devkit.root)["validation"]["labels"][:] == loaded["validation"]["labels"][:]
+    write_list(devkit, "val", ["/JPEGImages/a photo 1.JPEG /SegmentationClassAug/a photo 1.PNG"])
+    assert load_voc2012(devkit.root)["validation"]["image_id"][:] == ["a photo 1"]
+
+
+def test_a_list_that_is_no_text(devkit):
+    write_list(devkit, "val", [devkit.validation_ids[0], "caf\u00e9"], "latin-1")
+    with pytest.raises(ValueError, match="val.txt, line 2, is not UTF-8 text"):
+        load_voc2012(devkit.root)
+
+
+def test_two_files_of_one_name_are_two_images(devkit):
+    first = devkit.validation_ids[0]
+    shutil.copy(devkit.voc / "JPEGImages" / f"{first}.jpg", devkit.voc / "JPEGImages" / f"{first}.png")
+    write_list(devkit, "val", [f"{first}.jpg", f"{first}.png"])
+    assert load_voc2012(devkit.root)["validation"]["image_id"][:] == [f"{first}.jpg", f"{first}.png"]
+
+
+def test_the_validation_split_alone(devkit):
+    (devkit.voc / "ImageSets" / "Segmentation" / "train_aug.txt").unlink()
+    assert list(load_voc2012(devkit.root, splits=["validation"])) == ["validation"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 import sys
 import time
 from collections import Counter
@@ -256,6 +257,7 @@ def inspect_dataset(dataset_dict: datasets.DatasetDict, num_threads: int = 2) ->
     names = class_names(dataset_dict)
     splits, places = {}, {}
     for split_name, split in dataset_dict.items():
+        split = split.with_format(None)
         report = splits[split_name] = _label_report(split, names[1:])
         scans = _scan(split, split_name, len(names), num_threads)
         for image_id, scan in zip(split["image_id"], scans, strict=True):
@@ -390,7 +392,7 @@ def _scan_record(record: dict, num_labels: int) -> RecordScan:
         scan.kind = f"{image.format} {image.mode}"
         scan.size = _decoded_size(image)
     except DECODING_ERRORS as error:
-        scan.fault = " ".join(str(error).split())
+        scan.fault = _reason(error)
         return scan
     if "mask" in record:
         scan.mask_fault, ids = _examine_mask(record["mask"], scan.size, num_labels)
@@ -401,6 +403,11 @@ def _scan_record(record: dict, num_labels: int) -> RecordScan:
             scan.shown = frozenset(np.unique(ids).tolist()) - {0, IGNORE_INDEX}
             scan.contradicts = not scan.shown <= {label + 1 for label in record["labels"]}
     return scan
+
+
+def _reason(error: Exception) -> str:
+    """The message of an error, to stand in a sentence, without the address of a stream."""
+    return re.sub(r" <_io\.BytesIO.*?>", "", " ".join(str(error).split())).rstrip(".")
 
 
 def _decoded_size(image: Image.Image) -> tuple[int, int]:
@@ -429,7 +436,7 @@ def _examine_mask(cell: dict | None, size: tuple[int, int], num_labels: int) -> 
             mask.load()
             mask = ImageOps.exif_transpose(mask)
     except DECODING_ERRORS as error:
-        return f"does not decode ({str(error).rstrip('.')})", None
+        return f"does not decode ({_reason(error)})", None
     try:
         return None, mask_ids(mask, size, num_labels)
     except ValueError as error:

@@ -373,6 +373,7 @@ def same_columns(dataset_dict: datasets.DatasetDict) -> datasets.DatasetDict:
         return dataset_dict
     aligned = datasets.DatasetDict()
     for name, split in dataset_dict.items():
+        split = split.with_format(None)
         masks = [None] * len(split)
         if isinstance(split.features.get("mask"), PolygonMask):
             masks = split["mask"][:]

@@ -179,15 +179,15 @@ def _labels_from_annotations(root: Path, image_ids: Sequence[str]) -> list[list[
             f"The folder {root} has no Annotations: give image_labels as the path of an .npz, .json or .csv file, or "
             "as 'masks' to read the labels off the masks."
         )
-    paths = [folder / f"{image_id}.xml" for image_id in image_ids]
-    missing = [path.stem for path in paths if not path.is_file()]
+    files = {image_name(path.stem): path for path in folder.iterdir() if path.suffix.lower() == ".xml"}
+    missing = [image_id for image_id in image_ids if image_id not in files]
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(image_ids)} images have no annotation in {folder} ({name_some(missing)}): add "
             "them or give image_labels as the path of a label file."
         )
     labels = []
-    for path in paths:
+    for path in (files[image_id] for image_id in image_ids):
         try:
             names = [(node.text or "").strip() for node in ElementTree.parse(path).iterfind("object/name")]
         except ElementTree.ParseError as error:
