@@ -7,6 +7,7 @@ data itself with the images inside, as `push_to_hub` would.
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -82,10 +83,14 @@ def prepare(args: argparse.Namespace) -> None:
     """Load the data, inspect it, print and write the report."""
     check_arguments(args)
     data_args = read_data_arguments(args)
-    splits = load_data(data_args)
+    missing: dict[str, list[str]] = {}
+    # the report names every image that is missing, not the first ones
+    splits = load_data(dataclasses.replace(data_args, on_bad_image="skip"), missing)
     if isinstance(splits, datasets.IterableDatasetDict):
         raise ValueError("Streamed data cannot be counted: leave `streaming` out of `dataset_options`.")
     report = inspect_dataset(splits, args.num_threads)
+    for name, phrases in missing.items():
+        report.splits[name].missing = phrases
     print(report.text())
     if args.output is not None:
         write_json(args.output / "report.json", report.to_dict())
@@ -93,6 +98,8 @@ def prepare(args: argparse.Namespace) -> None:
         replace_file(args.output / "contact_sheet.png", lambda path: sheet.save(path, format="PNG"))
         print(f"\nwritten: {args.output / 'report.json'}, {args.output / 'contact_sheet.png'}")
     if args.parquet or args.push_to_hub:
+        if missing and data_args.on_bad_image == "raise":
+            raise ValueError("Images are missing: add them, or leave them out with --on_bad_image skip.")
         shared = same_columns(check_dataset(splits, data_args.on_bad_image))
         if args.parquet:
             paths = write_parquet(shared, args.output)

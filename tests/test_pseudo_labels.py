@@ -201,6 +201,16 @@ def test_images_of_16_bits_are_not_white(model, processor, tmp_path, monkeypatch
     assert 120 < means[0] < 135
 
 
+@pytest.mark.parametrize("kind", ["torch", "pandas"])
+def test_a_split_in_any_format(model, processor, tmp_path, kind):
+    split = split_of(some_images(), LABELS)
+    table = write_pseudo_labels(model, processor, split, tmp_path / "plain")
+    assert write_pseudo_labels(model, processor, split.with_format(kind), tmp_path / "formatted").equals(table)
+    joined = with_pseudo_labels(split.with_format(kind), tmp_path / "plain")
+    expected = with_pseudo_labels(split, tmp_path / "plain")
+    assert joined["image_id"][:] == expected["image_id"][:] and joined["labels"][:] == expected["labels"][:]
+
+
 def test_the_folder_and_its_manifest(model, processor, tmp_path):
     model.train()
     table = write_pseudo_labels(model, processor, split_of(some_images(), LABELS), tmp_path / "out")

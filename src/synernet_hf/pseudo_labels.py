@@ -231,6 +231,7 @@ def write_pseudo_labels(
     check_on_bad_image(on_bad_image)
     first, step = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     _check_classes(model, dataset, options)
+    dataset = dataset.with_format(None)
     records = _wanted_records(dataset, options)
     settings = _settings(model, processor, options)
     _check_same_settings(output_dir, settings)
@@ -300,6 +301,7 @@ def with_pseudo_labels(dataset: datasets.Dataset, folder: str | Path, min_confid
             raise FileNotFoundError(
                 f"There is no {folder / name}: give a folder that examples/pseudo_labels.py has finished."
             )
+    dataset = dataset.with_format(None)
     names = _mask_classes(folder / SETTINGS_FILE)
     if "labels" in dataset.column_names:
         given = class_names(datasets.DatasetDict(split=dataset))

@@ -118,6 +118,27 @@ def test_mask_that_could_not_be_scored(mask, sentence):
         checked(Image.new("RGB", (12, 10)), mask)
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_masks_of_other_depths(tmp_path, dtype):
+    path = tmp_path / "mask.tif"
+    Image.fromarray(np.array([[0, 1, 2, 255]], dtype=dtype)).save(path)
+    checked(Image.new("RGB", (4, 1)), str(path))
+    Image.fromarray(np.array([[0, 1, 2, 65_535]], dtype=dtype)).save(path)
+    with pytest.raises(ValueError, match=r"mask.tif\) holds the ids 65535"):
+        checked(Image.new("RGB", (4, 1)), str(path))
+    if dtype == np.float32:
+        Image.fromarray(np.array([[0, 0.5, 1]], dtype=dtype)).save(path)
+        with pytest.raises(ValueError, match="has mode F"):
+            checked(Image.new("RGB", (3, 1)), str(path))
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_masks_that_show_no_class_although_labels_name_some(value, caplog):
+    """A score of 100 would be of the background alone."""
+    checked(Image.new("RGB", (12, 10)), Image.new("L", (12, 10), value))
+    assert "masks of the split 'validation' show no class, although the labels name some" in caplog.text
+
+
 @pytest.mark.parametrize("mode", ["P", "L", "1"])
 def test_masks_of_class_ids_pass(mode):
     pixels = np.array([[0, 1, 1, 0]] if mode == "1" else [[0, 1, 2, 255]], dtype=np.uint8)

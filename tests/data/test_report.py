@@ -167,6 +167,33 @@ def test_the_script_keeps_undecodable_images_out(devkit, tmp_path, capsys):
     assert loaded["image_id"][:] == [name for name in devkit.train_ids if name != devkit.train_ids[2]]
 
 
+def test_the_script_names_every_missing_image(devkit, tmp_path, capsys):
+    for image_id in devkit.train_ids[:5]:
+        (devkit.voc / "JPEGImages" / f"{image_id}.jpg").unlink()
+    words = ["--data_dir", str(devkit.root), "--output", str(tmp_path / "out")]
+    assert run(*words) == 0
+    output = capsys.readouterr().out
+    assert "train: 5 records were left out by the loader" in output
+    assert all(image_id in output for image_id in devkit.train_ids[:5])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(report["splits"]["train"]["missing"]) == 5 and report["splits"]["validation"]["missing"] == []
+    assert run(*words, "--parquet") == 2
+    assert "Images are missing: add them, or leave them out with --on_bad_image skip" in capsys.readouterr().err
+    assert run(*words, "--parquet", "--on_bad_image", "skip") == 0
+
+
+def test_rare_classes_and_classes_in_no_mask_are_named():
+    masks = [mask_of((20, 10)), mask_of((20, 10))]
+    split = build_split([encoded(0), encoded(1)], ["a", "b"], [[0], [0, 1]], NAMES, masks)
+    report = inspect_dataset(datasets.DatasetDict(validation=split))
+    assert report.splits["validation"].mask_counts == {"cat": 2, "dog": 0, "cow": 0}
+    text = report.text()
+    assert "2 of 3 classes are in fewer than 10 images (cat: 2, dog: 1)" in text
+    assert "2 of 3 classes are in no mask (dog, cow)" in text
+    # masks of the training split are not opened
+    assert inspect_dataset(datasets.DatasetDict(train=split)).splits["train"].mask_counts is None
+
+
 def test_the_script_refuses_bad_options(tmp_path, capsys):
     for words, expected in (
         (["--dataset", "shapes", "--parquet"], "--parquet needs --output"),

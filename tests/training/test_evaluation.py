@@ -213,6 +213,13 @@ def test_a_turned_image_passes_the_check_and_is_scored_upright(label_maps, tmp_p
     assert score(OracleModel(), split)["segmentation"]["mean_iou"] == 1.0
 
 
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas"])
+def test_a_split_in_any_format_has_the_same_scores(label_maps, kind):
+    split = make_split(label_maps)
+    expected = score(OracleModel(), split, baselines=True)
+    assert score(OracleModel(), split.with_format(kind), baselines=True) == expected
+
+
 def test_max_samples_takes_the_first_images(label_maps):
     split = make_split(label_maps)
     assert score(OracleModel(shift=1), split, max_samples=2) == score(OracleModel(shift=1), split.select(range(2)))

@@ -46,8 +46,8 @@ class RecordScan:
     fault: str | None = None
     # why the mask cannot be used, a predicate such as "is missing"
     mask_fault: str | None = None
-    # class ids in the mask, without background and ignore
-    shown: frozenset[int] = frozenset()
+    # class ids in the mask, without background and ignore; `None` where no mask was read
+    shown: frozenset[int] | None = None
     # the mask shows a class that the labels do not name
     contradicts: bool = False
 
@@ -102,7 +102,7 @@ class SplitReport:
         rare = [f"{label}: {count}" for label, count in classes.items() if 0 < count < FEW_IMAGES]
         unseen = [label for label, count in (self.mask_counts or {}).items() if count == 0]
         found = (
-            (self.missing, "records were left out", len(self.missing)),
+            (self.missing, "records were left out by the loader", 20),
             ([f"{key}: {why}" for key, why in self.undecodable.items()], f"of {number} images do not decode", 3),
             (self.bad_labels, f"of {number} images have labels that are no ids of the class list", 3),
             (self.unlabelled, f"of {number} images have no class", 3),
@@ -222,6 +222,15 @@ def check_dataset(
                 f"The split {name!r} is empty after all {len(bad)} records were left out: "
                 f"{name_some(list(bad.values()))}. Repair them."
             )
+        shown = [scan.shown for scan in scans if scan.shown is not None]
+        if shown and not any(shown) and any(split.with_format(None)["labels"]):
+            logger.warning(
+                "The masks of the split %r show no class, although the labels name some, so that scores say nothing: 0 "
+                "is the background and %d is not scored; a class needs an id from 1 to %d in a mask.",
+                name,
+                IGNORE_INDEX,
+                num_labels - 1,
+            )
         contradictions = sum(scan.contradicts for scan in scans)
         if contradictions > len(split) / 2:
             logger.warning(
@@ -273,7 +282,7 @@ def inspect_dataset(dataset_dict: datasets.DatasetDict, num_threads: int = 2) ->
             report.widths, report.heights = (_three([scan.size[axis] for scan in good]) for axis in (0, 1))
         report.formats = dict(sorted(Counter(scan.kind for scan in good).items()))
         if split_name != "train" and "mask" in split.column_names:
-            shown = Counter(label for scan in scans for label in scan.shown)
+            shown = Counter(label for scan in scans for label in scan.shown or ())
             report.mask_counts = {name: shown[index] for index, name in enumerate(names) if index}
     return DatasetReport(splits, [group for group in places.values() if len(group) > 1])
 
@@ -302,7 +311,9 @@ def mask_ids(
             "sizes are expected, after both are turned as their EXIF orientation says"
         )
     ids = np.asarray(mask)
-    if ids.ndim != 2 or ids.dtype.kind not in "bui":
+    # numbers that are stored with a point, as by programs for maps, may be ids
+    is_whole = ids.dtype.kind == "f" and np.equal(np.mod(ids, 1), 0).all()
+    if ids.ndim != 2 or not (is_whole or ids.dtype.kind in "bui"):
         raise ValueError(f"has mode {mask.mode}; a palette or greyscale image of class ids is expected")
     scored = ids[ids != ignore_index]
     if scored.size and not 0 <= int(scored.min()) <= int(scored.max()) < num_labels:

@@ -293,6 +293,7 @@ def evaluate_model(
     scorer = _KindScorer(model, processor, kinds)
     order = _ClassOrder(class_names, model.config)
     _check_inputs(dataset, needs_labels=scorer.needs_labels)
+    dataset = dataset.with_format(None)
     class_ids = _metric_class_ids(order.names, metric_classes)
     num_images = len(dataset) if max_samples is None else min(max_samples, len(dataset))
     if num_images < 1:
