@@ -61,7 +61,6 @@ SIGNATURES = {
     "synernet_hf.SynerNetForWeaklySupervisedSegmentation.generate_cams": "self pixel_values | labels scales flip",
     "synernet_hf.SynerNetImageProcessor.post_process_semantic_segmentation": "self outputs | target_sizes "
     "return_segmentation_scores",
-    "synernet_hf.model.cam_synernet.class_activation_maps": "features weight",
     "synernet_hf.model.cam_synernet.multi_scale_cams": "model pixel_values | present scales flip",
     "synernet_hf.model.cam_synernet.cams_to_pseudo_labels": "cams labels low high | valid_boxes ignore_index",
     "synernet_hf.model.cam_synernet.area_shares": "cams labels coverage low high",

@@ -11,7 +11,6 @@ from synernet_hf.model.cam_synernet import (
     BranchPair,
     area_shares,
     cams_to_pseudo_labels,
-    class_activation_maps,
     crop_to_input,
     fuse_cams,
     fusion_shares,
@@ -46,12 +45,13 @@ def model():
 # making them
 
 
-def test_a_cam_is_the_classifier_at_every_token():
-    features, weight = torch.randn(2, 5, 3, 4), torch.randn(7, 5)
-    cams = class_activation_maps(features, weight)
-    assert cams.shape == (2, 7, 3, 4)
-    torch.testing.assert_close(cams[1, :, 2, 3], weight @ features[1, :, 2, 3])
-    assert torch.equal(class_activation_maps(features, weight[..., None, None]), cams)
+def test_a_cam_is_the_classifier_at_every_token(model):
+    head, features = model.synernet.broad_branch.cam_head, torch.randn(2, 16, 3, 4)
+    with torch.no_grad():
+        scores, cams = head(features)
+        assert cams.shape == (2, 4, 3, 4) and scores.shape == (2, 4)
+        torch.testing.assert_close(cams[1, :, 2, 3], head.classifier.weight @ features[1, :, 2, 3])
+        torch.testing.assert_close(cams, head.classifier(features.movedim(1, -1)).movedim(-1, 1))
 
 
 @settings(max_examples=20, deadline=None)

@@ -33,11 +33,6 @@ def token_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     return tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
 
 
-def class_activation_maps(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """CAM logits `(B, C, h, w)`, unnormalised: classifier weights `(C, D)` applied to features `(B, D, h, w)`."""
-    return F.conv2d(features, weight.reshape(weight.shape[0], -1, 1, 1))
-
-
 def propagate_cams(cam_logits: torch.Tensor, features: torch.Tensor, temperature: float) -> torch.Tensor:
     """
     Spreads CAMs over tokens that look alike, however far apart (paper: global attention; formula ours): each token of
@@ -346,7 +341,6 @@ __all__ = [
     "area_shares",
     "at_input_size",
     "cams_to_pseudo_labels",
-    "class_activation_maps",
     "crop_to_input",
     "fuse_branches",
     "fuse_cams",

@@ -16,7 +16,6 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from .cam_synernet import (
     BranchPair,
     at_input_size,
-    class_activation_maps,
     crop_to_input,
     fuse_branches,
     joint_features,
@@ -47,14 +46,14 @@ class SynerNetBranchOutput(ModelOutput):
     Output of one branch; `h` and `w` count tokens.
 
     Args:
-        classification_logits (`torch.FloatTensor` of shape `(B, C)`): class scores, pooled from the last layer.
-        auxiliary_classification_logits (`torch.FloatTensor` of shape `(B, C)`): pooled from the auxiliary layer.
+        classification_logits, auxiliary_classification_logits (`torch.FloatTensor` of shape `(B, C)`): class scores,
+            pooled from the last and the auxiliary layer.
         class_token_logits (`torch.FloatTensor` of shape `(B, C)`, *optional*): with `config.with_class_token_head`.
-        cam_logits (`torch.FloatTensor` of shape `(B, C, h, w)`): CAM of the last layer, unnormalised.
-        auxiliary_cam_logits (`torch.FloatTensor` of shape `(B, C, h, w)`): CAM of the auxiliary layer, unnormalised.
+        cam_logits, auxiliary_cam_logits (`torch.FloatTensor` of shape `(B, C, h, w)`): CAMs of these layers,
+            unnormalised.
         logits (`torch.FloatTensor` of shape `(B, K, h, w)`): segmentation logits.
-        features (`torch.FloatTensor` of shape `(B, D, h, w)`): patch features after the final normalisation.
-        auxiliary_features (`torch.FloatTensor` of shape `(B, D, h, w)`): patch features of the auxiliary layer.
+        features, auxiliary_features (`torch.FloatTensor` of shape `(B, D, h, w)`): patch features of the last layer,
+            after the final normalisation, and of the auxiliary layer.
         class_token (`torch.FloatTensor` of shape `(B, D)`): class token after the final normalisation.
         hidden_states (`tuple(torch.FloatTensor)`): embeddings and the output of every block.
         attentions (`tuple(torch.FloatTensor)`, *optional*): attention maps, if asked for.
@@ -84,10 +83,8 @@ class SynerNetModelOutput(ModelOutput):
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(B, 1 + h·w, n·D)`):
             Class token and patch features after the final normalisation, of the n branches that ran, broad first.
-        hidden_states (`tuple(torch.FloatTensor)`, *optional*): of the branches that ran, broad first.
-        attentions (`tuple(torch.FloatTensor)`, *optional*): of the branches that ran, broad first.
-        broad ([`SynerNetBranchOutput`], *optional*): output of the broad branch, if it ran.
-        precise ([`SynerNetBranchOutput`], *optional*): output of the precise branch, if it ran.
+        hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*): of the branches that ran, broad first.
+        broad, precise ([`SynerNetBranchOutput`], *optional*): output of the branch, if it ran.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -113,19 +110,17 @@ class SynerNetSegmenterOutput(ModelOutput):
         logits (`torch.FloatTensor` of shape `(B, K, H, W)`):
             Segmentation logits, float32, at the size of `pixel_values`: both branches mixed by
             `config.broad_share_in_logits`, resized bilinearly. With a class token head, unlikely classes are lowered.
-        broad_logits (`torch.FloatTensor` of shape `(B, K, H, W)`, *optional*): broad branch, without class prior.
-        precise_logits (`torch.FloatTensor` of shape `(B, K, H, W)`, *optional*): precise branch, likewise.
+        broad_logits, precise_logits (`torch.FloatTensor` of shape `(B, K, H, W)`, *optional*): of one branch, without
+            class prior.
         classification_logits (`torch.FloatTensor` of shape `(B, C)`):
             Class scores of the image, mean of the branches, from the class token heads if the model has them.
-        broad_cams (`torch.FloatTensor` of shape `(B, C, H, W)`, *optional*):
-            Single-scale CAMs of the broad branch in [0, 1] at the size of `pixel_values`, of every class; `None` in
-            training mode. [`~SynerNetForWeaklySupervisedSegmentation.generate_cams`] gives those that make labels.
-        precise_cams (`torch.FloatTensor` of shape `(B, C, H, W)`, *optional*): those of the precise branch.
+        broad_cams, precise_cams (`torch.FloatTensor` of shape `(B, C, H, W)`, *optional*): Single-scale CAMs of a branch
+            in [0, 1] at the size of `pixel_values`, of every class; `None` in training mode.
+            [`~SynerNetForWeaklySupervisedSegmentation.generate_cams`] gives those that make labels.
         confidence (`torch.FloatTensor` of shape `(B, 1, H, W)`, *optional*): share of layers and branches that agree.
         pseudo_labels (`torch.LongTensor` of shape `(B, H, W)`, *optional*):
             Label that teaches the precise branch, 255 where undecided; with `labels` and a loss that needs it.
-        hidden_states (`tuple(torch.FloatTensor)`, *optional*): of both branches, broad first, if asked for.
-        attentions (`tuple(torch.FloatTensor)`, *optional*): of both branches, broad first, if asked for.
+        hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*): of both branches, broad first, if asked for.
     """
 
     loss: torch.FloatTensor | None = None
@@ -148,10 +143,8 @@ class SynerNetCamOutput(ModelOutput):
     Multi-scale CAMs at the image's size, `(B, C, H, W)` float in [0, 1].
 
     Args:
-        broad_cams (`torch.FloatTensor`): last layer of the broad branch.
-        precise_cams (`torch.FloatTensor`): last layer of the precise branch.
-        broad_aux_cams (`torch.FloatTensor`): auxiliary layer of the broad branch.
-        precise_aux_cams (`torch.FloatTensor`): auxiliary layer of the precise branch.
+        broad_cams, precise_cams (`torch.FloatTensor`): last layer of each branch.
+        broad_aux_cams, precise_aux_cams (`torch.FloatTensor`): auxiliary layer of each branch.
         fused_cams (`torch.FloatTensor`): mean of the two fused CAMs that teach the branches.
         confidence (`torch.FloatTensor` of shape `(B, 1, H, W)`): share of layers and branches that agree, in [0, 1].
     """
@@ -164,13 +157,30 @@ class SynerNetCamOutput(ModelOutput):
     confidence: torch.FloatTensor | None = None
 
 
+class SynerNetTokenClassifier(nn.Linear):
+    """
+    A linear layer that computes maps of tokens, channels last, as a 1×1 convolution: its sums are those of the recorded
+    results to the bit. Weights of another kind (quantised, sharded) know the linear layer only.
+    """
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(B, D)` or `(B, h, w, D)` → `(B, C)` or `(B, h, w, C)`."""
+        if tokens.ndim < 4 or type(self.weight) is not nn.Parameter:
+            return super().forward(tokens)
+        return F.conv2d(tokens.movedim(-1, 1), self.weight[..., None, None]).movedim(1, -1)
+
+
 class SynerNetClassActivationHead(nn.Module):
-    """A bias-free linear classifier of every token (CAM) and, for class scores, of pooled tokens, or its pooled CAM."""
+    """
+    A bias-free linear classifier of every token (CAM) and, for class scores, of pooled tokens, or its pooled CAM. Both
+    call the classifier, never read its weight: adapters and quantisers put another module in its place.
+    """
 
     def __init__(self, config: SynerNetConfig, pooling_top_k: int):
         super().__init__()
         self.pooling_top_k, self.logits_share = pooling_top_k, config.logits_pooling_share
-        self.classifier = nn.Linear(config.backbone_config.hidden_size, config.num_foreground_labels, bias=False)
+        width, num_classes = config.backbone_config.hidden_size, config.num_foreground_labels
+        self.classifier = SynerNetTokenClassifier(width, num_classes, bias=False)
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`(B, D, h, w)` features → class scores `(B, C)` and CAM logits `(B, C, h, w)`."""
@@ -183,8 +193,8 @@ class SynerNetClassActivationHead(nn.Module):
         return self.classifier(pooled), self.cam_logits(features)
 
     def cam_logits(self, features: torch.Tensor) -> torch.Tensor:
-        """`(B, D, h, w)` features → CAM logits `(B, C, h, w)`."""
-        return class_activation_maps(features, self.classifier.weight)
+        """`(B, D, h, w)` features → CAM logits `(B, C, h, w)`, unnormalised."""
+        return self.classifier(features.movedim(1, -1)).movedim(-1, 1)
 
 
 class SynerNetDecodeHead(nn.Module):
@@ -222,7 +232,11 @@ class SynerNetProjectionHead(nn.Module):
     def forward(self, class_token: torch.Tensor) -> torch.Tensor:
         """`(B, D)` class tokens → embeddings `(B, P)`: cosines to the rows of the last layer."""
         bottleneck = F.normalize(self.layers(class_token), dim=-1)
-        return F.linear(bottleneck, F.normalize(self.directions.weight, dim=-1))
+        # the weights as the module applies them: it may be an adapter's or a quantiser's
+        with torch.autocast(device_type=class_token.device.type, enabled=False):
+            unit_vectors = torch.eye(bottleneck.shape[-1], dtype=self.prototypes.dtype, device=self.prototypes.device)
+            directions = self.directions(unit_vectors).T.contiguous()
+        return F.linear(bottleneck, F.normalize(directions, dim=-1))
 
 
 class SynerNetSharedEncoder(nn.Module):
@@ -698,28 +712,15 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             if valid_boxes is None and pixel_mask is not None:
                 valid_boxes = masks_to_boxes(pixel_mask)
 
-        outputs = self.synernet(
-            pixel_values,
-            branches,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            return_dict=True,
-        )
+        outputs = self.synernet(pixel_values, branches, output_hidden_states, output_attentions, return_dict=True)
         mixed, scores = self._mix(outputs)
         logits = BranchPair(*(self._at_input(output, "logits", size) for output in outputs.pair))
         objective, cams = SynerNetObjective(), BranchPair(None, None)
         if labels is not None:
-            objective = batch_objective(
-                self.synernet,
-                pixel_values,
-                outputs,
-                logits,
-                labels,
-                valid_boxes,
-                self.config.loss_weights if loss_weights is None else loss_weights,
-                float(training_progress or 0.0),
-                gather_embeddings,
-            )
+            weights = self.config.loss_weights if loss_weights is None else loss_weights
+            seen = (self.synernet, pixel_values, outputs, logits)
+            progress = float(training_progress or 0.0)
+            objective = batch_objective(*seen, labels, valid_boxes, weights, progress, gather_embeddings)
         if not self.training:
             maps = [self._at_input(output, "cam_logits", size) for output in outputs.pair]
             cams = BranchPair(*(None if cam is None else normalize_cams(cam.detach().relu()) for cam in maps))
