@@ -160,7 +160,7 @@ def test_a_saved_folder_passes(folder, tmp_path):
 
 def test_a_pickle_named_like_weights_is_refused_and_not_run(folder, tmp_path):
     (folder / "model.safetensors").write_bytes(pickle.dumps(Touch(tmp_path / "touched")))
-    refused(folder, "it is no safetensors file, or damaged")
+    refused(folder, "it is not a safetensors file, or it is damaged")
     with pytest.raises(Exception, match="header|Header"):
         SynerNetForWeaklySupervisedSegmentation.from_pretrained(folder)
     assert not (tmp_path / "touched").exists()
@@ -193,7 +193,7 @@ def test_a_header_of_ten_gigabytes_in_a_sparse_file_is_refused(folder):
 def test_tensors_beyond_the_file_are_refused(folder):
     header = json.dumps({"weight": {"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, 2**42]}}).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-    refused(folder, "it is no safetensors file, or damaged")
+    refused(folder, "it is not a safetensors file, or it is damaged")
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_an_index_leads_to_no_file_outside(folder, tmp_path, name):
     (folder / "model.safetensors").unlink()
     index = {"metadata": {}, "weight_map": {"weight": name}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(folder, "which is no file of the folder")
+    refused(folder, "which is not a file of the folder")
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def _read_json(path: Path) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is refused: it is no JSON that can be read.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is refused: it holds a {type(content).__name__}, expected are fields by name.")
+        raise ValueError(f"{path} is refused: it holds a {type(content).__name__}, fields by name are expected.")
     return content
 
 
@@ -258,7 +258,9 @@ def _weight_files(folder: Path) -> list[Path]:
     for name in sorted({str(value) for value in table.values()}):
         plain = name == PurePosixPath(name).name == PureWindowsPath(name).name
         if not plain or not name.endswith(".safetensors"):
-            raise ValueError(f"{folder / INDEX} is refused: it names {name[:80]!r}, which is no file of the folder.")
+            raise ValueError(
+                f"{folder / INDEX} is refused: it names {name[:80]!r}, which is not a file of the folder."
+            )
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}, which its index names.")
         files.append(folder / name)
@@ -271,13 +273,13 @@ def _count_elements(path: Path) -> int:
     size = path.stat().st_size
     if length > min(MAX_HEADER_BYTES, size - 8):
         raise ValueError(
-            f"{path} is refused: its header claims {length:,} of {size:,} bytes; it is no safetensors file, or damaged."
+            f"{path} is refused: its header claims {length:,} of {size:,} bytes; it is not a safetensors file, or it is damaged."
         )
     try:
         with safe_open(path, framework="pt") as content:
             shapes = [content.get_slice(name).get_shape() for name in content.keys()]  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is refused: it is no safetensors file, or damaged ({error}).") from error
+        raise ValueError(f"{path} is refused: it is not a safetensors file, or it is damaged ({error}).") from error
     return sum(torch.Size(shape).numel() for shape in shapes)
 
 

@@ -234,7 +234,7 @@ def test_label_studio_faults(label_studio):
     assert "task 3" in skipped["train"][0]
     path = label_studio / "project-3-at-2026.json"
     write_json(path, [{"data": {"text": "no image"}, "annotations": []}])
-    with pytest.raises(ValueError, match="is no export of Label Studio"):
+    with pytest.raises(ValueError, match="is not an export of Label Studio"):
         load_image_labels(label_studio)
     path.write_text('[{"data": ')
     with pytest.raises(ValueError, match="is not valid JSON"):
@@ -306,7 +306,7 @@ def test_labelme_faults(labelme):
     with pytest.raises(FileNotFoundError, match=r"twin.json: there is no image twin.jpg below"):
         load_image_labels(labelme)
     write_json(labelme / "train" / "twin.json", {"version": "5.4.1", "shapes": [{"points": []}], "imagePath": "a.jpg"})
-    with pytest.raises(ValueError, match=r"twin.json is no file of labelme \(KeyError: 'label'\)"):
+    with pytest.raises(ValueError, match=r"twin.json is not a labelme file \(KeyError: 'label'\)"):
         load_image_labels(labelme)
 
 

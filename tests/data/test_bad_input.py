@@ -152,7 +152,7 @@ def test_label_outside_the_class_list(tmp_path):
     with pytest.raises(ValueError, match=r"labels.csv, row 3: Unknown class name 'dgo': did you mean dog"):
         load_image_labels(root, class_names=["background", "cat", "dog"])
     write_table(root, ["a.png,cat", "b.png,background"])
-    with pytest.raises(ValueError, match=r"labels.csv, row 3: 'background' is no image-level label"):
+    with pytest.raises(ValueError, match=r"labels.csv, row 3: 'background' is not an image-level label"):
         load_image_labels(root)
 
 

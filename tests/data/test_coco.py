@@ -253,17 +253,17 @@ FAULTY = {
     "empty": ([], r"the segmentation \[\] encloses nothing"),
     "null": (None, "the segmentation null encloses nothing"),
     "two points": ([[1, 1, 4, 4]], "encloses nothing"),
-    "flat": ([1, 1, 4, 1, 4, 4], "is no list of polygons"),
-    "odd": ([[1, 1, 4, 1, 4, 4, 7]], "points that are no pairs of numbers"),
-    "text": ([["1", "1", "4", "1", "4", "4"]], "points that are no pairs of numbers"),
-    "not finite": ([[1, 1, float("nan"), 1, 4, 4]], "points that are no pairs of numbers"),
-    "far away": ([[1, 1, 1e12, 1, 4, 4]], "points that are no pairs of numbers"),
+    "flat": ([1, 1, 4, 1, 4, 4], "is not a list of polygons"),
+    "odd": ([[1, 1, 4, 1, 4, 4, 7]], "points that are not pairs of numbers"),
+    "text": ([["1", "1", "4", "1", "4", "4"]], "points that are not pairs of numbers"),
+    "not finite": ([[1, 1, float("nan"), 1, 4, 4]], "points that are not pairs of numbers"),
+    "far away": ([[1, 1, 1e12, 1, 4, 4]], "points that are not pairs of numbers"),
     "swapped": ({"counts": [0, 320], "size": [20, 16]}, r"has the size \[20, 16\]"),
     "short": ({"counts": [0, 100], "size": [16, 20]}, "does not cover the image"),
     "negative": ({"counts": [-5, 325], "size": [16, 20]}, "does not cover the image"),
     "cut off": ({"counts": "0T1", "size": [16, 20]}, "does not cover the image"),
     "no text": ({"counts": "\u00e9", "size": [16, 20]}, "does not cover the image"),
-    "word": ("box", "is no list of polygons"),
+    "word": ("box", "is not a list of polygons"),
 }
 
 

@@ -255,7 +255,7 @@ def test_a_column_that_holds_no_images(tmp_path):
     root = tmp_path / "numbers"
     datasets.DatasetDict(train=datasets.Dataset.from_dict(rows)).save_to_disk(root)
     for name in ("image", "labels"):
-        with pytest.raises(ValueError, match=f"The column '{name}' holds .*, which is no image: .*image_column"):
+        with pytest.raises(ValueError, match=f"The column '{name}' holds .*, which is not an image: .*image_column"):
             load_image_labels(root, image_column=name, label_column="labels")
     # the path of an image is one
     save_images(tmp_path, "a.jpg", "b.jpg")

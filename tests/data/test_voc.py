@@ -194,7 +194,7 @@ def test_label_vectors_of_wrong_length_in_each_format(devkit, tmp_path):
     ("name", "text", "sentence"),
     [
         ("labels.json", '{"2007_000000": ["catt"]}', "labels.json, 2007_000000: .*'catt': did you mean cat"),
-        ("labels.json", '{"2007_000000": ["background"]}', "'background' is no image-level label"),
+        ("labels.json", '{"2007_000000": ["background"]}', "'background' is not an image-level label"),
         ("labels.json", '["2007_000000"]', "one object from identifier to a list"),
         ("labels.json", "{", "is not valid JSON"),
         ("labels.csv", "2007_000000,cat zebra\n", "Unknown class name 'zebra'"),

@@ -420,7 +420,7 @@ def test_a_broken_run_is_told_in_a_sentence(root, shapes_run, tiny_run_folder, t
 def test_evaluate_script_names_a_broken_record_of_the_run(root, shapes_run, capsys, content):
     (shapes_run / "training_args.json").write_text(content)
     assert load_script(root, "evaluate").main([str(shapes_run)]) == 2
-    assert "training_args.json is no record of a run's data" in capsys.readouterr().err
+    assert "training_args.json is not a record of a run's data" in capsys.readouterr().err
 
 
 def test_evaluate_script_checks_the_split_before_it_scores(root, shapes_run, tmp_path, capsys, monkeypatch):

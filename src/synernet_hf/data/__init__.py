@@ -71,11 +71,11 @@ def load_wsss_dataset(
         dataset_options (`dict`, *optional*): Further arguments of the loader, for example `{"num_train": 500}` for
             `"shapes"` or `{"class_names": ["background", "cat", "dog"]}` for images of your own. `on_bad_image` may be
             given for every source.
-        skipped (`dict[str, list[str]]`, *optional*): Dictionary to which what `on_bad_image="skip"` leaves out is
-            added, a phrase for each record, by split.
+        skipped (`dict[str, list[str]]`, *optional*): Receives, by split, a phrase for each record that
+            `on_bad_image="skip"` leaves out.
 
     Returns:
-        `datasets.DatasetDict`: the splits `train` and `validation`, of one's own images as far as they are there;
+        `datasets.DatasetDict`: the splits `train` and `validation`; images of your own may have only one of them;
         [`class_names`] reads their class list.
 
     Raises:

@@ -38,9 +38,9 @@ TASK_FIELDS = {"id", "annotator", "annotation_id", "created_at", "updated_at", "
 
 def find_annotations(path: Path) -> tuple[str, dict[str, list[Path]]] | None:
     """
-    The kind of the annotation files in a folder, and the files by the name of their split, `""` where there is none.
+    Finds annotation files: their kind, and the files by the name of their split, `""` where there are no splits.
 
-    They lie in the folder, in its subfolder `annotations`, or so in folders of splits; `path` may also be a file.
+    Looks in the folder, in its subfolder `annotations`, and in folders of splits; `path` may also be a file.
     Returns `None` if there is no file of a known kind.
     """
     files = {"": [path]} if path.is_file() else {"": _json_files(path)}
@@ -111,7 +111,7 @@ def _kind_of(path: Path) -> str | None:
 
 
 def _coco_splits(found: dict[str, list[Path]]) -> dict[str, list[Path]]:
-    """Files of objects by the name of their split: of their folder or else of the file, as in `instances_val.json`."""
+    """Object files by split name: that of the folder or else of the file, as in `instances_val.json`."""
     chosen: dict[str, list[Path]] = {}
     for name, files in found.items():
         objects = [file for file in files if not file.name.startswith(OTHER_COCO_FILES)] or files
@@ -167,7 +167,7 @@ def _read_tasks(path: Path, tag: str | None) -> LabelledImages:
         tasks = [(f"{path}, task {task.get('id', n)}", *_task(task)) for n, task in enumerate(_read_json(path), 1)]
     except (AttributeError, KeyError, StopIteration, TypeError) as error:
         raise ValueError(
-            f"{path} is no export of Label Studio ({type(error).__name__}: {error}): export tasks with images as JSON."
+            f"{path} is not an export of Label Studio ({type(error).__name__}: {error}): export tasks with images as JSON."
         ) from error
     tags = sorted({name for _, _, answers in tasks for answer in answers for name in answer})
     if tag is None and len(tags) > 1:
@@ -243,7 +243,7 @@ def _values(value: Any) -> list[str]:
 
 
 def _read_labelme(files: list[Path], with_masks: bool) -> LabelledImages:
-    """Reads labelme's files, one for each image: the names of its shapes, or where there are none, of its flags."""
+    """Reads labelme's files, one for each image: the names of its shapes, or else of its flags."""
     folder = files[0].parent
     root = folder.parent if folder.name.lower() == "annotations" else folder
     images, index, places = LabelledImages(), ImageIndex(root), {}
@@ -263,7 +263,7 @@ def _read_labelme(files: list[Path], with_masks: bool) -> LabelledImages:
                 kinds.update(shape.get("shape_type", "polygon") for _, shape, _ in shapes)
             image = _find(index, (content["imagePath"], path.stem), str(path))
         except (AttributeError, KeyError, OSError, TypeError) as error:
-            raise ValueError(f"{path} is no file of labelme ({type(error).__name__}: {error}).") from error
+            raise ValueError(f"{path} is not a labelme file ({type(error).__name__}: {error}).") from error
         if image is None:
             images.skipped.append(f"{path}: there is no image {content['imagePath']} below {root}")
             continue

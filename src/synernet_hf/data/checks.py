@@ -1,4 +1,4 @@
-"""What is known of a data set without training on it: one scan of its records, to check, to skip or to report."""
+"""Checks of a data set and the report on it: one scan of the records serves to check, to skip and to report."""
 
 import hashlib
 import logging
@@ -32,7 +32,7 @@ DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombErro
 
 @dataclass
 class RecordScan:
-    """What a look at one record finds; `size` is width and height of the upright image."""
+    """Findings on one record; `size` is width and height of the upright image."""
 
     # the image and its file; those of the mask where that is at fault
     place: str = ""
@@ -62,14 +62,14 @@ class RecordScan:
 @dataclass
 class SplitReport:
     """
-    What one split is like.
+    Report on one split.
 
     Args:
         num_images (`int`): Number of records.
         num_bytes (`int`): Size of the image files together.
         class_counts (`dict[str, int]`): For each foreground class, the number of images that show it.
         unlabelled (`list[str]`): Identifiers of images without any class.
-        bad_labels (`list[str]`): Identifiers of images with labels that are no ids of the class list.
+        bad_labels (`list[str]`): Identifiers of images with labels that are not ids of the class list.
         repeated_ids (`list[str]`): Identifiers that occur more than once.
         missing (`list[str]`): A phrase for each record that the loader left out.
         undecodable (`dict[str, str]`): For each image that does not decode, why.
@@ -96,7 +96,7 @@ class SplitReport:
     formats: dict[str, int] = field(default_factory=dict)
 
     def problems(self) -> list[str]:
-        """One sentence for each kind of thing that is worth a look."""
+        """One sentence for each kind of problem."""
         number, classes = self.num_images, self.class_counts
         unusable = [f"{key} {why}" for key, why in self.unusable_masks.items()]
         rare = [f"{label}: {count}" for label, count in classes.items() if 0 < count < FEW_IMAGES]
@@ -104,7 +104,7 @@ class SplitReport:
         found = (
             (self.missing, "records were left out by the loader", 20),
             ([f"{key}: {why}" for key, why in self.undecodable.items()], f"of {number} images do not decode", 3),
-            (self.bad_labels, f"of {number} images have labels that are no ids of the class list", 3),
+            (self.bad_labels, f"of {number} images have labels that are not ids of the class list", 3),
             (self.unlabelled, f"of {number} images have no class", 3),
             (unusable, f"of {number} images have a mask that cannot be used", 3),
             (self.repeated_ids, "identifiers occur twice", 3),
@@ -119,7 +119,7 @@ class SplitReport:
 @dataclass
 class DatasetReport:
     """
-    What a data set is like.
+    Report on a data set.
 
     Args:
         splits (`dict[str, SplitReport]`): Reports by name.
@@ -135,7 +135,7 @@ class DatasetReport:
         return asdict(self)
 
     def problems(self) -> list[str]:
-        """One sentence for each kind of thing that is worth a look; empty where nothing is."""
+        """One sentence for each kind of problem; empty where there is none."""
         found = [f"{name}: {problem}" for name, split in self.splits.items() for problem in split.problems()]
         if self.duplicates:
             groups = [" = ".join(group) for group in self.duplicates]
@@ -177,7 +177,7 @@ def check_dataset(
     left_out: dict[str, list[int]] | None = None,
 ) -> datasets.DatasetDict:
     """
-    Makes sure that every record can be used.
+    Checks that every record can be used.
 
     The `mask` column of a split named `train` is not touched.
 
@@ -189,7 +189,7 @@ def check_dataset(
             and every mask; `False` leaves them unopened.
         skipped (`dict[str, list[str]]`, *optional*): Receives, by split, a phrase for each record that is left out.
         num_threads (`int`, *optional*, defaults to 2): Threads that decode.
-        left_out (`dict[str, list[int]]`, *optional*): Receives, by split, the positions of what is left out.
+        left_out (`dict[str, list[int]]`, *optional*): Receives, by split, the positions of records that are left out.
 
     Returns:
         `datasets.DatasetDict`: the records to use.
@@ -197,7 +197,7 @@ def check_dataset(
     Raises:
         ValueError: No split, an empty split, a stream, labels that are missing or hold other ids than those of the
             class list, no label in the training split, an image that does not decode, or, outside the training split,
-            a mask that is missing, does not decode, is no palette or greyscale image, has another size than its image
+            a mask that is missing, does not decode, is not a palette or greyscale image, has another size than its image
             (both turned as their EXIF orientation says), or holds an id that is neither a class nor 255.
     """
     check_on_bad_image(on_bad_image)
@@ -251,7 +251,7 @@ def check_dataset(
 
 def inspect_dataset(dataset_dict: datasets.DatasetDict, num_threads: int = 2) -> DatasetReport:
     """
-    Looks at every record of every split, and goes on where [`check_dataset`] would raise.
+    Inspects every record of every split, and continues where [`check_dataset`] would raise.
 
     Args:
         dataset_dict (`datasets.DatasetDict`): What a loader of this package returned.
@@ -351,7 +351,7 @@ def _check_labels(dataset_dict: datasets.DatasetDict) -> None:
 
 
 def _label_report(split: datasets.Dataset, names: list[str]) -> SplitReport:
-    """What identifiers and labels say of a split; `names` are those of the foreground classes."""
+    """Report on the identifiers and labels of a split; `names` are those of the foreground classes."""
     table = split.with_format(None).select_columns(["image_id", "labels"])[:]
     counts, unlabelled, bad = [0] * len(names), [], []
     for image_id, ids in zip(table["image_id"], table["labels"], strict=True):
@@ -380,7 +380,7 @@ def _scan(split: datasets.Dataset, split_name: str, num_labels: int, num_threads
 
 
 def _with_progress(scans: Iterable[RecordScan], total: int, text: str) -> Iterator[RecordScan]:
-    """Says how far a long check is: a bar on a terminal, else a line every ten seconds."""
+    """Shows the progress of a long check: a bar on a terminal, else a line every ten seconds."""
     if sys.stderr.isatty():
         yield from tqdm(scans, text, total, leave=False, delay=1)
         return

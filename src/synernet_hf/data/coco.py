@@ -54,7 +54,7 @@ def load_coco2014(
 
     Reads `annotations/instances_<split>.json` and the images in `<split>/`. The classes are the categories in the order
     of their ids, numbered from 1 without gaps: for the official files the 80 of `COCO_CLASSES`. An object or crowd of a
-    class labels its image; images without an annotation are left out, as is usual in this field (82,081 and 40,137
+    class labels its image; images without an annotation are left out, as is usual (82,081 and 40,137
     images of the official splits remain). Masks of the validation split are drawn when a record is opened, see
     [`PolygonMask`]. A file whose annotations have no outlines, such as a detection export, gives no masks.
 
@@ -127,8 +127,8 @@ def load_coco_files(
 
 class _CocoFile:
     """
-    An annotation file, read in one pass. The JSON reader hands over each object as soon as it is complete, so that only
-    what is needed stays: the class ids of each image, and its segmentations as text where `keep_outlines` says so.
+    An annotation file, read in one pass. The JSON reader yields each object as soon as it is complete, and only
+    what is needed is kept: the class ids of each image, and its segmentations as text where `keep_outlines` says so.
     """
 
     def __init__(self, path: Path, keep_outlines: bool) -> None:
@@ -211,7 +211,7 @@ class _CocoFile:
         return {category for items in self.annotations.values() for category, *_ in items}
 
     def pop_mask(self, image_id: int, class_ids: Mapping[int, int]) -> dict[str, Any]:
-        """The cell of an image in the mask column; its annotations are given up."""
+        """The cell of an image in the mask column; its annotations are freed."""
         _, height, width = self.images[image_id]
         objects = (
             f'[{IGNORE_INDEX if is_crowd else class_ids[category]},{text},"annotation {key} of image {image_id}"]'
@@ -222,7 +222,7 @@ class _CocoFile:
 
 
 def _background_ids(reader: _CocoFile, used: set[int]) -> set[int]:
-    """Ids of categories that are no class: the background, and the row 0 for all classes that Roboflow writes."""
+    """Ids of categories that are not classes: the background, and the row for all classes that Roboflow writes."""
     names = reader.categories
     background = {key for key, name in names.items() if is_background(name)}
     if background:
@@ -357,7 +357,7 @@ def outline_cell(
 
 def draw_objects(objects: list[tuple], height: int, width: int) -> np.ndarray:
     """
-    Draws the objects of a [`PolygonMask`] over one another: `(height, width)` uint8.
+    Draws the objects of a [`PolygonMask`] one above the other: `(height, width)` uint8.
 
     Raises `ValueError` for a class id that is not between 1 and 255, and for a segmentation that encloses nothing, is
     none of COCO's kinds or belongs to an image of another size.
@@ -393,7 +393,7 @@ def _is_empty(segmentation: Any) -> bool:
 
 
 def _fault_of(segmentation: Any, height: int, width: int) -> str | None:
-    """Why a segmentation cannot be drawn, a predicate. pycocotools would end the process or draw at random."""
+    """Why a segmentation cannot be drawn, a predicate. pycocotools would end the process or draw noise."""
     if _is_empty(segmentation):
         return "encloses nothing"
     if isinstance(segmentation, dict):
@@ -401,11 +401,11 @@ def _fault_of(segmentation: Any, height: int, width: int) -> str | None:
             return f"has the size {segmentation.get('size')}"
         return None if _num_pixels(segmentation["counts"]) == height * width else "does not cover the image"
     if not isinstance(segmentation, list) or not all(isinstance(polygon, list) for polygon in segmentation):
-        return "is no list of polygons [[x, y, x, y, x, y, ...], ...]"
+        return "is not a list of polygons [[x, y, x, y, x, y, ...], ...]"
     reach = 10 * max(height, width)
     for polygon in segmentation:
         if len(polygon) % 2 or not all(isinstance(value, int | float) and abs(value) <= reach for value in polygon):
-            return "has points that are no pairs of numbers in or near the image"
+            return "has points that are not pairs of numbers in or near the image"
     return None
 
 

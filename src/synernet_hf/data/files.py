@@ -78,7 +78,7 @@ class ImageIndex:
 
     Args:
         folder (`Path`): The folder; hidden and system files are left out.
-        left_out (`Iterable[str]`, *optional*): Paths below the folder that are no images, such as masks.
+        left_out (`Iterable[str]`, *optional*): Paths below the folder that are not images, such as masks.
         with_masks (`bool`, *optional*, defaults to `False`): Includes the subfolders `masks`.
 
     Attributes:

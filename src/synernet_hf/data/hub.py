@@ -161,7 +161,7 @@ class ImageLabelColumn:
             self.kind = "number"
         else:
             raise ValueError(
-                f"The column {name!r} holds {feature}, which is no label: a ClassLabel, a name or a number is "
+                f"The column {name!r} holds {feature}, which is not a label: a ClassLabel, a name or a number is "
                 "expected, or a list of them (one 0 or 1 for each class is a list too)."
             )
 
@@ -303,7 +303,7 @@ def _choose_columns(
     for argument, name in (("image_column", image), ("mask_column", mask)):
         if name is not None and not _holds_images(features[name]):
             raise ValueError(
-                f"The column {name!r} holds {features[name]}, which is no image: an Image, or the path or bytes of "
+                f"The column {name!r} holds {features[name]}, which is not an image: an Image, or the path or bytes of "
                 f"one, is expected; name another column with {argument}."
             )
     return image, label, mask

@@ -140,7 +140,7 @@ def ids_from_names(names: Iterable[str], class_names: Sequence[str], place: str)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from error
             if index == 0:
-                raise ValueError(f"{place}: 'background' is no image-level label: leave it out.")
+                raise ValueError(f"{place}: 'background' is not an image-level label: leave it out.")
         else:
             index = int(name)
             if not 1 <= index < len(class_names):
@@ -247,7 +247,7 @@ def _read_npz(path: Path, class_names: Sequence[str]) -> dict[str, list[int]]:
     try:
         # numpy takes anything but a zip archive for a pickle, and its complaint then recommends to trust the file
         if not zipfile.is_zipfile(path):
-            raise ValueError("it is no zip archive, or a truncated one")
+            raise ValueError("it is not a zip archive, or it is truncated")
         with np.load(path, allow_pickle=False) as archive:
             if not {"ids", "labels"} <= set(archive.files):
                 raise ValueError(f"it holds the arrays {', '.join(archive.files) or 'none'}")

@@ -1,4 +1,4 @@
-"""The embedded default: generated multi-label images with known masks, no download."""
+"""Generated multi-label images with known masks, without download."""
 
 import colorsys
 import io
@@ -136,7 +136,7 @@ def _object_coverage(grid: np.ndarray, pose: dict[str, float]) -> tuple[np.ndarr
 
 
 def _place_object(grid, in_sight, anchor, rng):
-    """A pose that leaves enough to see of its head and of the objects before it, or None after twelve tries."""
+    """A pose that leaves enough of its head and of earlier objects visible, or None after twelve tries."""
     for _ in range(12):
         touch = anchor is not None and rng.random() < TOUCH_PROBABILITY
         pose = _random_pose(grid.shape[-1], rng, anchor if touch else None)

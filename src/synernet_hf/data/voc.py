@@ -41,8 +41,7 @@ def load_voc2012(
     Args:
         data_dir (`str` or `Path`): The `VOCdevkit` folder that holds `VOC2012`, or the `VOC2012` folder itself.
         image_labels (`str` or `Path`, *optional*, defaults to `"annotations"`): Where the image-level labels come
-            from: `"annotations"` (the `object/name` entries of `Annotations/*.xml`, difficult objects included, as is
-            usual in this field), `"masks"` (the class ids in the masks), or the path of an `.npz`, `.json` or `.csv`
+            from: `"annotations"` (the `object/name` entries of `Annotations/*.xml`, difficult objects included), `"masks"` (the class ids in the masks), or the path of an `.npz`, `.json` or `.csv`
             file, see [`read_label_file`].
         train_split (`str`, *optional*, defaults to `"train_aug"`): The list in `ImageSets/Segmentation` to train on;
             without a name, `train` where `train_aug` does not exist.

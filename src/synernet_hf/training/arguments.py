@@ -362,7 +362,7 @@ def read_data_arguments(
             DataArguments(**settings)
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidArguments(
-                f"{path} is no record of a run's data ({type(error).__name__}: {error}); remove it and name the data "
+                f"{path} is not a record of a run's data ({type(error).__name__}: {error}); remove it and name the data "
                 "set with --dataset."
             ) from error
     if given_settings.get("dataset") not in (None, settings.get("dataset")):
