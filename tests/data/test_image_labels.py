@@ -264,7 +264,7 @@ def test_columns_and_splits_that_are_not_there(tmp_path):
         load_image_labels(root, label_column="label")
     with pytest.raises(ValueError, match="no split 'test': it has train, validation"):
         load_image_labels(root, label_column="things", mask_column="segmentation", validation_split="test")
-    with pytest.raises(ValueError, match="The column 'segmentation' holds .*, which is no label"):
+    with pytest.raises(ValueError, match="The column 'segmentation' holds .*, which is not a label"):
         load_image_labels(root, image_column="image", label_column="segmentation")
     with pytest.raises(FileNotFoundError, match="no folder .*nowhere/at/all"):
         load_image_labels(tmp_path / "nowhere/at/all")
