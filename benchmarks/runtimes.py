@@ -82,7 +82,7 @@ def in_onnxruntime(model) -> Runtime:
 
 def exported(model) -> Runtime:
     """The program of `torch.export`."""
-    module = export_program(model).module(check_guards=False)
+    module = export_program(model).module()
 
     def run(pixel_values: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

@@ -86,17 +86,23 @@ def test_one_branch_runs_one_encoder(model):
     assert runs == ["precise", "broad"]
 
 
-def test_an_exported_program_takes_every_size(model, tmp_path):
+@pytest.mark.parametrize("family", ["vit", "dinov2", "dinov2_with_registers", "dinov3_vit"])
+def test_an_exported_program_takes_every_size(family, tmp_path):
+    model = SynerNetModelTester(family).model()
     program = export_program(model, "precise")
     torch.export.save(program, tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2")
+    # also multiples of the patch, and the size that the position embeddings were made for
+    for module in (program.module(), loaded.module()):
+        for size in (*SIZES, (1, 40, 40), (4, 9, 120)):
+            pixel_values = images(*size)
+            with torch.no_grad():
+                assert (module(pixel_values) - expected_logits(model, pixel_values, "precise")).abs().max() < 1e-5
     # PyTorch before 2.9 does not check the size of the example, and does not know the argument
     knows = "check_guards" in inspect.signature(loaded.module).parameters
-    module = loaded.module(**{"check_guards": False} if knows else {})
-    for size in SIZES:
-        pixel_values = images(*size)
-        with torch.no_grad():
-            assert (module(pixel_values) - expected_logits(model, pixel_values, "precise")).abs().max() < 1e-5
+    module, pixel_values = loaded.module(**{"check_guards": False} if knows else {}), images(1, 8, 5)
+    with torch.no_grad():
+        assert (module(pixel_values) - expected_logits(model, pixel_values, "precise")).abs().max() < 1e-5
 
 
 def test_inference_is_one_graph_for_the_compiler(model):
@@ -156,6 +162,13 @@ def test_onnxruntime_gives_the_logits_at_every_size(model, onnx_file):
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["id2label"]) == {str(key): name for key, name in model.config.id2label.items()}
     assert json.loads(metadata["image_mean"]) == list(model.config.image_mean)
+
+
+def test_encoders_with_registers_become_onnx_graphs_of_every_size(tmp_path):
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name)
+    differences = export_onnx(SynerNetModelTester("dinov2_with_registers").model(), tmp_path / "model.onnx")
+    assert max(differences.values()) < 1e-4
 
 
 def test_a_wrong_graph_is_not_written(model, onnx_file, tmp_path, monkeypatch):

@@ -33,8 +33,8 @@ ROOMS = {
     "crf": (set(), {"numpy", "PIL", "pydensecrf"}),
     "model_folder": ({"model", "files"}, {"torch", "huggingface_hub", "safetensors"}),
     "export": (
-        {"model", "model_folder", "files"},
-        {"torch", "numpy", "huggingface_hub", "safetensors", "onnxruntime", "torchao"},
+        {"cli", "model", "model_folder", "files"},
+        {"torch", "numpy", "onnxruntime", "torchao"},
     ),
     "pseudo_labels": (
         {"model", "data", "files", "visualization"},

@@ -11,14 +11,18 @@ import copy
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from synernet_hf.files import replace_file
+from synernet_hf.cli import CommandParser, run_command
+from synernet_hf.files import one_line, replace_file
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation
 from synernet_hf.model.cam_synernet import patch_map
 from synernet_hf.model.modeling_synernet import chosen_branches, lower_unlikely_classes
@@ -66,7 +70,10 @@ class SynerNetInferenceGraph(nn.Module):
         if likely is not None:
             total = lower_unlikely_classes(total, likely, self.class_prior_weight)
         size = (padded.shape[-2], padded.shape[-1])
-        return F.interpolate(total, size=size, mode="bilinear", align_corners=False)[..., :height, :width]
+        logits = F.interpolate(total, size=size, mode="bilinear", align_corners=False)
+        # not sliced: that would tell images that were padded apart from others while it is traced
+        rows, columns = (torch.arange(side, device=logits.device) for side in (height, width))
+        return logits.index_select(-2, rows).index_select(-1, columns)
 
 
 def _graph_and_example(
@@ -75,6 +82,18 @@ def _graph_and_example(
     """The graph of a float32 copy, and a batch of an odd size, so that no size becomes part of what is traced."""
     graph = SynerNetInferenceGraph(copy.deepcopy(model).float().cpu().eval(), inference_branches).eval()
     return graph, torch.zeros(2, 3, 5 * graph.patch_size - 3, 7 * graph.patch_size - 1)
+
+
+@contextmanager
+def _symbolic_sizes(graph: nn.Module) -> Iterator[None]:
+    """Has encoders of transformers interpolate their position embeddings for every size, kept as a symbol."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch("torch.jit.is_tracing", return_value=True))
+        for name in {type(module).__module__ for module in graph.modules()}:
+            if hasattr(sys.modules[name], "torch_int"):
+                to_int = lambda size: size if isinstance(size, torch.SymInt) else int(size)  # noqa: E731
+                stack.enter_context(mock.patch.object(sys.modules[name], "torch_int", to_int))
+        yield
 
 
 def export_program(
@@ -88,19 +107,18 @@ def export_program(
         inference_branches (`str`, *optional*, defaults to `"both"`): As in [`SynerNetInferenceGraph`].
 
     Returns:
-        `torch.export.ExportedProgram`: Call `program.module(check_guards=False)`; before PyTorch 2.9 `module()` does
-        not check and does not know the argument. The checks that PyTorch notes down while tracing tell the example's
-        size apart from sizes with a shortcut (no padding, no interpolation of the position embeddings); the graph
-        itself takes no shortcut and is right for all.
+        `torch.export.ExportedProgram`: call `program.module()`. PyTorch's guards refuse images of a single patch on a
+        side, for which `module(check_guards=False)` is right too (PyTorch before 2.9 has no guards there).
     """
     dynamic = torch.export.Dim.DYNAMIC
     graph, example = _graph_and_example(model, inference_branches)
-    return torch.export.export(
-        graph,
-        (example,),
-        dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
-        strict=False,
-    )
+    with _symbolic_sizes(graph):
+        return torch.export.export(
+            graph,
+            (example,),
+            dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
+            strict=False,
+        )
 
 
 def export_onnx(
@@ -136,15 +154,16 @@ def export_onnx(
             f"The graph has {size / 1e9:.1f} GB of weights, an ONNX file holds 2 GB: export one branch alone with "
             "inference_branches."
         )
-    program = torch.onnx.export(
-        graph,
-        (example,),
-        dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
-        input_names=["pixel_values"],
-        output_names=["logits"],
-        dynamo=True,
-        verbose=False,
-    )
+    with _symbolic_sizes(graph):
+        program = torch.onnx.export(
+            graph,
+            (example,),
+            dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
+            input_names=["pixel_values"],
+            output_names=["logits"],
+            dynamo=True,
+            verbose=False,
+        )
     config = model.config
     program.model.metadata_props.update(
         id2label=json.dumps(config.id2label, ensure_ascii=False),
@@ -210,30 +229,31 @@ def quantize_weights(model: SynerNetForWeaklySupervisedSegmentation) -> SynerNet
     return quantized
 
 
+def _export(args: argparse.Namespace) -> int:
+    """Exports what the command line names; status 1 if the graph is not right."""
+    if args.onnx.is_dir():
+        raise ValueError(f"{args.onnx} is a folder; name a file, such as {args.onnx / 'model.onnx'}.")
+    try:
+        differences = export_onnx(load_model(args.model), args.onnx, args.inference_branches, args.tolerance)
+    except RuntimeError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    for shape, difference in differences.items():
+        print(f"pixel_values {shape}: logits differ by at most {difference:.1e}")
+    print(f"{args.onnx}: {args.onnx.stat().st_size / 1e6:.1f} MB, inference_branches={args.inference_branches}")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 2 for a mistake in what was given, 1 if the graph is not right."""
-    parser = argparse.ArgumentParser(
-        prog="python -m synernet_hf.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Runs the command; returns its exit status: 2 for a mistake in what was given, 1 if the graph is not right."""
+    parser = CommandParser(description=__doc__)
     parser.add_argument("model", help="folder of a trained model, or its name on the Hub")
     parser.add_argument("--onnx", type=Path, required=True, metavar="OUT", help="the ONNX file to write")
     parser.add_argument(
         "--inference_branches", choices=("both", "broad", "precise"), default="both", help="encoders in the graph"
     )
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="largest difference of a logit accepted")
-    args = parser.parse_args(argv)
-    if args.onnx.is_dir():
-        print(f"error: {args.onnx} is a folder; name a file, such as {args.onnx / 'model.onnx'}.", file=sys.stderr)
-        return 2
-    try:
-        differences = export_onnx(load_model(args.model), args.onnx, args.inference_branches, args.tolerance)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, RuntimeError) else 2
-    for shape, difference in differences.items():
-        print(f"pixel_values {shape}: logits differ by at most {difference:.1e}")
-    print(f"{args.onnx}: {args.onnx.stat().st_size / 1e6:.1f} MB, inference_branches={args.inference_branches}")
-    return 0
+    return run_command(_export, parser.parse_args(argv))
 
 
 __all__ = ["SynerNetInferenceGraph", "export_onnx", "export_program", "quantize_weights"]
