@@ -283,6 +283,26 @@ def test_labelme(labelme, caplog):
     assert "1 images without an annotation file are left out" in caplog.text
 
 
+def test_labelme_in_folders_that_are_no_classes(tmp_path):
+    for name, label in (("monday", "cat"), ("tuesday", "dog")):
+        labelme_file(tmp_path / name / "1.json", [shape(label, BOX, "rectangle")])
+    loaded = load_image_labels(tmp_path)
+    assert labels_of(loaded) == {"train": {"monday__1": ["cat"], "tuesday__1": ["dog"]}}
+    for name in ("monday", "tuesday"):
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        content = json.loads((tmp_path / name / "1.json").read_text()) | {"imagePath": f"../{name}/1.jpg"}
+        write_json(tmp_path / "annotations" / f"{name}.json", content)
+        (tmp_path / name / "1.json").unlink()
+    assert labels_of(load_image_labels(tmp_path)) == labels_of(loaded)
+
+
+def test_several_kinds_of_files(labelme, caplog):
+    content = coco_file(["train/a.jpg"], [(0, 1, [])])
+    write_json(labelme / "converted.json", content)
+    assert labels_of(load_image_labels(labelme)) == {"train": {"a": ["cat"]}}
+    assert "has annotation files of COCO and labelme: those of COCO are read" in caplog.text
+
+
 def test_labelme_boxes_alone_are_no_masks(labelme, caplog):
     labelme_file(labelme / "val" / "d.json", [shape("cat", BOX, "rectangle"), shape("dog", [[1, 1]], "point")])
     splits = load_image_labels(labelme)

@@ -106,6 +106,16 @@ def test_sixteen_bit_png_keeps_its_shades(tmp_path):
     assert {0, 78, 255} <= set(shades[:, 0].tolist()) and (shades == shades[:, :1]).all()
 
 
+def test_pixels_of_an_unknown_range_are_found_by_the_check(tmp_path):
+    (tmp_path / "data").mkdir()
+    Image.fromarray(np.full((9, 9), -3.5, dtype=np.float32)).save(tmp_path / "data" / "a.tif")
+    loaded = load_image_labels(write_table(tmp_path / "data", ["a.tif,cat"]))
+    with pytest.raises(ValueError, match=r"the image a \(.*a.tif\) does not decode \(Pixel values range from -3.5"):
+        check_dataset(loaded)
+    with pytest.raises(ValueError, match="The image a does not decode: Pixel values range from -3.5"):
+        TrainDataset(loaded["train"], TrainTransform(32))[0, 0]
+
+
 def test_palette_png(tmp_path):
     (tmp_path / "data").mkdir()
     image = Image.new("P", (9, 9), 3)

@@ -14,6 +14,7 @@ from synernet_hf.data import (
     TrainTransform,
     build_split,
     load_shapes,
+    multi_hot,
 )
 
 
@@ -221,6 +222,13 @@ def test_loader_gives_the_same_batches_for_any_number_of_workers(num_workers):
         for row, key in enumerate(keys):
             assert (batch["images"][row] == dataset[key]["image"]).all()
             assert batch["labels"][row].nonzero()[:, 0].tolist() == split[key[0]]["labels"]
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+@pytest.mark.parametrize("ids", [[], [1], [0, 2], [2, 0, 1]])
+def test_labels_of_any_kind_become_vectors(kind, ids):
+    labels = kind([torch.tensor(label) for label in ids] if kind is list else ids)
+    assert multi_hot(labels, 3).tolist() == [float(label in ids) for label in range(3)]
 
 
 def test_train_dataset_never_reads_a_mask():

@@ -14,6 +14,7 @@ from devkit_utils import (
     write_labels_npz,
     write_voc_devkit,
 )
+from PIL import Image
 
 from synernet_hf.data import TrainDataset, TrainTransform, class_names, load_voc2012, load_wsss_dataset
 
@@ -323,3 +324,12 @@ def test_two_files_of_one_name_are_two_images(devkit):
 def test_the_validation_split_alone(devkit):
     (devkit.voc / "ImageSets" / "Segmentation" / "train_aug.txt").unlink()
     assert list(load_voc2012(devkit.root, splits=["validation"])) == ["validation"]
+
+
+def test_masks_of_colours_give_no_labels(devkit):
+    path = devkit.voc / "SegmentationClassAug" / f"{devkit.train_ids[0]}.png"
+    with Image.open(path) as mask:
+        colours = mask.convert("RGB")
+    colours.save(path)
+    with pytest.raises(ValueError, match=rf"The mask .*{path.name} has mode RGB; a palette or greyscale image"):
+        load_voc2012(devkit.root, "masks")

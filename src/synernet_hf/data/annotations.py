@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,11 +25,11 @@ from synernet_hf.data.schema import choose_splits, is_background, name_some, spl
 
 logger = logging.getLogger(__name__)
 
-# what tells the kind of a file in its first characters
+# what tells the kind of a file in its first characters; the first kind that is there is read
 KINDS = {
-    "labelme": r'"shapes"\s*:',
+    "COCO": r'^\{(?!.*"shapes"\s*:).*"(images|annotations|categories|licenses|info)"\s*:\s*[\[{]',
     "Label Studio": r'^\[.*"(data|annotations|completions|annotator|annotation_id)"\s*:',
-    "COCO": r'^\{.*"(images|annotations|categories|licenses|info)"\s*:\s*[\[{]',
+    "labelme": r'^\{.*"shapes"\s*:\s*\[',
 }
 # what COCO gives beside its files of objects
 OTHER_COCO_FILES = ("captions_", "person_keypoints_", "panoptic_", "stuff_", "image_info_")
@@ -40,18 +41,22 @@ def find_annotations(path: Path) -> tuple[str, dict[str, list[Path]]] | None:
     """
     Finds annotation files: their kind, and the files by the name of their split, `""` where there are no splits.
 
-    Looks in the folder, in its subfolder `annotations`, and in folders of splits; `path` may also be a file.
-    Returns `None` if there is no file of a known kind.
+    A file in a folder of a split belongs to it; COCO's others tell the split by their name (`instances_val2017.json`).
+    `path` may also be a file. Returns `None` if there is no file of a known kind.
     """
-    files = {"": [path]} if path.is_file() else {"": _json_files(path)}
-    if path.is_dir() and not files[""]:
-        parts = [part for part in sorted(path.iterdir()) if part.is_dir() and split_meaning(part.name)]
-        files = {part.name: _json_files(part) for part in parts}
+    root = path.parent if path.is_file() else path
+    found: dict[str, dict[str, list[Path]]] = {}
+    for file in [path] if path.is_file() else sorted(path.rglob("*.json")):
+        parts = file.relative_to(root).parts
+        kind = None if any(map(is_hidden, parts)) else _kind_of(file)
+        if kind:
+            split = parts[0] if len(parts) > 1 and split_meaning(parts[0]) else ""
+            found.setdefault(kind, {}).setdefault(split, []).append(file)
     for kind in KINDS:
-        found = {name: [file for file in listed if _kind_of(file) == kind] for name, listed in files.items()}
-        found = {name: listed for name, listed in found.items() if listed}
-        if found:
-            return kind, _coco_splits(found) if kind == "COCO" else found
+        if kind in found:
+            if len(found) > 1:
+                logger.warning("%s has annotation files of %s: those of %s are read.", path, " and ".join(found), kind)
+            return kind, _coco_splits(found[kind]) if kind == "COCO" else found[kind]
     return None
 
 
@@ -91,16 +96,12 @@ def load_annotations(
         return load_coco_files(parts, class_names, on_bad_image, skipped)
     images = {}
     for split, name in chosen.items():
+        folder = root / name
         if kind == "labelme":
-            images[split] = _read_labelme(files[name], with_masks=split != "train")
+            images[split] = _read_labelme(folder, files[name], with_masks=split != "train")
         else:
-            images[split] = _read_tasks(_only(files[name]), label_column)
+            images[split] = _read_tasks(folder, _only(files[name]), label_column)
     return build_splits(images, root, class_names, on_bad_image, skipped)
-
-
-def _json_files(folder: Path) -> list[Path]:
-    places = (folder, find_folder(folder, "annotations"))
-    return [file for place in places if place for file in sorted(place.glob("*.json")) if not is_hidden(file.name)]
 
 
 def _kind_of(path: Path) -> str | None:
@@ -139,7 +140,7 @@ def _image_folder(root: Path, file: Path, split: str) -> Path:
             found = parent and find_folder(parent, split)
             if found:
                 return found
-    return root if file.parent.name.lower() == "annotations" else file.parent
+    return file.parent.parent if file.parent.name.lower() == "annotations" else file.parent
 
 
 def _read_json(path: Path) -> Any:
@@ -157,11 +158,10 @@ def _find(index: ImageIndex, names: Iterable[str], place: str) -> str | None:
         raise ValueError(f"{place}, {error}.") from error
 
 
-def _read_tasks(path: Path, tag: str | None) -> LabelledImages:
+def _read_tasks(folder: Path, path: Path, tag: str | None) -> LabelledImages:
     """
-    Reads an export of Label Studio: the choices made for each image, and the names of its boxes and outlines.
-
-    `tag` is the one whose labels are taken, where there are several.
+    Reads an export of Label Studio: the choices made for each image of a folder, and the names of its boxes and
+    outlines. `tag` is the one whose labels are taken, where there are several.
     """
     try:
         tasks = [(f"{path}, task {task.get('id', n)}", *_task(task)) for n, task in enumerate(_read_json(path), 1)]
@@ -184,7 +184,7 @@ def _read_tasks(path: Path, tag: str | None) -> LabelledImages:
     ):
         if number:
             logger.warning("%s: %d %s.", path, number, fault)
-    images, index, positions = LabelledImages(), ImageIndex(path.parent), {}
+    images, index, positions = LabelledImages(), ImageIndex(folder), {}
     for place, reference, answers in tasks:
         if not answers:
             continue
@@ -194,13 +194,13 @@ def _read_tasks(path: Path, tag: str | None) -> LabelledImages:
         image = _find(index, (reference, name, re.sub("^[0-9a-f]{8}-", "", name)), place)
         labels = [label for answer in answers for label in answer.get(tag or "".join(tags), ())]
         if image is None:
-            images.skipped.append(f"{place}: there is no image {name} below {index.folder}")
+            images.skipped.append(f"{place}: there is no image {name} below {folder}")
         elif image in positions:
             images.labels[positions[image]].append(labels)
         else:
             positions[image] = len(images.paths)
             _append(images, image, labels, place)
-    images.image_ids = unique_ids(images.paths, path.parent)
+    images.image_ids = unique_ids(images.paths, folder)
     return images
 
 
@@ -242,11 +242,9 @@ def _values(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
-def _read_labelme(files: list[Path], with_masks: bool) -> LabelledImages:
+def _read_labelme(folder: Path, files: list[Path], with_masks: bool) -> LabelledImages:
     """Reads labelme's files, one for each image: the names of its shapes, or else of its flags."""
-    folder = files[0].parent
-    root = folder.parent if folder.name.lower() == "annotations" else folder
-    images, index, places = LabelledImages(), ImageIndex(root), {}
+    images, index, places = LabelledImages(), ImageIndex(folder), {}
     kinds = set()
     for path in files:
         content = _read_json(path)
@@ -261,11 +259,13 @@ def _read_labelme(files: list[Path], with_masks: bool) -> LabelledImages:
                 outlines = [(label, _segmentation(shape, height, width), place) for label, shape, place in shapes]
                 mask = (height, width, outlines)
                 kinds.update(shape.get("shape_type", "polygon") for _, shape, _ in shapes)
-            image = _find(index, (content["imagePath"], path.stem), str(path))
+            name = content["imagePath"].replace("\\", "/")
+            beside = os.path.normpath(path.parent.relative_to(folder) / name)
+            image = _find(index, (beside, name, path.stem), str(path))
         except (AttributeError, KeyError, OSError, TypeError) as error:
             raise ValueError(f"{path} is not a labelme file ({type(error).__name__}: {error}).") from error
         if image is None:
-            images.skipped.append(f"{path}: there is no image {content['imagePath']} below {root}")
+            images.skipped.append(f"{path}: there is no image {name} below {folder}")
             continue
         if image in places:
             raise ValueError(f"{places[image]} and {path} are both of the image {image}: keep one of them.")
@@ -273,11 +273,11 @@ def _read_labelme(files: list[Path], with_masks: bool) -> LabelledImages:
         _append(images, image, names, str(path), mask)
     others = len(index.paths) - len(places)
     if others > 0:
-        logger.warning("%s: %d images without an annotation file are left out.", root, others)
+        logger.warning("%s: %d images without an annotation file are left out.", folder, others)
     # boxes, lines and points alone are no outlines
     if not kinds & {"polygon", "circle", "mask"}:
         images.masks = [None] * len(images.paths)
-    images.image_ids = unique_ids(images.paths, root)
+    images.image_ids = unique_ids(images.paths, folder)
     return images
 
 

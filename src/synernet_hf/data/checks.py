@@ -21,6 +21,7 @@ from tqdm import tqdm
 from synernet_hf.data.coco import PolygonMask
 from synernet_hf.data.schema import IGNORE_INDEX, check_on_bad_image, class_names, name_some, note_skipped
 from synernet_hf.data.transforms import ORIENTATION_TAG, TRANSPOSED_ORIENTATIONS, open_stored
+from synernet_hf.model import to_rgb
 
 
 logger = logging.getLogger(__name__)
@@ -426,6 +427,9 @@ def _decoded_size(image: Image.Image) -> tuple[int, int]:
     size = image.size
     image.draft("RGB", (max(1, size[0] // 8), max(1, size[1] // 8)))
     image.load()
+    if image.mode[0] in "IF":
+        # the range of more than 8 bits may be unknown
+        to_rgb(image)
     # asked after loading: a TIFF is turned by loading, and a PNG may have its EXIF after the pixels
     return size[::-1] if image.getexif().get(ORIENTATION_TAG) in TRANSPOSED_ORIENTATIONS else size
 

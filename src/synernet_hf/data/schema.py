@@ -129,7 +129,7 @@ def multi_hot(label_ids: Sequence[int], num_classes: int) -> torch.Tensor:
         IndexError: An id is not one of 0 to C - 1.
     """
     vector = torch.zeros(num_classes)
-    vector[list(label_ids)] = 1
+    vector[[int(label) for label in label_ids]] = 1
     return vector
 
 

@@ -77,7 +77,7 @@ class TrainTransform:
         rng = np.random.default_rng((self.seed, position))
         try:
             crop, valid_box = self._crop(open_stored(record["image"]), rng)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"The image {record['image_id']} does not decode: {error}") from error
         return {
             "image": torch.from_numpy(crop),

@@ -11,9 +11,18 @@ import datasets
 import numpy as np
 from PIL import Image
 
+from synernet_hf.data.checks import mask_ids
 from synernet_hf.data.files import ImageIndex, image_name, read_text, unique_ids
 from synernet_hf.data.labels import ids_from_names, read_label_file
-from synernet_hf.data.schema import VOC_CLASSES, as_streams, build_split, check_on_bad_image, name_some, note_skipped
+from synernet_hf.data.schema import (
+    IGNORE_INDEX,
+    VOC_CLASSES,
+    as_streams,
+    build_split,
+    check_on_bad_image,
+    name_some,
+    note_skipped,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -199,14 +208,11 @@ def _labels_from_masks(masks: Sequence[str]) -> list[list[int]]:
     labels = []
     for path in masks:
         with Image.open(path) as mask:
-            ids = np.unique(np.asarray(mask))
-        ids = ids[(ids != 0) & (ids != 255)]
-        if (ids >= len(VOC_CLASSES)).any():
-            raise ValueError(
-                f"The mask {path} holds the class id {ids.max()}, but ids go from 0 to {len(VOC_CLASSES) - 1} and 255 "
-                "is ignore."
-            )
-        labels.append([int(class_id) - 1 for class_id in ids])
+            try:
+                ids = np.unique(mask_ids(mask, mask.size, len(VOC_CLASSES))).tolist()
+            except ValueError as error:
+                raise ValueError(f"The mask {path} {error}.") from error
+        labels.append([class_id - 1 for class_id in ids if class_id not in (0, IGNORE_INDEX)])
     return labels
 
 
