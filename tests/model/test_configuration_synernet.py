@@ -191,3 +191,71 @@ def test_the_configuration_of_an_encoder_is_read_once(family, tmp_path, monkeypa
     found = pretrained_backbone_config(str(tmp_path), overrides)
     assert len(reads) == 1
     assert found.to_dict() == expected.to_dict()
+
+
+RELABELLED = {0: "background", 1: "dog", 2: "cat"}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"id2label": RELABELLED},
+        {"id2label": {"2": "cat", "0": "background", "1": "dog"}},
+        {"label2id": {"background": 0, "dog": 1, "cat": 2}},
+        {"label2id": {"cat": "2", "background": "0", "dog": "1"}, "id2label": RELABELLED},
+        {"id2label": RELABELLED, "label2id": {"background": 0, "dog": 1, "cat": 2}},
+    ],
+    ids=str,
+)
+def test_the_two_maps_of_labels_stay_inverse(given, tmp_path):
+    saved = SynerNetConfig(id2label={0: "background", 1: "cat", 2: "dog"})
+    saved.save_pretrained(tmp_path)
+    assigned = SynerNetConfig.from_pretrained(tmp_path)
+    for name, value in given.items():
+        setattr(assigned, name, value)
+    loaded = SynerNetConfig.from_pretrained(tmp_path, **given)
+    for config in (SynerNetConfig(**given), loaded, AutoConfig.from_pretrained(tmp_path, **given), assigned):
+        assert list(config.id2label.items()) == list(RELABELLED.items())
+        assert config.label2id == {"background": 0, "dog": 1, "cat": 2}
+        config.save_pretrained(tmp_path / "again")
+        assert SynerNetConfig.from_pretrained(tmp_path / "again").label2id == config.label2id
+    saved.num_labels = 4
+    assert saved.label2id == {f"LABEL_{index}": index for index in range(4)}
+
+
+def test_a_contradicting_label2id_is_named_and_left_out(monkeypatch):
+    said = []
+    monkeypatch.setattr("synernet_hf.model.configuration_synernet.logger.warning", said.append)
+    config = SynerNetConfig(id2label=RELABELLED, label2id={"background": 0, "cat": 1, "dog": 2})
+    assert config.label2id == {"background": 0, "dog": 1, "cat": 2}
+    assert len(said) == 1 and "contradicts `id2label`" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("maps", "sentence"),
+    [
+        ({"id2label": {0: "background", 2: "cat"}}, r"must number its 2 labels from 0 on, got \[0, 2\]"),
+        ({"id2label": {1: "background", 2: "cat"}}, r"must number its 2 labels from 0 on, got \[1, 2\]"),
+        ({"id2label": {0: "background", 1: "cat", "1": "dog"}}, "must number its 3 labels from 0 on"),
+        ({"id2label": {0: "background", 1: "cat", 2: "cat"}}, "a name of its own, got 'cat' twice"),
+        (
+            {"id2label": {0: "cat", 1: "background"}},
+            "Label 0 of `id2label` is the background, got 'background' as label 1",
+        ),
+        ({"id2label": {0: "cat", 1: "dog", 2: "__Background__"}}, "got '__Background__' as label 2; put it first"),
+        ({"id2label": {"background": 0, "cat": 1}}, "`id2label` gives numbers their names, got {'background': 0"),
+        ({"id2label": ["background", "cat"]}, "`id2label` is a dictionary"),
+        ({"label2id": {"background": 0, "cat": 1, "dog": 1}}, "must number its 3 labels from 0 on"),
+    ],
+    ids=str,
+)
+def test_labels_with_gaps_or_duplicates_are_refused(maps, sentence, tmp_path):
+    SynerNetConfig(id2label={0: "background", 1: "cat"}).save_pretrained(tmp_path)
+    config = SynerNetConfig.from_pretrained(tmp_path)
+    for build in (
+        lambda: SynerNetConfig(**maps),
+        lambda: SynerNetConfig.from_pretrained(tmp_path, **maps),
+        lambda: [setattr(config, name, value) for name, value in maps.items()],
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            build()

@@ -1,6 +1,9 @@
+import base64
 import functools
 import http.server
+import io
 import threading
+from pathlib import PureWindowsPath
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import torch
 from PIL import Image
 
 from synernet_hf import SynerNetImageProcessor
-from synernet_hf.model.image_processing_synernet import bounded_size
+from synernet_hf.model.image_processing_synernet import bounded_size, open_image
 from synernet_hf.model.modeling_synernet import SynerNetSegmenterOutput
 
 
@@ -315,3 +318,145 @@ def test_the_bound_leaves_smaller_sizes_alone(size):
     halved = SynerNetImageProcessor(do_resize=True, size=size, max_pixels=height * width // 2)
     found = halved(np.asarray(image)[:10, :15], return_tensors="np")["pixel_values"]
     assert found.shape[2] * found.shape[3] <= height * width // 2
+
+
+# depth of pixels: 4096 shades from black to white, of which 8 bits keep 256
+
+RAMP = np.linspace(0, 1, 64 * 64).reshape(64, 64)
+DEEP = {
+    "float32": RAMP.astype(np.float32),
+    "float64": RAMP,
+    "float16": RAMP.astype(np.float16),
+    "float, 0 to 255": (RAMP * 255).astype(np.float32),
+    "float, 16 bits": (RAMP * 65535).astype(np.float32),
+    "int32, 8 bits": (RAMP * 255).astype(np.int32),
+    "int32, 16 bits": (RAMP * 65535).astype(np.int32),
+    "int64, 16 bits": (RAMP * 65535).astype(np.int64),
+    "uint16": (RAMP * 65535).astype(np.uint16),
+    "uint16, other byte order": (RAMP * 65535).astype(">u2"),
+}
+
+
+def assert_ramp(values):
+    values = np.asarray(values)
+    assert values.shape == (64, 64, 3) and values.dtype == np.uint8
+    assert len(np.unique(values)) == 256
+    assert np.abs(values[..., 0] / 255 - RAMP).max() < 1.01 / 255
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_deep_arrays_and_tensors_keep_256_shades(kind):
+    pixels = DEEP[kind]
+    assert_ramp(open_image(pixels))
+    processor = SynerNetImageProcessor(do_normalize=False)
+    expected = np.moveaxis(np.asarray(open_image(pixels)), -1, 0) / 255
+    kinds = [pixels, [pixels], pixels[None], np.repeat(pixels[..., None], 3, axis=2), np.stack([pixels] * 3)[None]]
+    if "byte order" not in kind:
+        kinds.append(torch.from_numpy(pixels.copy()))
+    for given in kinds:
+        (found,) = processor(given, return_tensors="np")["pixel_values"]
+        assert np.abs(found - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix"),
+    [("uint16", "png")]
+    + [(kind, "tif") for kind in ("float32", "int32, 8 bits", "int32, 16 bits", "uint16", "float, 0 to 255")],
+)
+def test_deep_files_keep_256_shades(kind, suffix, served):
+    folder, address = served
+    image = Image.fromarray(DEEP[kind])
+    path = folder / f"deep.{suffix}"
+    image.save(path)
+    for source in (
+        image,
+        path,
+        str(path),
+        path.read_bytes(),
+        {"bytes": None, "path": str(path)},
+        f"{address}/{path.name}",
+    ):
+        assert_ramp(open_image(source))
+
+
+def test_all_levels_of_an_8_bit_image_survive_every_kind():
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    kinds = [
+        levels,
+        levels / 255,
+        (levels / 255).astype(np.float32),
+        levels.astype(np.float64),
+        levels.astype(np.int64),
+    ]
+    kinds += [levels.astype(np.uint16) * 256, levels.astype(np.uint16) * 257, levels.astype(np.int32) * 257]
+    for pixels in kinds:
+        assert np.array_equal(np.asarray(open_image(pixels))[..., 0], levels), pixels.dtype
+    assert np.array_equal(np.asarray(open_image(levels > 127))[..., 0], np.where(levels > 127, 255, 0))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "sentence"),
+    [
+        (
+            RAMP - 0.5,
+            r"Pixel values range from -0.5 to 0.5; known ranges are 0 to 1 \(floats\), 0 to 255 and 0 to 65535",
+        ),
+        (RAMP * 1e6, r"Pixel values range from 0 to 1e\+06; known ranges"),
+        ((RAMP * 1e6).astype(np.int32) - 7, r"Pixel values range from -7 to 999993; known ranges"),
+        (np.where(RAMP > 0.5, np.nan, RAMP), "Pixel values range from nan to nan; known ranges"),
+        (np.array([["black", "white"]]), "numbers are expected"),
+    ],
+)
+def test_pixels_of_an_unknown_range_are_refused(pixels, sentence, tmp_path):
+    for read in (open_image, SynerNetImageProcessor()):
+        with pytest.raises(ValueError, match=sentence):
+            read(pixels)
+    if pixels.dtype.kind in "fi":
+        Image.fromarray(pixels.astype(np.float32)).save(tmp_path / "odd.tif")
+        with pytest.raises(ValueError, match=rf"odd.tif' cannot be used. {sentence.split(' from')[0]}"):
+            open_image(tmp_path / "odd.tif")
+
+
+def test_arrays_are_left_alone_without_rescaling():
+    pixels = np.asarray(random_image(20, 30))
+    expected = SynerNetImageProcessor()(pixels, return_tensors="pt")["pixel_values"]
+    unit = (pixels / 255).astype(np.float32)
+    for given in (unit, unit.transpose(2, 0, 1), torch.from_numpy(unit)):
+        found = SynerNetImageProcessor()(given, do_rescale=False, return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(SynerNetImageProcessor()(given, return_tensors="pt")["pixel_values"], expected)
+    # values of no known range are the caller's business then
+    SynerNetImageProcessor()(unit - 3, do_rescale=False, do_normalize=False, return_tensors="pt")
+
+
+def test_dark_values_of_12_bits_are_named_once(monkeypatch):
+    said = []
+    monkeypatch.setattr("synernet_hf.model.image_processing_synernet.logger.warning_once", said.append)
+    open_image((RAMP * 4095).astype(np.int32))
+    assert len(said) == 1 and "read as 16 bits" in said[0]
+    open_image((RAMP * 65535).astype(np.int32))
+    assert len(said) == 1
+
+
+def test_paths_with_backslashes_are_found(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    random_image(5, 6).save(tmp_path / "folder" / "image.png")
+    monkeypatch.chdir(tmp_path)
+    assert open_image("folder\\image.png").size == open_image(PureWindowsPath("folder/image.png")).size == (6, 5)
+    with pytest.raises(ValueError, match="none.png' cannot be read"):
+        open_image("folder\\none.png")
+
+
+def test_images_come_as_base64_text():
+    stream = io.BytesIO()
+    random_image(5, 6).save(stream, "PNG")
+    text = base64.b64encode(stream.getvalue()).decode()
+    for source in (text, f"data:image/png;base64,{text}"):
+        assert np.array_equal(np.asarray(open_image(source)), np.asarray(random_image(5, 6)))
+
+
+def test_the_alpha_channel_of_arrays_is_dropped_as_that_of_files():
+    rgba = np.dstack([np.asarray(random_image(20, 30)), np.full((20, 30), 7, np.uint8)])
+    expected = SynerNetImageProcessor()(random_image(20, 30), return_tensors="pt")["pixel_values"]
+    for given in (rgba, rgba.transpose(2, 0, 1), Image.fromarray(rgba)):
+        assert torch.equal(SynerNetImageProcessor()(given, return_tensors="pt")["pixel_values"], expected)

@@ -275,3 +275,100 @@ def test_16_bit_greyscale_keeps_its_shades(segmenter, tmp_path):
         found = segmenter.preprocess(source)
         assert np.array_equal(np.asarray(found["prepared"][0].image), expected)
         assert torch.equal(found["prepared"][0].pixel_values, given["prepared"][0].pixel_values)
+
+
+# what people hand in
+
+
+def test_every_kind_of_input_gives_the_same_answer(segmenter, images, tmp_path):
+    image, config = images[1], segmenter.model.config
+    image.save(tmp_path / "image.png")
+    array = np.asarray(image)
+    tensor = torch.from_numpy(array.copy())
+    expected = as_label_map(segmenter(image), config)
+    singles = [
+        array,
+        array.transpose(2, 0, 1),
+        (array / 255).astype(np.float32),
+        array.astype(np.uint16) * 257,
+        tensor,
+        tensor.permute(2, 0, 1),
+        tensor.float() / 255,
+        str(tmp_path / "image.png"),
+        tmp_path / "image.png",
+        (tmp_path / "image.png").read_bytes(),
+        {"image": array},
+        {"image": tensor},
+        {"image": {"bytes": None, "path": str(tmp_path / "image.png")}},
+    ]
+    for given in singles:
+        assert np.array_equal(as_label_map(segmenter(given), config), expected), type(given)
+    several = [
+        singles,
+        tuple(singles),
+        np.stack([array, array]),
+        torch.stack([tensor, tensor]).permute(0, 3, 1, 2),
+        (given for given in singles),
+        iter(singles[:2]),
+    ]
+    for given in several:
+        answers = list(segmenter(given, batch_size=2))
+        assert len(answers) in (2, len(singles))
+        for segments in answers:
+            assert (as_label_map(segments, config) == expected).mean() > 0.999
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", None])
+def test_splits_of_every_format_are_segmented(segmenter, images, kind):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "labels": datasets.List(datasets.Value("int64"))})
+    table = datasets.Dataset.from_dict({"image": images[:2], "labels": [[0], [1]]}, features=features)
+    config = segmenter.model.config
+    for record, image in zip(segmenter(table.with_format(kind), image_labels="known"), images[:2], strict=True):
+        labels = ["cat"] if image is images[0] else ["dog"]
+        assert np.array_equal(
+            as_label_map(record, config), as_label_map(segmenter(image, image_labels=labels), config)
+        )
+
+
+def test_one_scale_may_be_a_number(segmenter, images):
+    config = segmenter.model.config
+    for number, scales in (
+        (1.0, (1.0,)),
+        (1, (1.0,)),
+        (0.5, [0.5]),
+        (np.float32(1.5), (1.5,)),
+        ((1.0, 0.5), [1.0, 0.5]),
+    ):
+        found, expected = (as_label_map(segmenter(images[0], scales=given), config) for given in (number, scales))
+        assert np.array_equal(found, expected)
+    for wrong in (0.0, -1, (), float("nan")):
+        with pytest.raises(ValueError, match="at least one positive scale"):
+            segmenter(images[0], scales=wrong)
+
+
+@pytest.mark.parametrize("text", ["dog", "cat, dog", "dog;cat", "cat|dog", "background, dog"])
+def test_image_labels_may_be_a_text(segmenter, images, text):
+    config, names = segmenter.model.config, [name for name in ("background", "cat", "dog") if name in text]
+    expected = as_label_map(segmenter(images[0], image_labels=names), config)
+    assert np.array_equal(as_label_map(segmenter(images[0], image_labels=text), config), expected)
+    record = {"image": images[0], "labels": text}
+    assert np.array_equal(as_label_map(segmenter(record, image_labels="known"), config), expected)
+    with pytest.raises(ValueError, match=r"\['wolf'\] are not classes of the model; choose from background, cat, dog"):
+        segmenter(images[0], image_labels=f"wolf, {text}")
+
+
+@pytest.mark.parametrize(
+    "id2label", [{0: "background", 1: "dog", 2: "cat"}, {"2": "cat", "1": "dog", "0": "background"}]
+)
+def test_a_relabelled_model_answers_by_its_new_names(segmenter, images, tmp_path, id2label):
+    segmenter.model.save_pretrained(tmp_path)
+    relabelled = SynerNetForWeaklySupervisedSegmentation.from_pretrained(tmp_path, id2label=id2label)
+    renamed = SynerNetSegmentationPipeline(model=relabelled, image_processor=SynerNetImageProcessor())
+    for new, old in (("cat", "dog"), ("dog", "cat")):
+        found = renamed(images[0], image_labels=[new], return_cams=True)
+        expected = segmenter(images[0], image_labels=[old], return_cams=True)
+        assert new in {segment["label"] for segment in found["segments"]} <= {"background", new}
+        assert np.array_equal(found["cams"][new], expected["cams"][old])
+        masks = [{s["label"]: np.asarray(s["mask"]) for s in answer["segments"]} for answer in (found, expected)]
+        assert np.array_equal(masks[0][new], masks[1][old])

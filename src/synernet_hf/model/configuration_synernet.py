@@ -7,6 +7,10 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 _SHARES = (
@@ -33,12 +37,15 @@ OLD_NAMES = {
 }
 
 
-def _with_old_names(config_class):
-    """Renames the arguments of `__init__`: `__post_init__` could not tell a given value from a default."""
+def _with_checked_names(config_class):
+    """
+    Renames old arguments of `__init__`, and lets `id2label` decide where `label2id` contradicts it: `__post_init__`
+    could not tell a given value from a default.
+    """
     init = config_class.__init__
 
     @functools.wraps(init)
-    def renaming(self, *args, **fields):
+    def checked(self, *args, **fields):
         for old, new in OLD_NAMES.items():
             value = fields.pop(old, None)
             if value is None or new is None:
@@ -46,18 +53,45 @@ def _with_old_names(config_class):
             if new in fields:
                 raise ValueError(f"`{old}` is the old name of `{new}`, and both are given; give `{new}` alone.")
             fields[new] = value
+        label2id = None if fields.get("id2label") is None else fields.pop("label2id", None)
         init(self, *args, **fields)
+        # numbers may be texts
+        if label2id is not None and {str(index): name for name, index in label2id.items()} != {
+            str(index): name for index, name in self.id2label.items()
+        }:
+            logger.warning(f"`label2id` {label2id} contradicts `id2label` {self.id2label}, which is used.")
 
-    config_class.__init__ = renaming
+    config_class.__init__ = checked
     return config_class
 
 
+def _checked_labels(pairs: list[tuple[int | str, str]]) -> dict[int, str]:
+    """Numbers and names of labels as `id2label`, in order."""
+    try:
+        labels = {int(index): name for index, name in sorted(pairs, key=lambda pair: int(pair[0]))}
+    except (TypeError, ValueError):
+        raise ValueError(f"`id2label` gives numbers their names, got {dict(pairs)}.") from None
+    if list(labels) != list(range(len(pairs))):
+        raise ValueError(
+            f"`id2label` must number its {len(pairs)} labels from 0 on, got {[index for index, _ in pairs]}."
+        )
+    names = list(labels.values())
+    twice = sorted({str(name) for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"`id2label` must give each label a name of its own, got {twice[0]!r} twice.")
+    for index, name in labels.items():
+        if index and str(name).strip("_ ").casefold() == "background":
+            raise ValueError(f"Label 0 of `id2label` is the background, got {name!r} as label {index}; put it first.")
+    return labels
+
+
 @strict
-@_with_old_names
+@_with_checked_names
 class SynerNetConfig(PreTrainedConfig):
     r"""
     Everything that fixes a SynerNet: its encoder, its heads, the thresholds that turn class activation maps (CAMs)
-    into labels, and the weights of its losses. `id2label` counts the background as label 0.
+    into labels, and the weights of its losses. `id2label` counts the background as label 0; its keys may be texts, as
+    in JSON. `label2id` is its inverse: setting either of the two sets both.
 
     Brackets name the source of a default: *authors* is the authors' public code (values for PASCAL VOC
     unless said otherwise), *paper* the publication, *ours* our own choice. Every field is optional.
@@ -174,7 +208,8 @@ class SynerNetConfig(PreTrainedConfig):
         StrictDataclassClassValidationError: if thresholds do not increase, a share is outside [0, 1], a size, scale or
             dilation is not positive, a weight is negative or not finite, or the ignore index is one of the labels.
         StrictDataclassFieldValidationError: if a field has a wrong type.
-        ValueError: if a field is given under its old and its new name.
+        ValueError: if a field is given under its old and its new name, or `id2label` has a gap, a name twice or the
+            background elsewhere than at 0.
 
     Example:
 
@@ -254,14 +289,30 @@ class SynerNetConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.label2id is None and self.id2label is not None:
-            self.label2id = {name: index for index, name in self.id2label.items()}
         # what a saved folder tells the auto classes; saving a model marks only the class that is saved
         self.auto_map = {
             "AutoConfig": "configuration_synernet.SynerNetConfig",
             "AutoModel": "modeling_synernet.SynerNetModel",
             "AutoModelForSemanticSegmentation": "modeling_synernet.SynerNetForWeaklySupervisedSegmentation",
         }
+
+    def __setattr__(self, name, value):
+        if name in ("id2label", "label2id") and value is not None:
+            if not isinstance(value, dict):
+                raise ValueError(f"`{name}` is a dictionary, such as {{0: 'background', 1: 'cat'}}, got {value!r}.")
+            pairs = list(value.items()) if name == "id2label" else [(index, label) for label, index in value.items()]
+            labels = _checked_labels(pairs)
+            super().__setattr__("id2label", labels)
+            name, value = "label2id", {label: index for index, label in labels.items()}
+        super().__setattr__(name, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """Names of labels among `kwargs` replace both saved maps."""
+        given = {name: kwargs.pop(name) for name in ("id2label", "label2id") if kwargs.get(name) is not None}
+        if given:
+            config_dict = {name: value for name, value in config_dict.items() if name not in ("id2label", "label2id")}
+        return super().from_dict(config_dict | given, **kwargs)
 
     @property
     def num_foreground_labels(self) -> int:

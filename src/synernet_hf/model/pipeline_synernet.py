@@ -144,7 +144,7 @@ class SynerNetSegmentationPipeline(Pipeline):
         """
         if isinstance(inputs, tuple) or (isinstance(inputs, np.ndarray | torch.Tensor) and inputs.ndim == 4):
             inputs = list(inputs)
-        known = (str, dict, list, np.ndarray, torch.Tensor, Image.Image, GeneratorType, Dataset)
+        known = (str, bytes, dict, list, np.ndarray, torch.Tensor, Image.Image, GeneratorType, Dataset)
         if isinstance(inputs, Iterable) and not isinstance(inputs, known):
             inputs = (item for item in inputs)
         return super().__call__(inputs, **kwargs)
