@@ -155,15 +155,16 @@ def test_empty_label_is_a_image_without_classes(tmp_path, caplog):
         load_image_labels(root)
 
 
-def test_label_outside_the_class_list(tmp_path):
+def test_label_outside_the_class_list(tmp_path, caplog):
     root = write_table(tmp_path / "data", ["a.png,cat", "b.png,cat;dgo"])
     for name in "ab":
         Image.new("RGB", (8, 8)).save(root / f"{name}.png")
     with pytest.raises(ValueError, match=r"labels.csv, row 3: Unknown class name 'dgo': did you mean dog"):
         load_image_labels(root, class_names=["background", "cat", "dog"])
+    # the background is no class, and that is said
     write_table(root, ["a.png,cat", "b.png,background"])
-    with pytest.raises(ValueError, match=r"labels.csv, row 3: 'background' is not an image-level label"):
-        load_image_labels(root)
+    assert load_image_labels(root)["train"]["labels"][:] == [[0], []]
+    assert caplog.text.count("'background' in the labels means no class") == 1
 
 
 def test_mask_of_another_size(tmp_path):

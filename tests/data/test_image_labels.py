@@ -94,7 +94,8 @@ def test_columns_are_named_when_their_names_are_not_usual(folder):
     ],
 )
 def test_names_with_spaces_stay_whole_where_spaces_do_not_separate(cells, column, expected):
-    reader = LabelReader(cells, column)
+    reader = LabelReader(column)
+    reader.settle(cells)
     assert [reader.names(cell, "here") for cell in cells] == expected
 
 
@@ -133,7 +134,7 @@ def test_splits_by_column_with_masks(folder):
     }
     assert np.asarray(loaded["validation"][0]["mask"])[0, :3].tolist() == [2, 255, 0]
     check_dataset(loaded)
-    with pytest.raises(ValueError, match="no row of the split 'test': it has train, val"):
+    with pytest.raises(ValueError, match="labels.csv has no split 'test': it has train, val"):
         load_image_labels(folder, validation_split="test")
     (folder / "masks_of_mine" / "d.png").unlink()
     with pytest.raises(FileNotFoundError, match="labels.csv, row 4, names the mask masks_of_mine/d.png"):

@@ -195,7 +195,7 @@ def test_label_vectors_of_wrong_length_in_each_format(devkit, tmp_path):
     ("name", "text", "sentence"),
     [
         ("labels.json", '{"2007_000000": ["catt"]}', "labels.json, 2007_000000: .*'catt': did you mean cat"),
-        ("labels.json", '{"2007_000000": ["background"]}', "'background' is not an image-level label"),
+        ("labels.json", '{"2007_000000": ["background", "catt"]}', "labels.json, 2007_000000: .*'catt': did you mean"),
         ("labels.json", '["2007_000000"]', "one object from identifier to a list"),
         ("labels.json", "{", "is not valid JSON"),
         ("labels.csv", "2007_000000,cat zebra\n", "Unknown class name 'zebra'"),
@@ -240,7 +240,9 @@ def test_unreadable_npz_gets_a_sentence(devkit, tmp_path, broken):
     assert "allow_pickle=True" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("suffix", "sentence"), [("json", "is not valid JSON"), ("csv", "line 1, is not UTF-8 text")])
+@pytest.mark.parametrize(
+    ("suffix", "sentence"), [("json", "line 1, is not UTF-8 text"), ("csv", "line 1, is not UTF-8 text")]
+)
 def test_label_file_that_is_no_text_gets_a_sentence(devkit, tmp_path, suffix, sentence):
     path = tmp_path / f"labels.{suffix}"
     path.write_bytes(b"\xff\xfe\x80")

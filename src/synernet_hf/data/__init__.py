@@ -1,6 +1,7 @@
 """Data sources with image-level labels, training transforms and checks."""
 
 import inspect
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +93,18 @@ def load_wsss_dataset(
     loader = LOADERS.get(name)
     if loader is None:
         if "/" not in name and not Path(name).exists():
+            close = get_close_matches(name, [*LOADERS, *(path.name for path in Path().iterdir())], n=1)
+            hint = f"did you mean {close[0]}? Otherwise " if close else ""
             raise ValueError(
-                f"Unknown data set {name!r}: give {', '.join(LOADERS)}, a folder, or a Hub id owner/name."
+                f"Unknown data set {name!r}: {hint}give {', '.join(LOADERS)}, a folder, or a Hub id owner/name."
             )
         if data_dir is not None:
             raise ValueError(f"{name!r} says where the data is, and so does data_dir={str(data_dir)!r}: give one.")
         loader, arguments = load_image_labels, {"data_dir": name} | arguments
     elif loader is not load_shapes and data_dir is None:
         raise ValueError(f"The data set {name!r} needs data_dir: {DATA_DIR_HINTS[name]}.")
+    elif name == "image_folder" and not Path(data_dir).expanduser().exists():
+        raise FileNotFoundError(f"There is no folder {data_dir}; a data set of the Hub is 'hub', not 'image_folder'.")
     known = [
         key
         for key, value in inspect.signature(loader).parameters.items()

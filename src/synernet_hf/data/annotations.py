@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import datasets
 import numpy as np
@@ -78,17 +77,13 @@ def load_annotations(
     kind, files = found
     root = path.parent if path.is_file() else path
     chosen = choose_splits(files, *wanted, root)
-    missing = [name for name in wanted if name and name not in chosen.values()]
-    if not chosen and len(files) == 1 and not missing:
+    if not chosen and len(files) == 1:
         chosen = {"train": next(iter(files))}
-    if missing or not chosen:
+    if not chosen:
         raise ValueError(
             f"{root} has annotation files of {', '.join(map(repr, files))}, none of which is clearly the split "
-            f"{(missing or ['train'])[0]!r}: name the ones to take with train_split and validation_split."
+            "'train': name the ones to take with train_split and validation_split."
         )
-    unused = [repr(name) for name in files if name not in chosen.values()]
-    if unused:
-        logger.warning("%s: the annotation files of %s are not used.", root, ", ".join(unused))
     if kind == "COCO":
         parts = {
             split: (_only(files[name]), _image_folder(root, files[name][0], name)) for split, name in chosen.items()
@@ -188,13 +183,10 @@ def _read_tasks(folder: Path, path: Path, tag: str | None) -> LabelledImages:
     for place, reference, answers in tasks:
         if not answers:
             continue
-        # a URL or a path on the server, with a prefix that uploading adds
-        reference = unquote(reference.rpartition("?d=")[2].split("?")[0]).replace("\\", "/")
-        name = reference.rpartition("/")[2]
-        image = _find(index, (reference, name, re.sub("^[0-9a-f]{8}-", "", name)), place)
+        image = _find(index, [reference], place)
         labels = [label for answer in answers for label in answer.get(tag or "".join(tags), ())]
         if image is None:
-            images.skipped.append(f"{place}: there is no image {name} below {folder}")
+            images.skipped.append(f"{place}: there is no image {reference} below {folder}")
         elif image in positions:
             images.labels[positions[image]].append(labels)
         else:

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,14 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from synernet_hf.data.coco import PolygonMask
-from synernet_hf.data.schema import IGNORE_INDEX, check_on_bad_image, class_names, name_some, note_skipped
+from synernet_hf.data.schema import (
+    IGNORE_INDEX,
+    check_on_bad_image,
+    class_names,
+    likely_misspelt,
+    name_some,
+    note_skipped,
+)
 from synernet_hf.data.transforms import ORIENTATION_TAG, TRANSPOSED_ORIENTATIONS, open_stored
 from synernet_hf.model import to_rgb
 
@@ -102,6 +108,7 @@ class SplitReport:
         unusable = [f"{key} {why}" for key, why in self.unusable_masks.items()]
         rare = [f"{label}: {count}" for label, count in classes.items() if 0 < count < FEW_IMAGES]
         unseen = [label for label, count in (self.mask_counts or {}).items() if count == 0]
+        doubtful = [f"{a}: {classes[a]}, {b}: {classes[b]}" for a, b in likely_misspelt(classes)]
         found = (
             (self.missing, "records were left out by the loader", 20),
             ([f"{key}: {why}" for key, why in self.undecodable.items()], f"of {number} images do not decode", 3),
@@ -112,7 +119,7 @@ class SplitReport:
             ([label for label in classes if not classes[label]], f"of {len(classes)} classes are in no image", 5),
             (rare, f"of {len(classes)} classes are in fewer than {FEW_IMAGES} images", 20),
             (unseen, f"of {len(classes)} classes are in no mask", 20),
-            (_likely_misspelt(classes), "rare classes with almost the name of a common one", 3),
+            (doubtful, "rare classes with almost the name of a common one", 3),
         )
         return [f"{len(items)} {fault} ({name_some(items, limit)})." for items, fault, limit in found if items]
 
@@ -456,16 +463,6 @@ def _examine_mask(cell: dict | None, size: tuple[int, int], num_labels: int) -> 
         return None, mask_ids(mask, size, num_labels)
     except ValueError as error:
         return str(error), None
-
-
-def _likely_misspelt(class_counts: dict[str, int]) -> list[str]:
-    """Classes at most a tenth as frequent as another of nearly the same name."""
-    found = []
-    for label, count in class_counts.items():
-        common = [other for other, number in class_counts.items() if number >= 10 * max(count, 1)]
-        near = get_close_matches(label, common, n=1, cutoff=0.8) if count else []
-        found += [f"{label}: {count}, {other}: {class_counts[other]}" for other in near]
-    return found
 
 
 def _three(values: list[int]) -> list[int]:

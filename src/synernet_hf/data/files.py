@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from unicodedata import normalize
+from urllib.parse import unquote
 
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
@@ -14,6 +15,7 @@ MASK_FOLDER = "masks"
 # what operating systems, archives and network drives leave beside the data; names with a dot are hidden as well
 SYSTEM_NAMES = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"}
 SYSTEM_NAMES |= {"__pycache__", "thumbs.db", "desktop.ini"}
+WEB_NAME = re.compile(r"(https?|s3|gs):/|/data/(upload|local-files)/")
 
 
 def read_text(path: Path) -> str:
@@ -107,7 +109,8 @@ class ImageIndex:
     def find(self, name: str) -> str | None:
         """
         The file of a path below the folder, an absolute path, a file name or a name without suffix; `None` where there
-        is none. Folders before the folder's own name are left out, as in paths of another computer.
+        is none. Folders before the folder's own name are left out, as in paths of another computer, and so is all but
+        the name in a URL, with the prefix that Label Studio gives to what is uploaded.
 
         Raises `ValueError` if several images have that name. The message is a predicate: the caller says where.
         """
@@ -131,6 +134,11 @@ class ImageIndex:
                         f"names {name!r}, and so does {self._claimed[found]!r}, but there is one image {found} only: "
                         "write the paths as they are"
                     )
+        if found is None and WEB_NAME.match(name):
+            local = unquote(name.rpartition("?d=")[2].split("?")[0])
+            last = posixpath.basename(local)
+            spellings = dict.fromkeys((local, last, re.sub("^[0-9a-f]{8}-", "", last)))
+            found = next(filter(None, map(self._lookup, spellings)), None)
         return None if found is None else str(self.folder / found)
 
     def mask_of(self, image: str) -> str | None:
@@ -161,15 +169,6 @@ class ImageIndex:
     def _has_folders(self) -> bool:
         return any("/" in path for path in self.paths)
 
-    @property
-    def by_key(self) -> dict[str, list[str]]:
-        """Paths by path, file name and name without suffix."""
-        found: dict[str, list[str]] = {}
-        for path in self.paths:
-            for key in {path, posixpath.basename(path), image_name(path)}:
-                found.setdefault(key, []).append(path)
-        return found
-
     def _lookup(self, name: str) -> str | None:
         found = self._by_key.get(name.casefold(), [])
         # the same path comes before a name in other folders, the same case before another one
@@ -192,11 +191,6 @@ class ImageIndex:
         ]
         same = [path for path, names in spelled if name in names]
         return same or [path for path, names in spelled if name.casefold() in [other.casefold() for other in names]]
-
-
-def first_file(candidates: Iterable[Path]) -> str | None:
-    """The first of several places where a file is, `None` where there is none."""
-    return next((str(path) for path in candidates if path.is_file()), None)
 
 
 def find_folder(parent: Path, name: str) -> Path | None:
@@ -223,7 +217,6 @@ __all__ = [
     "MASK_FOLDER",
     "ImageIndex",
     "find_folder",
-    "first_file",
     "image_name",
     "is_hidden",
     "read_text",

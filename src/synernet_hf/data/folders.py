@@ -1,9 +1,9 @@
-"""A folder of images with a table of labels, or with one subfolder for each class → splits of records."""
+"""A folder of images with tables of labels, or with one subfolder for each class → splits of records."""
 
 import io
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,36 +11,58 @@ from typing import Any
 import datasets
 
 from synernet_hf.data.coco import PolygonMask, outline_cell
-from synernet_hf.data.files import IMAGE_SUFFIXES, MASK_FOLDER, ImageIndex, read_text, unique_ids
-from synernet_hf.data.labels import IMAGE_HEADERS, LabelReader, choose_class_names, read_csv_rows
-from synernet_hf.data.schema import build_split, choose_splits, name_some, note_skipped
+from synernet_hf.data.files import (
+    IMAGE_SUFFIXES,
+    MASK_FOLDER,
+    ImageIndex,
+    find_folder,
+    is_hidden,
+    read_text,
+    unique_ids,
+)
+from synernet_hf.data.labels import IMAGE_HEADERS, LabelReader, choose_class_names, flag, read_csv_rows
+from synernet_hf.data.schema import (
+    build_split,
+    choose_splits,
+    name_some,
+    note_skipped,
+    renumber_masks,
+    split_meaning,
+)
 
 
 logger = logging.getLogger(__name__)
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
-TABLE_NAMES = ("labels.csv", "metadata.csv", "metadata.jsonl")
-SPLIT_FOLDERS = ("train", "validation", "val", "test")
-
-LABEL_HEADERS = ("labels", "label", "image_labels", "classes", "class", "class_name", "tags", "categories", "category")
+TABLE_NAMES = ("labels.csv", "metadata.csv", "metadata.jsonl", "_classes.csv")
+LABEL_HEADERS = tuple(
+    "labels label image_labels classes class class_name tags categories category choice choices labelname label_name "
+    "objects".split()
+)
 MASK_HEADERS = ("mask", "mask_file_name", "mask_file")
-SPLIT_HEADER = "split"
+SPLIT_HEADERS = ("split", "subset", "partition")
+# what Label Studio writes beside the labels
+OTHER_HEADERS = {"annotator", "annotation_id", "created_at", "updated_at", "lead_time"}
+# the layouts of Open Images, as CVAT writes it, and of FiftyOne
+OPEN_IMAGES = "-annotations-human-imagelabels.csv"
+FIFTYONE = "labels.json"
 
 
 @dataclass
 class LabelledImages:
     """
-    Images of one split before their labels become vectors.
+    Images of one split before their labels become ids.
 
     Args:
         paths (`list[str]`): the files.
         image_ids (`list[str]`): unique names.
-        labels (`list[list[Any]]`): what the rows of each image hold: a text, a number or a list.
+        labels (`list[list[Any]]`): the cells in the rows of each image, as [`LabelReader.plain`] takes them.
         places (`list[str]`): where each image's labels stand, for error sentences.
         masks (`list`): mask files, or what [`outline_cell`] takes; `None` where there is none.
-        class_names (`list[str]`, *optional*): class list that the source itself gives, background first.
+        class_names (`list[str]`, *optional*): class list that the source itself gives.
         label_column (`str`, *optional*): name of the column of labels.
         skipped (`list[str]`): what was left out and why.
+        lost_masks (`list[str]`): what is said of masks that are named but not there.
     """
 
     paths: list[str] = field(default_factory=list)
@@ -51,6 +73,7 @@ class LabelledImages:
     class_names: list[str] | None = None
     label_column: str | None = None
     skipped: list[str] = field(default_factory=list)
+    lost_masks: list[str] = field(default_factory=list)
 
 
 def load_folder(
@@ -62,15 +85,12 @@ def load_folder(
     skipped: dict[str, list[str]] | None,
 ) -> datasets.DatasetDict:
     """
-    Loads a folder of images with labels, or a table in it; no image is opened.
+    Loads a folder of images with labels, or a table in it; no image is opened. See [`load_image_labels`].
 
     `columns` are `image_column`, `label_column` and `mask_column` of a table, `wanted` the names of the training split
-    and of the one to evaluate on, as far as they are given; see [`load_image_labels`] for the others.
-
-    Raises `FileNotFoundError` if a split, an image or a mask is missing, and `ValueError` if a table cannot be read
-    or a label is not in the class list.
+    and of the one to evaluate on, as far as they are given.
     """
-    return build_splits(_read_folder(path, columns, *wanted), path, class_names, on_bad_image, skipped)
+    return build_splits(_read_folder(path, columns, wanted), path, class_names, on_bad_image, skipped)
 
 
 def build_splits(
@@ -80,112 +100,74 @@ def build_splits(
     on_bad_image: str,
     skipped: dict[str, list[str]] | None,
 ) -> datasets.DatasetDict:
-    """The splits of records, with a class list for all of them; `path` is their source."""
+    """
+    The splits of records, with a class list for all of them; `path` is their source.
+
+    Raises `FileNotFoundError` if images or masks are missing, `ValueError` if a label is not in the class list.
+    """
+    # first the files, for labels of images that are not there say nothing
+    missing = [phrase for images in splits.values() for phrase in images.skipped]
+    if missing and (on_bad_image == "raise" or not any(images.paths for images in splits.values())):
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(missing) + sum(len(images.paths) for images in splits.values())} images are "
+            f"missing ({name_some(missing)}): add them, take the rows out, or leave them out with on_bad_image='skip' "
+            "(--on_bad_image skip)."
+        )
     first = next(iter(splits.values()))
     names = choose_class_names(class_names, first.class_names, str(path))
-    cells = (cell for images in splits.values() for image in images.labels for cell in image)
-    reader = LabelReader(cells, first.label_column, names)
+    reader = LabelReader(first.label_column, names)
+    for images in splits.values():
+        rows = zip(images.labels, images.places, strict=True)
+        images.labels = [[reader.plain(cell, place) for cell in cells] for cells, place in rows]
+    reader.settle(cell for images in splits.values() for cells in images.labels for cell in cells)
     if names is None:
-        names = reader.infer_class_names(zip(first.labels, first.places, strict=True))
+        names = reader.infer_class_names(zip(first.labels, first.places, strict=True), str(path))
         logger.info("%s: %d classes: %s.", path, len(names) - 1, ", ".join(names[1:]))
     built = {}
     for split, images in splits.items():
-        if images.skipped and on_bad_image == "raise":
-            raise FileNotFoundError(
-                f"{len(images.skipped)} images are missing ({name_some(images.skipped)}): add them, take the "
-                "rows out, or leave them out with on_bad_image='skip' (--on_bad_image skip)."
-            )
         labels = [reader.ids(cells, names, place) for cells, place in zip(images.labels, images.places, strict=True)]
         unlabelled = [image_id for image_id, ids in zip(images.image_ids, labels, strict=True) if not ids]
         if unlabelled:
-            logger.warning(
-                "%s: %d images of the split %r have no label (%s); they count as images of background alone.",
-                path,
-                len(unlabelled),
-                split,
-                name_some(unlabelled),
-            )
-        masks = None if split == "train" else _masks(images, split, path)
-        feature = None
-        if masks and not isinstance(masks[0], str):
-            masks, feature = [outline_cell(*mask, names) for mask in masks], PolygonMask()
+            text = "%s: %d images of the split %r have no label (%s); they count as images of background alone."
+            logger.warning(text, path, len(unlabelled), split, name_some(unlabelled))
+        cells, feature = None if split == "train" else _masks(images, split, path), None
+        if cells and not isinstance(cells[0], str):
+            cells, feature = [outline_cell(*mask, names) for mask in cells], PolygonMask()
         note_skipped(skipped, split, images.skipped)
-        built[split] = build_split(images.paths, images.image_ids, labels, names, masks, feature)
+        built[split] = build_split(images.paths, images.image_ids, labels, names, cells, feature)
+        if cells and feature is None:
+            built[split] = renumber_masks(built[split], first.class_names or class_names or ())
+    reader.note_dropped(str(path))
     return datasets.DatasetDict(built)
 
 
-def find_table(folder: Path) -> Path | None:
-    """The first of `labels.csv`, `metadata.csv` and `metadata.jsonl` that is in a folder."""
-    return next((folder / name for name in TABLE_NAMES if (folder / name).is_file()), None)
-
-
-def split_folders(root: Path, train_split: str | None, validation_split: str | None) -> dict[str, Path] | None:
+def find_tables(folder: Path) -> dict[str, Path]:
     """
-    The folders of `train` and `validation`, as far as they are there; `None` if `root` is not divided into splits.
+    The tables of labels in a folder by the names of their splits, `""` where one table holds all.
 
-    Raises `FileNotFoundError` if a folder that was named is not there.
+    They are called `labels.csv` or the like, or anything if their headers name images and labels.
     """
-    if find_table(root) is not None:
-        return None
-    folders = {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
-    named = {name for name in (train_split, validation_split) if name}
-    # a class may be called "train": folders are splits only if all of them are
-    if not folders or folders - set(SPLIT_FOLDERS) - named - {MASK_FOLDER}:
-        return None
-    missing = sorted(named - folders)
-    if missing:
-        raise FileNotFoundError(
-            f"There is no folder {root / missing[0]}: {root} has the folders {', '.join(sorted(folders))}."
-        )
-    return {split: root / name for split, name in choose_splits(folders, train_split, validation_split, root).items()}
-
-
-def read_class_folders(folder: Path) -> LabelledImages:
-    """
-    Reads a folder in which each subfolder holds the images of one class; those of `background` have no class.
-
-    Raises `ValueError` if no image is in a subfolder, images lie beside the subfolders, or the folder `masks` holds no
-    mask of them.
-    """
-    index = ImageIndex(folder)
-    if not index.paths:
-        raise ValueError(
-            f"The folder {folder} has neither a table ({', '.join(TABLE_NAMES)}) nor images in subfolders named "
-            "after their classes: add one of them."
-        )
-    loose = [path for path in index.paths if "/" not in path]
-    if loose:
-        raise ValueError(
-            f"{len(loose)} images lie in {folder} itself ({name_some(loose)}): add a table ({TABLE_NAMES[0]}), or "
-            "put every image into the subfolder of its class."
-        )
-    names = [path.split("/")[0] for path in index.paths]
-    paths = [str(folder / path) for path in index.paths]
-    masks = [index.mask_of(path) for path in paths]
-    in_masks = ImageIndex(folder / MASK_FOLDER).paths
-    if in_masks and not any(masks):
-        raise ValueError(
-            f"None of the {len(in_masks)} files in {folder / MASK_FOLDER} ({name_some(in_masks)}) is named after an "
-            "image (masks/FOLDER/NAME.png): name them so if they are masks, or rename the folder if it is a class."
-        )
-    return LabelledImages(
-        paths=paths,
-        image_ids=unique_ids(paths, folder),
-        labels=[[] if name == "background" else [[name]] for name in names],
-        places=[f"the folder {folder / name}" for name in names],
-        masks=masks,
-    )
+    files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in TABLE_SUFFIXES and path.is_file()]
+    usual = [path for name in TABLE_NAMES for path in files if path.name.lower() == name]
+    if usual:
+        return {"": usual[0]}
+    annotations = find_folder(folder, "annotations")
+    tables = sorted(annotations.glob(f"*{OPEN_IMAGES}")) if annotations else []
+    tables = tables or [path for path in files if not is_hidden(path.name) and _is_table(path)]
+    if len(tables) == 1:
+        return {"": tables[0]}
+    found = {path.name.removesuffix(OPEN_IMAGES).split(".")[0]: path for path in tables}
+    if found and not any(map(split_meaning, found)):
+        names = name_some([path.name for path in tables])
+        raise ValueError(f"{folder} has the tables {names}: give the path of the one to read, or call it labels.csv.")
+    return found
 
 
 def read_table(
-    path: Path,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    mask_column: str | None = None,
-    ignore_splits: bool = False,
+    path: Path, columns: dict[str, str | None], root: Path | None = None, ignore_splits: bool = False
 ) -> dict[str, LabelledImages]:
     """
-    Reads a table of labels (`.csv`, `.tsv` or `.jsonl`) and finds its images.
+    Reads a table of labels (`.csv`, `.tsv` or `.jsonl`) and finds its images, below its own folder or `root`.
 
     The image column is the first with a usual name (`file_name`, `image`, `id`, ...) or else the first; the label
     column the first with a usual name (`labels`, `label`, `class`, ...), else the only one left, else all that are
@@ -197,15 +179,20 @@ def read_table(
     ambiguous.
     """
     rows = _read_rows(path)
-    headers = list(dict.fromkeys(key for _, row in rows for key in row))
-    image_column = _column(path, headers, image_column, "image_column", IMAGE_HEADERS) or headers[0]
-    mask_column = _column(path, headers, mask_column, "mask_column", MASK_HEADERS)
-    split_column = _column(path, headers, None, "", (SPLIT_HEADER,))
-    label_column = _column(path, headers, label_column, "label_column", LABEL_HEADERS)
-    rest = [name for name in headers if name not in (image_column, mask_column, split_column)]
+    headers = [name for name in dict.fromkeys(key for _, row in rows for key in row) if not _is_row_number(name)]
+    for argument, name in columns.items():
+        if name is not None and name not in headers:
+            raise ValueError(f"{path} has no column {name!r} ({argument}): it has {', '.join(headers)}.")
+    image_column = columns.get("image_column") or _usual(headers, IMAGE_HEADERS) or headers[0]
+    mask_column = columns.get("mask_column") or _usual(headers, MASK_HEADERS)
+    split_column = _usual(headers, SPLIT_HEADERS)
+    label_column = columns.get("label_column") or _usual(headers, LABEL_HEADERS)
     class_columns = []
     if label_column is None:
-        is_vector = all(str(row.get(name, "")).strip() in ("0", "1") for _, row in rows for name in rest)
+        rest = [name for name in headers if name not in (image_column, mask_column, split_column)]
+        if OTHER_HEADERS & set(rest):
+            rest = [name for name in rest if name not in OTHER_HEADERS | {"id"}]
+        is_vector = all(flag(row.get(name, 0) or 0) is not None for _, row in rows for name in rest)
         if len(rest) == 1 and not is_vector:
             label_column = rest[0]
         elif rest and is_vector:
@@ -215,61 +202,86 @@ def read_table(
                 f"{path} has no column of labels among {', '.join(headers)}: name it with label_column, or give one "
                 "column of 0 and 1 for each class."
             )
-    splits: dict[str, LabelledImages] = {}
-    masks = (str(row[mask_column]).strip() for _, row in rows if row.get(mask_column))
-    index, seen = ImageIndex(path.parent, left_out=masks), {}
+    codes = _open_images_names(path)
+    # of Open Images: people looked for the label and did not see it
+    unseen = _usual(headers, ("confidence",)) if label_column and label_column.lower() == "labelname" else None
+    masks = [str(row[mask_column]) for _, row in rows if row.get(mask_column)]
+    index, seen, splits = ImageIndex(root or path.parent, left_out=masks), {}, {}
+    all_files = ImageIndex(root or path.parent, with_masks=True) if masks else None
     for number, row in rows:
-        place = f"{path}, row {number}"
         split = "" if ignore_splits or not split_column else str(row.get(split_column) or "").strip()
-        images = splits.setdefault(split, LabelledImages(label_column=label_column))
+        images = splits.setdefault(split.lower(), LabelledImages(label_column=label_column))
         if class_columns:
-            images.class_names = ["background", *class_columns]
-            names = [name for name in class_columns if str(row[name]).strip() == "1"]
+            images.class_names = class_columns
+            names = [name for name in class_columns if flag(row.get(name, 0))]
         else:
-            names = row.get(label_column)
-        _add(images, index, (place, row.get(image_column), names, row.get(mask_column)), seen)
+            names = None if unseen and flag(row[unseen]) is False else row.get(label_column)
+            names = codes.get(names, names) if codes else names
+        place = f"{path}, row {number}"
+        found = _add(images, index, (place, row.get(image_column), names), seen)
+        if found and all_files and str(row.get(mask_column) or "").strip():
+            images.masks[-1] = _find(all_files, row[mask_column], place)
+            if images.masks[-1] is None:
+                images.lost_masks.append(f"{place}, names the mask {row[mask_column]}, which is not there")
     for images in splits.values():
-        images.image_ids = unique_ids(images.paths, path.parent)
+        images.image_ids = unique_ids(images.paths, index.folder)
     return splits
 
 
-def _add(images: LabelledImages, index: ImageIndex, row: tuple, seen: dict[str, tuple]) -> None:
-    """Adds a row to its split, or its labels to the image's earlier row."""
-    place, name, names, mask = row
+def _add(images: LabelledImages, index: ImageIndex, row: tuple, seen: dict[str, tuple]) -> bool:
+    """Adds a row to its split, or its labels to the image's earlier row. Whether it is a new image."""
+    place, name, names = row
     if name is None or not str(name).strip():
         raise ValueError(f"{place}, names no image: fill it in or take the row out.")
-    try:
-        found = index.find(str(name))
-    except ValueError as error:
-        raise ValueError(f"{place}, {error}.") from error
+    found = _find(index, name, place)
     if found is None:
         images.skipped.append(f"{place}: there is no image {name} below {index.folder}")
-        return
+        return False
     if found in seen:
         earlier, position = seen[found]
         if earlier is not images:
             raise ValueError(f"{place}, puts {name} into a second split: give an image one split.")
         images.labels[position].append(names)
-        return
+        return False
     seen[found] = (images, len(images.paths))
-    mask_file = None
-    if mask is not None and str(mask).strip():
-        mask_file = str(index.folder / str(mask).strip())
-        if not Path(mask_file).is_file():
-            raise FileNotFoundError(f"{place}, names the mask {mask}, which is not there: add it or leave it empty.")
     images.paths.append(found)
     images.labels.append([names])
     images.places.append(place)
-    images.masks.append(mask_file or index.mask_of(found))
+    images.masks.append(index.mask_of(found))
+    return True
 
 
-def _column(path: Path, headers: Sequence[str], given: str | None, argument: str, usual: Sequence[str]) -> str | None:
-    if given is not None:
-        if given not in headers:
-            raise ValueError(f"{path} has no column {given!r} ({argument}): it has {', '.join(headers)}.")
-        return given
+def _find(index: ImageIndex, name: Any, place: str) -> str | None:
+    try:
+        return index.find(str(name))
+    except ValueError as error:
+        raise ValueError(f"{place}, {error}.") from error
+
+
+def _usual(headers: Sequence[str], usual: Sequence[str]) -> str | None:
     lower = {name.lower(): name for name in headers}
     return next((lower[name] for name in usual if name in lower), None)
+
+
+def _is_row_number(header: str) -> bool:
+    """Whether a header is that of the numbers that pandas writes before each row, or of an empty column."""
+    return not header or header.startswith("Unnamed: ")
+
+
+def _is_table(path: Path) -> bool:
+    try:
+        first = list(_read_rows(path)[0][1])
+    except ValueError:
+        return False
+    return _usual(first, IMAGE_HEADERS) is not None and _usual(first, LABEL_HEADERS) is not None
+
+
+def _open_images_names(path: Path) -> dict[str, str]:
+    """The names of the codes in a table of Open Images."""
+    names = path.with_name("class-descriptions.csv")
+    if not path.name.endswith(OPEN_IMAGES) or not names.is_file():
+        return {}
+    return {cells[0]: cells[1] for _, cells in read_csv_rows(names) if len(cells) == 2}
 
 
 def _read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -304,6 +316,9 @@ def _read_table_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     header = _header(f"{path}, row {number}", first)
     rows = rows[1:] if header is first else rows
     for number, cells in rows:
+        # spreadsheets leave empty cells at the end
+        while len(cells) > len(header) and not cells[-1]:
+            cells.pop()
         if len(cells) != len(header):
             raise ValueError(
                 f"{path}, row {number}, has {len(cells)} cells, but {len(header)} are expected ({', '.join(header)}): "
@@ -332,51 +347,160 @@ def _header(place: str, cells: list[str]) -> list[str]:
 
 
 def _read_folder(
-    path: Path, columns: dict[str, str | None], train_split: str | None, validation_split: str | None
+    path: Path, columns: dict[str, str | None], wanted: tuple[str | None, str | None]
 ) -> dict[str, LabelledImages]:
-    table = path if path.is_file() else find_table(path)
-    if table is not None:
-        found = read_table(table, **columns)
-        if set(found) == {""}:
-            if validation_split or train_split:
-                raise ValueError(
-                    f"{table} has no column 'split', so there is no split {validation_split or train_split!r}: add the "
-                    "column, or put the images into the folders train and validation with a table each."
-                )
-            return {"train": found[""]}
-        missing = [name for name in (train_split, validation_split) if name and name not in found]
-        if missing:
-            raise ValueError(f"{table} has no row of the split {missing[0]!r}: it has {', '.join(found)}.")
-        names = choose_splits(found, train_split, validation_split, table)
-        left_out = [name for name in found if name not in names.values()]
-        if left_out:
-            logger.warning("%s: rows of the splits %s are not used.", table, ", ".join(map(repr, left_out)))
-        if not names:
+    tables = {"": path} if path.is_file() else find_tables(path)
+    root = path.parent if path.is_file() else path
+    if set(tables) == {""}:
+        source = tables[""]
+        found = read_table(source, columns, root)
+        if set(found) == {""} and any(wanted):
             raise ValueError(
-                f"{table} has neither rows of the split 'train' nor of one to evaluate on: it has {', '.join(found)}. "
-                "Name one with train_split or validation_split."
+                f"{source} has no column 'split', so there is no split {wanted[1] or wanted[0]!r}: add the "
+                "column, or put the images into the folders train and validation with a table each."
             )
-        return {split: found[name] for split, name in names.items()}
-    folders = split_folders(path, train_split, validation_split)
-    if folders is None and (train_split or validation_split):
-        raise FileNotFoundError(
-            f"{path} is not divided into splits, so there is no {validation_split or train_split!r}: make the folders "
-            "train and validation."
+        read: dict[str, Callable[[], LabelledImages]] = {name: lambda part=part: part for name, part in found.items()}
+    elif tables:
+        source = path
+        read = {name: lambda table=table: read_table(table, columns, root, True)[""] for name, table in tables.items()}
+    else:
+        folders = _image_folders(path)
+        inner = next(iter(folders.values()), path)
+        is_only = len(folders) == 1 and split_meaning(inner.name) is None and inner.name not in wanted
+        if is_only and _is_part(inner, of_splits=True):
+            # a folder around the data, as archives have it
+            return _read_folder(inner, columns, wanted)
+        source, folders = path, folders if any(wanted) else _split_folders(path, folders)
+        read = {name: lambda folder=folder: _read_part(folder, columns) for name, folder in folders.items()}
+    if set(read) == {""}:
+        return {"train": read[""]()}
+    chosen = choose_splits(read, *wanted, source)
+    if not chosen:
+        raise ValueError(
+            f"{source} has neither the split 'train' nor one to evaluate on: it has {', '.join(read)}. Name "
+            "one with train_split or validation_split."
         )
-    return {split: _read_part(folder, columns) for split, folder in (folders or {"train": path}).items()}
+    return {split: read[name]() for split, name in chosen.items()}
+
+
+def _image_folders(root: Path) -> dict[str, Path]:
+    """The subfolders with images or tables in them by their names, without those of masks and of the system."""
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not is_hidden(path.name)]
+    folders = [path for path in folders if path.name.lower() != MASK_FOLDER]
+    return {path.name: path for path in folders if ImageIndex(path).paths or find_tables(path)}
+
+
+def _split_folders(root: Path, folders: dict[str, Path]) -> dict[str, Path]:
+    """
+    The folders of the splits by their names; `root` itself by `""` if it is not divided.
+
+    Raises `ValueError` if folders of splits and others cannot be told apart.
+    """
+    meant = [name for name in folders if split_meaning(name)]
+    others = [name for name in folders if name not in meant]
+    if meant and not others:
+        return folders
+    # a class may be called "train": like the others it holds images, and neither a table nor subfolders
+    if len(meant) > 1 or any(_is_part(folders[name]) for name in meant):
+        raise ValueError(
+            f"{root} has {name_some(meant)}, which are names of splits, beside {name_some(others, 10)}: name the splits "
+            "with train_split and validation_split (--train_split, --validation_split), or move the other folders."
+        )
+    if meant:
+        logger.warning("%s: the folder %r is read as a class, like %s.", root, meant[0], name_some(others))
+    return {"": root}
+
+
+def _is_part(folder: Path, of_splits: bool = False) -> bool:
+    """Whether a folder has a table or folders of classes, or `of_splits`, a table or folders of splits."""
+    inner = [path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)]
+    divided = [name for name in inner if split_meaning(name)] if of_splits else inner
+    return bool(divided) or bool(find_tables(folder)) or (folder / FIFTYONE).is_file()
 
 
 def _read_part(folder: Path, columns: dict[str, str | None]) -> LabelledImages:
-    table = find_table(folder)
+    tables = find_tables(folder)
+    if len(tables) == 1:
+        return read_table(next(iter(tables.values())), columns, folder, ignore_splits=True)[""]
     given = [f"{argument}={name}" for argument, name in columns.items() if name is not None]
-    if table is None and given:
+    if given:
         raise ValueError(f"{folder} has no table, so {given[0]} names nothing: add a table or leave it out.")
-    if table is None:
-        return read_class_folders(folder)
-    return read_table(table, **columns, ignore_splits=True)[""]
+    return _read_fiftyone(folder) or read_class_folders(folder)
 
 
-def _masks(images: LabelledImages, split: str, path: Path) -> list[str] | None:
+def _read_fiftyone(folder: Path) -> LabelledImages | None:
+    """Reads FiftyOne's layout: `data/` and `labels.json`, an object of `classes` and of `labels` by identifier."""
+    path = folder / FIFTYONE
+    if not path.is_file():
+        return None
+    text = read_text(path)
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}).") from error
+    if not isinstance(content, dict) or not isinstance(content.get("labels"), dict):
+        return None
+    classes = content.get("classes")
+    images, index, seen = LabelledImages(class_names=classes), ImageIndex(find_folder(folder, "data") or folder), {}
+    for key, label in content["labels"].items():
+        place = f"{path}, {key}"
+        labels = label if isinstance(label, list) else [label]
+        names = [item.get("label") if isinstance(item, dict) else item for item in labels]
+        for position, name in enumerate(names):
+            if classes and isinstance(name, int):
+                if not 0 <= name < len(classes):
+                    raise ValueError(f"{place}: the label {name} is not a position in the {len(classes)} classes.")
+                names[position] = classes[name]
+        _add(images, index, (place, key, names), seen)
+    images.image_ids = unique_ids(images.paths, index.folder)
+    return images
+
+
+def read_class_folders(folder: Path) -> LabelledImages:
+    """
+    Reads a folder in which each subfolder holds the images of one class; those of `background` have no class.
+
+    Raises `ValueError` if no image is in a subfolder, images lie beside the subfolders, or the folder `masks` holds no
+    mask of them.
+    """
+    index = ImageIndex(folder)
+    if not index.paths:
+        raise ValueError(
+            f"The folder {folder} has neither a table ({', '.join(TABLE_NAMES)}) nor images in subfolders named "
+            "after their classes: add one of them."
+        )
+    loose = [path for path in index.paths if "/" not in path]
+    if loose:
+        raise ValueError(
+            f"{len(loose)} images lie in {folder} itself ({name_some(loose)}): add a table ({TABLE_NAMES[0]}), or "
+            "put every image into the subfolder of its class."
+        )
+    names = [path.split("/")[0] for path in index.paths]
+    paths = [str(folder / path) for path in index.paths]
+    masks = [index.mask_of(path) for path in paths]
+    mask_folder = find_folder(folder, MASK_FOLDER)
+    in_masks = ImageIndex(mask_folder, with_masks=True).paths if mask_folder else []
+    if in_masks and not any(masks):
+        raise ValueError(
+            f"None of the {len(in_masks)} files in {mask_folder} ({name_some(in_masks)}) is named after an "
+            "image (masks/FOLDER/NAME.png): name them so if they are masks, or rename the folder if it is a class."
+        )
+    return LabelledImages(
+        paths=paths,
+        image_ids=unique_ids(paths, folder),
+        # in lists, for the names of folders are never taken apart
+        labels=[[[name]] for name in names],
+        places=[f"the folder {folder / name}" for name in names],
+        masks=masks,
+    )
+
+
+def _masks(images: LabelledImages, split: str, path: Path) -> list[Any] | None:
+    if images.lost_masks:
+        raise FileNotFoundError(
+            f"{len(images.lost_masks)} masks of the split {split!r} are missing ({name_some(images.lost_masks)}): add "
+            "them or leave the cells empty."
+        )
     without = [place for place, mask in zip(images.places, images.masks, strict=True) if mask is None]
     if len(without) == len(images.masks):
         logger.warning("%s: the split %r has no masks: it cannot be scored.", path, split)
@@ -390,4 +514,4 @@ def _masks(images: LabelledImages, split: str, path: Path) -> list[str] | None:
     return list(images.masks)
 
 
-__all__ = ["LABEL_HEADERS", "TABLE_SUFFIXES", "find_table", "load_folder"]
+__all__ = ["LABEL_HEADERS", "TABLE_SUFFIXES", "LabelledImages", "build_splits", "find_tables", "load_folder"]

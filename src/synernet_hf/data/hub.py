@@ -1,6 +1,9 @@
 """Images of one's own: a folder, a data set of the Hub or parquet files, read with named columns; and written."""
 
-from collections.abc import Iterable, Sequence
+import difflib
+import logging
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -10,18 +13,20 @@ from datasets.table import embed_table_storage
 
 from synernet_hf.data.annotations import find_annotations, load_annotations
 from synernet_hf.data.coco import PolygonMask
-from synernet_hf.data.folders import LABEL_HEADERS, TABLE_SUFFIXES, find_table, load_folder
-from synernet_hf.data.labels import (
-    IMAGE_HEADERS,
-    LabelReader,
-    choose_class_names,
-    ids_from_names,
-    ids_from_vector,
-    vector_length,
+from synernet_hf.data.folders import LABEL_HEADERS, TABLE_SUFFIXES, find_tables, load_folder
+from synernet_hf.data.labels import CATEGORY_KEYS, IMAGE_HEADERS, LabelReader, choose_class_names
+from synernet_hf.data.schema import (
+    as_streams,
+    check_on_bad_image,
+    choose_splits,
+    is_background,
+    record_features,
+    renumber_masks,
 )
-from synernet_hf.data.schema import as_streams, check_on_bad_image, choose_splits, record_features
 from synernet_hf.files import replace_file
 
+
+logger = logging.getLogger(__name__)
 
 ID_COLUMNS = ("image_id", "id", "file_name", "filename")
 
@@ -110,79 +115,39 @@ def load_image_labels(
     if unknown:
         raise TypeError(f"load_image_labels does not take {', '.join(unknown)}: columns are {', '.join(known)}.")
     path = Path(data_dir).expanduser()
-    is_table = path.is_file() and path.suffix.lower() in TABLE_SUFFIXES
-    is_json = path.is_file() and path.suffix.lower() == ".json"
-    if is_table or is_json or (path.is_dir() and not _holds_columns(path)):
-        wanted = (train_split, validation_split)
-        has_table = is_table or (path.is_dir() and find_table(path) is not None)
-        found = None if has_table else find_annotations(path)
+    wanted = (train_split, validation_split)
+    if not path.exists():
+        check_hub_id(data_dir)
+    elif path.suffix.lower() in (*TABLE_SUFFIXES, ".json") or (path.is_dir() and not _holds_columns(path)):
+        found = None if path.is_dir() and find_tables(path) else find_annotations(path)
         if found is not None:
             label_column = columns.get("label_column")
             built = load_annotations(path, found, label_column, class_names, wanted, on_bad_image, skipped)
-        elif is_json:
+        elif path.suffix.lower() == ".json":
             raise ValueError(
                 f"{path} is not an annotation file of COCO, Label Studio or labelme: export one of these."
             )
         else:
             built = load_folder(path, dict(columns), class_names, wanted, on_bad_image, skipped)
         return as_streams(built) if streaming else built
-    if not path.exists() and str(data_dir).count("/") != 1:
-        raise FileNotFoundError(f"There is no folder {data_dir}, and it is no Hub id of the form owner/name.")
-    splits = load_columns(data_dir, dict(columns), class_names, (train_split, validation_split), streaming)
+    splits = load_columns(data_dir, dict(columns), class_names, wanted, streaming)
     return datasets.IterableDatasetDict(splits) if streaming else datasets.DatasetDict(splits)
+
+
+def check_hub_id(source: str | Path) -> None:
+    """Raises `FileNotFoundError` for a path where nothing is, unless it may be the id of a data set of the Hub."""
+    path = Path(source).expanduser()
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)) and not path.parent.is_dir():
+        return
+    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, beside, n=1)
+    hint = f": did you mean {path.parent / close[0]}?" if close else ", and it is not a Hub id of the form owner/name."
+    raise FileNotFoundError(f"There is no folder {source}{hint}")
 
 
 def _holds_columns(folder: Path) -> bool:
     saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    return saved or (find_table(folder) is None and next(folder.rglob("*.parquet"), None) is not None)
-
-
-class ImageLabelColumn:
-    """
-    The column of labels of a data set: a `ClassLabel`, a name or a number, or a list of these.
-
-    Raises `ValueError` if the feature is none of them.
-    """
-
-    def __init__(self, feature: Any, name: str) -> None:
-        self.name = name
-        self.is_list = isinstance(feature, datasets.List | datasets.LargeList)
-        inner = feature.feature if self.is_list else feature
-        self.class_names: list[str] | None = None
-        self.reader = LabelReader()
-        dtype = getattr(inner, "dtype", "")
-        if isinstance(inner, datasets.ClassLabel):
-            self.kind, listed = "class_label", list(inner.names)
-            self.first_id = 0 if listed[0] == "background" else 1
-            self.class_names = listed if self.first_id == 0 else ["background", *listed]
-        elif isinstance(inner, datasets.Value) and "string" in dtype:
-            self.kind = "name"
-        elif isinstance(inner, datasets.Value) and dtype.startswith(("int", "uint", "float", "bool")):
-            self.kind = "number"
-        else:
-            raise ValueError(
-                f"The column {name!r} holds {feature}, which is not a label: a ClassLabel, a name or a number is "
-                "expected, or a list of them (one 0 or 1 for each class is a list too)."
-            )
-
-    def decide(self, values: Iterable[Any], class_names: Sequence[str] | None) -> None:
-        """Settles how the column is read, from its values in all splits."""
-        self.reader = LabelReader(values, class_names=class_names)
-
-    def ids(self, value: Any, names: Sequence[str], place: str) -> list[int]:
-        """The label ids of one value."""
-        if self.kind == "class_label":
-            items = value if isinstance(value, list) else [] if value is None else [value]
-            # -1 stands for a label that is not known
-            listed = [self.class_names[item + self.first_id] for item in items if item >= 0]
-            return ids_from_names([name for name in listed if name != "background"], names, place)
-        return self.reader.ids([value], names, place)
-
-    def streamed_ids(self, value: Any, names: Sequence[str], place: str) -> list[int]:
-        """The same where the other values are not known: lists of C numbers 0 and 1 are label vectors."""
-        if self.kind == "number" and value and self.is_list and vector_length([value]) == len(names) - 1:
-            return ids_from_vector(value, len(names) - 1, place)
-        return self.ids(value, names, place)
+    return saved or (next(folder.rglob("*.parquet"), None) is not None and not find_tables(folder))
 
 
 def open_dataset(source: str | Path, streaming: bool = False) -> dict[str, Any]:
@@ -197,6 +162,8 @@ def open_dataset(source: str | Path, streaming: bool = False) -> dict[str, Any]:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             loaded = datasets.load_from_disk(str(path))
             loaded = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+            # a format is saved with the data
+            loaded = {name: split.with_format(None) for name, split in loaded.items()}
             return {name: split.to_iterable_dataset() for name, split in loaded.items()} if streaming else loaded
         if path.is_file():
             return dict(datasets.load_dataset("parquet", data_files={"train": str(path)}, streaming=streaming))
@@ -221,62 +188,94 @@ def load_columns(
     streaming: bool,
 ) -> dict[str, Any]:
     """
-    Loads a data set with named columns; no image is opened.
-
-    `columns` are `image_column`, `label_column` and `mask_column`, `wanted` the names of the training split and of the
-    one to evaluate on, as far as they are given. Returns `train` and `validation`, as far as they are there.
+    Loads a data set with named columns; no image is opened. See [`load_image_labels`] and [`load_folder`].
 
     Raises `FileNotFoundError` if there is no such data set, `ValueError` if a split or column is missing or of a kind
     that holds no images or labels, or a label is not in the class list.
     """
-    splits = _choose_splits(open_dataset(source, streaming), source, wanted)
+    splits = open_dataset(source, streaming)
+    chosen = choose_splits(splits, *wanted, f"The data set {source}")
+    if not chosen:
+        raise ValueError(
+            f"The data set {source} has neither a split 'train' nor one to evaluate on: name one of "
+            f"{', '.join(splits)} with train_split or validation_split."
+        )
+    splits = {split: splits[name] for split, name in chosen.items()}
     first = next(iter(splits.values()))
     if first.features is None:
         first = first._resolve_features()
     image, label, mask = _choose_columns(first.features, source, columns)
-    column = ImageLabelColumn(first.features[label], label)
-    names = choose_class_names(class_names, column.class_names, str(source))
+    feature = first.features[label]
+    own = _class_list(feature, label)
+    names = choose_class_names(class_names, own, str(source))
     if streaming and names is None:
         raise ValueError(
             f"The labels of {source} come without a class list, which cannot be inferred while streaming: give "
             "class_names."
         )
-    if streaming:
-        column.decide((), names)
-    else:
-        values = {split_name: split[label][:] for split_name, split in splits.items()}
-        column.decide((value for part in values.values() for value in part), names)
+    reader = LabelReader(class_names=names, streamed=streaming)
+    cells = {}
+    if not streaming:
+        for split_name, split in splits.items():
+            places = (f"{source}, split {split_name!r}, record {index}" for index in range(len(split)))
+            values = zip(split[label][:], places, strict=True)
+            cells[split_name] = [([reader.plain(_with_names(value, feature), at)], at) for value, at in values]
+        reader.settle(cell for rows in cells.values() for row, _ in rows for cell in row)
+        names = names or reader.infer_class_names(next(iter(cells.values())), str(source))
     loaded = {}
     for split_name, split in splits.items():
-        with_mask = split_name != "train" and mask is not None and mask in (split.features or first.features)
-        chosen = {image: "image"} | ({mask: "mask"} if with_mask else {})
+        features = split.features or first.features
+        with_mask = split_name != "train" and mask is not None and mask in features
+        renamed = {image: "image"} | ({mask: "mask"} if with_mask else {})
+        id_column = next((name for name in ID_COLUMNS if isinstance(features.get(name), datasets.Value)), None)
         if streaming:
-            id_column = _id_column(split.features or first.features)
-            loaded[split_name] = _stream(split, split_name, chosen, column, names, id_column)
-            continue
-        places = [f"{source}, split {split_name!r}, record {index}" for index in range(len(split))]
-        if names is None:
-            names = column.reader.infer_class_names(
-                ([value], place) for value, place in zip(values[split_name], places, strict=True)
-            )
-        labels = [column.ids(value, names, place) for value, place in zip(values[split_name], places, strict=True)]
-        loaded[split_name] = _with_labels(split, split_name, chosen, labels, names)
+            made = _stream(split, split_name, renamed, (reader, label, feature), names, id_column)
+        else:
+            labels = [reader.ids(row, names, place) for row, place in cells[split_name]]
+            made = _with_labels(split, split_name, renamed, labels, names, id_column)
+        loaded[split_name] = renumber_masks(made, own or class_names or ())
+    reader.note_dropped(str(source))
     return loaded
 
 
-def _choose_splits(
-    splits: dict[str, Any], source: str | Path, wanted: tuple[str | None, str | None]
-) -> dict[str, Any]:
-    missing = [name for name in wanted if name and name not in splits]
-    if missing:
-        raise ValueError(f"The data set {source} has no split {missing[0]!r}: it has {', '.join(splits)}.")
-    found = {split: splits[name] for split, name in choose_splits(splits, *wanted, source).items()}
-    if not found:
+def _class_list(feature: Any, column: str) -> list[str] | None:
+    """The class list of a column of labels. Raises `ValueError` if it holds no labels."""
+    inner = feature
+    while not isinstance(inner, datasets.ClassLabel | datasets.Value):
+        if isinstance(inner, datasets.List | datasets.LargeList):
+            inner = inner.feature
+        elif isinstance(inner, dict) and set(inner) & set(CATEGORY_KEYS):
+            inner = next(inner[key] for key in CATEGORY_KEYS if key in inner)
+        elif isinstance(inner, dict) and inner is feature and len(set(map(str, inner.values()))) == 1:
+            # a 0 or 1 for each name
+            inner = next(iter(inner.values()))
+            inner = inner if isinstance(inner, datasets.Value) else None
+        else:
+            break
+    if isinstance(inner, datasets.ClassLabel):
+        return list(inner.names)
+    dtype = getattr(inner, "dtype", "")
+    if not isinstance(inner, datasets.Value) or not re.match("(large_)?string|u?int|float|bool|null", dtype):
         raise ValueError(
-            f"The data set {source} has neither a split 'train' nor one to evaluate on: name one of "
-            f"{', '.join(splits)} with train_split or validation_split."
+            f"The column {column!r} holds {feature}, which is not a label: a ClassLabel, a name or a number is "
+            "expected, or a list of them (one 0 or 1 for each class is a list too), or objects with a category."
         )
-    return found
+    return None
+
+
+def _with_names(value: Any, feature: Any) -> Any:
+    """A value with the names of its ClassLabel ids, in lists, which are never taken apart."""
+    if isinstance(feature, datasets.ClassLabel):
+        # -1 stands for a label that is not known
+        names = [] if value is None or value < 0 else [feature.names[value]]
+        return [name for name in names if not is_background(name)]
+    if isinstance(feature, datasets.List | datasets.LargeList) and value is not None:
+        found = [_with_names(item, feature.feature) for item in value]
+        is_named = isinstance(feature.feature, datasets.ClassLabel)
+        return [name for names in found for name in names] if is_named else found
+    if isinstance(feature, dict) and isinstance(value, Mapping):
+        return {key: _with_names(item, feature[key]) for key, item in value.items()}
+    return value
 
 
 def _choose_columns(
@@ -319,42 +318,45 @@ def _holds_images(feature: Any) -> bool:
 
 
 def _with_labels(
-    split: datasets.Dataset, split_name: str, chosen: dict[str, str], labels: Sequence[list[int]], names: Sequence[str]
+    split: datasets.Dataset,
+    split_name: str,
+    renamed: dict[str, str],
+    labels: Sequence[list[int]],
+    names: Sequence[str],
+    id_column: str | None,
 ) -> datasets.Dataset:
-    id_column = _id_column(split.features)
     ids = [str(value) for value in split[id_column][:]] if id_column else []
     if len(set(ids)) < len(split):
+        if ids:
+            logger.warning("The column %r of the split %r repeats: records are numbered.", id_column, split_name)
         ids = [f"{split_name}_{index:06d}" for index in range(len(split))]
-    split = split.select_columns(list(chosen)).rename_columns(chosen)
+    split = split.select_columns(list(renamed)).rename_columns(renamed)
     split = split.add_column("image_id", ids, feature=datasets.Value("string"))
-    features = record_features(names, with_mask="mask" in chosen.values())
+    features = record_features(names, with_mask="mask" in renamed.values())
     split = split.add_column("labels", list(labels), feature=features["labels"])
     split = split.select_columns(list(features))
     # a cast writes a copy of the images beside a data set that was saved
     return split if split.features == features else split.cast(features)
 
 
-def _id_column(features: datasets.Features) -> str | None:
-    return next((n for n in ID_COLUMNS if isinstance(features.get(n), datasets.Value)), None)
-
-
 def _stream(
     split: datasets.IterableDataset,
     split_name: str,
-    chosen: dict[str, str],
-    column: ImageLabelColumn,
+    renamed: dict[str, str],
+    labels: tuple[LabelReader, str, Any],
     names: list[str],
     id_column: str | None,
 ) -> datasets.IterableDataset:
+    reader, label, feature = labels
+
     def record(row: dict, index: int) -> dict:
         place = f"split {split_name!r}, record {index}"
-        labels = column.streamed_ids(row[column.name], names, place)
+        ids = reader.ids([reader.plain(_with_names(row[label], feature), place)], names, place)
         image_id = None if id_column is None else row[id_column]
         image_id = f"{split_name}_{index:06d}" if image_id is None else str(image_id)
-        made = {new: row[old] for old, new in chosen.items()}
-        return made | {"image_id": image_id, "labels": labels}
+        return {new: row[old] for old, new in renamed.items()} | {"image_id": image_id, "labels": ids}
 
-    features = record_features(names, with_mask="mask" in chosen.values())
+    features = record_features(names, with_mask="mask" in renamed.values())
     return split.map(record, with_indices=True, remove_columns=split.column_names, features=features)
 
 

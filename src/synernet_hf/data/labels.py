@@ -1,11 +1,15 @@
 """Labels as people write them → class lists and label ids, by name and never by chance."""
 
+import ast
 import csv
 import io
 import json
+import logging
+import math
 import re
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,62 +17,106 @@ from typing import Any
 import numpy as np
 
 from synernet_hf.data.files import image_name, read_text
-from synernet_hf.data.schema import class_index, id2label_from, name_some
+from synernet_hf.data.schema import (
+    background_first,
+    class_index,
+    clean_label,
+    id2label_from,
+    is_background,
+    likely_misspelt,
+    name_some,
+)
 
+
+logger = logging.getLogger(__name__)
 
 LABEL_SEPARATORS = ";|,"
-IMAGE_HEADERS = ("file_name", "filename", "file", "path", "image", "image_id", "picture", "name", "id", "ids")
+IMAGE_HEADERS = tuple(
+    "file_name filename file path image image_id picture name image_name image_path file_path filepath imageid img "
+    "id ids".split()
+)
+# how spreadsheets and programs write that there is no label, and the folder of images without one in CVAT and FiftyOne
+NO_LABEL = {"", "nan", "none", "null", "n/a", "na", "<na>", "#n/a", "nat", "no_label", "_unlabeled"}
+# where detection metadata and annotation tools keep the names in an object
+CATEGORY_KEYS = ("category", "categories", "label", "labels", "class", "classes", "choices")
 
 
 class LabelReader:
     """
-    Reads cells of labels: a text with one or several names, a number, or a list of names, ids or 0 and 1.
-
-    What a cell alone does not say is decided once, from those of all splits: whether lists are label vectors, and
-    whether spaces separate names.
+    Reads cells of labels. [`plain`] makes each a text with one or several names, a number, a list or `None`; [`settle`]
+    decides from those of all splits what a cell alone does not say; [`ids`] and [`infer_class_names`] take plain cells.
 
     Args:
-        cells (`Iterable[Any]`, *optional*): The cells of all splits.
         column (`str`, *optional*): Name of a column of texts in which spaces may separate names: they do where no text
             holds `;`, `|` or `,` and the column has a plural name (`labels`, `classes`, `tags`), so that `traffic
             light` in a column `label` stays whole.
         class_names (`Sequence[str]`, *optional*): Known class names; a text that is one of them is not taken apart.
-
-    Attributes:
-        vector_length (`int` or `None`): number of classes of the lists, if they are label vectors.
+        streamed (`bool`, *optional*, defaults to `False`): Other cells are not known: a list of a 0 or 1 for each
+            class is a label vector.
     """
 
     def __init__(
-        self, cells: Iterable[Any] = (), column: str | None = None, class_names: Sequence[str] | None = None
+        self, column: str | None = None, class_names: Sequence[str] | None = None, streamed: bool = False
     ) -> None:
+        self.column = column
         self.known = frozenset(class_names or ())
-        cells = [cell for cell in cells if not _is_empty(cell)]
+        self.streamed = streamed
+        self.vector_length: int | None = None
+        self.separators: list[str] = list(LABEL_SEPARATORS)
+        self._dropped: set[str] = set()
+
+    def plain(self, cell: Any, place: str) -> Any:
+        """
+        A cell as `None` (no label), a text, a number, or a list of texts and numbers.
+
+        A text that writes a list or an object is read as one; detection metadata gives its categories, a mapping to 0
+        and 1 its names. Raises `ValueError`, beginning with `place`, for all else.
+        """
+        if isinstance(cell, str):
+            text = clean_label(cell)
+            if text in self.known or not re.fullmatch(r"\[.*\]|\{.*\}", text, re.DOTALL):
+                return self._label(text)
+            cell = _parsed(text, place)
+        if isinstance(cell, np.ndarray | np.generic):
+            cell = cell.tolist()
+        if isinstance(cell, dict):
+            return self._of_object(cell, place)
+        if not isinstance(cell, list | tuple):
+            return self._scalar(cell, place)
+        items = []
+        for item in cell:
+            items += self._of_object(item, place) if isinstance(item, dict) else [self._scalar(item, place)]
+        return [item for item in items if item is not None]
+
+    def settle(self, cells: Iterable[Any]) -> None:
+        """Decides whether lists are label vectors, and whether spaces separate names."""
+        cells = [cell for cell in cells if cell not in (None, [])]
         self.vector_length = vector_length(cells)
-        texts = [cell for cell in cells if isinstance(cell, str) and cell.strip() not in self.known]
-        has_separator = any(separator in text for text in texts for separator in LABEL_SEPARATORS)
-        is_plural = column is not None and column.lower().endswith("s") and column.lower() != "class"
-        self.separators = [*LABEL_SEPARATORS, *([r"\s"] if is_plural and not has_separator else [])]
+        texts = [cell for cell in cells if isinstance(cell, str) and cell not in self.known]
+        column = (self.column or "").lower()
+        if column.endswith("s") and column != "class" and not any(set(LABEL_SEPARATORS) & set(text) for text in texts):
+            self.separators = [*LABEL_SEPARATORS, r"\s"]
 
     def names(self, cell: Any, place: str) -> list[str]:
         """
-        The names in one cell that holds no label vector, numbers as text, without repeats.
+        The names in a cell that holds no label vector, numbers as text, without repeats.
 
-        Raises `ValueError` for a list of numbers with a 0 or a repeat, which ids of classes do not have; `place` says
-        where it stands.
+        Raises `ValueError` for a list of numbers with a 0 or a repeat, which ids of classes do not have.
         """
-        if _is_empty(cell):
-            return []
-        if not isinstance(cell, list):
-            cell = self._parts(cell, self.separators) if isinstance(cell, str) else [cell]
-        else:
-            numbers = [item for item in cell if isinstance(item, int | float)]
+        if isinstance(cell, str):
+            cell = [name for name in map(self._label, self._parts(cell, self.separators)) if name]
+        elif isinstance(cell, list):
+            numbers = [item for item in cell if not isinstance(item, str)]
             if 0 in numbers or len(set(numbers)) < len(numbers):
                 raise ValueError(
                     f"{place}: the labels {cell[:8]} are neither a vector as all others, of one 0 or 1 for each "
                     "class, nor class ids from 1 without repeats: write one or the other in every row."
                 )
-        names = (_as_text(item) for item in cell)
-        return list(dict.fromkeys(name for name in names if name))
+        else:
+            cell = [] if cell is None else [cell]
+        names = dict.fromkeys(map(_as_text, cell))
+        self._dropped |= {name for name in names if is_background(name)}
+        return [name for name in names if not is_background(name)]
 
     def ids(self, cells: Sequence[Any], class_names: Sequence[str], place: str) -> list[int]:
         """
@@ -77,26 +125,78 @@ class LabelReader:
         `cells` are those of all rows of the image. Raises `ValueError`, beginning with `place`, for a label vector of
         another length and for a name or id that is not in the class list.
         """
-        if self.vector_length is None:
-            return ids_from_names([name for cell in cells for name in self.names(cell, place)], class_names, place)
-        found = [ids_from_vector(cell, len(class_names) - 1, place) for cell in cells if not _is_empty(cell)]
-        return sorted({label for ids in found for label in ids})
+        found: set[int] = set()
+        for cell in cells:
+            is_vector = self.vector_length is not None or (
+                self.streamed and isinstance(cell, list) and vector_length([cell]) == len(class_names) - 1
+            )
+            if is_vector and cell:
+                found |= set(ids_from_vector(cell, len(class_names) - 1, place))
+            else:
+                found |= set(ids_from_names(self.names(cell, place), class_names, place))
+        return sorted(found)
 
-    def infer_class_names(self, images: Iterable[tuple[Sequence[Any], str]]) -> list[str]:
+    def infer_class_names(self, images: Iterable[tuple[Sequence[Any], str]], source: str) -> list[str]:
         """
         The class list of labels that come without one: names in alphabetical order, numbers by their size.
 
         `images` are the cells of each image of the training split, and where they stand. Label vectors give `class_1`,
-        `class_2`, ... Raises `ValueError` where there is no label.
+        `class_2`, ... Rare names that resemble a frequent one are logged. Raises `ValueError` where there is no label.
         """
         if self.vector_length is not None:
             return ["background", *(f"class_{index}" for index in range(1, self.vector_length + 1))]
-        names = {name for cells, place in images for cell in cells for name in self.names(cell, place)}
-        names -= {"background"}
-        if not names:
+        counts: Counter[str] = Counter()
+        for cells, place in images:
+            counts.update({name for cell in cells for name in self.names(cell, place)})
+        if not counts:
+            self.note_dropped(source)
             raise ValueError("No image has a label: fill in the labels, or check which column holds them.")
-        by_size = all(name.isdecimal() for name in names)
-        return ["background", *sorted(names, key=lambda name: (int(name), name) if by_size else name)]
+        for name, other in likely_misspelt(counts):
+            text = "%s: the class %r has %d images and %r has %d: did you mean %r?"
+            logger.warning(text, source, name, counts[name], other, counts[other], other)
+        by_size = all(name.isdecimal() for name in counts)
+        return ["background", *sorted(counts, key=lambda name: (int(name), name) if by_size else name)]
+
+    def note_dropped(self, source: str) -> None:
+        """Logs once which words were taken for no label."""
+        if self._dropped:
+            logger.warning(
+                "%s: %s in the labels means no class; give class_names that name it if it is one.",
+                source,
+                ", ".join(map(repr, sorted(self._dropped))),
+            )
+        self._dropped = set()
+
+    def _label(self, text: str) -> str | None:
+        text = clean_label(text)
+        if text in self.known or text.lower() not in NO_LABEL:
+            return text
+        self._dropped |= {text} - {""}
+        return None
+
+    def _scalar(self, item: Any, place: str) -> Any:
+        item = item.item() if isinstance(item, np.generic) else item
+        if item is None or (isinstance(item, float) and math.isnan(item)):
+            return None
+        if isinstance(item, str):
+            return self._label(item)
+        if isinstance(item, bool | int | float):
+            return item
+        raise _no_label(item, place)
+
+    def _of_object(self, cell: dict, place: str) -> list[str]:
+        """The names that have a 1 in a mapping, or the categories of detection metadata."""
+        keys = [key for key in CATEGORY_KEYS if key in cell]
+        flags = [None if isinstance(value, float) and math.isnan(value) else value for value in cell.values()]
+        if all(value is None or (isinstance(value, int | float) and value in (0, 1)) for value in flags) and (
+            len(cell) > 1 or not keys
+        ):
+            return [clean_label(str(name)) for name, value in zip(cell, flags, strict=True) if value]
+        if not keys:
+            raise _no_label(cell, place)
+        found = self.plain(cell[keys[0]], place)
+        found = found if isinstance(found, list) else [] if found is None else [found]
+        return list(dict.fromkeys(map(_as_text, found)))
 
     def _parts(self, text: str, separators: Sequence[str]) -> list[str]:
         text = text.strip()
@@ -117,7 +217,7 @@ def vector_length(cells: Iterable[Any]) -> int | None:
         if not isinstance(cell, list) or not all(isinstance(item, int | float) and item in (0, 1) for item in cell):
             return None
         lengths.add(len(cell))
-        single.add(cell[0])
+        single.add(next(iter(cell), None))
     if len(lengths) != 1 or (lengths == {1} and 0 not in single):
         return None
     return lengths.pop()
@@ -133,14 +233,14 @@ def ids_from_names(names: Iterable[str], class_names: Sequence[str], place: str)
     # where classes are called "1" and "3", a "2" is no position
     with_numbers = any(name.isdecimal() for name in class_names[1:])
     ids = set()
-    for name in names:
+    for name in map(clean_label, names):
+        if is_background(name):
+            raise ValueError(f"{place}: {name!r} is not an image-level label: leave it out.")
         if name in class_names or with_numbers or not name.isdecimal():
             try:
                 index = class_index(name, class_names)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from error
-            if index == 0:
-                raise ValueError(f"{place}: 'background' is not an image-level label: leave it out.")
         else:
             index = int(name)
             if not 1 <= index < len(class_names):
@@ -157,16 +257,20 @@ def ids_from_vector(values: Sequence[Any], num_classes: int, place: str) -> list
 
     Raises `ValueError`, beginning with `place`, for another length or other values.
     """
-    try:
-        vector = np.asarray(values, dtype=float)
-    except (TypeError, ValueError):
-        vector = np.full(len(values), np.nan)
-    if vector.shape == (num_classes,) and np.isin(vector, (0, 1)).all():
-        return np.flatnonzero(vector).tolist()
+    flags = [flag(value) for value in values]
+    if len(flags) == num_classes and None not in flags:
+        return [index for index, is_set in enumerate(flags) if is_set]
     fault = f"has the length {len(values)}" if len(values) != num_classes else "holds values other than 0 and 1"
     raise ValueError(
         f"{place}: the label vector {list(values)[:8]} does not hold one 0 or 1 for each of the {num_classes} "
         f"foreground classes: it {fault}."
+    )
+
+
+def flag(cell: Any) -> bool | None:
+    """A 0 or 1 in any of its spellings, `None` for all else."""
+    return {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}.get(
+        str(cell).strip().lower()
     )
 
 
@@ -179,15 +283,16 @@ def choose_class_names(given: Sequence[str] | None, own: Sequence[str] | None, s
     """
     if given is not None:
         given = list(id2label_from(given).values())
-    if own is None or given is None:
-        return given if own is None else list(id2label_from(own).values())
-    unknown = [name for name in own if name not in given]
+    if own is None:
+        return given
+    own = list(id2label_from(background_first(own, source)).values())
+    unknown = [name for name in own if given is not None and name not in given]
     if unknown:
         raise ValueError(
             f"{source} has the classes {name_some(unknown, 5)}, which are not in the class list "
             f"({', '.join(given[1:])}): rename them, or take a model that knows them."
         )
-    return list(own)
+    return own
 
 
 def read_label_file(path: str | Path, class_names: Sequence[str]) -> dict[str, list[int]]:
@@ -198,7 +303,7 @@ def read_label_file(path: str | Path, class_names: Sequence[str]) -> dict[str, l
     - `.json`: one object from identifier to a list of class names or to a list of C numbers 0 and 1.
     - `.csv`: with or without a header; either two columns (identifier; names separated as [`LabelReader`] has it), or
       1 + C columns (identifier; 0 or 1 for each class, in the order of the header's class names if it has them, else
-      of `class_names[1:]`).
+      of `class_names[1:]`). Several rows of one identifier are joined.
 
     Identifiers may carry an image suffix or a folder; both are dropped.
 
@@ -212,7 +317,7 @@ def read_label_file(path: str | Path, class_names: Sequence[str]) -> dict[str, l
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: Unknown format, a truncated or otherwise unreadable file, a label vector of another length or with
-            other values than 0 and 1, or an unknown class name.
+            other values than 0 and 1, an unknown class name, or an identifier that names two images.
     """
     path = Path(path)
     if not path.is_file():
@@ -220,9 +325,22 @@ def read_label_file(path: str | Path, class_names: Sequence[str]) -> dict[str, l
             f"There is no label file {path}: give 'annotations', 'masks', or the path of an .npz, .json or .csv file."
         )
     readers = {".npz": _read_npz, ".json": _read_json, ".csv": _read_label_csv}
-    if path.suffix.lower() not in readers:
+    suffix = path.suffix.lower()
+    if suffix not in readers:
         raise ValueError(f"The label file {path} has the suffix {path.suffix!r}, but .npz, .json or .csv is expected.")
-    return readers[path.suffix.lower()](path, class_names)
+    reader = LabelReader("labels", class_names)
+    table: dict[str, list[int]] = {}
+    written: dict[str, tuple[str, str]] = {}
+    for name, ids, place in readers[suffix](path, class_names, reader):
+        key = image_name(name)
+        earlier, first_place = written.setdefault(key, (name, place))
+        # a.jpg and a.png are two images, and only the rows of a table may come one for each label
+        is_other = "." in earlier and "." in name and Path(earlier).suffix.lower() != Path(name).suffix.lower()
+        if is_other or (suffix != ".csv" and table.get(key, ids) != ids):
+            raise ValueError(f"{first_place} and {place} both give labels of {key}: keep one of them.")
+        table[key] = sorted({*table.get(key, ()), *ids})
+    reader.note_dropped(str(path))
+    return table
 
 
 def read_csv_rows(path: Path) -> list[tuple[int, list[str]]]:
@@ -230,10 +348,12 @@ def read_csv_rows(path: Path) -> list[tuple[int, list[str]]]:
     Line number, from 1, and stripped cells of each row that is not empty.
 
     Cells are separated by `,`, `;` or tabulators, whichever comes first in the first line. Raises `ValueError` that
-    names the row where the file is no UTF-8 text or no table.
+    names the row where the file is not text or not a table.
     """
     text = read_text(path)
-    first = text.split("\n", 1)[0]
+    # how Excel says which separator it used
+    text = re.sub(r'\A"?sep=.?"?\n', "\n", text, flags=re.IGNORECASE)
+    first = text.lstrip("\n").split("\n", 1)[0]
     delimiter = next((character for character in first if character in ",;\t"), ",")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
@@ -243,7 +363,7 @@ def read_csv_rows(path: Path) -> list[tuple[int, list[str]]]:
     return [(number, cells) for number, cells in rows if any(cells)]
 
 
-def _read_npz(path: Path, class_names: Sequence[str]) -> dict[str, list[int]]:
+def _read_npz(path: Path, class_names: Sequence[str], _: LabelReader) -> Iterable[tuple[str, list[int], str]]:
     try:
         # numpy takes anything but a zip archive for a pickle, and its complaint then recommends to trust the file
         if not zipfile.is_zipfile(path):
@@ -263,28 +383,36 @@ def _read_npz(path: Path, class_names: Sequence[str]) -> dict[str, list[int]]:
             f"The label file {path} holds ids of shape {ids.shape} and labels of shape {labels.shape}, but (N,) and "
             f"(N, {num_classes}) are expected."
         )
-    return {
-        image_name(name): ids_from_vector(row, num_classes, f"{path}, {name}")
-        for name, row in zip(ids.astype(str).tolist(), labels.tolist(), strict=True)
-    }
+    for row, (name, values) in enumerate(zip(ids.astype(str).tolist(), labels.tolist(), strict=True)):
+        yield name, ids_from_vector(values, num_classes, f"{path}, {name}"), f"{path}, row {row} ({name})"
 
 
-def _read_json(path: Path, class_names: Sequence[str]) -> dict[str, list[int]]:
+def _read_json(path: Path, class_names: Sequence[str], reader: LabelReader) -> Iterable[tuple[str, list[int], str]]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        repeated = [key for key, number in Counter(key for key, _ in pairs).items() if number > 1]
+        if repeated:
+            raise ValueError(f"the key {repeated[0]!r} stands there twice")
+        return dict(pairs)
+
+    text = read_text(path)
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        entries = json.loads(text, object_pairs_hook=unique)
+    except ValueError as error:
         raise ValueError(f"The label file {path} is not valid JSON ({error}).") from error
-    if not isinstance(entries, dict) or not all(isinstance(value, list) for value in entries.values()):
+    if not isinstance(entries, dict) or not all(isinstance(value, list | dict) for value in entries.values()):
         raise ValueError(f"The label file {path} must hold one object from identifier to a list of names or numbers.")
-    reader = LabelReader(entries.values(), class_names=class_names)
-    return {image_name(key): reader.ids([cell], class_names, f"{path}, {key}") for key, cell in entries.items()}
+    rows = [(key, reader.plain(cell, f"{path}, {key}"), f"{path}, {key}") for key, cell in entries.items()]
+    reader.settle(cell for _, cell, _ in rows)
+    return [(key, reader.ids([cell], class_names, place), place) for key, cell, place in rows]
 
 
-def _read_label_csv(path: Path, class_names: Sequence[str]) -> dict[str, list[int]]:
+def _read_label_csv(
+    path: Path, class_names: Sequence[str], reader: LabelReader
+) -> Iterable[tuple[str, list[int], str]]:
     rows, num_classes = read_csv_rows(path), len(class_names) - 1
     if not rows:
         raise ValueError(f"The label file {path} is empty.")
-    first = rows[0][1]
+    first = [clean_label(cell) for cell in rows[0][1]]
     columns = list(range(num_classes))
     if first[0].lower() in IMAGE_HEADERS or set(first[1:]) == set(class_names[1:]):
         rows = rows[1:]
@@ -295,32 +423,48 @@ def _read_label_csv(path: Path, class_names: Sequence[str]) -> dict[str, list[in
                     f"The header of the label file {path} names {len(columns)} classes, but each of the {num_classes} "
                     "foreground classes is expected once."
                 )
-    reader = LabelReader((cells[1] for _, cells in rows if len(cells) == 2), "labels", class_names)
-    table = {}
-    for number, cells in rows:
-        place = f"{path}, row {number} ({cells[0]})"
+    placed = [(cells, f"{path}, row {number} ({cells[0]})") for number, cells in rows]
+    plain = [reader.plain(cells[1], place) if len(cells) == 2 else None for cells, place in placed]
+    reader.settle(plain)
+    for (cells, place), cell in zip(placed, plain, strict=True):
         if len(cells) <= 2:
-            table[image_name(cells[0])] = reader.ids(cells[1:], class_names, place)
+            ids = reader.ids([cell], class_names, place)
         else:
-            places = ids_from_vector(cells[1:], num_classes, place)
-            table[image_name(cells[0])] = sorted(columns[index] for index in places)
-    return table
+            ids = sorted(columns[index] for index in ids_from_vector(cells[1:], num_classes, place))
+        yield cells[0], ids, place
 
 
-def _is_empty(cell: Any) -> bool:
-    return cell is None or cell == [] or (isinstance(cell, str) and not cell.strip())
+def _parsed(text: str, place: str) -> Any:
+    """The list or object that a text writes as JSON or Python."""
+    for read in (json.loads, ast.literal_eval):
+        # numpy prints ['a' 'b'], which Python reads as ['ab']
+        if not re.search(r"""['"]\s+['"]""", text):
+            try:
+                return read(text)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                pass
+    raise _no_label(text, place)
+
+
+def _no_label(found: Any, place: str) -> ValueError:
+    return ValueError(
+        f"{place}: the labels {str(found)[:80]} cannot be read: a name, a number, a list of these, names with 0 or 1, "
+        f"or detection metadata with one of {', '.join(CATEGORY_KEYS[:4])} is expected."
+    )
 
 
 def _as_text(item: Any) -> str:
-    """A name or number as text, for example "3" of 3 and of 3.0."""
+    """A name or number as text, for example "3" of 3, 3.0 and "3.0"."""
     is_whole = isinstance(item, bool | float) and float(item).is_integer()
-    return str(int(item)) if is_whole else str(item).strip()
+    return str(int(item)) if is_whole else re.sub(r"^(\d+)\.0$", r"\1", clean_label(str(item)))
 
 
 __all__ = [
+    "CATEGORY_KEYS",
     "IMAGE_HEADERS",
     "LabelReader",
     "choose_class_names",
+    "flag",
     "ids_from_names",
     "ids_from_vector",
     "read_csv_rows",

@@ -3,12 +3,14 @@
 import difflib
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from unicodedata import normalize
 
 import datasets
+import numpy as np
 import torch
+from PIL import Image
 
 
 logger = logging.getLogger(__name__)
@@ -44,15 +46,19 @@ def id2label_from(names: Sequence[str]) -> dict[int, str]:
     Numbers a class list for `SynerNetConfig(id2label=...)`.
 
     Args:
-        names (`Sequence[str]`): Class names, background first.
+        names (`Sequence[str]`): Class names, background first. `Background`, `_background_` and a background at another
+            place become `"background"` at the first place, and the log says so.
 
     Returns:
         `dict[int, str]`: `{0: "background", 1: first foreground class, ...}`.
 
     Raises:
-        ValueError: The first name is not `"background"`, or a name occurs twice.
+        ValueError: No name is the background, or a name occurs twice.
     """
     names = list(names)
+    if any(is_background(str(name)) for name in names):
+        # at another place or in another spelling: moved, and said
+        names = background_first(names, "The class list")
     if not names or names[0] != "background":
         raise ValueError(f"A class list starts with 'background', but this one starts with {names[:1]}: prepend it.")
     repeated = sorted({name for name in names if names.count(name) > 1})
@@ -72,23 +78,62 @@ def is_background(name: str) -> bool:
 
 
 def background_first(names: Sequence[str], source: object) -> list[str]:
-    """
-    The class list of a source with `"background"` at its head: moved there, renamed or added.
-
-    A move or new name is logged once. Labels are in one Unicode form afterwards.
-    """
+    """A class list with `"background"` at its head: added, or moved there or renamed, which is logged."""
     names = [clean_label(str(name)) for name in names]
-    spelled = [name for name in names if is_background(name)]
-    listed = ["background", *(name for name in names if name not in spelled[:1])]
-    if spelled and listed != names:
+    place = next((index for index, name in enumerate(names) if is_background(name)), None)
+    listed = ["background", *(name for index, name in enumerate(names) if index != place)]
+    if place is not None and listed != names:
         logger.warning(
             "%s: %r at position %d of the class list is the background: it becomes id 0, and the other classes are "
             "numbered in their order from 1.",
             source,
-            spelled[0],
-            names.index(spelled[0]),
+            names[place],
+            place,
         )
     return listed
+
+
+def renumber_masks(split: Any, names: Sequence[str]) -> Any:
+    """
+    Masks of 0 for the background from masks whose ids are positions in a class list with the background elsewhere.
+
+    Without a background, or with one at the head of the list, masks stay as they are.
+    """
+    place = next((index for index, name in enumerate(names) if is_background(str(name))), 0)
+    if place == 0 or "mask" not in (split.column_names or ()):
+        return split
+    table = np.arange(256, dtype=np.uint8)
+    table[: place + 1] = [*range(1, place + 1), 0]
+
+    def renumber(mask: Any) -> dict[str, Any]:
+        ids = None if mask is None else np.asarray(mask)
+        is_mask = ids is not None and ids.ndim == 2 and ids.dtype == np.uint8
+        return {"mask": Image.fromarray(table[ids]) if is_mask else mask}
+
+    # in memory: a cache file would lie beside a data set that was saved
+    options = {} if isinstance(split, datasets.IterableDataset) else {"keep_in_memory": True}
+    return split.map(renumber, input_columns=["mask"], features=split.features, **options)
+
+
+def likely_misspelt(counts: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Classes of one or two images with nearly the name of a frequent one, and those that differ in case only."""
+    found = []
+    for name, count in counts.items():
+        plain = _letters(name)
+        for other, number in counts.items():
+            letters = _letters(other)
+            ratio = difflib.SequenceMatcher(None, plain, letters).ratio()
+            # two letters that changed places, but no numbers: class_1 is not class_2
+            is_near = (ratio >= 0.8 or sorted(plain) == sorted(letters)) and not re.search(r"\d", name + other)
+            is_rare = 1 <= count <= 2 and number >= 5 * count and is_near
+            if other != name and (is_rare or (plain == letters and (count, name) < (number, other))):
+                found.append((name, other))
+                break
+    return found
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name).casefold()
 
 
 def class_index(name: str, class_names: Sequence[str]) -> int:
@@ -206,25 +251,23 @@ def split_meaning(name: str) -> str | None:
 
 def choose_splits(found: Iterable[str], train: str | None, validation: str | None, source: object) -> dict[str, str]:
     """
-    Decides which splits of a source are to train and to evaluate on.
+    Decides which splits of a source are to train and to evaluate on, and logs which are not used.
 
     Where no name is given they are found by [`split_meaning`]; `test` is evaluated on where there is no `validation`.
-    Returns the source's names by `"train"` and `"validation"`, as far as they are there. Raises `ValueError` if two
-    have one meaning.
+    Returns the source's names by `"train"` and `"validation"`, as far as they are there. Raises `ValueError` if a name
+    that is given is not there, or two names have one meaning.
     """
     found = list(found)
     chosen = {}
-    for split, given, meanings in (
-        ("train", train, ("train",)),
-        ("validation", validation, ("validation", "test")),
-    ):
+    for split, given, meanings in (("train", train, ("train",)), ("validation", validation, ("validation", "test"))):
+        free = [name for name in found if name not in (train, *chosen.values())]
+        groups = [[name for name in free if split_meaning(name) == meaning] for meaning in meanings]
         if given:
-            same = [name for name in found if name == given]
-            same = same or [name for name in found if name.strip().lower() == given.strip().lower()]
-        else:
-            free = [name for name in found if name not in (train, *chosen.values())]
-            groups = ([name for name in free if split_meaning(name) == meaning] for meaning in meanings)
-            same = next((group for group in groups if group), [])
+            plain = given.strip().lower()
+            groups = [[name for name in found if name == given], [n for n in found if n.strip().lower() == plain]]
+        same = next(filter(None, groups), [])
+        if given and not same:
+            raise ValueError(f"{source} has no split {given!r}: it has {', '.join(found)}.")
         if len(same) > 1:
             raise ValueError(
                 f"{source} has {' and '.join(map(repr, same))}, which are all names of the split {split!r}: name the one "
@@ -232,6 +275,9 @@ def choose_splits(found: Iterable[str], train: str | None, validation: str | Non
             )
         if same:
             chosen[split] = same[0]
+    unused = [repr(name) for name in found if name not in chosen.values()]
+    if chosen and unused:
+        logger.warning("%s: %s of the splits %s not used.", source, ", ".join(unused), "are" if unused[1:] else "is")
     return chosen
 
 
@@ -294,9 +340,11 @@ __all__ = [
     "clean_label",
     "id2label_from",
     "is_background",
+    "likely_misspelt",
     "multi_hot",
     "name_some",
     "note_skipped",
     "record_features",
+    "renumber_masks",
     "split_meaning",
 ]
