@@ -7,7 +7,7 @@ What each part of the method is worth: the same recipe trained once per row and 
         --backbone facebook/deit-tiny-patch16-224 --max_steps 600 --crop_size 160 --output runs/ablation_voc_animals
 
 The table goes to OUTPUT/ablation.md, everything behind it to OUTPUT/ablation.json, after every finished row and seed.
-Called again with the same output, what is finished is kept and the rest is done; what was killed starts over. Options
+The same command continues after an interruption: it keeps finished results and restarts unfinished trainings. Options
 that are not listed go to the recipe as in `examples/train.py`, for example `--num_workers 0`.
 """
 
@@ -97,7 +97,7 @@ class Row:
         trained_as (`str`, *optional*):
             Row whose runs are scored; None for runs of its own.
         single_branch (`bool`, *optional*, defaults to `False`):
-            Score the precise branch alone. Only where the branches are trained without knowing of each other.
+            Score the precise branch alone. Only for branches that are trained independently.
         scored_with (`dict`, *optional*, defaults to `{}`):
             Fields of `SynerNetConfig` that differ in scoring only.
     """
@@ -248,7 +248,7 @@ def row_arguments(base: list, row: Row, seed: int, output_dir: Path) -> list:
 def settings_of(arguments: list, max_eval_samples: int | None) -> dict[str, Any]:
     """
     Everything that a row's scores depend on, except its seed: settings, every field of the model's configuration,
-    defaults of the package included, and the encoder by its name, wherever it lies.
+    defaults of the package included, and the name of the encoder's folder.
     """
     merged = {name: value for group in arguments for name, value in dataclasses.asdict(group).items()}
     settings = {name: value for name, value in merged.items() if name not in (*FREE_SETTINGS, "model_config")}
@@ -472,7 +472,7 @@ def read_all(base: list, options: argparse.Namespace) -> dict[str, dict[int, dic
 
 
 def run_ablation(options: argparse.Namespace, extra: list[str]) -> None:
-    """Does what is missing, seed by seed, so that the first seed's table is whole early; prints the table."""
+    """Does what is missing, seed by seed, so that the table of the first seed is complete early; prints the table."""
     base = base_arguments(options, extra)
     # what is there must fit before hours are spent
     finished = read_all(base, options)

@@ -1,12 +1,12 @@
 """
-For a GPU that is at hand for minutes: the table of training steps, then trainings on VOC-Animals side by side.
+For a few minutes on a GPU: the table of training steps, then trainings on VOC-Animals side by side.
 
     python benchmarks/gpu_suite.py OUT --pack pack --minutes 8.5
 
 Parts, in order: `training_step.py` for each line of `TABLE`; a short run of every training of `--runs` (ROW:SEED, rows of
 `ablation.py`), all at once, which says how long a step takes; then the same trainings with as many steps as the
 time allows, the same for all. OUT/results.jsonl gets one line for every table and training as soon as it is there; OUT/log.txt
-what all processes print. The data come from a folder that `make_pack.py` has made. `--tiny` is the same in small.
+what all processes print. The data come from a folder that `make_pack.py` has made. `--tiny` does the same at small sizes.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def planned_steps(seconds: float, step_seconds: float, other_seconds: float, mos
 
 
 class Suite:
-    """Starts the parts, keeps the time, writes down what they say."""
+    """Starts the parts, keeps the time and writes their results."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.deadline = args, time.monotonic() + 60 * args.minutes
@@ -125,7 +125,7 @@ class Suite:
         return words if kind == "run" else [*words, "--max_eval_samples", "8"]
 
     def results(self, run: str, kind: str) -> dict | None:
-        """What the ablation has written for a training, `None` where it did not come so far."""
+        """What the ablation has written for a training, `None` where it did not finish."""
         name = run.replace(":", "-")
         found = list((self.args.out / kind / name / "results").glob("*.json"))
         return json.loads(found[0].read_text(encoding="utf-8")) if found else None

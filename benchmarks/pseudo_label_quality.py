@@ -6,7 +6,7 @@ How good the pseudo-labels of a trained SynerNet are, by thresholds and by reach
 Pseudo-labels are made from image labels, as in training, and compared with the masks of the validation split. A table
 goes to the screen: per row the shares of the foreground that is decided and that is labelled right, the share of
 labelled foreground that is right, the share of the background that is decided, and the mean IoU over the decided
-pixels. Thresholds and dilations for images of another size than the full recipe's are chosen by it.
+pixels. Use it to choose thresholds and dilations for image sizes other than that of the full recipe.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python benchmarks/runtimes.py runs/voc_animals --data_dir path/to/VOCdevkit --image_labels labels.npz
 
-Every runtime segments the same validation images at one scale, as the run's image processor hands them over, and is
+Every runtime segments the same validation images at one scale, as prepared by the run's image processor, and is
 compared with float32 in PyTorch. `onnx` needs the extra `onnx`, `int8` the extra `int8`, `compile` a C++ compiler. The
 times are of the machine as it is, after one image to warm up; `compile` compiles again for images of every
 new size, at most eight times: give it one size with --square.

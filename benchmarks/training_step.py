@@ -76,7 +76,7 @@ class ReferenceOrder:
 
     @torch.no_grad()
     def cams_of(self, branch: str, pixel_values: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
-        """CAMs `(B, C, H, W)` of the last and the auxiliary layer of one branch; the other one runs for nothing."""
+        """CAMs `(B, C, H, W)` of the last and the auxiliary layer of one branch; the other one is discarded."""
         size, patch = tuple(pixel_values.shape[-2:]), self.config.patch_size
         totals = [0, 0]
         for scale in self.config.cam_scales:
@@ -193,7 +193,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def allow_tf32(allowed: bool) -> None:
-    """PyTorch lets convolutions use TF32 by default; float32 is to mean float32, for losses are compared."""
+    """PyTorch lets convolutions use TF32 by default; float32 has to mean float32, since losses are compared."""
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     torch.backends.cudnn.allow_tf32 = allowed
 
