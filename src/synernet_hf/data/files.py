@@ -145,7 +145,7 @@ class ImageIndex:
         """
         The mask of an image in the subfolder `masks`, `None` where there is none.
 
-        It has the path of the image or else its bare name, with any suffix, unless it might just as well be that of
+        It has the path of the image or else its bare name, with any suffix, unless it could also belong to
         another image.
         """
         if self._masks is None:
@@ -184,7 +184,7 @@ class ImageIndex:
         return None
 
     def _at(self, name: str, of_path: bool = True) -> list[str]:
-        """Images with this path (else this file name), with any suffix where `name` has none; best of the same case."""
+        """Images with this path (else this file name), with any suffix where `name` has none; in the same case where possible."""
         spelled = [
             (path, _spellings(path)[:2] if of_path else _spellings(path)[2:])
             for path in self._by_key.get(name.casefold(), [])

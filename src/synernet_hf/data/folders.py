@@ -57,7 +57,7 @@ class LabelledImages:
         paths (`list[str]`): the files.
         image_ids (`list[str]`): unique names.
         labels (`list[list[Any]]`): the cells in the rows of each image, as [`LabelReader.plain`] takes them.
-        places (`list[str]`): where each image's labels stand, for error sentences.
+        places (`list[str]`): where the labels of each image come from, for error messages.
         masks (`list`): mask files, or what [`outline_cell`] takes; `None` where there is none.
         class_names (`list[str]`, *optional*): class list that the source itself gives.
         label_column (`str`, *optional*): name of the column of labels.

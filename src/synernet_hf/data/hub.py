@@ -1,4 +1,4 @@
-"""Images of one's own: a folder, a data set of the Hub or parquet files, read with named columns; and written."""
+"""Images of your own: reads folders, data sets of the Hub and parquet files with named columns; writes parquet."""
 
 import difflib
 import logging
@@ -36,9 +36,9 @@ class ColumnNames(TypedDict, total=False):
     Which columns of a table or data set to take.
 
     Attributes:
-        image_column (`str`, *optional*): Images, or in a table their files. Found by itself where its name is a usual
+        image_column (`str`, *optional*): Images, or in a table their files. Found by its name where that is a usual
             one (`image`, `file_name`).
-        label_column (`str`, *optional*): Labels. Found by itself where its name is a usual one (`labels`, `label`,
+        label_column (`str`, *optional*): Labels. Found by its name where that is a usual one (`labels`, `label`,
             `class`).
         mask_column (`str`, *optional*): Masks of the images to evaluate on, or in a table their files; `mask` where
             there is such a column.
@@ -60,7 +60,7 @@ def load_image_labels(
     **columns: Unpack[ColumnNames],
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """
-    Loads images with image-level labels from wherever they are, without decoding one.
+    Loads images with image-level labels from a folder, a table, the Hub or parquet files, without decoding one.
 
     - **A folder with a table** (`labels.csv`, `metadata.csv` or `metadata.jsonl`, or the table itself): a row for each
       image, with its file (or its name without suffix) and its labels; several labels are separated by `;`, `|` or
@@ -74,7 +74,7 @@ def load_image_labels(
       a name, a class id, or a list of these, or a list of one 0 or 1 for each class.
 
     Masks for evaluation come from the mask column, or from `masks/NAME.png` beside the images of a folder
-    (`masks/FOLDER/NAME.png` where images share a name). Masks of the training split are not looked at.
+    (`masks/FOLDER/NAME.png` where images share a name). Masks of the training split are not read.
 
     Args:
         data_dir (`str` or `Path`): The folder, table or Hub id.
@@ -84,17 +84,17 @@ def load_image_labels(
         train_split (`str`, *optional*, defaults to `"train"`): Name of the training split.
         validation_split (`str`, *optional*): Name of the split to evaluate on; `validation`, `val` or `test` where it
             is not given.
-        on_bad_image (`str`, *optional*, defaults to `"raise"`): What to do about images that a table or list names and
-            that are not there: `"raise"`, or `"skip"` to leave them out, log them and list them in `skipped`.
-        streaming (`bool`, *optional*, defaults to `False`): Gives an `IterableDatasetDict` to go through; a Hub or
-            parquet data set is read meanwhile. Not for training, which draws images at random.
-        skipped (`dict[str, list[str]]`, *optional*): Dictionary to which what is left out is added, a phrase for each
-            record, by split.
+        on_bad_image (`str`, *optional*, defaults to `"raise"`): What to do about images that a table or list names but
+            that do not exist: `"raise"`, or `"skip"` to leave them out, log them and list them in `skipped`.
+        streaming (`bool`, *optional*, defaults to `False`): Returns an `IterableDatasetDict`; a Hub or parquet data
+            set is read during the iteration. Not for training, which draws images at random.
+        skipped (`dict[str, list[str]]`, *optional*): Receives, by split, a phrase for each record that is left
+            out.
         columns ([`ColumnNames`]): `image_column`, `label_column` and `mask_column`.
 
     Returns:
         `datasets.DatasetDict` or `datasets.IterableDatasetDict`: `train` (`image`, `image_id`, `labels`) and
-        `validation` (the same and, where there are masks, `mask`), as far as they are there.
+        `validation` (the same and, where there are masks, `mask`), or the one that exists.
 
     Raises:
         FileNotFoundError: The source, an image or a mask is missing; of a table, the row is named.
@@ -369,7 +369,7 @@ def same_columns(dataset_dict: datasets.DatasetDict) -> datasets.DatasetDict:
 
     Returns:
         `datasets.DatasetDict`: the same records. Where one split has a `mask` column all have it, empty in the
-        others. Masks that are kept as annotations are drawn and become PNG files in memory.
+        others. Masks kept as annotations are drawn and stored as PNG bytes.
     """
     if not any("mask" in split.column_names for split in dataset_dict.values()):
         return dataset_dict

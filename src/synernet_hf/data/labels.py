@@ -1,4 +1,4 @@
-"""Labels as people write them → class lists and label ids, by name and never by chance."""
+"""Labels as people write them → class lists and label ids."""
 
 import ast
 import csv
@@ -50,7 +50,7 @@ class LabelReader:
         column (`str`, *optional*): Name of a column of texts in which spaces may separate names: they do where no text
             holds `;`, `|` or `,` and the column has a plural name (`labels`, `classes`, `tags`), so that `traffic
             light` in a column `label` stays whole.
-        class_names (`Sequence[str]`, *optional*): Known class names; a text that is one of them is not taken apart.
+        class_names (`Sequence[str]`, *optional*): Known class names; a text that is one of them is not split.
         streamed (`bool`, *optional*, defaults to `False`): Other cells are not known: a list of a 0 or 1 for each
             class is a label vector.
     """
@@ -140,7 +140,7 @@ class LabelReader:
         """
         The class list of labels that come without one: names in alphabetical order, numbers by their size.
 
-        `images` are the cells of each image of the training split, and where they stand. Label vectors give `class_1`,
+        `images` are the cells of each image of the training split, with their places. Label vectors give `class_1`,
         `class_2`, ... Rare names that resemble a frequent one are logged. Raises `ValueError` where there is no label.
         """
         if self.vector_length is not None:
@@ -278,7 +278,7 @@ def choose_class_names(given: Sequence[str] | None, own: Sequence[str] | None, s
     """
     Decides between the class list that the user gave and the one that a source itself numbers, background first.
 
-    The source's own order counts, for the ids in its masks follow it. Raises `ValueError` if the given list is no
+    The order of the source wins, because the ids in its masks follow it. Raises `ValueError` if the given list is no
     class list or lacks a class of the source.
     """
     if given is not None:

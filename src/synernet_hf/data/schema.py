@@ -1,4 +1,4 @@
-"""The one record contract of every data source, and the class lists of the public benchmarks."""
+"""The record that all data sources share, and the class lists of the public benchmarks."""
 
 import difflib
 import logging
@@ -254,7 +254,7 @@ def choose_splits(found: Iterable[str], train: str | None, validation: str | Non
     Decides which splits of a source are to train and to evaluate on, and logs which are not used.
 
     Where no name is given they are found by [`split_meaning`]; `test` is evaluated on where there is no `validation`.
-    Returns the source's names by `"train"` and `"validation"`, as far as they are there. Raises `ValueError` if a name
+    Returns the source's names by `"train"` and `"validation"`, for those that exist. Raises `ValueError` if a name
     that is given is not there, or two names have one meaning.
     """
     found = list(found)
@@ -294,7 +294,7 @@ def note_skipped(skipped: dict[str, list[str]] | None, split_name: str, phrases:
 
 
 def as_streams(dataset_dict: datasets.DatasetDict) -> datasets.IterableDatasetDict:
-    """The same splits to be gone through one record after another."""
+    """The same splits as streams."""
     return datasets.IterableDatasetDict({name: split.to_iterable_dataset() for name, split in dataset_dict.items()})
 
 
