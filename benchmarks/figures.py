@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.cli import CommandParser, needs_extra, run_command
+from synernet_hf.files import safe_file_names
 from synernet_hf.metrics import MeanIoU
 from synernet_hf.model import (
     BranchPair,
@@ -38,7 +38,8 @@ from synernet_hf.model import (
     refine_pseudo_labels,
     segment_images,
 )
-from synernet_hf.visualization import colorize, figure_panels, heat_map, voc_palette
+from synernet_hf.model_folder import load_model_folder
+from synernet_hf.visualization import colorize, figure_panels, heat_map, with_legend
 
 
 with needs_extra("train"):
@@ -259,34 +260,25 @@ def draw(record: dict[str, Any], seen: dict[str, Any], names: list[str], panel_s
     shown = np.unique(
         np.concatenate([np.unique(label_map) for label_map in (*maps.values(), *seen["votes"].values())])
     )
-    palette = voc_palette()
-    legend = [
-        ("uncertain" if class_id == UNCERTAIN else names[class_id], np.full((12, panel_size, 3), palette[class_id]))
-        for class_id in shown
-    ]
-    columns = len(rows[0])
-    rows += [legend[start : start + columns] for start in range(0, len(legend), columns)]
-    return figure_panels(rows, panel_size=(panel_size, panel_size))
+    legend = {int(index): "uncertain" if index == UNCERTAIN else names[index] for index in shown}
+    return with_legend(figure_panels(rows, panel_size=(panel_size, panel_size)), legend)
 
 
 def make_figures(args: argparse.Namespace) -> None:
     """Loads run and images, and writes one figure per image."""
-    if not (args.run / "config.json").is_file():
-        raise InvalidArguments(
-            f"{args.run} holds no trained model (no config.json); give the folder of a finished run."
-        )
     if args.panel_size < 32:
         raise InvalidArguments(f"--panel_size is {args.panel_size}; give at least 32 pixels.")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(args.run).to(device).eval()
-    processor = SynerNetImageProcessor.from_pretrained(args.run)
+    model, processor = load_model_folder(args.run)
+    model = model.to(device)
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     records = read_records(args, names)
     output = args.output or args.run / "figures"
-    output.mkdir(parents=True, exist_ok=True)
-    for record in records:
+    files = safe_file_names([record["image_id"] for record in records], ".png")
+    for record, file in zip(records, files, strict=True):
         seen = inspect_image(model, processor, record["image"], record["labels"])
-        path = output / f"{record['image_id']}.png"
+        path = output / file
+        path.parent.mkdir(parents=True, exist_ok=True)
         draw(record, seen, names, args.panel_size).save(path)
         print(path, flush=True)
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -318,6 +319,23 @@ def test_images_in_subfolders_and_their_masks(model, processor, tmp_path):
         with_pseudo_labels(split, tmp_path, min_confidence=1.1)
     with pytest.raises(FileNotFoundError, match="manifest.parquet"):
         with_pseudo_labels(split, tmp_path / "masks")
+
+
+def test_masks_of_any_identifiers_are_files_of_their_own(model, processor, tmp_path):
+    ids = ["a", "./a", "A", "a.png/b", "con", "x:y", "sub\\a", "e\u0301", "é", "d" * 300]
+    images, labels = some_images(len(ids)), [LABELS[index % 5] for index in range(len(ids))]
+    split = split_of(images, labels, ids)
+    table = write_pseudo_labels(model, processor, split, tmp_path / "out")
+    masks = table["mask"].to_pylist()
+    assert len({unicodedata.normalize("NFC", mask).casefold() for mask in masks}) == len(ids)
+    assert not any(set(part) & set('<>:"\\|?*') or part.startswith(".") for mask in masks for part in mask.split("/"))
+    # each belongs to its image, and is kept when the script is called again
+    for record, image in zip(with_pseudo_labels(split, tmp_path / "out"), images, strict=True):
+        alone, _ = PseudoLabeler(model, processor)(image, labels[ids.index(record["image_id"])])
+        assert np.array_equal(np.asarray(record["mask"]), alone), record["image_id"]
+    before = contents(tmp_path / "out")
+    write_pseudo_labels(model, processor, split, tmp_path / "out")
+    assert contents(tmp_path / "out") == before and len(before) == len(ids) + 2
 
 
 def test_one_process_two_processes_and_a_killed_one_give_the_same_bytes(shapes_run, tmp_path, capsys):

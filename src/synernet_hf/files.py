@@ -1,14 +1,19 @@
-"""The one way in which the package writes a file, whole or not at all, and tells a path from an id of the Hub."""
+"""Files: written whole or not at all, named alike on every system, told from ids of the Hub."""
 
+import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
+# file systems allow 255; names of temporary files are longer
+MAX_NAME_BYTES = 200
 TEMPORARY_NAME = re.compile(r"\.(?P<name>.+)\.\d+\.tmp")
 
 
@@ -31,6 +36,53 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def safe_file_names(names: Sequence[str], suffix: str) -> list[str]:
+    """
+    Makes relative paths of names, to which every file system gives files of their own.
+
+    Args:
+        names (`Sequence[str]`): Different names; a slash makes a folder.
+        suffix (`str`): Ends every path, such as `".png"`.
+
+    Returns:
+        `list[str]`: a path for each name: the name itself where it is harmless. Characters and words that a system
+        reserves, `.` and `..` are percent-encoded; long parts are cut; names that differ in case or in Unicode
+        composition only end in a digest of the name.
+    """
+    paths = ["/".join(map(_safe_part, name.split("/"))) for name in names]
+    # a folder is never called like a file
+    paths = [re.sub(f"(?i)[.]({suffix[1:]})/", r"%2E\1/", path) for path in paths]
+    keys = [unicodedata.normalize("NFC", path).casefold() for path in paths]
+    counts = Counter(keys)
+    digests = [f"~{_digest(name)}" if counts[key] > 1 else "" for name, key in zip(names, keys, strict=True)]
+    return [f"{path}{digest}{suffix}" for path, digest in zip(paths, digests, strict=True)]
+
+
+def _safe_part(part: str) -> str:
+    """A name of a file or folder that Windows, macOS and Linux take; the same for no two parts."""
+    encoded = [
+        character if character.isprintable() and character not in '<>:"\\|?*%' else _percent(character)
+        for character in part
+    ]
+    if re.match(r"(?i)([.]|(con|prn|aux|nul|com\d|lpt\d)([.]|$))", part):
+        encoded[0] = _percent(part[0])
+    if part[-1:] in (".", " "):
+        encoded[-1] = _percent(part[-1])
+    # an empty part is one too
+    safe = "".join(encoded) or "%"
+    if len(safe.encode()) <= MAX_NAME_BYTES:
+        return safe
+    return f"{safe.encode()[: MAX_NAME_BYTES - 9].decode(errors='ignore')}~{_digest(part)}"
+
+
+def _percent(character: str) -> str:
+    return "".join(f"%{value:02X}" for value in character.encode("utf-8", "surrogatepass"))
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -90,6 +142,7 @@ __all__ = [
     "one_line",
     "read_json",
     "replace_file",
+    "safe_file_names",
     "write_json",
     "write_text",
 ]

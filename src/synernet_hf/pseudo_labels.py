@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from synernet_hf.data.checks import DECODING_ERRORS
 from synernet_hf.data.schema import check_on_bad_image, class_names, multi_hot, name_some, record_features
-from synernet_hf.files import TEMPORARY_NAME, read_json, replace_file, write_json
+from synernet_hf.files import TEMPORARY_NAME, read_json, replace_file, safe_file_names, write_json
 from synernet_hf.model import (
     SynerNetForWeaklySupervisedSegmentation,
     SynerNetImageProcessor,
@@ -198,8 +198,8 @@ def write_pseudo_labels(
     """
     Writes the pseudo-label of every image and a manifest of them; called again, does what is not there yet.
 
-    The folder holds `masks/IMAGE_ID.png` (VOC palette, 255 = undecided), `manifest.parquet` and `pseudo_labels.json`
-    (what made them). A mask belongs to the content and the labels of its image: it is made again where they differ.
+    The folder holds `masks/IMAGE_ID.png` ([`~synernet_hf.files.safe_file_names`]; VOC palette, 255 = undecided),
+    `manifest.parquet` and `pseudo_labels.json` (what made them). A mask belongs to the content and the labels of its image: it is made again where they differ.
     Every file appears whole or not at all. Files are equal byte for byte for any number of processes and after any
     interruption, on one kind of device and with the same number of threads per process.
 
@@ -312,7 +312,7 @@ def with_pseudo_labels(dataset: datasets.Dataset, folder: str | Path, min_confid
             )
     rows = pq.read_table(folder / MANIFEST_FILE, columns=["image_id", "mask", "confidence", "classes"]).to_pylist()
     rows = {row["image_id"]: row for row in rows if row["confidence"] >= min_confidence}
-    chosen = [index for index, image_id in enumerate(dataset["image_id"]) if image_id in rows]
+    chosen = [index for index, image_id in enumerate(map(str, dataset["image_id"])) if image_id in rows]
     if not chosen:
         raise ValueError(
             f"None of the {len(dataset)} images has a pseudo-label in {folder} with a confidence of {min_confidence} "
@@ -320,7 +320,7 @@ def with_pseudo_labels(dataset: datasets.Dataset, folder: str | Path, min_confid
         )
     dataset = dataset.remove_columns("mask") if "mask" in dataset.column_names else dataset
     dataset = dataset.select(chosen)
-    rows = [rows[image_id] for image_id in dataset["image_id"]]
+    rows = [rows[str(image_id)] for image_id in dataset["image_id"]]
     if "labels" not in dataset.column_names:
         labels = [[names.index(name) - 1 for name in row["classes"]] for row in rows]
         dataset = dataset.add_column("labels", labels, feature=record_features(names)["labels"])
@@ -363,23 +363,20 @@ def _check_classes(model, dataset: datasets.Dataset, options: PseudoLabelOptions
 
 def _wanted_records(dataset: datasets.Dataset, options: PseudoLabelOptions) -> list[dict[str, Any]]:
     """What is known of each image before it is opened: `index`, `image_id`, `mask` (path), `labels`."""
-    image_ids, labels = dataset["image_id"][:], [None] * len(dataset)
+    image_ids, labels = list(map(str, dataset["image_id"])), [None] * len(dataset)
     if options.label_source != "predicted" and "labels" in dataset.column_names:
         labels = dataset["labels"][:]
-    seen: set[str] = set()
-    records = []
-    for index, (image_id, label_ids) in enumerate(zip(image_ids, labels, strict=True)):
-        parts = PurePosixPath(image_id).parts
-        if not image_id.strip("/") or image_id.startswith("/") or "\\" in image_id or {".", ".."} & set(parts):
+    places: dict[str, int] = {}
+    for index, image_id in enumerate(image_ids):
+        if not image_id.strip("/") or image_id.startswith("/") or ".." in image_id.split("/"):
             raise ValueError(
                 f"The image identifier {image_id!r} cannot name a mask: rename it without a leading / or `..`."
             )
-        if image_id in seen:
+        if places.setdefault(image_id, index) != index:
             raise ValueError(f"The image identifier {image_id!r} occurs twice: identifiers name the masks.")
-        seen.add(image_id)
-        mask = f"{MASK_FOLDER}/{image_id}.png"
-        records.append({"index": index, "image_id": image_id, "mask": mask, "labels": label_ids})
-    return records
+    names = [f"{MASK_FOLDER}/{name}" for name in safe_file_names(image_ids, ".png")]
+    columns = zip(range(len(names)), image_ids, names, labels, strict=True)
+    return [dict(zip(("index", "image_id", "mask", "labels"), values, strict=True)) for values in columns]
 
 
 def _mask_record(path: Path) -> dict[str, Any] | None:
