@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 
+# floats of a working set that stays in a processor's cache
+_CACHED_FLOATS = 2**20
 # rows and columns of the eight directions, in units of a dilation
 _DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 
@@ -44,15 +46,18 @@ class SynerNetPixelAdaptiveRefinement(nn.Module):
                 top, left = reach + row * dilation, reach + column * dilation
                 yield padded[..., top : top + height, left : left + width]
 
+    @torch.no_grad()
     def affinity(self, images: torch.Tensor) -> torch.Tensor:
         """
         Weights `(B, 8 * len(dilations), H, W)` of every pixel's neighbours in `images` `(B, 3, H, W)` in [0, 1]; over
-        the neighbours they sum to 1.01.
+        the neighbours they sum to 1.01. No gradient.
         """
-        neighbours = torch.stack(list(self._neighbours(images)), dim=1)
-        deviation = neighbours.std(dim=1, keepdim=True)
-        difference = (neighbours - images[:, None]).abs() / (deviation + 1e-8) / self.colour_temperature
-        colour = -difference.square().mean(dim=2)
+        colour = []
+        for part in images.split(_part_size(images, 8 * len(self.dilations))):
+            neighbours = torch.stack(list(self._neighbours(part)), dim=1)
+            deviation = neighbours.std(dim=1, keepdim=True).add_(1e-8)
+            difference = neighbours.sub_(part[:, None]).abs_().div_(deviation).div_(self.colour_temperature)
+            colour.append(difference.square_().mean(dim=2).neg_().softmax(dim=1))
 
         distances = torch.tensor(
             [math.hypot(row, column) * dilation for dilation in self.dilations for row, column in _DIRECTIONS],
@@ -60,16 +65,19 @@ class SynerNetPixelAdaptiveRefinement(nn.Module):
             device=images.device,
         )
         position = -(distances / (distances.std() + 1e-8) / self.colour_temperature).square()
-        return colour.softmax(dim=1) + self.position_weight * position.softmax(dim=0)[None, :, None, None]
+        return torch.cat(colour).add_(self.position_weight * position.softmax(dim=0)[None, :, None, None])
 
     def propagate(self, affinity: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
         """Runs the steps on `maps` `(B, C, H, W)` with the weights of [`~SynerNetPixelAdaptiveRefinement.affinity`]."""
-        for _ in range(self.num_iterations):
-            refined = torch.zeros_like(maps)
-            for index, neighbour in enumerate(self._neighbours(maps)):
-                refined.addcmul_(affinity[:, index : index + 1], neighbour)
-            maps = refined
-        return maps
+        size, parts = _part_size(maps), []
+        for weights, part in zip(affinity.split(size), maps.split(size), strict=True):
+            for _ in range(self.num_iterations):
+                refined = torch.zeros_like(part)
+                for index, neighbour in enumerate(self._neighbours(part)):
+                    refined.addcmul_(weights[:, index : index + 1], neighbour)
+                part = refined
+            parts.append(part)
+        return torch.cat(parts)
 
     def forward(self, images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
         """
@@ -83,6 +91,13 @@ class SynerNetPixelAdaptiveRefinement(nn.Module):
         if maps.shape[-2:] != images.shape[-2:]:
             maps = F.interpolate(maps, size=images.shape[-2:], mode="bilinear", align_corners=False)
         return self.propagate(self.affinity(images), maps)
+
+
+def _part_size(maps: torch.Tensor, copies: int = 1) -> int:
+    """How many images of a batch to work on at once: on a CPU as many as its cache holds, else all."""
+    if maps.device.type != "cpu":
+        return max(len(maps), 1)
+    return max(_CACHED_FLOATS // max(maps[:1].numel() * copies, 1), 1)
 
 
 class PresentClasses(NamedTuple):
