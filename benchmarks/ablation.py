@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging
 
 from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.cli import CommandParser, needs_extra, run_command
@@ -486,8 +485,6 @@ def run_ablation(options: argparse.Namespace, extra: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    # saving has its own bar, which would break into that of the training
-    logging.disable_progress_bar()
     status = run_command(run_ablation, *parse_options(argv))
     if status == 130:
         print("The same command goes on with the row and seed that were not finished.", file=sys.stderr)

@@ -7,7 +7,7 @@ from pathlib import Path
 from synernet_hf.cli import needs_extra, run_command
 from synernet_hf.crf import DenseCRF
 from synernet_hf.files import write_json
-from synernet_hf.model_folder import check_model_folder, load_model_folder
+from synernet_hf.model_folder import check_model_folder, find_model_folder, load_model_folder
 
 
 with needs_extra("train"):
@@ -29,7 +29,7 @@ with needs_extra("train"):
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = data_parser(description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a trained model, such as runs/voc_animals")
+    parser.add_argument("run", help="folder or Hub id of a trained model, such as runs/voc_animals")
     data = parser.add_argument_group("what to score on (default: the data of the training, RUN/training_args.json)")
     data.add_argument("--classes", nargs="+", help="classes that the means are taken over")
     data.add_argument(
@@ -57,11 +57,10 @@ def load_split(
     left out. The main process alone checks the images.
 
     Images of one's own that come without a class list get that of the model, `id2label`, so that their labels are
-    read by name. The loaders give all splits at once, so the lists and image labels of the training split must be
-    there too where there is one; none of its images is opened.
+    read by name. Lists, labels and images of the training split may be missing.
     """
     skipped: dict[str, list[str]] = {}
-    splits = load_data(data_args, skipped, id2label)
+    splits = load_data(data_args, skipped, id2label, splits=("validation",))
     if "validation" not in splits:
         raise ValueError(f"The data has no split to evaluate on, only {', '.join(splits)}; see docs/data.md.")
     split = splits["validation"]
@@ -73,8 +72,6 @@ def load_split(
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Find mistakes of the command line before anything is loaded."""
-    if not (args.run / "config.json").is_file():
-        raise ValueError(f"{args.run} holds no trained model (no config.json); give the folder of a finished run.")
     if args.max_samples is not None and args.max_samples < 1:
         raise ValueError(f"--max_samples is {args.max_samples}; a positive number of images is expected.")
     if args.output is not None and args.output.is_dir():
@@ -86,16 +83,17 @@ def check_arguments(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     """Load the run and its data, score, print and write."""
     check_arguments(args)
+    folder = find_model_folder(args.run)
     data_args = read_data_arguments(args, args.run)
     metric_classes = args.classes or data_args.metric_classes
     try:
-        id2label = check_model_folder(args.run).id2label
+        id2label = check_model_folder(folder).id2label
     except (ValueError, OSError) as error:
         raise ValueError(f"{error} Please give the folder of a finished run.") from error
     crf = DenseCRF() if args.crf else None
     accelerator = Accelerator()
     splits, names, skipped = load_split(data_args, id2label, accelerator, args.max_samples)
-    model, processor = load_model_folder(args.run)
+    model, processor = load_model_folder(folder)
     results = evaluate_model(
         model.to(accelerator.device),
         processor,
@@ -117,7 +115,7 @@ def evaluate(args: argparse.Namespace) -> None:
         print(results_table(results, metric_classes))
         if args.output is not None:
             scores = {
-                "run": str(args.run),
+                "run": args.run,
                 "dataset": data_args.dataset,
                 "validation_split": data_args.validation_split,
                 "metric_classes": list(metric_classes),

@@ -115,6 +115,10 @@ def predict(args: argparse.Namespace) -> None:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model, processor = load_model_folder(args.run)
     model = model.to(device).eval()
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"The results cannot be written: {error}") from error
     names, scales, unread = model.config.id2label, args.scales and tuple(args.scales), []
     for path, result in images.items():
         try:

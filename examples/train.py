@@ -12,8 +12,6 @@ describes the run folder and how to resume.
 
 import sys
 
-from transformers.utils import logging
-
 from synernet_hf.cli import needs_extra, run_command
 
 
@@ -23,8 +21,6 @@ with needs_extra("train"):
 
 def run(argv: list[str] | None) -> None:
     """Trains, and prints the scores."""
-    # the bar of saving would interrupt that of the training
-    logging.disable_progress_bar()
     model_args, data_args, training_args = parse_arguments(argv)
     results = train(model_args, data_args, training_args)
     training = results.pop("training")

@@ -26,7 +26,7 @@ ROOMS = {
     "__init__": ({"model"}, set()),
     "model": (set(), {"torch", "numpy", "PIL", "transformers", "huggingface_hub", "safetensors"}),
     "files": (set(), set()),
-    "cli": ({"files"}, {"transformers"}),
+    "cli": ({"files"}, {"transformers", "huggingface_hub"}),
     "data": ({"files", "model"}, DATA_LIBRARIES),
     "metrics": (set(), DATA_LIBRARIES),
     "visualization": (set(), DATA_LIBRARIES),

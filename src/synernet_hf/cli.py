@@ -8,7 +8,9 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from huggingface_hub.utils import enable_progress_bars
 from transformers import HfArgumentParser
+from transformers.utils.logging import disable_progress_bar
 
 from synernet_hf.files import one_line
 
@@ -121,7 +123,8 @@ def needs_extra(extra: str) -> Iterator[None]:
 
 def run_command(command: Callable[..., int | None], *args: Any) -> int:
     """
-    Runs a command and prints what it refuses as lines `error: …`, without a traceback.
+    Runs a command and prints what it refuses as lines `error: …`, without a traceback. Bars of transformers for loading
+    and saving, which take no time, are not shown; those of downloads are.
 
     Args:
         command (`Callable`): Does the work; returns an exit status or `None`.
@@ -130,6 +133,8 @@ def run_command(command: Callable[..., int | None], *args: Any) -> int:
     Returns:
         `int`: exit status: the command's own, 0 done, 1 diverged, 2 input refused, 130 interrupted.
     """
+    disable_progress_bar()
+    enable_progress_bars()
     try:
         return command(*args) or 0
     except (ValueError, OSError, ImportError) as error:

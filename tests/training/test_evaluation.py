@@ -379,6 +379,8 @@ def test_evaluate_script_refuses_in_a_sentence(root, shapes_run, capsys, words, 
 
 def test_evaluate_script_names_a_folder_without_model(root, tmp_path, capsys):
     assert load_script(root, "evaluate").main([str(tmp_path / "none")]) == 2
+    assert "none: no such folder" in capsys.readouterr().err
+    assert load_script(root, "evaluate").main([str(tmp_path)]) == 2
     assert "holds no trained model" in capsys.readouterr().err
 
 
@@ -445,7 +447,7 @@ def test_predict_script_says_what_cannot_be_written(root, tiny_run_folder, tmp_p
         "--output_dir",
         str(tmp_path / "file" / "out"),
     ]
-    assert load_script(root, "predict").main(words) == 1
+    assert load_script(root, "predict").main(words) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: The results cannot be written") and str(tmp_path / "file") in error
 

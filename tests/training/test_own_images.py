@@ -189,6 +189,26 @@ def test_evaluation_decodes_beforehand_unless_told_otherwise(root, model_folder,
     assert seen == [check_data]
 
 
+def test_evaluation_needs_nothing_of_the_training_split(root, model_folder, tmp_path, capsys):
+    evaluate = runpy.run_path(str(root / "examples" / "evaluate.py"))["main"]
+    data = write_images(tmp_path / "data")
+    for index in range(4):
+        (data / f"{index}.png").unlink()
+    words = [str(model_folder), "--no_multi_scale", "--no_cams", "--dataset"]
+    assert evaluate([*words, str(data)]) == 0, capsys.readouterr().err
+    # a devkit without training list and training images
+    voc = tmp_path / "VOC2012"
+    for folder in ("JPEGImages", "SegmentationClass", "Annotations", "ImageSets/Segmentation"):
+        (voc / folder).mkdir(parents=True)
+    Image.new("RGB", (40, 32)).save(voc / "JPEGImages" / "x.jpg")
+    Image.new("L", (40, 32), 12).save(voc / "SegmentationClass" / "x.png")
+    (voc / "Annotations" / "x.xml").write_text("<a><object><name>dog</name></object></a>")
+    (voc / "ImageSets" / "Segmentation" / "val.txt").write_text("x\n")
+    assert evaluate([*words, "voc2012", "--data_dir", str(voc)]) == 2
+    # it read the list, and goes no further because the model knows two classes only
+    assert "The model does not know the data set's classes aeroplane" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("on_bad_image", ["raise", "skip"])
 def test_one_of_two_processes_checks_what_both_evaluate(root, model_folder, tmp_path, on_bad_image):
     data = write_images(tmp_path / "data")

@@ -83,14 +83,18 @@ def load_folder(
     wanted: tuple[str | None, str | None],
     on_bad_image: str,
     skipped: dict[str, list[str]] | None,
+    needed: Sequence[str],
 ) -> datasets.DatasetDict:
     """
     Loads a folder of images with labels, or a table in it; no image is opened. See [`load_image_labels`].
 
     `columns` are `image_column`, `label_column` and `mask_column` of a table, `wanted` the names of the training split
-    and of the one to evaluate on, as far as they are given.
+    and of the one to evaluate on, as far as they are given, `needed` the splits to read.
     """
-    return build_splits(_read_folder(path, columns, wanted), path, class_names, on_bad_image, skipped)
+    found = _read_folder(path, columns, wanted)
+    # without a class list, the labels of the training split are needed too
+    kept = found if class_names is None else {name: found[name] for name in needed if name in found} or found
+    return build_splits(kept, path, class_names, on_bad_image, skipped)
 
 
 def build_splits(

@@ -57,6 +57,7 @@ def load_image_labels(
     on_bad_image: str = "raise",
     streaming: bool = False,
     skipped: dict[str, list[str]] | None = None,
+    splits: Sequence[str] = ("train", "validation"),
     **columns: Unpack[ColumnNames],
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """
@@ -90,6 +91,8 @@ def load_image_labels(
             set is read during the iteration. Not for training, which draws images at random.
         skipped (`dict[str, list[str]]`, *optional*): Receives, by split, a phrase for each record that is left
             out.
+        splits (`Sequence[str]`, *optional*, defaults to `("train", "validation")`): The splits that are needed. With a
+            class list, files that only the others need may be missing.
         columns ([`ColumnNames`]): `image_column`, `label_column` and `mask_column`.
 
     Returns:
@@ -128,10 +131,10 @@ def load_image_labels(
                 f"{path} is not an annotation file of COCO, Label Studio or labelme: export one of these."
             )
         else:
-            built = load_folder(path, dict(columns), class_names, wanted, on_bad_image, skipped)
+            built = load_folder(path, dict(columns), class_names, wanted, on_bad_image, skipped, splits)
         return as_streams(built) if streaming else built
-    splits = load_columns(data_dir, dict(columns), class_names, wanted, streaming)
-    return datasets.IterableDatasetDict(splits) if streaming else datasets.DatasetDict(splits)
+    loaded = load_columns(data_dir, dict(columns), class_names, wanted, streaming)
+    return datasets.IterableDatasetDict(loaded) if streaming else datasets.DatasetDict(loaded)
 
 
 def check_hub_id(source: str | Path) -> None:

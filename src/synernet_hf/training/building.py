@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +53,7 @@ def load_data(
     data_args: DataSourceArguments,
     skipped: dict[str, list[str]] | None = None,
     id2label: Mapping[int, str] | None = None,
+    splits: Sequence[str] = ("train", "validation"),
 ) -> datasets.DatasetDict:
     """
     Loads the data that the arguments name.
@@ -62,6 +63,8 @@ def load_data(
         skipped (`dict[str, list[str]]`, *optional*): Receives, by split, a phrase for each record that is left out.
         id2label (`Mapping[int, str]`, *optional*): Class names of a model by id, background first. They are the class
             list of images of the user's own that come without one, so that labels are read by name.
+        splits (`Sequence[str]`, *optional*, defaults to `("train", "validation")`): The splits that are needed; files
+            that only the others need may be missing.
 
     Returns:
         `datasets.DatasetDict`: splits `train` and `validation`, as far as they exist.
@@ -70,7 +73,7 @@ def load_data(
         ValueError: if the name or an option is unknown, or the data is inconsistent.
         FileNotFoundError: if a file is missing.
     """
-    options = data_args.loader_options()
+    options = data_args.loader_options() | ({} if data_args.dataset == "shapes" else {"splits": tuple(splits)})
     if id2label is not None and data_args.dataset not in ("voc2012", "coco2014", "shapes"):
         options = {"class_names": [id2label[label] for label in sorted(id2label)]} | options
     return load_wsss_dataset(
