@@ -1,4 +1,4 @@
-"""What every command shares: its parser, its end, and the extra that it needs."""
+"""Shared by all commands: the parser, the handling of errors, and the check for missing packages."""
 
 import argparse
 import difflib
@@ -19,7 +19,7 @@ NUMBERS = {"int": "a whole number", "float": "a number"}
 
 
 class InvalidArguments(ValueError):
-    """Input with which a command does not start; the message has one sentence per line."""
+    """A command cannot start with this input; the message has one sentence per line."""
 
 
 def _with_default(action: argparse.Action) -> str:
@@ -37,8 +37,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 class CommandParser(HfArgumentParser):
     """
-    A parser of dataclasses and options that refuses in one sentence: `error: …` and status 2, without the usage. Options
-    are not abbreviated. An unknown one is answered by the one that was probably meant.
+    A parser of dataclasses and options whose errors are one sentence: `error: …` and status 2, without the usage. Options
+    are not abbreviated. For an unknown one the error suggests the closest.
 
     Args:
         groups (`type`): Dataclasses of options, each field with a `help` in its metadata.

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, named alike on every system, told from ids of the Hub."""
+"""Writes files completely or not at all, names them safely on every system, and tells paths from Hub ids."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ TEMPORARY_NAME = re.compile(r"\.(?P<name>.+)\.\d+\.tmp")
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """
-    Writes a file under a temporary name and renames it, so that nobody ever reads half a file.
+    Writes a file under a temporary name and renames it, so that no reader sees half a file.
 
     Args:
         path (`Path`): The file; its folder is created if needed.
@@ -40,7 +40,7 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 def safe_file_names(names: Sequence[str], suffix: str) -> list[str]:
     """
-    Makes relative paths of names, to which every file system gives files of their own.
+    Turns names into relative paths that stay different on every file system.
 
     Args:
         names (`Sequence[str]`): Different names; a slash makes a folder.

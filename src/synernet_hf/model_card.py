@@ -1,4 +1,4 @@
-"""Model card of a training run, made of nothing but the run's own values."""
+"""Model card of a training run, made only from the values of the run."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -181,7 +181,7 @@ def _class_table(data: SynerNetModelCardData) -> str:
 
 def published_card(text: str, repo_id: str, license: str | None = None) -> ModelCard:
     """
-    Makes the card to push of the card of a run: with the repository's name in the instructions, and the licence.
+    Turns the card of a run into the card to push: with the repository's name in the instructions, and the licence.
 
     Args:
         text (`str`): The card, header included.

@@ -58,7 +58,7 @@ LOADING_ERRORS = (OSError, RuntimeError, TypeError, ValueError, SafetensorError,
 
 def find_model_folder(run: str | Path, on_hub: bool = True) -> Path:
     """
-    Finds a trained model. A path that is not there is told at once, without asking the Hub.
+    Finds a trained model. A missing path is reported at once, without asking the Hub.
 
     Args:
         run (`str` or `Path`): Folder, or Hub id `owner/name`. Only JSON and safetensors files are fetched.
@@ -139,7 +139,7 @@ def check_model_folder(folder: str | Path) -> SynerNetConfig:
 
 def load_model(run: str | Path) -> SynerNetForWeaklySupervisedSegmentation:
     """
-    Checks and loads a trained model, all weights of which must be there.
+    Checks and loads a trained model, which must have all its weights.
 
     Args:
         run (`str` or `Path`): Folder, or Hub id `owner/name`, of which only JSON and safetensors files are fetched.

@@ -196,7 +196,7 @@ def write_pseudo_labels(
     progress: bool = False,
 ) -> pa.Table:
     """
-    Writes the pseudo-label of every image and a manifest of them; called again, does what is not there yet.
+    Writes the pseudo-label of every image and a manifest of them; a repeated call makes only what is missing.
 
     The folder holds `masks/IMAGE_ID.png` ([`~synernet_hf.files.safe_file_names`]; VOC palette, 255 = undecided),
     `manifest.parquet` and `pseudo_labels.json` (what made them). A mask belongs to the content and the labels of its image: it is made again where they differ.
@@ -380,7 +380,7 @@ def _wanted_records(dataset: datasets.Dataset, options: PseudoLabelOptions) -> l
 
 
 def _mask_record(path: Path) -> dict[str, Any] | None:
-    """What a finished mask says of itself; `None` where there is none."""
+    """The manifest row of a finished mask; `None` where there is none."""
     try:
         with Image.open(path) as mask:
             return json.loads(mask.info[RECORD_KEY])
@@ -398,7 +398,7 @@ def _is_current(content: dict[str, Any] | None, record: dict, digest: str, optio
 
 
 def _settings(model, processor, options: PseudoLabelOptions) -> dict[str, Any]:
-    """What decides the masks, beside the images and their labels."""
+    """Everything that decides the masks apart from the images and their labels."""
     digest = hashlib.sha256()
     for content in (model.config.to_dict(), processor.to_dict()):
         digest.update(json.dumps(_without_names(content), sort_keys=True, default=str).encode())
@@ -420,7 +420,7 @@ def _settings(model, processor, options: PseudoLabelOptions) -> dict[str, Any]:
 
 
 def _without_names(content: Any) -> Any:
-    """A configuration without what says where it came from."""
+    """A configuration without the fields that name its origin."""
     if not isinstance(content, dict):
         return content
     skipped = ("_name_or_path", "transformers_version", "auto_map")

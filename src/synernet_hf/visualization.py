@@ -95,7 +95,7 @@ def overlay(
     class_names: Mapping[int, str] | None = None,
 ) -> Image.Image:
     """
-    Lays the coloured classes over an image; background (id 0) stays as it is.
+    Draws the coloured classes over an image; background (id 0) stays as it is.
 
     Args:
         image (`PIL.Image.Image` or `np.ndarray` of dtype uint8 and shape `(height, width, 3)`): The image.

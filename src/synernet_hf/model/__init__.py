@@ -1,4 +1,4 @@
-"""The exported room: what travels to the Hub with a model. Importing it registers SynerNet with the auto classes."""
+"""The files that are saved with a model and pushed to the Hub. Importing it registers SynerNet with the auto classes."""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING

@@ -1,4 +1,4 @@
-"""Class activation maps: making them, comparing layers and branches, fusing them, reading labels off them."""
+"""Class activation maps: how they are made, compared over layers and branches, fused and turned into labels."""
 
 from typing import Any, Generic, NamedTuple, TypeVar
 
