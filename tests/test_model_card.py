@@ -65,7 +65,7 @@ def test_the_header_is_valid_and_holds_the_results():
     "row",
     [
         r"\| data \| voc2012, 3131 training images, image-level labels \|",
-        r"\| encoder \| deit-tiny, pretrained \|",
+        r"\| encoder \| a local encoder \(deit-tiny\), pretrained \|",
         r"\| steps \| 1200 \|",
         r"\| images per step \| 24 \|",
         r"\| crop \| 224 px \|",
@@ -83,7 +83,7 @@ def test_the_header_is_valid_and_holds_the_results():
         r"\| dog \| – \| – \|",
         r"- It knows 2 classes;",
         r"- It is one run with one seed \(5\)",
-        r"- Weights: no licence has been chosen for them yet. They start from deit-tiny",
+        r"- Weights: no licence has been chosen for them yet. They start from a local encoder \(deit-tiny\), whose terms hold for them too\.",
         r"- Data: PASCAL VOC 2012; its images come from Flickr",
         r"@article\{synernet2026,",
     ],
@@ -158,6 +158,32 @@ def test_a_hub_backbone_is_named_as_base_model():
     assert generate_model_card(card_data()).data.base_model is None
 
 
+@pytest.mark.parametrize(
+    ("backbone", "base_model", "told"),
+    [
+        ("google/vit", "google/vit", "google/vit"),
+        ("/home/me/hub/models--google--vit-b_16/snapshots/0a1b2c", "google/vit-b_16", "google/vit-b_16"),
+        ("C:\\me\\hub\\models--google--vit\\snapshots\\0a1b2c", "google/vit", "google/vit"),
+        ("weights/deit", None, "a local encoder (deit)"),
+        ("./weights/deit/", None, "a local encoder (deit)"),
+        ("~/weights/deit", None, "a local encoder (deit)"),
+        ("C:\\me\\deit", None, "a local encoder (deit)"),
+        (".", None, "a local encoder (run)"),
+    ],
+)
+def test_the_encoder_is_named_without_its_path(tmp_path, monkeypatch, backbone, base_model, told):
+    (tmp_path / "run" / "weights" / "deit").mkdir(parents=True)
+    # a folder called like an owner makes no path of an id
+    (tmp_path / "run" / "google").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    card = ModelCard(str(generate_model_card(card_data(settings=card_data().settings | {"backbone": backbone}))))
+    assert card.data.base_model == base_model
+    assert f"| encoder | {told}, pretrained |" in card.text
+    assert f"They start from {told}, whose terms" in card.text
+    for word in ("snapshots", "models--", "/me", "\\me", "weights/"):
+        assert word not in card.text
+
+
 def test_random_weights_and_a_run_without_masks():
     settings = card_data().settings | {"backbone": None, "backbone_config": {"model_type": "vit"}}
     card = generate_model_card(card_data(settings=settings, results={}))
@@ -199,7 +225,7 @@ def test_a_published_card_names_its_repository_and_licence():
     text = str(published_card(str(generate_model_card(card_data())), "owner/animals", "cc-by-4.0"))
     assert 'name = "owner/animals"' in text
     assert "path/to/this/folder" not in text
-    assert "- Weights: cc-by-4.0. They start from deit-tiny" in text
+    assert "- Weights: cc-by-4.0. They start from a local encoder (deit-tiny)" in text
     assert ModelCard(text).data.license == "cc-by-4.0"
     without = str(published_card(str(generate_model_card(card_data())), "owner/animals"))
     assert "no licence has been chosen" in without

@@ -114,11 +114,9 @@ def is_hub_id(name: Any) -> bool:
         name (`Any`): Text or anything else.
 
     Returns:
-        `bool`: whether it reads `owner/name` and no such file and no folder `owner` is here.
+        `bool`: whether it reads `owner/name` and nothing of that name is on disk.
     """
-    if not isinstance(name, str) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is None:
-        return False
-    return not Path(name).exists() and not Path(name).parent.is_dir()
+    return isinstance(name, str) and bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not Path(name).exists()
 
 
 def one_line(error: BaseException | str) -> str:

@@ -1,6 +1,7 @@
 """Model card of a training run, made only from the values of the run."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -97,9 +98,14 @@ class SynerNetModelCardData:
 
     @property
     def encoder(self) -> str | None:
-        """Hub id of the pretrained encoder, or the last name of its path; `None` for random weights."""
+        """Hub id of the pretrained encoder, also of one in the cache, or the name of its folder; `None` without one."""
         backbone = self.settings.get("backbone")
-        return backbone if backbone is None or is_hub_id(backbone) else PureWindowsPath(backbone).name
+        if backbone is None or is_hub_id(backbone):
+            return backbone
+        cached = re.search(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]", backbone)
+        if cached:
+            return "/".join(cached.groups())
+        return f"a local encoder ({PureWindowsPath(backbone).name or Path(backbone).resolve().name})"
 
     def recipe(self) -> dict[str, Any]:
         """The settings without folders, file paths cut to the name of the file."""
@@ -108,7 +114,9 @@ class SynerNetModelCardData:
             if name in LOCAL_SETTINGS or value is None or value == {}:
                 continue
             # a hub id (owner/name) is kept whole, a path is not
-            if name in PATH_SETTINGS and not is_hub_id(value):
+            if name == "backbone" and is_hub_id(self.encoder):
+                value = self.encoder
+            elif name in PATH_SETTINGS and not is_hub_id(value):
                 value = PureWindowsPath(value).name
             kept[name] = _without_folders(value)
         return kept | {"dataset": self.dataset}

@@ -78,7 +78,8 @@ def find_model_folder(run: str | Path, on_hub: bool = True) -> Path:
     if folder.exists():
         raise ValueError(f"{run} is a file; give the folder of a trained model.")
     expected = "the folder of a trained model" + (", or its name on the Hub (owner/name)" if on_hub else "")
-    if not on_hub or not is_hub_id(str(run)):
+    # with a folder `owner` here, `owner/name` is a misspelt path
+    if not on_hub or not is_hub_id(str(run)) or folder.parent.is_dir():
         beside = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
         close = difflib.get_close_matches(folder.name, beside, n=1)
         hint = f"did you mean {folder.parent / close[0]}?" if close else f"give {expected}."

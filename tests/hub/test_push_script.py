@@ -84,7 +84,7 @@ def test_one_commit_holds_weights_processor_code_and_card(hub, run_folder, tmp_p
     assert validate_card(text) == ([], [])
     card = ModelCard(text)
     assert card.data.license == "apache-2.0"
-    assert "- Weights: apache-2.0. They start from encoder" in card.text
+    assert "- Weights: apache-2.0. They start from a local encoder (encoder)" in card.text
     assert 'name = "owner/one_commit"' in card.text
     assert "](images.png)" in card.text
     assert [result.metric_value for result in card.data.eval_results] == [0.5]
