@@ -378,7 +378,7 @@ def test_names_of_data_sets_and_folders_that_are_nearly_others(tmp_path, monkeyp
     for source in ("/nowhere/at/all", "./nowhere", "nowhere/", "a b/c"):
         with pytest.raises(FileNotFoundError, match="There is no folder .*, and it is not a Hub id"):
             load_image_labels(source)
-    with pytest.raises(FileNotFoundError, match="There is no folder owner/name; .* is 'hub', not 'image_folder'"):
+    with pytest.raises(FileNotFoundError, match="There is no folder owner/name; a Hub id is the data set 'hub'"):
         load_wsss_dataset("image_folder", "owner/name")
 
 

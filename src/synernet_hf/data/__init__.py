@@ -9,7 +9,7 @@ import datasets
 
 from synernet_hf.data.checks import DatasetReport, SplitReport, check_dataset, inspect_dataset, mask_ids
 from synernet_hf.data.coco import PolygonMask, load_coco2014
-from synernet_hf.data.hub import ColumnNames, load_image_labels, same_columns, write_parquet
+from synernet_hf.data.hub import ColumnNames, check_source, load_image_labels, same_columns, write_parquet
 from synernet_hf.data.labels import read_label_file
 from synernet_hf.data.schema import (
     COCO_CLASSES,
@@ -61,14 +61,9 @@ def load_wsss_dataset(
         name (`str`): `"voc2012"` ([`load_voc2012`]), `"coco2014"` ([`load_coco2014`]), `"image_folder"` or `"hub"`
             ([`load_image_labels`]), `"shapes"` ([`load_shapes`]); or a folder, a table, or a Hub id `owner/name`,
             which is then the `data_dir` of [`load_image_labels`].
-        data_dir (`str` or `Path`, *optional*): Folder of the data, for `"hub"` also a Hub id; not for `"shapes"`,
-            which is generated.
-        image_labels (`str` or `Path`, *optional*): Source of the image-level labels, see [`load_voc2012`]; not for the
-            others.
-        train_split (`str`, *optional*): List or split of training images, the loader's default where it is not given;
-            not for `"shapes"`.
-        validation_split (`str`, *optional*): List or split of evaluation images, the loader's default where it is not
-            given; not for `"shapes"`.
+        data_dir, image_labels, train_split, validation_split (*optional*):
+            Arguments of the loader, as far as it has them: folder or Hub id, source of the image-level labels (see
+            [`load_voc2012`]), lists or splits to train and to evaluate on.
         dataset_options (`dict`, *optional*): Further arguments of the loader, for example `{"num_train": 500}` for
             `"shapes"` or `{"class_names": ["background", "cat", "dog"]}` for images of your own. `on_bad_image` may be
             given for every source.
@@ -103,8 +98,8 @@ def load_wsss_dataset(
         loader, arguments = load_image_labels, {"data_dir": name} | arguments
     elif loader is not load_shapes and data_dir is None:
         raise ValueError(f"The data set {name!r} needs data_dir: {DATA_DIR_HINTS[name]}.")
-    elif name == "image_folder" and not Path(data_dir).expanduser().exists():
-        raise FileNotFoundError(f"There is no folder {data_dir}; a data set of the Hub is 'hub', not 'image_folder'.")
+    elif name == "image_folder":
+        check_source(data_dir, may_be_id=False)
     known = [
         key
         for key, value in inspect.signature(loader).parameters.items()

@@ -3,7 +3,7 @@
 import io
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,27 +74,6 @@ class LabelledImages:
     label_column: str | None = None
     skipped: list[str] = field(default_factory=list)
     lost_masks: list[str] = field(default_factory=list)
-
-
-def load_folder(
-    path: Path,
-    columns: dict[str, str | None],
-    class_names: Sequence[str] | None,
-    wanted: tuple[str | None, str | None],
-    on_bad_image: str,
-    skipped: dict[str, list[str]] | None,
-    needed: Sequence[str],
-) -> datasets.DatasetDict:
-    """
-    Loads a folder of images with labels, or a table in it; no image is opened. See [`load_image_labels`].
-
-    `columns` are `image_column`, `label_column` and `mask_column` of a table, `wanted` the names of the training split
-    and of the one to evaluate on, as far as they are given, `needed` the splits to read.
-    """
-    found = _read_folder(path, columns, wanted)
-    # without a class list, the labels of the training split are needed too
-    kept = found if class_names is None else {name: found[name] for name in needed if name in found} or found
-    return build_splits(kept, path, class_names, on_bad_image, skipped)
 
 
 def build_splits(
@@ -173,24 +152,22 @@ def read_table(
     """
     Reads a table of labels (`.csv`, `.tsv` or `.jsonl`) and finds its images, below its own folder or `root`.
 
-    The image column is the first with a usual name (`file_name`, `image`, `id`, ...) or else the first; the label
-    column the first with a usual name (`labels`, `label`, `class`, ...), else the only one left, else all that are
-    left if they hold 0 and 1 only; the mask column `mask` or `mask_file_name`. Rows of one image are taken together.
-    Images that are not there are in `skipped`.
+    The image column has a usual name (`file_name`, `image`, `id`, ...) or is the first; the label column has a usual
+    name (`labels`, `label`, `class`, ...) or is the only one left, or all that are left if they hold 0 and 1 only. Rows
+    of one image are taken together. Images that are not there are in `skipped`.
 
     Returns splits by the value of the column `split`; `""` is the key where there is none, or with `ignore_splits`.
-    Raises `ValueError` that names file and row if the table cannot be read, a column is missing or a row is
-    ambiguous.
+    Raises `ValueError` that names file and row for what cannot be read or is ambiguous.
     """
     rows = _read_rows(path)
     headers = [name for name in dict.fromkeys(key for _, row in rows for key in row) if not _is_row_number(name)]
     for argument, name in columns.items():
         if name is not None and name not in headers:
             raise ValueError(f"{path} has no column {name!r} ({argument}): it has {', '.join(headers)}.")
-    image_column = columns.get("image_column") or _usual(headers, IMAGE_HEADERS) or headers[0]
-    mask_column = columns.get("mask_column") or _usual(headers, MASK_HEADERS)
-    split_column = _usual(headers, SPLIT_HEADERS)
-    label_column = columns.get("label_column") or _usual(headers, LABEL_HEADERS)
+    image_column = columns.get("image_column") or usual_name(headers, IMAGE_HEADERS) or headers[0]
+    mask_column = columns.get("mask_column") or usual_name(headers, MASK_HEADERS)
+    split_column = usual_name(headers, SPLIT_HEADERS)
+    label_column = columns.get("label_column") or usual_name(headers, LABEL_HEADERS)
     class_columns = []
     if label_column is None:
         rest = [name for name in headers if name not in (image_column, mask_column, split_column)]
@@ -208,7 +185,7 @@ def read_table(
             )
     codes = _open_images_names(path)
     # of Open Images: people looked for the label and did not see it
-    unseen = _usual(headers, ("confidence",)) if label_column and label_column.lower() == "labelname" else None
+    unseen = usual_name(headers, ("confidence",)) if label_column and label_column.lower() == "labelname" else None
     masks = [str(row[mask_column]) for _, row in rows if row.get(mask_column)]
     index, seen, splits = ImageIndex(root or path.parent, left_out=masks), {}, {}
     all_files = ImageIndex(root or path.parent, with_masks=True) if masks else None
@@ -262,7 +239,8 @@ def _find(index: ImageIndex, name: Any, place: str) -> str | None:
         raise ValueError(f"{place}, {error}.") from error
 
 
-def _usual(headers: Sequence[str], usual: Sequence[str]) -> str | None:
+def usual_name(headers: Iterable[str], usual: Sequence[str]) -> str | None:
+    """The header with the first of several usual names, in any case."""
     lower = {name.lower(): name for name in headers}
     return next((lower[name] for name in usual if name in lower), None)
 
@@ -277,7 +255,7 @@ def _is_table(path: Path) -> bool:
         first = list(_read_rows(path)[0][1])
     except ValueError:
         return False
-    return _usual(first, IMAGE_HEADERS) is not None and _usual(first, LABEL_HEADERS) is not None
+    return usual_name(first, IMAGE_HEADERS) is not None and usual_name(first, LABEL_HEADERS) is not None
 
 
 def _open_images_names(path: Path) -> dict[str, str]:
@@ -350,9 +328,15 @@ def _header(place: str, cells: list[str]) -> list[str]:
     return cells
 
 
-def _read_folder(
+def read_folder(
     path: Path, columns: dict[str, str | None], wanted: tuple[str | None, str | None]
 ) -> dict[str, LabelledImages]:
+    """
+    Reads the splits of a folder, or of a table in it; no image is opened.
+
+    `columns` are `image_column`, `label_column` and `mask_column` of a table, `wanted` the names of the training split
+    and of the one to evaluate on, as far as they are given.
+    """
     tables = {"": path} if path.is_file() else find_tables(path)
     root = path.parent if path.is_file() else path
     if set(tables) == {""}:
@@ -373,7 +357,7 @@ def _read_folder(
         is_only = len(folders) == 1 and split_meaning(inner.name) is None and inner.name not in wanted
         if is_only and _is_part(inner, of_splits=True):
             # a folder around the data, as archives have it
-            return _read_folder(inner, columns, wanted)
+            return read_folder(inner, columns, wanted)
         source, folders = path, folders if any(wanted) else _split_folders(path, folders)
         read = {name: lambda folder=folder: _read_part(folder, columns) for name, folder in folders.items()}
     if set(read) == {""}:
@@ -518,4 +502,13 @@ def _masks(images: LabelledImages, split: str, path: Path) -> list[Any] | None:
     return list(images.masks)
 
 
-__all__ = ["LABEL_HEADERS", "TABLE_SUFFIXES", "LabelledImages", "build_splits", "find_tables", "load_folder"]
+__all__ = [
+    "LABEL_HEADERS",
+    "MASK_HEADERS",
+    "TABLE_SUFFIXES",
+    "LabelledImages",
+    "build_splits",
+    "find_tables",
+    "read_folder",
+    "usual_name",
+]

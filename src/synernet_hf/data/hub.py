@@ -13,7 +13,15 @@ from datasets.table import embed_table_storage
 
 from synernet_hf.data.annotations import find_annotations, load_annotations
 from synernet_hf.data.coco import PolygonMask
-from synernet_hf.data.folders import LABEL_HEADERS, TABLE_SUFFIXES, find_tables, load_folder
+from synernet_hf.data.folders import (
+    LABEL_HEADERS,
+    MASK_HEADERS,
+    TABLE_SUFFIXES,
+    build_splits,
+    find_tables,
+    read_folder,
+    usual_name,
+)
 from synernet_hf.data.labels import CATEGORY_KEYS, IMAGE_HEADERS, LabelReader, choose_class_names
 from synernet_hf.data.schema import (
     as_streams,
@@ -33,15 +41,12 @@ ID_COLUMNS = ("image_id", "id", "file_name", "filename")
 
 class ColumnNames(TypedDict, total=False):
     """
-    Which columns of a table or data set to take.
+    Which columns of a table or data set to take, where they do not have a usual name.
 
     Attributes:
-        image_column (`str`, *optional*): Images, or in a table their files. Found by its name where that is a usual
-            one (`image`, `file_name`).
-        label_column (`str`, *optional*): Labels. Found by its name where that is a usual one (`labels`, `label`,
-            `class`).
-        mask_column (`str`, *optional*): Masks of the images to evaluate on, or in a table their files; `mask` where
-            there is such a column.
+        image_column (`str`, *optional*): Images, or in a table their files (`image`, `file_name`).
+        label_column (`str`, *optional*): Labels (`labels`, `label`, `class`).
+        mask_column (`str`, *optional*): Masks of the images to evaluate on, or in a table their files (`mask`).
     """
 
     image_column: str | None
@@ -67,12 +72,11 @@ def load_image_labels(
       image, with its file (or its name without suffix) and its labels; several labels are separated by `;`, `|` or
       `,`, or stand in rows or in 0/1 columns of their own. The column `split` says what is `train` and `validation`.
     - **A folder with annotation files**: COCO (`annotations/instances_*.json`, or `_annotations.coco.json` in a folder
-      for each split), Label Studio (tasks as JSON; `label_column` is the tag) or labelme (a file for each image); or
-      the path of such a file. Outlines are the masks to evaluate on.
-    - **A folder with a subfolder for each class.**
-    - **A folder with `train` and `validation`** (or `val`, `test`), each of one of these two kinds.
+      for each split), Label Studio (tasks as JSON; `label_column` is the tag), labelme (a file for each image) or
+      FiftyOne (`data` and `labels.json`); or the path of such a file. Outlines are the masks to evaluate on.
+    - **A folder with a subfolder for each class**, or with `train` and `validation` of one of these kinds.
     - **A Hub data set, a folder of parquet files, or what `save_to_disk` wrote**: the label column is a `ClassLabel`,
-      a name, a class id, or a list of these, or a list of one 0 or 1 for each class.
+      a name, a class id, a list of these or of one 0 or 1 for each class, or detection metadata.
 
     Masks for evaluation come from the mask column, or from `masks/NAME.png` beside the images of a folder
     (`masks/FOLDER/NAME.png` where images share a name). Masks of the training split are not read.
@@ -82,9 +86,9 @@ def load_image_labels(
         class_names (`Sequence[str]`, *optional*): The class list, background first. Without it, it is the one that the
             source has (`ClassLabel`, names of 0/1 columns), or else the names that occur in the training split, in
             alphabetical order (numbers by size). Ids in masks are positions in this list.
-        train_split (`str`, *optional*, defaults to `"train"`): Name of the training split.
-        validation_split (`str`, *optional*): Name of the split to evaluate on; `validation`, `val` or `test` where it
-            is not given.
+        train_split (`str`, *optional*): Name of the training split.
+        validation_split (`str`, *optional*): Name of the split to evaluate on. Splits that are not named are found by
+            usual names, such as `val` and `test`.
         on_bad_image (`str`, *optional*, defaults to `"raise"`): What to do about images that a table or list names but
             that do not exist: `"raise"`, or `"skip"` to leave them out, log them and list them in `skipped`.
         streaming (`bool`, *optional*, defaults to `False`): Returns an `IterableDatasetDict`; a Hub or parquet data
@@ -119,9 +123,9 @@ def load_image_labels(
         raise TypeError(f"load_image_labels does not take {', '.join(unknown)}: columns are {', '.join(known)}.")
     path = Path(data_dir).expanduser()
     wanted = (train_split, validation_split)
-    if not path.exists():
-        check_hub_id(data_dir)
-    elif path.suffix.lower() in (*TABLE_SUFFIXES, ".json") or (path.is_dir() and not _holds_columns(path)):
+    check_source(data_dir)
+    is_listed = path.is_file() and path.suffix.lower() in (*TABLE_SUFFIXES, ".json")
+    if is_listed or (path.is_dir() and not _holds_columns(path)):
         found = None if path.is_dir() and find_tables(path) else find_annotations(path)
         if found is not None:
             label_column = columns.get("label_column")
@@ -131,21 +135,28 @@ def load_image_labels(
                 f"{path} is not an annotation file of COCO, Label Studio or labelme: export one of these."
             )
         else:
-            built = load_folder(path, dict(columns), class_names, wanted, on_bad_image, skipped, splits)
+            images = read_folder(path, dict(columns), wanted)
+            if class_names is not None:
+                # without a class list, the labels of the training split are needed too
+                images = {name: images[name] for name in splits if name in images} or images
+            built = build_splits(images, path, class_names, on_bad_image, skipped)
         return as_streams(built) if streaming else built
     loaded = load_columns(data_dir, dict(columns), class_names, wanted, streaming)
     return datasets.IterableDatasetDict(loaded) if streaming else datasets.DatasetDict(loaded)
 
 
-def check_hub_id(source: str | Path) -> None:
-    """Raises `FileNotFoundError` for a path where nothing is, unless it may be the id of a data set of the Hub."""
+def check_source(source: str | Path, may_be_id: bool = True) -> None:
+    """Raises `FileNotFoundError` where nothing is, unless the path may be the id of a data set of the Hub."""
     path = Path(source).expanduser()
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)) and not path.parent.is_dir():
+    is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)) and not path.parent.is_dir()
+    if path.exists() or (is_id and may_be_id):
         return
     beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, beside, n=1)
-    hint = f": did you mean {path.parent / close[0]}?" if close else ", and it is not a Hub id of the form owner/name."
-    raise FileNotFoundError(f"There is no folder {source}{hint}")
+    hint = ", and it is not a Hub id of the form owner/name." if may_be_id else "; a Hub id is the data set 'hub'."
+    raise FileNotFoundError(
+        f"There is no folder {source}{f': did you mean {path.parent / close[0]}?' if close else hint}"
+    )
 
 
 def _holds_columns(folder: Path) -> bool:
@@ -157,8 +168,7 @@ def open_dataset(source: str | Path, streaming: bool = False) -> dict[str, Any]:
     """
     Opens a Hub id, a `.parquet` file, a folder that `datasets.load_dataset` reads or one that `save_to_disk` wrote.
 
-    Returns splits by name. Raises `FileNotFoundError` if there is no such data set, `ValueError` if it cannot be
-    read.
+    Returns splits by name. Raises `FileNotFoundError` if there is no such data set, `ValueError` if it cannot be read.
     """
     path = Path(source).expanduser()
     try:
@@ -191,10 +201,10 @@ def load_columns(
     streaming: bool,
 ) -> dict[str, Any]:
     """
-    Loads a data set with named columns; no image is opened. See [`load_image_labels`] and [`load_folder`].
+    Loads a data set with named columns; no image is opened. See [`load_image_labels`].
 
-    Raises `FileNotFoundError` if there is no such data set, `ValueError` if a split or column is missing or of a kind
-    that holds no images or labels, or a label is not in the class list.
+    Raises `ValueError` if a split or column is missing or of a kind that holds no images or labels, or a label is not in
+    the class list.
     """
     splits = open_dataset(source, streaming)
     chosen = choose_splits(splits, *wanted, f"The data set {source}")
@@ -290,12 +300,11 @@ def _choose_columns(
             raise ValueError(
                 f"The data set {source} has no column {name!r} ({argument}): it has {', '.join(features)}."
             )
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    mask = columns.get("mask_column") or ("mask" if "mask" in features else None)
-    images = [name for name in images if name != mask]
-    image = columns.get("image_column") or next((name for name in IMAGE_HEADERS if name in images), None)
+    mask = columns.get("mask_column") or usual_name(features, MASK_HEADERS)
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image) and name != mask]
+    image = columns.get("image_column") or usual_name(images, IMAGE_HEADERS)
     image = image or (images[0] if len(images) == 1 else None)
-    label = columns.get("label_column") or next((name for name in LABEL_HEADERS if name in features), None)
+    label = columns.get("label_column") or usual_name(features, LABEL_HEADERS)
     for argument, name in (("image_column", image), ("label_column", label)):
         if name is None:
             raise ValueError(

@@ -47,12 +47,10 @@ class LabelReader:
     decides from those of all splits what a cell alone does not say; [`ids`] and [`infer_class_names`] take plain cells.
 
     Args:
-        column (`str`, *optional*): Name of a column of texts in which spaces may separate names: they do where no text
-            holds `;`, `|` or `,` and the column has a plural name (`labels`, `classes`, `tags`), so that `traffic
-            light` in a column `label` stays whole.
-        class_names (`Sequence[str]`, *optional*): Known class names; a text that is one of them is not split.
-        streamed (`bool`, *optional*, defaults to `False`): Other cells are not known: a list of a 0 or 1 for each
-            class is a label vector.
+        column (`str`, *optional*): Name of the column. Spaces separate names where no text holds `;`, `|` or `,` and
+            the name is a plural (`labels`, `tags`), so that `traffic light` in a column `label` stays whole.
+        class_names (`Sequence[str]`, *optional*): Known class names; a text that is one of them is not taken apart.
+        streamed (`bool`): Other cells are not known: a list of a 0 or 1 for each class is a label vector.
     """
 
     def __init__(
@@ -98,11 +96,7 @@ class LabelReader:
             self.separators = [*LABEL_SEPARATORS, r"\s"]
 
     def names(self, cell: Any, place: str) -> list[str]:
-        """
-        The names in a cell that holds no label vector, numbers as text, without repeats.
-
-        Raises `ValueError` for a list of numbers with a 0 or a repeat, which ids of classes do not have.
-        """
+        """The names in a plain cell that holds no label vector, numbers as text, without repeats and background."""
         if isinstance(cell, str):
             cell = [name for name in map(self._label, self._parts(cell, self.separators)) if name]
         elif isinstance(cell, list):
@@ -120,18 +114,14 @@ class LabelReader:
 
     def ids(self, cells: Sequence[Any], class_names: Sequence[str], place: str) -> list[int]:
         """
-        The label ids of one image, sorted: 0-based over the foreground classes of `class_names`.
+        The label ids of one image from the cells of all its rows, sorted: 0-based over the foreground classes.
 
-        `cells` are those of all rows of the image. Raises `ValueError`, beginning with `place`, for a label vector of
-        another length and for a name or id that is not in the class list.
+        Raises `ValueError`, beginning with `place`, for a vector, name or id that does not fit the class list.
         """
-        found: set[int] = set()
+        number, found = len(class_names) - 1, set()
         for cell in cells:
-            is_vector = self.vector_length is not None or (
-                self.streamed and isinstance(cell, list) and vector_length([cell]) == len(class_names) - 1
-            )
-            if is_vector and cell:
-                found |= set(ids_from_vector(cell, len(class_names) - 1, place))
+            if cell and (self.vector_length or (self.streamed and vector_length([cell]) == number)):
+                found |= set(ids_from_vector(cell, number, place))
             else:
                 found |= set(ids_from_names(self.names(cell, place), class_names, place))
         return sorted(found)
@@ -225,10 +215,10 @@ def vector_length(cells: Iterable[Any]) -> int | None:
 
 def ids_from_names(names: Iterable[str], class_names: Sequence[str], place: str) -> list[int]:
     """
-    Turns the labels of one image into sorted ids, 0-based over the foreground classes.
+    The sorted ids, 0-based over the foreground classes, of class names or, where no class is called by a number, of
+    positions 1 to C in the class list as text.
 
-    Labels are class names or, where no class is called by a number, positions 1 to C in the class list as text. Raises
-    `ValueError`, beginning with `place`, for a name or number that is not in the list, and for the background.
+    Raises `ValueError`, beginning with `place`, for what is not in the list, and for the background.
     """
     # where classes are called "1" and "3", a "2" is no position
     with_numbers = any(name.isdecimal() for name in class_names[1:])
@@ -252,11 +242,7 @@ def ids_from_names(names: Iterable[str], class_names: Sequence[str], place: str)
 
 
 def ids_from_vector(values: Sequence[Any], num_classes: int, place: str) -> list[int]:
-    """
-    Turns a 0 or 1 for each foreground class, as numbers or text, into sorted 0-based ids.
-
-    Raises `ValueError`, beginning with `place`, for another length or other values.
-    """
+    """The sorted 0-based ids of a 0 or 1 for each foreground class. Raises `ValueError`, beginning with `place`."""
     flags = [flag(value) for value in values]
     if len(flags) == num_classes and None not in flags:
         return [index for index, is_set in enumerate(flags) if is_set]
