@@ -289,3 +289,49 @@ save_file({{"logits": logits}}, "logits.safetensors")
     assert done.returncode == 0, done.stderr[-3000:]
     torch.testing.assert_close(load_file(tmp_path / "logits.safetensors")["logits"], expected, rtol=0, atol=0)
     assert os.listdir(tmp_path / "home" / "modules" / "transformers_modules")
+
+
+def test_with_the_package_installed_a_hub_id_needs_no_flag(client, pushed, expected, tiny_run_folder):
+    client(
+        f"""
+        from transformers import pipeline
+        import synernet_hf
+        segmenter = pipeline("weakly-supervised-segmentation", model={str(tiny_run_folder)!r}, device="cpu")
+        segmenter.push_to_hub({pushed!r})
+        """
+    )
+    logits, classes, sizes, files = client(
+        f"""
+        import builtins
+        import torch
+        from huggingface_hub import HfApi
+        from PIL import Image
+        from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, pipeline
+        import synernet_hf
+
+        def ask(question=""):
+            raise AssertionError("the user was asked: " + question)
+
+        builtins.input = ask
+        image = Image.open({str(tiny_run_folder / "image.png")!r})
+        model = AutoModelForSemanticSegmentation.from_pretrained({pushed!r})
+        processor = AutoImageProcessor.from_pretrained({pushed!r})
+        with torch.no_grad():
+            logits = model(**processor(image, return_tensors="pt")).logits.tolist()
+        segmenters = [
+            pipeline("weakly-supervised-segmentation", model={pushed!r}),
+            pipeline(model={pushed!r}),
+            pipeline("image-segmentation", model={pushed!r}),
+        ]
+        result = [
+            logits,
+            [type(thing).__module__ for thing in (model, processor, *segmenters)],
+            [segmenter(image)[0]["mask"].size for segmenter in segmenters],
+            HfApi().list_repo_files({pushed!r}),
+        ]
+        """
+    )
+    assert "pipeline_synernet.py" in files
+    assert torch.equal(torch.tensor(logits), expected)
+    assert all(name.startswith("synernet_hf.model.") for name in classes)
+    assert {tuple(size) for size in sizes} == {Image.open(tiny_run_folder / "image.png").size}

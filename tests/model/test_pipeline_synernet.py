@@ -1,10 +1,11 @@
+import json
 import logging as std_logging
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import pipeline
+from transformers import ImageSegmentationPipeline, SegformerConfig, SegformerForSemanticSegmentation, pipeline
 
 from synernet_hf import (
     SynerNetForWeaklySupervisedSegmentation,
@@ -235,12 +236,10 @@ def test_a_folder_serves_our_task_and_the_stock_one(
         if with_pipeline_code:
             folder = tmp_path / "with_code"
             ours.save_pretrained(folder)
-            ours = pipeline(
-                "weakly-supervised-segmentation",
-                str(folder),
-                pipeline_class=SynerNetSegmentationPipeline,
-                device="cpu",
-            )
+            # the installed pipeline, although the folder has another one: without the task, and with leave to run code
+            ours = pipeline("weakly-supervised-segmentation", model=str(folder), device="cpu")
+            for options in ({}, {"trust_remote_code": True}):
+                assert type(pipeline(model=str(folder), device="cpu", **options)) is SynerNetSegmentationPipeline
         stock = pipeline("image-segmentation", model=str(folder), device="cpu")
     finally:
         logging.remove_handler(handler)
@@ -256,13 +255,49 @@ def test_the_pipelines_code_travels_with_its_folder(segmenter, tmp_path):
     config = segmenter.model.config
     try:
         segmenter.save_pretrained(tmp_path)
-        assert "weakly-supervised-segmentation" in config.custom_pipelines
+        assert list(config.custom_pipelines) == ["weakly-supervised-segmentation"]
     finally:
         if "custom_pipelines" in vars(config):
             del config.custom_pipelines
     assert (tmp_path / "pipeline_synernet.py").is_file()
-    loaded = pipeline(model=str(tmp_path), trust_remote_code=True, device="cpu")
-    assert type(loaded).__name__ == "SynerNetSegmentationPipeline"
+    saved = json.loads((tmp_path / "config.json").read_text())["custom_pipelines"]
+    assert saved["weakly-supervised-segmentation"]["impl"] == "pipeline_synernet.SynerNetSegmentationPipeline"
+
+
+PROCESSORS = {
+    "native": {},
+    "resizing": {"do_resize": True, "size": {"shortest_edge": 24}},
+    "square": {"do_resize": True, "size": {"height": 24, "width": 32}},
+    "padding": {"do_pad": True, "size_divisor": 32},
+}
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+def test_the_stock_pipeline_takes_batches_of_several_sizes(segmenter, images, kind):
+    options = {
+        "model": segmenter.model,
+        "image_processor": SynerNetImageProcessor(**PROCESSORS[kind]),
+        "device": "cpu",
+    }
+    stock, ours = pipeline("image-segmentation", **options), pipeline("weakly-supervised-segmentation", **options)
+    assert isinstance(stock, ImageSegmentationPipeline)
+    config = segmenter.model.config
+    single = [stock(image) for image in images]
+    for segments, image in zip(single, images, strict=True):
+        assert {(segment["score"], segment["mask"].size) for segment in segments} == {(None, image.size)}
+        assert np.array_equal(as_label_map(segments, config), as_label_map(ours(image), config))
+    assert len({image.size for image in images[:-1]}) < len({image.size for image in images}) == 3
+    for inputs in (images, (image for image in images)):
+        for found, expected in zip(stock(inputs, batch_size=3), single, strict=True):
+            assert (as_label_map(found, config) == as_label_map(expected, config)).mean() > 0.999
+    assert len(stock(images[0], subtask="semantic", threshold=0.5, timeout=3)) == len(single[0])
+
+
+def test_other_models_keep_the_stock_pipeline():
+    sizes = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4, "decoder_hidden_size": 8}
+    other = SegformerForSemanticSegmentation(SegformerConfig(**sizes))
+    stock = pipeline("image-segmentation", model=other, image_processor=SynerNetImageProcessor(), device="cpu")
+    assert type(stock) is ImageSegmentationPipeline and stock.model is other
 
 
 def test_16_bit_greyscale_keeps_its_shades(segmenter, tmp_path):

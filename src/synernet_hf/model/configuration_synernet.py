@@ -37,6 +37,18 @@ OLD_NAMES = {
 }
 
 
+class SynerNetCustomPipelines(dict):
+    """
+    The pipelines whose code a saved folder carries. `transformers.pipeline` infers the task from the keys; it demands
+    `trust_remote_code` for a task that is `in` here, which none is that the installed package has registered.
+    """
+
+    def __contains__(self, task: str) -> bool:
+        from transformers.pipelines import PIPELINE_REGISTRY
+
+        return super().__contains__(task) and task not in PIPELINE_REGISTRY.get_supported_tasks()
+
+
 def _with_checked_names(config_class):
     """
     Renames old arguments of `__init__`, and lets `id2label` decide where `label2id` contradicts it: `__post_init__`
@@ -304,6 +316,8 @@ class SynerNetConfig(PreTrainedConfig):
             labels = _checked_labels(pairs)
             super().__setattr__("id2label", labels)
             name, value = "label2id", {label: index for index, label in labels.items()}
+        if name == "custom_pipelines":
+            value = SynerNetCustomPipelines(value)
         super().__setattr__(name, value)
 
     @classmethod

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from transformers import AutoModelForSemanticSegmentation, Pipeline, PreTrainedModel
+from transformers import AutoModelForSemanticSegmentation, ImageSegmentationPipeline, Pipeline, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 from transformers.pipelines import PIPELINE_REGISTRY
 
@@ -204,12 +204,9 @@ class SynerNetSegmentationPipeline(Pipeline):
         )
         id2label, size = self.model.config.id2label, tuple(segmented.label_map.shape)
         probabilities = segmented.probabilities()
-        segments = []
-        for class_id in segmented.label_map.unique().tolist():
-            where = segmented.label_map == class_id
-            mask = Image.fromarray(where.cpu().numpy().astype(np.uint8) * 255)
-            score = float(probabilities[where].mean())
-            segments.append({"label": id2label[class_id], "mask": mask, "score": score})
+        segments = _segments(segmented.label_map, id2label)
+        for segment, class_id in zip(segments, segmented.label_map.unique().tolist(), strict=True):
+            segment["score"] = float(probabilities[segmented.label_map == class_id].mean())
         answer = {"segments": segments}
         if return_cams:
             maps = cams["fused_cams"]
@@ -223,6 +220,38 @@ class SynerNetSegmentationPipeline(Pipeline):
             scores = segmented.scores(len(id2label)).cpu().numpy()
             answer["scores"] = {id2label[index]: values for index, values in enumerate(scores)}
         return answer if len(answer) > 1 else segments
+
+
+class SynerNetImageSegmentationPipeline(ImageSegmentationPipeline):
+    """
+    The stock task `image-segmentation` for a SynerNet: images of a batch may differ in size, and are read as everywhere
+    in this package. A model of another kind gets the stock pipeline.
+    """
+
+    def __new__(cls, model: PreTrainedModel, *args: Any, **kwargs: Any):
+        if model.config.model_type != "synernet":
+            return ImageSegmentationPipeline(model, *args, **kwargs)
+        return super().__new__(cls)
+
+    def preprocess(self, image: Any, subtask: str | None = None, timeout: float | None = None) -> dict[str, list]:
+        return {"prepared": [prepare_image(self.image_processor, image, timeout)]}
+
+    def _forward(self, model_inputs: dict[str, list]) -> dict[str, list]:
+        return {"segmented": segment_images(self.model, self.image_processor, _flattened(model_inputs["prepared"]))}
+
+    def postprocess(self, model_outputs: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
+        segmented = model_outputs["segmented"]
+        segmented = segmented[0] if isinstance(segmented, list) else segmented
+        return [{"score": None} | segment for segment in _segments(segmented.label_map, self.model.config.id2label)]
+
+
+def _segments(label_map: torch.Tensor, id2label: dict[int, str]) -> list[dict[str, Any]]:
+    """Name and mask of every class of a label map, in the order of the ids."""
+    masks = {class_id: (label_map == class_id).cpu().numpy() for class_id in label_map.unique().tolist()}
+    return [
+        {"label": id2label[class_id], "mask": Image.fromarray(mask.astype(np.uint8) * 255)}
+        for class_id, mask in masks.items()
+    ]
 
 
 def _flattened(items: list) -> list:
@@ -245,6 +274,7 @@ def register_pipeline(model_class: type[PreTrainedModel]) -> None:
             pt_model=AutoModelForSemanticSegmentation,
             type="image",
         )
+    PIPELINE_REGISTRY.check_task("image-segmentation")[1]["impl"] = SynerNetImageSegmentationPipeline
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[model_class.config_class.model_type] = model_class.__name__
 
 
