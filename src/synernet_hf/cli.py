@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import enable_progress_bars
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
@@ -15,6 +16,8 @@ from transformers.utils.logging import disable_progress_bar
 from synernet_hf.files import one_line
 
 
+# of the HTTP library of `huggingface_hub`, whichever it is: connections that fail, which are no OSError
+TransportError = HfHubHTTPError.__bases__[0]
 NUMBERS = {"int": "a whole number", "float": "a number"}
 
 
@@ -139,6 +142,8 @@ def run_command(command: Callable[..., int | None], *args: Any) -> int:
         return command(*args) or 0
     except (ValueError, OSError, ImportError) as error:
         problem, status = error, 2
+    except TransportError as error:
+        problem, status = f"The Hub cannot be reached ({error}): try again with a network.", 2
     except FloatingPointError as error:
         problem, status = error, 1
     except KeyboardInterrupt as error:

@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from synernet_hf.files import is_hub_id, one_line, read_json
@@ -93,8 +93,8 @@ def find_model_folder(run: str | Path, on_hub: bool = True) -> Path:
             f"{run}: no such folder, and no such model on the Hub, or a private one; give {expected}, and log in "
             "(hf auth login) for a private model."
         ) from error
-    except Exception as error:
-        # those of the HTTP library share no other class
+    except (OSError, HfHubHTTPError.__bases__[0]) as error:
+        # the base is that of the HTTP library, which has errors of its own for connections that fail
         reason = one_line(error.__cause__ or error)[:200]
         raise ValueError(
             f"{run}: no such folder, and the Hub cannot be reached ({reason}); give the folder of a trained model, or "

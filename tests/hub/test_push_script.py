@@ -57,10 +57,10 @@ def run_folder(tiny_run_folder) -> Path:
     return tiny_run_folder
 
 
-def run_script(hub, home: Path, *words: str, token: str = "hf_owner") -> subprocess.CompletedProcess:
+def run_script(hub, home: Path, *words: str, token: str = "hf_owner", **changes: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(SCRIPT), *words],
-        env=client_environment(hub, home, token),
+        env=client_environment(hub, home, token, **changes),
         capture_output=True,
         text=True,
         timeout=300,
@@ -143,6 +143,13 @@ def test_mistakes_are_told_in_one_sentence(hub, run_folder, tmp_path):
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "Invalid credentials" in done.stderr
     assert "Traceback" not in done.stderr
+    for changes, told in (
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "error: The Hub cannot be reached ([Errno 111]"),
+        ({"HF_HUB_OFFLINE": "1"}, "offline mode is enabled"),
+    ):
+        done = run_script(hub, tmp_path, str(run_folder), "owner/refused", **changes)
+        assert done.returncode == 2
+        assert told in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
     script = load_script("push_synernet_to_hub")
     assert script.main([str(tmp_path / "nothing"), "owner/refused"]) == 2
     assert ("models", "owner/refused") not in hub.repos
