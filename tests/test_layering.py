@@ -27,7 +27,7 @@ ROOMS = {
     "model": (set(), {"torch", "numpy", "PIL", "transformers", "huggingface_hub", "safetensors"}),
     "files": (set(), set()),
     "cli": ({"files"}, {"transformers", "huggingface_hub"}),
-    "data": ({"files", "model"}, DATA_LIBRARIES),
+    "data": ({"files", "model"}, DATA_LIBRARIES | {"huggingface_hub"}),
     "metrics": (set(), DATA_LIBRARIES),
     "visualization": (set(), DATA_LIBRARIES),
     "crf": (set(), {"numpy", "PIL", "pydensecrf"}),

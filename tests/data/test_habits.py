@@ -182,8 +182,47 @@ def test_files_are_missed_before_labels_and_all_at_once(tmp_path):
     write(tmp_path / "labels.csv", "file_name,label,split,mask\na,cat,val,m1.png\na.jpg,cat,val,\n")
     save_images(tmp_path, "b.jpg", "c.jpg")
     write(tmp_path / "labels.csv", "file_name,label,split,mask\na,cat,train,t.png\nb,cat,val,1.png\nc,cat,val,2.png\n")
-    with pytest.raises(FileNotFoundError, match=r"2 masks .* missing \(.*row 3, .* 1.png.*row 4, .* 2.png, which is"):
+    with pytest.raises(
+        FileNotFoundError, match=r"2 masks .* cannot be used \(.*row 3, .* 1.png.*row 4, .* 2.png, which is"
+    ):
         load_image_labels(tmp_path)
+
+
+def test_two_masks_of_one_image_are_refused_with_both_rows(tmp_path):
+    save_images(tmp_path, "a.jpg", "b.jpg")
+    for name in ("1", "2"):
+        save_mask(tmp_path / "masks" / f"{name}.png", 1)
+    rows = "a,cat,train,\nb,cat,val,masks/1.png\nb,dog,val,{}\n"
+    write(tmp_path / "labels.csv", f"file_name,label,split,mask\n{rows.format('masks/1.png')}")
+    assert len(load_image_labels(tmp_path, class_names=["background", "cat", "dog"])["validation"]) == 1
+    write(tmp_path / "labels.csv", f"file_name,label,split,mask\n{rows.format('2')}")
+    with pytest.raises(FileNotFoundError, match="row 4, names the mask 2, but .*row 3, another one"):
+        load_image_labels(tmp_path, class_names=["background", "cat", "dog"])
+
+
+def test_cells_without_a_value_and_numbers_as_names(tmp_path):
+    save_images(tmp_path, "1.jpg", "2.jpg")
+    rows = [
+        {"Image ID": 1.0, "Class Name": "cat", "split": "train", "mask": math.nan, "id": 7},
+        {"Image ID": 2, "Class Name": "cat", "split": "Val", "mask": "nan", "id": 8},
+    ]
+    write(tmp_path / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    loaded = load_image_labels(tmp_path)
+    assert (names_of(loaded), names_of(loaded, "validation")) == ({"1": ["cat"]}, {"2": ["cat"]})
+    rows = [{"file_name": "1", "cat": 1.0, "dog": math.nan}, {"file_name": "2", "cat": 0, "dog": 1}]
+    write(tmp_path / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert names_of(load_image_labels(tmp_path)) == {"1": ["cat"], "2": ["dog"]}
+
+
+def test_folders_behind_links_and_images_beside_splits(tmp_path, caplog):
+    save_images(tmp_path, "far/1.jpg", "pets/dog/2.jpg", "pets/loose.jpg")
+    (tmp_path / "pets" / "cat").symlink_to(tmp_path / "far", target_is_directory=True)
+    (tmp_path / "pets" / "dog" / "circle").symlink_to(tmp_path / "pets", target_is_directory=True)
+    (tmp_path / "pets" / "loose.jpg").unlink()
+    assert class_names(load_image_labels(tmp_path / "pets")) == ["background", "cat", "dog"]
+    save_images(tmp_path / "split", "train/cat/1.jpg", "x.jpg")
+    load_image_labels(tmp_path / "split")
+    assert "1 images beside the folders of splits are not used (x.jpg)" in caplog.text
 
 
 # labels
@@ -286,7 +325,7 @@ def test_rows_of_one_image_in_a_label_file_are_joined(tmp_path):
     listed = ["background", "cat", "dog"]
     write(tmp_path / "a.csv", "id,label\n1,cat\n2,dog\n1.jpg,dog\n")
     assert read_label_file(tmp_path / "a.csv", listed) == {"1": [0, 1], "2": [1]}
-    write(tmp_path / "a.csv", "id,cat,dog\n1,1,0\n1,0,1\n")
+    write(tmp_path / "a.csv", ",id,cat,dog\n0,1,1,0\n1,1,0,1\n")
     assert read_label_file(tmp_path / "a.csv", listed) == {"1": [0, 1]}
     write(tmp_path / "a.csv", "id,label\n1.jpg,cat\n1.png,dog\n")
     with pytest.raises(ValueError, match=r"a.csv, row 2 \(1.jpg\) and .*a.csv, row 3 \(1.png\) both give labels of 1"):
@@ -378,6 +417,15 @@ def test_names_of_data_sets_and_folders_that_are_nearly_others(tmp_path, monkeyp
     for source in ("/nowhere/at/all", "./nowhere", "nowhere/", "a b/c"):
         with pytest.raises(FileNotFoundError, match="There is no folder .*, and it is not a Hub id"):
             load_image_labels(source)
+    # the Hub is asked once, not for half a minute
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    asked = []
+    monkeypatch.setattr(
+        "synernet_hf.data.hub.HfApi.dataset_info", lambda _, name, timeout: asked.append(name) or 1 / 0
+    )
+    with pytest.raises(ValueError, match="owner/name cannot be opened .no such folder, and the Hub cannot be reached"):
+        load_wsss_dataset("owner/name")
+    assert asked == ["owner/name"]
     with pytest.raises(FileNotFoundError, match="There is no folder owner/name; a Hub id is the data set 'hub'"):
         load_wsss_dataset("image_folder", "owner/name")
 

@@ -23,6 +23,14 @@ result = {name: [list(record["labels"]) for record in split] for name, split in 
 """
 
 
+def test_a_data_set_that_is_not_there_is_said_at_once(client, hub):
+    start = len(hub.requests)
+    assert "no such data set on the Hub" in client.error(
+        "from synernet_hf.data import load_image_labels; load_image_labels('owner/nothing')"
+    )
+    assert len(hub.requests) <= start + 2
+
+
 def test_a_pushed_data_set_is_loaded_streamed_and_kept(client, new_client, hub, tmp_path):
     pushed = client(PUSH)
     home = tmp_path / "home"

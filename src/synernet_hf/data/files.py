@@ -93,10 +93,14 @@ class ImageIndex:
         self._by_key: dict[str, list[str]] = {}
         self._claimed: dict[str, str] = {}
         left_out = {_clean(path).casefold() for path in left_out}
-        for parent, folders, files in os.walk(folder):
-            folders[:] = sorted(
-                name for name in folders if not is_hidden(name) and (with_masks or name.lower() != MASK_FOLDER)
-            )
+        entered: set[str] = set()
+        for parent, folders, files in os.walk(folder, followlinks=True):
+            # links are followed, but not in circles
+            inner = [] if os.path.realpath(parent) in entered else sorted(folders)
+            entered.add(os.path.realpath(parent))
+            folders[:] = [
+                name for name in inner if not is_hidden(name) and (with_masks or name.lower() != MASK_FOLDER)
+            ]
             below = Path(parent).relative_to(folder).as_posix()
             for file in sorted(files):
                 path = file if below == "." else f"{below}/{file}"

@@ -3,7 +3,8 @@
 import io
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from synernet_hf.data.files import (
     read_text,
     unique_ids,
 )
-from synernet_hf.data.labels import IMAGE_HEADERS, LabelReader, choose_class_names, flag, read_csv_rows
+from synernet_hf.data.labels import IMAGE_HEADERS, NO_LABEL, LabelReader, choose_class_names, flag, read_csv_rows
 from synernet_hf.data.schema import (
     build_split,
     choose_splits,
@@ -62,7 +63,7 @@ class LabelledImages:
         class_names (`list[str]`, *optional*): class list that the source itself gives.
         label_column (`str`, *optional*): name of the column of labels.
         skipped (`list[str]`): what was left out and why.
-        lost_masks (`list[str]`): what is said of masks that are named but not there.
+        mask_faults (`list[str]`): why masks that are named cannot be used.
     """
 
     paths: list[str] = field(default_factory=list)
@@ -73,7 +74,7 @@ class LabelledImages:
     class_names: list[str] | None = None
     label_column: str | None = None
     skipped: list[str] = field(default_factory=list)
-    lost_masks: list[str] = field(default_factory=list)
+    mask_faults: list[str] = field(default_factory=list)
 
 
 def build_splits(
@@ -173,7 +174,7 @@ def read_table(
         rest = [name for name in headers if name not in (image_column, mask_column, split_column)]
         if OTHER_HEADERS & set(rest):
             rest = [name for name in rest if name not in OTHER_HEADERS | {"id"}]
-        is_vector = all(flag(row.get(name, 0) or 0) is not None for _, row in rows for name in rest)
+        is_vector = all(flag(_text(row.get(name)) or 0) is not None for _, row in rows for name in rest)
         if len(rest) == 1 and not is_vector:
             label_column = rest[0]
         elif rest and is_vector:
@@ -186,62 +187,81 @@ def read_table(
     codes = _open_images_names(path)
     # of Open Images: people looked for the label and did not see it
     unseen = usual_name(headers, ("confidence",)) if label_column and label_column.lower() == "labelname" else None
-    masks = [str(row[mask_column]) for _, row in rows if row.get(mask_column)]
-    index, seen, splits = ImageIndex(root or path.parent, left_out=masks), {}, {}
-    all_files = ImageIndex(root or path.parent, with_masks=True) if masks else None
-    for number, row in rows:
-        split = "" if ignore_splits or not split_column else str(row.get(split_column) or "").strip()
-        images = splits.setdefault(split.lower(), LabelledImages(label_column=label_column))
+    root = root or path.parent
+    masks = [_text(row.get(mask_column)) for _, row in rows]
+    index, seen, splits = ImageIndex(root, left_out=filter(None, masks)), {}, {}
+    all_files = ImageIndex(root, with_masks=True) if any(masks) else index
+    for (number, row), mask in zip(rows, masks, strict=True):
+        split = "" if ignore_splits else _text(row.get(split_column)).lower()
+        images = splits.setdefault(split, LabelledImages(label_column=label_column))
         if class_columns:
             images.class_names = class_columns
-            names = [name for name in class_columns if flag(row.get(name, 0))]
+            names = [name for name in class_columns if flag(row.get(name))]
         else:
             names = None if unseen and flag(row[unseen]) is False else row.get(label_column)
             names = codes.get(names, names) if codes else names
         place = f"{path}, row {number}"
-        found = _add(images, index, (place, row.get(image_column), names), seen)
-        if found and all_files and str(row.get(mask_column) or "").strip():
-            images.masks[-1] = _find(all_files, row[mask_column], place)
-            if images.masks[-1] is None:
-                images.lost_masks.append(f"{place}, names the mask {row[mask_column]}, which is not there")
+        position = _add(images, index, (place, row.get(image_column), names), seen)
+        if position is not None and mask:
+            file = _find(all_files, mask, place)
+            if file is None:
+                images.mask_faults.append(f"{place}, names the mask {mask}, which is not there")
+            elif images.places[position] != place and images.masks[position] != file:
+                images.mask_faults.append(
+                    f"{place}, names the mask {mask}, but {images.places[position]}, another one"
+                )
+            images.masks[position] = file
+    unused = len(index.paths) - len(seen)
+    if unused > 0:
+        logger.info("%s does not name %d of the images below %s.", path, unused, root)
     for images in splits.values():
         images.image_ids = unique_ids(images.paths, index.folder)
     return splits
 
 
-def _add(images: LabelledImages, index: ImageIndex, row: tuple, seen: dict[str, tuple]) -> bool:
-    """Adds a row to its split, or its labels to the image's earlier row. Whether it is a new image."""
+def _add(images: LabelledImages, index: ImageIndex, row: tuple, seen: dict[str, tuple]) -> int | None:
+    """Adds a row to its split, or its labels to the image's earlier row. Returns the position of the image."""
     place, name, names = row
-    if name is None or not str(name).strip():
+    name = _text(name, empty=("",))
+    if not name:
         raise ValueError(f"{place}, names no image: fill it in or take the row out.")
     found = _find(index, name, place)
     if found is None:
         images.skipped.append(f"{place}: there is no image {name} below {index.folder}")
-        return False
+        return None
     if found in seen:
         earlier, position = seen[found]
         if earlier is not images:
             raise ValueError(f"{place}, puts {name} into a second split: give an image one split.")
         images.labels[position].append(names)
-        return False
+        return position
     seen[found] = (images, len(images.paths))
     images.paths.append(found)
     images.labels.append([names])
     images.places.append(place)
     images.masks.append(index.mask_of(found))
-    return True
+    return len(images.paths) - 1
 
 
-def _find(index: ImageIndex, name: Any, place: str) -> str | None:
+def _text(cell: Any, empty: Container[str] = NO_LABEL) -> str:
+    """A cell as text, a whole number without its point; `""` for one of the words that mean nothing."""
+    if cell is None or cell != cell:
+        return ""
+    is_whole = isinstance(cell, float) and cell.is_integer()
+    text = str(int(cell) if is_whole else cell).strip()
+    return "" if text.lower() in empty else text
+
+
+def _find(index: ImageIndex, name: str, place: str) -> str | None:
     try:
-        return index.find(str(name))
+        return index.find(name)
     except ValueError as error:
         raise ValueError(f"{place}, {error}.") from error
 
 
 def usual_name(headers: Iterable[str], usual: Sequence[str]) -> str | None:
     """The header with the first of several usual names, in any case."""
-    lower = {name.lower(): name for name in headers}
+    lower = {re.sub(r"[\s-]+", "_", name.strip().lower()): name for name in headers}
     return next((lower[name] for name in usual if name in lower), None)
 
 
@@ -339,6 +359,8 @@ def read_folder(
     """
     tables = {"": path} if path.is_file() else find_tables(path)
     root = path.parent if path.is_file() else path
+    if path.is_file() and root.name.lower() == "annotations":
+        root = root.parent
     if set(tables) == {""}:
         source = tables[""]
         found = read_table(source, columns, root)
@@ -360,6 +382,11 @@ def read_folder(
             return read_folder(inner, columns, wanted)
         source, folders = path, folders if any(wanted) else _split_folders(path, folders)
         read = {name: lambda folder=folder: _read_part(folder, columns) for name, folder in folders.items()}
+        loose = [file.name for file in sorted(path.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES]
+        if loose and set(folders) != {""}:
+            logger.warning(
+                "%s: %d images beside the folders of splits are not used (%s).", path, len(loose), name_some(loose)
+            )
     if set(read) == {""}:
         return {"train": read[""]()}
     chosen = choose_splits(read, *wanted, source)
@@ -484,10 +511,10 @@ def read_class_folders(folder: Path) -> LabelledImages:
 
 
 def _masks(images: LabelledImages, split: str, path: Path) -> list[Any] | None:
-    if images.lost_masks:
+    if images.mask_faults:
         raise FileNotFoundError(
-            f"{len(images.lost_masks)} masks of the split {split!r} are missing ({name_some(images.lost_masks)}): add "
-            "them or leave the cells empty."
+            f"{len(images.mask_faults)} masks of the split {split!r} cannot be used ({name_some(images.mask_faults)}): "
+            "add them, give each image one, or leave the cells empty."
         )
     without = [place for place, mask in zip(images.places, images.masks, strict=True) if mask is None]
     if len(without) == len(images.masks):

@@ -10,6 +10,8 @@ from typing import Any, TypedDict, Unpack
 import datasets
 from datasets.exceptions import DatasetsError
 from datasets.table import embed_table_storage
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from synernet_hf.data.annotations import find_annotations, load_annotations
 from synernet_hf.data.coco import PolygonMask
@@ -31,7 +33,7 @@ from synernet_hf.data.schema import (
     record_features,
     renumber_masks,
 )
-from synernet_hf.files import replace_file
+from synernet_hf.files import one_line, replace_file
 
 
 logger = logging.getLogger(__name__)
@@ -180,6 +182,8 @@ def open_dataset(source: str | Path, streaming: bool = False) -> dict[str, Any]:
             return {name: split.to_iterable_dataset() for name, split in loaded.items()} if streaming else loaded
         if path.is_file():
             return dict(datasets.load_dataset("parquet", data_files={"train": str(path)}, streaming=streaming))
+        if not path.exists():
+            _check_hub(str(source))
         # the full path, for a folder called "parquet" would be taken for the format of that name
         name = str(path.resolve()) if path.is_dir() else str(source)
         return dict(datasets.load_dataset(name, streaming=streaming))
@@ -191,6 +195,22 @@ def open_dataset(source: str | Path, streaming: bool = False) -> dict[str, Any]:
             f"The data set {source} cannot be opened ({reason}): give a Hub id, a folder of "
             "parquet files, or a folder of images."
         ) from error
+
+
+def _check_hub(source: str) -> None:
+    """Raises `OSError` at once where `datasets` would try for half a minute, unless a copy is in its cache."""
+    if (
+        datasets.config.HF_HUB_OFFLINE
+        or (Path(datasets.config.HF_DATASETS_CACHE) / source.replace("/", "___")).is_dir()
+    ):
+        return
+    try:
+        HfApi().dataset_info(source, timeout=10)
+    except RepositoryNotFoundError:
+        raise FileNotFoundError("no such folder, and no such data set on the Hub, or a private one") from None
+    except Exception as error:
+        # those of the HTTP library share no other class
+        raise ConnectionError(f"no such folder, and the Hub cannot be reached: {one_line(error)[:200]}") from None
 
 
 def load_columns(

@@ -346,7 +346,11 @@ def read_csv_rows(path: Path) -> list[tuple[int, list[str]]]:
         rows = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     except csv.Error as error:
         raise ValueError(f"{path}, row {reader.line_num}, is not a row of a table ({error}).") from error
-    return [(number, cells) for number, cells in rows if any(cells)]
+    rows = [(number, cells) for number, cells in rows if any(cells)]
+    # pandas writes the numbers of the rows before the first column
+    if len(rows) > 1 and rows[0][1][0] in ("", "Unnamed: 0") and all(cells[0].isdecimal() for _, cells in rows[1:]):
+        rows = [(number, cells[1:]) for number, cells in rows]
+    return rows
 
 
 def _read_npz(path: Path, class_names: Sequence[str], _: LabelReader) -> Iterable[tuple[str, list[int], str]]:
@@ -448,6 +452,7 @@ def _as_text(item: Any) -> str:
 __all__ = [
     "CATEGORY_KEYS",
     "IMAGE_HEADERS",
+    "NO_LABEL",
     "LabelReader",
     "choose_class_names",
     "flag",

@@ -122,11 +122,13 @@ def likely_misspelt(counts: Mapping[str, int]) -> list[tuple[str, str]]:
         plain = _letters(name)
         for other, number in counts.items():
             letters = _letters(other)
-            ratio = difflib.SequenceMatcher(None, plain, letters).ratio()
-            # two letters that changed places, but no numbers: class_1 is not class_2
-            is_near = (ratio >= 0.8 or sorted(plain) == sorted(letters)) and not re.search(r"\d", name + other)
-            is_rare = 1 <= count <= 2 and number >= 5 * count and is_near
-            if other != name and (is_rare or (plain == letters and (count, name) < (number, other))):
+            is_doubtful = plain == letters and (count, name) < (number, other)
+            # no numbers: class_1 is not class_2
+            if 1 <= count <= 2 and number >= 5 * count and not re.search(r"\d", name + other):
+                # nearly the same letters, or two of them have changed places
+                ratio = difflib.SequenceMatcher(None, plain, letters).ratio()
+                is_doubtful |= ratio >= 0.8 or sorted(plain) == sorted(letters)
+            if is_doubtful and other != name:
                 found.append((name, other))
                 break
     return found
