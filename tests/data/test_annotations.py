@@ -319,6 +319,35 @@ def test_labelme_boxes_alone_are_no_masks(labelme, caplog):
         check_dataset(load_image_labels(labelme))
 
 
+@pytest.mark.parametrize(
+    "broken",
+    [
+        shape("cat", [[1, 2]], "circle"),
+        shape("cat", 7),
+        shape("cat", BOX, "mask", mask="no base64"),
+        shape("cat", BOX, "mask", mask=None),
+    ],
+)
+def test_labelme_shapes_that_cannot_be_read(labelme, broken):
+    labelme_file(labelme / "val" / "d.json", [broken])
+    with pytest.raises(ValueError, match="d.json is not a labelme file"):
+        load_image_labels(labelme)
+
+
+def test_labelme_shapes_of_other_versions(labelme):
+    turned = shape("dog", [[2, 3], [6, 3], [6, 9], [2, 9]], "rectangle")
+    labelme_file(labelme / "val" / "d.json", [shape("cat", [[8, 2], [12, 2], [12, 6], [8, 6]], None), turned])
+    mask = mask_of(check_dataset(load_image_labels(labelme)))
+    assert (mask == 1).sum() == 16 and (mask[3:9, 2:6] == 2).all()
+
+
+@pytest.mark.parametrize("name", ["coco_2017", "labelme"])
+def test_the_validation_split_alone(request, name):
+    options = {"splits": ["validation"], "class_names": ["background", "cat", "dog"]}
+    folder = str(request.getfixturevalue(name))
+    assert list(load_wsss_dataset(folder, dataset_options=options)) == ["validation"]
+
+
 def test_labelme_faults(labelme):
     labelme_file(labelme / "train" / "twin.json", [shape("cat", BOX, "rectangle")], image="a.jpg")
     with pytest.raises(ValueError, match=r"a.json and .*twin.json are both of the image .*a.jpg: keep one of them"):

@@ -313,7 +313,7 @@ def test_a_file_or_a_name_given_twice_is_refused(coco):
         load_coco2014(coco)
     for split in ("train2014", "val2014"):
         rewrite(coco / "annotations" / f"instances_{split}.json", lambda c: c["categories"][1].update(name="person"))
-    with pytest.raises(ValueError, match="person occurs more than once"):
+    with pytest.raises(ValueError, match="calls the categories 1, 18 'person', which occurs more than once"):
         load_coco2014(coco)
 
 

@@ -65,6 +65,7 @@ def load_annotations(
     label_column: str | None,
     class_names: Sequence[str] | None,
     wanted: tuple[str | None, str | None],
+    splits: Sequence[str],
     on_bad_image: str,
     skipped: dict[str, list[str]] | None,
 ) -> datasets.DatasetDict:
@@ -84,6 +85,9 @@ def load_annotations(
             f"{root} has annotation files of {', '.join(map(repr, files))}, none of which is clearly the split "
             "'train': name the ones to take with train_split and validation_split."
         )
+    if kind == "COCO" or class_names is not None:
+        # without a class list, the labels of the training split are needed too
+        chosen = {split: name for split, name in chosen.items() if split in splits} or chosen
     if kind == "COCO":
         parts = {
             split: (_only(files[name]), _image_folder(root, files[name][0], name)) for split, name in chosen.items()
@@ -250,12 +254,11 @@ def _read_labelme(folder: Path, files: list[Path], with_masks: bool) -> Labelled
                 height, width = int(content["imageHeight"]), int(content["imageWidth"])
                 outlines = [(label, _segmentation(shape, height, width), place) for label, shape, place in shapes]
                 mask = (height, width, outlines)
-                kinds.update(shape.get("shape_type", "polygon") for _, shape, _ in shapes)
+                kinds.update(_shape_type(shape) for _, shape, _ in shapes)
             name = content["imagePath"].replace("\\", "/")
-            beside = os.path.normpath(path.parent.relative_to(folder) / name)
-            image = _find(index, (beside, name, path.stem), str(path))
-        except (AttributeError, KeyError, OSError, TypeError) as error:
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a labelme file ({type(error).__name__}: {error}).") from error
+        image = _find(index, (os.path.normpath(path.parent.relative_to(folder) / name), name, path.stem), str(path))
         if image is None:
             images.skipped.append(f"{path}: there is no image {name} below {folder}")
             continue
@@ -273,14 +276,18 @@ def _read_labelme(folder: Path, files: list[Path], with_masks: bool) -> Labelled
     return images
 
 
+def _shape_type(shape: dict[str, Any]) -> str:
+    return shape.get("shape_type") or "polygon"
+
+
 def _segmentation(shape: dict[str, Any], height: int, width: int) -> Any:
     """The outline of a shape as a COCO segmentation; `None` for lines and points."""
-    kind, points = shape.get("shape_type", "polygon"), shape["points"]
-    if kind == "polygon":
-        return [[value for point in points for value in point]]
-    if kind == "rectangle":
+    kind, points = _shape_type(shape), shape["points"]
+    if kind == "rectangle" and len(points) == 2:
         (left, top), (right, bottom) = points
         return [[left, top, right, top, right, bottom, left, bottom]]
+    if kind in ("polygon", "rectangle"):
+        return [[value for point in points for value in point]]
     if kind == "circle":
         (x, y), edge = points
         radius = math.dist((x, y), edge)

@@ -102,7 +102,7 @@ def load_coco_files(
     check_on_bad_image(on_bad_image)
     readers = {split: _CocoFile(path, keep_outlines=split != "train") for split, (path, _) in files.items()}
     first, *others = readers.values()
-    background = _background_ids(first, [category for reader in readers.values() for category in reader.used()])
+    background = _background_ids(first, set().union(*(reader.used() for reader in readers.values())))
     listed = sorted(set(first.categories) - background)
     if len(listed) >= IGNORE_INDEX:
         raise ValueError(
@@ -114,9 +114,15 @@ def load_coco_files(
             raise ValueError(
                 f"The categories of {other.path} are not those of {first.path}: use two files of one data set."
             )
-    names = choose_class_names(
-        class_names, ["background", *(first.categories[category] for category in listed)], str(first.path)
-    )
+    categories = [clean_label(first.categories[category]) for category in listed]
+    repeated = [name for name, number in Counter(categories).items() if number > 1]
+    if repeated:
+        ids = [str(category) for category, name in zip(listed, categories, strict=True) if name == repeated[0]]
+        raise ValueError(
+            f"The annotation file {first.path} calls the categories {name_some(ids)} {repeated[0]!r}, which occurs more "
+            "than once: give each class one id."
+        )
+    names = choose_class_names(class_names, ["background", *categories], str(first.path))
     class_ids = {category: index for index, category in enumerate(listed, start=1)}
     built = datasets.DatasetDict()
     for split, reader in readers.items():

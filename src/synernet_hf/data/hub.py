@@ -131,7 +131,7 @@ def load_image_labels(
         found = None if path.is_dir() and find_tables(path) else find_annotations(path)
         if found is not None:
             label_column = columns.get("label_column")
-            built = load_annotations(path, found, label_column, class_names, wanted, on_bad_image, skipped)
+            built = load_annotations(path, found, label_column, class_names, wanted, splits, on_bad_image, skipped)
         elif path.suffix.lower() == ".json":
             raise ValueError(
                 f"{path} is not an annotation file of COCO, Label Studio or labelme: export one of these."
