@@ -54,7 +54,8 @@ def save_columns(root, rows, features, column="labels", **more):
 
 
 @pytest.mark.parametrize(
-    ("train", "other"), [("train", "valid"), ("Training", "Val"), ("TRAIN", "testing"), ("trn", "dev")]
+    ("train", "other"),
+    [("train", "valid"), ("Training", "Val"), ("TRAIN", "testing"), ("trn", "dev"), ("training_set", "test-images")],
 )
 def test_folders_of_splits_in_other_words(tmp_path, train, other):
     save_images(tmp_path, f"{train}/cat/1.jpg", f"{train}/dog/2.jpg", f"{other}/dog/3.jpg")
@@ -78,6 +79,36 @@ def test_folders_of_splits_in_other_words(tmp_path, train, other):
 def test_folders_that_cannot_be_told_apart_are_refused_by_name(tmp_path, paths, named):
     save_images(tmp_path, *paths)
     with pytest.raises(ValueError, match=named):
+        load_image_labels(tmp_path)
+
+
+def test_a_folder_of_all_images_is_no_class(tmp_path, caplog):
+    save_images(tmp_path, "images/1.jpg", "images/2.jpg")
+    write(tmp_path / "answers.csv", "picture,what\n1.jpg,cat\n")
+    with pytest.raises(ValueError, match=r"'images', which is not the name of a class: .*answers.csv is none"):
+        load_image_labels(tmp_path)
+    save_images(tmp_path, "cat/3.jpg")
+    assert class_names(load_image_labels(tmp_path))[1:] == ["cat", "images"]
+    assert "answers.csv is not read" in caplog.text
+
+
+def test_linked_folders_are_named(tmp_path, caplog):
+    save_images(tmp_path, "other/1.jpg", "data/dog/2.jpg")
+    (tmp_path / "data" / "cat").symlink_to(tmp_path / "other")
+    assert class_names(load_image_labels(tmp_path / "data")) == ["background", "dog"]
+    assert "linked folders are not followed: cat" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "labels.json", "_annotations.coco.json"])
+def test_keys_that_stand_twice_in_an_object_are_refused(tmp_path, name):
+    save_images(tmp_path, "data/1.jpg", "1.jpg")
+    text = {
+        "metadata.jsonl": '{"file_name": "1.jpg", "labels": "cat", "labels": "dog"}',
+        "labels.json": '{"classes": ["cat", "dog"], "labels": {"1": 0, "1": 1}}',
+        "_annotations.coco.json": '{"images": [{"id": 1, "id": 2, "file_name": "1.jpg"}], "annotations": []}',
+    }[name]
+    write(tmp_path / name, text)
+    with pytest.raises(ValueError, match=r"the key '(labels|1|id)' stands twice"):
         load_image_labels(tmp_path)
 
 
@@ -331,7 +362,7 @@ def test_rows_of_one_image_in_a_label_file_are_joined(tmp_path):
     with pytest.raises(ValueError, match=r"a.csv, row 2 \(1.jpg\) and .*a.csv, row 3 \(1.png\) both give labels of 1"):
         read_label_file(tmp_path / "a.csv", listed)
     write(tmp_path / "a.json", '{"1": ["cat"], "1": ["dog"]}')
-    with pytest.raises(ValueError, match="a.json .*the key '1' stands there twice"):
+    with pytest.raises(ValueError, match="a.json .*the key '1' stands twice"):
         read_label_file(tmp_path / "a.json", listed)
     np.savez(tmp_path / "a.npz", ids=["1", "1"], labels=[[1, 0], [0, 1]])
     with pytest.raises(ValueError, match=r"row 0 \(1\) and .*row 1 \(1\) both give labels of 1: keep one"):

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import logging
 import math
 import os
@@ -17,7 +16,7 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 
 from synernet_hf.data.coco import IGNORED_LABEL, load_coco_files
-from synernet_hf.data.files import ImageIndex, find_folder, is_hidden, read_text, unique_ids
+from synernet_hf.data.files import ImageIndex, find_folder, is_hidden, parse_json, read_text, unique_ids
 from synernet_hf.data.folders import LabelledImages, build_splits
 from synernet_hf.data.schema import choose_splits, is_background, name_some, split_meaning
 
@@ -143,9 +142,10 @@ def _image_folder(root: Path, file: Path, split: str) -> Path:
 
 
 def _read_json(path: Path) -> Any:
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except ValueError as error:
         raise ValueError(f"The annotation file {path} is not valid JSON ({error}).") from error
 
 

@@ -16,7 +16,7 @@ from datasets.table import array_cast
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from synernet_hf.data.files import ImageIndex, read_text, unique_ids
+from synernet_hf.data.files import ImageIndex, parse_json, read_text, unique_ids
 from synernet_hf.data.labels import choose_class_names
 from synernet_hf.data.schema import (
     IGNORE_INDEX,
@@ -150,7 +150,7 @@ class _CocoFile:
             )
         text = read_text(path)
         try:
-            content = json.loads(text, object_hook=self._reduce)
+            content = parse_json(text, self._reduce)
             left = next((entry for entry in content["annotations"] if entry is not None), {})
             images = [(int(entry["id"]), self._image(entry)) for entry in content["images"]]
             rows = content.get("categories") or []

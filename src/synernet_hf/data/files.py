@@ -1,11 +1,13 @@
 """Text files, and images and masks on disk: how they are read, found and named."""
 
+import json
 import os
 import posixpath
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 from unicodedata import normalize
 from urllib.parse import unquote
 
@@ -40,6 +42,26 @@ def read_text(path: Path) -> str:
             "order mark."
         )
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def parse_json(text: str, reduce: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """
+    Reads JSON; `reduce` says what is kept of each object. Raises `ValueError` that says what is wrong, also where an
+    object has a key twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> Any:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            repeated = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"the key {repeated!r} stands twice in one object")
+        return found if reduce is None else reduce(found)
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def is_hidden(name: str) -> bool:
@@ -85,11 +107,13 @@ class ImageIndex:
 
     Attributes:
         paths (`list[str]`): below the folder, file names in alphabetical order.
+        links (`list[str]`): linked folders below the folder, which are not looked into.
     """
 
     def __init__(self, folder: Path, left_out: Iterable[str] = (), with_masks: bool = False) -> None:
         self.folder = folder
         self.paths: list[str] = []
+        self.links: list[str] = []
         self._by_key: dict[str, list[str]] = {}
         self._claimed: dict[str, str] = {}
         left_out = {_clean(path).casefold() for path in left_out}
@@ -102,6 +126,9 @@ class ImageIndex:
                 name for name in inner if not is_hidden(name) and (with_masks or name.lower() != MASK_FOLDER)
             ]
             below = Path(parent).relative_to(folder).as_posix()
+            self.links += [
+                name if below == "." else f"{below}/{name}" for name in folders if os.path.islink(f"{parent}/{name}")
+            ]
             for file in sorted(files):
                 path = file if below == "." else f"{below}/{file}"
                 is_image = not is_hidden(file) and os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
@@ -223,6 +250,7 @@ __all__ = [
     "find_folder",
     "image_name",
     "is_hidden",
+    "parse_json",
     "read_text",
     "unique_ids",
 ]

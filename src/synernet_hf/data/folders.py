@@ -1,7 +1,6 @@
 """A folder of images with tables of labels, or with one subfolder for each class → splits of records."""
 
 import io
-import json
 import logging
 import re
 from collections.abc import Callable, Container, Iterable, Sequence
@@ -18,6 +17,7 @@ from synernet_hf.data.files import (
     ImageIndex,
     find_folder,
     is_hidden,
+    parse_json,
     read_text,
     unique_ids,
 )
@@ -40,6 +40,9 @@ LABEL_HEADERS = tuple(
     "labels label image_labels classes class class_name tags categories category choice choices labelname label_name "
     "objects".split()
 )
+# files that may hold labels, and folders that hold images of all classes
+UNREAD_SUFFIXES = (*TABLE_SUFFIXES, ".json", ".xml", ".xls", ".xlsx", ".parquet")
+IMAGE_FOLDERS = {"images", "image", "imgs", "img", "data", "photos", "jpegimages"}
 MASK_HEADERS = ("mask", "mask_file_name", "mask_file")
 SPLIT_HEADERS = ("split", "subset", "partition")
 # what Label Studio writes beside the labels
@@ -301,8 +304,8 @@ def _read_json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise ValueError(f"{path}, row {number}, is not JSON ({error}).") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, row {number}, is not a JSON object: write one in braces for each image.")
@@ -450,8 +453,8 @@ def _read_fiftyone(folder: Path) -> LabelledImages | None:
         return None
     text = read_text(path)
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
+        content = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}).") from error
     if not isinstance(content, dict) or not isinstance(content.get("labels"), dict):
         return None
@@ -491,6 +494,17 @@ def read_class_folders(folder: Path) -> LabelledImages:
             "put every image into the subfolder of its class."
         )
     names = [path.split("/")[0] for path in index.paths]
+    unread = [path.name for path in sorted(folder.iterdir()) if path.suffix.lower() in UNREAD_SUFFIXES]
+    if set(map(str.lower, names)) <= IMAGE_FOLDERS:
+        raise ValueError(
+            f"The only folder of images in {folder} is {names[0]!r}, which is not the name of a class: add a table "
+            f"({TABLE_NAMES[0]}) with the columns file_name and labels"
+            + (f" ({name_some(unread)} is none)." if unread else ".")
+        )
+    if unread:
+        logger.warning("%s: %s is not read, as no table of images and labels.", folder, name_some(unread))
+    if index.links:
+        logger.warning("%s: linked folders are not followed: %s.", folder, name_some(index.links))
     paths = [str(folder / path) for path in index.paths]
     masks = [index.mask_of(path) for path in paths]
     mask_folder = find_folder(folder, MASK_FOLDER)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from synernet_hf.data.files import image_name, read_text
+from synernet_hf.data.files import image_name, parse_json, read_text
 from synernet_hf.data.schema import (
     background_first,
     class_index,
@@ -378,15 +378,9 @@ def _read_npz(path: Path, class_names: Sequence[str], _: LabelReader) -> Iterabl
 
 
 def _read_json(path: Path, class_names: Sequence[str], reader: LabelReader) -> Iterable[tuple[str, list[int], str]]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        repeated = [key for key, number in Counter(key for key, _ in pairs).items() if number > 1]
-        if repeated:
-            raise ValueError(f"the key {repeated[0]!r} stands there twice")
-        return dict(pairs)
-
     text = read_text(path)
     try:
-        entries = json.loads(text, object_pairs_hook=unique)
+        entries = parse_json(text)
     except ValueError as error:
         raise ValueError(f"The label file {path} is not valid JSON ({error}).") from error
     if not isinstance(entries, dict) or not all(isinstance(value, list | dict) for value in entries.values()):

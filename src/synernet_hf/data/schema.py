@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 # class id of pixels that are not scored
 IGNORE_INDEX = 255
 SPLIT_NAMES = {
-    "train": ("train", "training", "trn", "train_set", "trainset"),
-    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation", "val_set", "valset"),
-    "test": ("test", "testing", "tst", "test_set", "testset"),
+    "train": ("train", "training", "trn"),
+    "validation": ("validation", "valid", "val", "dev", "devel", "development", "eval", "evaluation"),
+    "test": ("test", "testing", "tst"),
 }
 
 VOC_CLASSES = (
@@ -247,7 +247,7 @@ def split_meaning(name: str) -> str | None:
     `"train"`, `"validation"` or `"test"` of the names that people give to splits, in any case and with a year at the
     end (`val2017`); else `None`.
     """
-    plain = re.sub(r"_?(19|20)\d\d$", "", name.strip().lower().replace("-", "_"))
+    plain = re.sub(r"[ _-]?((19|20)\d\d|(set|split|data|dataset|images|imgs))$", "", name.strip().lower())
     return next((meaning for meaning, names in SPLIT_NAMES.items() if plain in names), None)
 
 
