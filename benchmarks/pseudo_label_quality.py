@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
         if not 0 <= low <= high <= 1:
             raise InvalidArguments(f"Thresholds must rise within [0, 1], got low {low} and high {high}.")
     model, processor = load_model_folder(args.run)
-    split = load_data(read_data_arguments(args, args.run))["validation"]
+    split = load_data(read_data_arguments(args, args.run), splits=("validation",))["validation"]
     split = split.select(range(min(args.max_samples, len(split))))
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model = model.to(device)

@@ -25,6 +25,7 @@ with needs_extra("train"):
 
 
 NUM_SHOWN = 5
+SPLITS = ("train", "validation")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -60,6 +61,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("max_samples", "num_threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; a positive number is expected.")
+    if args.split not in SPLITS:
+        raise ValueError(f"There is no split {args.split!r}; --split can be {' or '.join(SPLITS)}.")
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"--output {args.output} is a file; give a folder.")
 
@@ -70,11 +73,12 @@ def label_images(args: argparse.Namespace) -> None:
     options = PseudoLabelOptions(args.map, args.label_source, args.scales and tuple(args.scales), args.flip)
     model, processor = load_model_folder(args.run)
     data_args = read_data_arguments(args, args.run)
-    splits = load_data(data_args, id2label=None if args.label_source == "predicted" else model.config.id2label)
+    id2label = None if args.label_source == "predicted" else model.config.id2label
+    splits = load_data(data_args, id2label=id2label, splits=(args.split,))
     if isinstance(splits, datasets.IterableDatasetDict):
         raise ValueError("Streamed data cannot be shared over processes: leave `streaming` out of `dataset_options`.")
     if args.split not in splits:
-        raise ValueError(f"There is no split {args.split!r}; --split can be {' or '.join(splits)}.")
+        raise ValueError(f"The data has no split {args.split!r}, only {', '.join(splits)}.")
     split = splits[args.split]
     if args.max_samples is not None:
         split = split.select(range(min(args.max_samples, len(split))))
