@@ -20,7 +20,7 @@ from PIL import Image
 
 from synernet_hf.cli import CommandParser, run_command
 from synernet_hf.crf import DenseCRF
-from synernet_hf.files import replace_file
+from synernet_hf.files import IMAGE_SUFFIXES, is_hidden, replace_file
 from synernet_hf.model import open_image, segment_images
 from synernet_hf.model_folder import find_model_folder, load_model_folder
 from synernet_hf.visualization import overlay, palette_image
@@ -50,12 +50,17 @@ def read_image(path: Path) -> Image.Image:
         raise ValueError(f"The image {path} cannot be decoded; give a valid JPEG, PNG or the like.") from error
 
 
-def images_in(folder: Path, output_dir: Path) -> list[Path]:
-    """The image files of a folder and its subfolders, without hidden ones and earlier results."""
-    suffixes = Image.registered_extensions()
-    found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes and path.is_file()]
-    found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    return [path for path in found if output_dir.resolve() not in path.resolve().parents]
+def images_in(folder: Path, output_dir: Path, pattern: str = "**/*") -> dict[Path, Path]:
+    """Image files below a folder, without hidden ones and earlier results, and their paths below it."""
+    paths = [Path(path) for path in sorted(glob.glob(pattern, root_dir=folder, recursive=True))]
+    return {
+        folder / path: path
+        for path in paths
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and (folder / path).is_file()
+        and not any(map(is_hidden, path.parts))
+        and output_dir.resolve() not in (folder / path).resolve().parents
+    }
 
 
 def find_images(names: Iterable[str], output_dir: Path) -> dict[Path, str]:
@@ -69,13 +74,12 @@ def find_images(names: Iterable[str], output_dir: Path) -> dict[Path, str]:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            found = {file: file.relative_to(path) for file in images_in(path, output_dir)}
+            found = images_in(path, output_dir)
         elif path.is_file():
             found = {path: Path(path.name)}
         elif glob.has_magic(name):
             root = next(folder for folder in path.parents if not glob.has_magic(str(folder)))
-            files = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
-            found = {file: file.relative_to(root) for file in files if file.is_file()}
+            found = images_in(root, output_dir, str(path.relative_to(root)))
         else:
             raise ValueError(f"There is no image {path}; check the path.")
         if not found:

@@ -38,9 +38,12 @@ def draw(path: Path, seed: int = 0) -> None:
 def photos(tmp_path, monkeypatch) -> Path:
     """`photos/` with images of any spelling, files that are none, and hidden ones."""
     monkeypatch.chdir(tmp_path)
-    for number, name in enumerate(("a.png", "b.JPG", "sub/a.png", "sub/été 1.png", ".hidden.png", ".cache/c.png")):
+    for number, name in enumerate(
+        ("a.png", "b.JPG", "sub/a.png", "sub/été 1.png", ".hidden.png", ".cache/c.png", "@eaDir/a.png")
+    ):
         draw(tmp_path / "photos" / name, number)
-    (tmp_path / "photos" / "notes.txt").write_text("none")
+    for name in ("notes.txt", "report.pdf"):
+        (tmp_path / "photos" / name).write_text("none")
     return tmp_path / "photos"
 
 

@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
+# what operating systems, archives and network drives leave beside the data; names with a dot are hidden as well
+SYSTEM_NAMES = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"}
+SYSTEM_NAMES |= {"__pycache__", "thumbs.db", "desktop.ini"}
 # file systems allow 255; names of temporary files are longer
 MAX_NAME_BYTES = 200
 TEMPORARY_NAME = re.compile(r"\.(?P<name>.+)\.\d+\.tmp")
@@ -106,6 +110,11 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read ({error}).") from error
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name belongs to the system, not to the data."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
 def is_hub_id(name: Any) -> bool:
     """
     Tells a Hub id from a path.
@@ -134,8 +143,10 @@ def finite(data: Any) -> Any:
 
 
 __all__ = [
+    "IMAGE_SUFFIXES",
     "TEMPORARY_NAME",
     "finite",
+    "is_hidden",
     "is_hub_id",
     "one_line",
     "read_json",

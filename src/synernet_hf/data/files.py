@@ -11,12 +11,10 @@ from typing import Any
 from unicodedata import normalize
 from urllib.parse import unquote
 
+from synernet_hf.files import IMAGE_SUFFIXES, is_hidden
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
+
 MASK_FOLDER = "masks"
-# what operating systems, archives and network drives leave beside the data; names with a dot are hidden as well
-SYSTEM_NAMES = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"}
-SYSTEM_NAMES |= {"__pycache__", "thumbs.db", "desktop.ini"}
 WEB_NAME = re.compile(r"(https?|s3|gs):/|/data/(upload|local-files)/")
 
 
@@ -62,11 +60,6 @@ def parse_json(text: str, reduce: Callable[[dict[str, Any]], Any] | None = None)
         return json.loads(text, object_pairs_hook=unique)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name belongs to the system, not to the data."""
-    return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
 def image_name(path: str) -> str:
