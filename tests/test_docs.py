@@ -28,7 +28,11 @@ LANGUAGES = {"bash", "csv", "json", "python", "text", "yaml"}
 # What makes a block short enough for a test. The text on the left has to be on the page.
 SHORTER = {
     "docs/data.md": {"num_batches=100": "num_batches=2", '"num_train": 500': '"num_train": 8, "num_validation": 4'},
-    "docs/training.md": {"crop_size=224": "crop_size=32", "max_steps=1200": "max_steps=1"},
+    "docs/training.md": {
+        "crop_size=224": "crop_size=32",
+        "max_steps=1200": "max_steps=1",
+        "max_steps=100,": "max_steps=2, use_cpu=True,",
+    },
 }
 # Options of accelerate and torchrun.
 FOREIGN_OPTIONS = {"--cpu", "--multi_gpu", "--nproc_per_node", "--num_processes"}

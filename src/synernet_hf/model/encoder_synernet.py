@@ -7,6 +7,7 @@ import inspect
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 
 def closest_name(name: str, known: list[str]) -> str | None:
@@ -97,6 +98,17 @@ def select_states(
     return tuple(state if index in indices else None for index, state in enumerate(states))
 
 
+def with_current_names(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict with the names of saved files, where encoders keep older ones, under the names of the `model`."""
+    own = model.state_dict()
+    if state_dict.keys() <= own.keys():
+        return state_dict
+    names = {id(tensor): name for name, tensor in own.items()}
+    # what saving renames; what it computes anew is not known here, and stays as it is
+    current = {name: names.get(id(tensor), name) for name, tensor in revert_weight_conversion(model, own).items()}
+    return {current.get(name, name): tensor for name, tensor in state_dict.items()}
+
+
 def norm_name(backbone: nn.Module) -> str:
     """Name of the final normalisation of an encoder."""
     return "layernorm" if hasattr(backbone, "layernorm") else "norm"
@@ -119,4 +131,5 @@ __all__ = [
     "pretrained_backbone_config",
     "pretrained_encoder",
     "select_states",
+    "with_current_names",
 ]

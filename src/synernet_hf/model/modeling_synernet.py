@@ -35,6 +35,7 @@ from .encoder_synernet import (
     part_of_encoder,
     pretrained_encoder,
     select_states,
+    with_current_names,
 )
 from .objective_synernet import SynerNetObjective, batch_objective
 from .refinement_synernet import masks_to_boxes, present_classes, spread_classes
@@ -388,6 +389,10 @@ class SynerNetPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, SynerNetProjectionHead):
             init.zeros_(module.prototypes)
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor], *args, **kwargs):
+        """Also takes the names of saved files, as a stock `Trainer` reads them from its checkpoints."""
+        return super().load_state_dict(with_current_names(self, state_dict), *args, **kwargs)
 
 
 class SynerNetModel(SynerNetPreTrainedModel):
