@@ -121,12 +121,14 @@ def refused(folder, message, error=ValueError):
         ("nothing", "nothing: no such folder; give"),
         ("C:\\runs\\demo", "no such folder; give"),
         ("/nowhere/runs/demo", "no such folder; give"),
-        ("runs/demo", "holds no trained model"),
+        ("runs/demo", "runs/demo holds no trained model (no config.json); give"),
+        ("runs/cut", "(no config.json): its training has not ended, continue it; give"),
         ("image.png", "image.png is a file; give the folder"),
     ],
 )
 def test_a_wrong_path_is_told_at_once(tmp_path, monkeypatch, run, told):
     (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "cut" / "checkpoint-10").mkdir(parents=True)
     (tmp_path / "image.png").write_bytes(b"")
     monkeypatch.chdir(tmp_path)
     asked = []

@@ -73,7 +73,10 @@ def find_model_folder(run: str | Path, on_hub: bool = True) -> Path:
     folder = Path(run)
     if folder.is_dir():
         if not (folder / CONFIG).is_file():
-            raise ValueError(f"{run} holds no trained model (no {CONFIG}); give the folder of a finished run.")
+            unfinished = ": its training has not ended, continue it" if any(folder.glob("checkpoint-*")) else ""
+            raise ValueError(
+                f"{run} holds no trained model (no {CONFIG}){unfinished}; give the folder of a finished run."
+            )
         return folder
     if folder.exists():
         raise ValueError(f"{run} is a file; give the folder of a trained model.")

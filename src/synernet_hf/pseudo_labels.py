@@ -37,6 +37,8 @@ from synernet_hf.visualization import palette_image
 
 MAPS = ("pseudo_label", "segmentation")
 LABEL_SOURCES = ("auto", "known", "predicted")
+# fields of a configuration that say where it came from
+ORIGIN_FIELDS = ("_name_or_path", "transformers_version", "auto_map")
 SETTINGS_FILE = "pseudo_labels.json"
 MANIFEST_FILE = "manifest.parquet"
 MASK_FOLDER = "masks"
@@ -92,6 +94,7 @@ class PseudoLabelOptions:
             raise ValueError(f"`scales` is {self.scales}; positive factors such as (1.0, 1.25) are expected.")
 
 
+@dataclass
 class PseudoLabeler:
     """
     Makes the pseudo-label of one image.
@@ -102,15 +105,9 @@ class PseudoLabeler:
         options ([`PseudoLabelOptions`], *optional*): What to make.
     """
 
-    def __init__(
-        self,
-        model: SynerNetForWeaklySupervisedSegmentation,
-        processor: SynerNetImageProcessor,
-        options: PseudoLabelOptions | None = None,
-    ) -> None:
-        self.model = model
-        self.processor = processor
-        self.options = options or PseudoLabelOptions()
+    model: SynerNetForWeaklySupervisedSegmentation
+    processor: SynerNetImageProcessor
+    options: PseudoLabelOptions = PseudoLabelOptions()
 
     @torch.no_grad()
     def __call__(
@@ -171,10 +168,8 @@ class PseudoLabeler:
         return label_map, cams["confidence"].float().mean(), labels[0]
 
     def _segmentation(self, prepared, labels) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        options = self.options
-        [segmented] = segment_images(
-            self.model, self.processor, [prepared], labels, scales=options.scales, flip=bool(options.flip)
-        )
+        scales, flip = self.options.scales, bool(self.options.flip)
+        [segmented] = segment_images(self.model, self.processor, [prepared], labels, scales, flip)
         return segmented.label_map, segmented.probabilities().mean(), segmented.labels
 
 
@@ -302,7 +297,13 @@ def with_pseudo_labels(dataset: datasets.Dataset, folder: str | Path, min_confid
                 f"There is no {folder / name}: give a folder that examples/pseudo_labels.py has finished."
             )
     dataset = dataset.with_format(None)
-    names = _mask_classes(folder / SETTINGS_FILE)
+    try:
+        id2label = read_json(folder / SETTINGS_FILE)["id2label"]
+        names = [id2label[str(class_id)] for class_id in range(len(id2label))]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / SETTINGS_FILE} does not say what the ids in the masks mean: make them anew."
+        ) from error
     if "labels" in dataset.column_names:
         given = class_names(datasets.DatasetDict(split=dataset))
         if given != names:
@@ -326,15 +327,6 @@ def with_pseudo_labels(dataset: datasets.Dataset, folder: str | Path, min_confid
         dataset = dataset.add_column("labels", labels, feature=record_features(names)["labels"])
     paths = [{"path": str(folder / row["mask"]), "bytes": None} for row in rows]
     return dataset.add_column("mask", paths, feature=datasets.Image())
-
-
-def _mask_classes(path: Path) -> list[str]:
-    """What the ids in masks mean: class names by id, background first."""
-    try:
-        id2label = read_json(path)["id2label"]
-        return [id2label[str(class_id)] for class_id in range(len(id2label))]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not say what the ids in the masks mean: make them anew.") from error
 
 
 def _wait(accelerator: Accelerator | None) -> None:
@@ -375,8 +367,10 @@ def _wanted_records(dataset: datasets.Dataset, options: PseudoLabelOptions) -> l
         if places.setdefault(image_id, index) != index:
             raise ValueError(f"The image identifier {image_id!r} occurs twice: identifiers name the masks.")
     names = [f"{MASK_FOLDER}/{name}" for name in safe_file_names(image_ids, ".png")]
-    columns = zip(range(len(names)), image_ids, names, labels, strict=True)
-    return [dict(zip(("index", "image_id", "mask", "labels"), values, strict=True)) for values in columns]
+    return [
+        {"index": index, "image_id": image_id, "mask": mask, "labels": label_ids}
+        for index, (image_id, mask, label_ids) in enumerate(zip(image_ids, names, labels, strict=True))
+    ]
 
 
 def _mask_record(path: Path) -> dict[str, Any] | None:
@@ -400,8 +394,10 @@ def _is_current(content: dict[str, Any] | None, record: dict, digest: str, optio
 def _settings(model, processor, options: PseudoLabelOptions) -> dict[str, Any]:
     """Everything that decides the masks apart from the images and their labels."""
     digest = hashlib.sha256()
-    for content in (model.config.to_dict(), processor.to_dict()):
-        digest.update(json.dumps(_without_names(content), sort_keys=True, default=str).encode())
+    for part in (model.config, processor):
+        text = json.dumps(part.to_dict(), sort_keys=True, default=str)
+        content = json.loads(text, object_hook=lambda item: {k: v for k, v in item.items() if k not in ORIGIN_FIELDS})
+        digest.update(json.dumps(content).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -417,14 +413,6 @@ def _settings(model, processor, options: PseudoLabelOptions) -> dict[str, Any]:
         "flip": bool(flip),
         "id2label": {str(key): name for key, name in config.id2label.items()},
     }
-
-
-def _without_names(content: Any) -> Any:
-    """A configuration without the fields that name its origin."""
-    if not isinstance(content, dict):
-        return content
-    skipped = ("_name_or_path", "transformers_version", "auto_map")
-    return {str(key): _without_names(value) for key, value in content.items() if key not in skipped}
 
 
 def _check_same_settings(output_dir: Path, settings: dict[str, Any]) -> None:
