@@ -36,7 +36,8 @@ SHORTER = {
 }
 # Options of accelerate and torchrun.
 FOREIGN_OPTIONS = {"--cpu", "--multi_gpu", "--nproc_per_node", "--num_processes"}
-SCRIPTS = sorted(path for folder in ("benchmarks", "examples", "scripts") for path in (ROOT / folder).glob("*.py"))
+FOLDERS = ("benchmarks", "examples", "scripts")
+SCRIPTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py") if "__main__" in path.read_text())
 
 
 def page_name(path: Path) -> str:

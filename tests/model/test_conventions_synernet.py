@@ -65,6 +65,16 @@ def test_the_stock_pipeline_for_features_runs(model):
     assert extractor(image).shape == (1, 1 + 2 * 3, 2 * 16)
 
 
+@pytest.mark.parametrize("part", ["base", "task"])
+def test_everything_that_the_processor_hands_out_is_taken(model, part):
+    inputs = SynerNetImageProcessor()(
+        [Image.new("RGB", (20, 30))] * 2, do_pad=True, size_divisor=8, return_tensors="pt"
+    )
+    assert set(inputs) == {"pixel_values", "pixel_mask"}
+    with torch.no_grad():
+        (model.synernet if part == "base" else model)(**inputs)
+
+
 @pytest.mark.parametrize("wanted", [[0, 3], [-1], 2])
 def test_single_hidden_states_can_be_asked_for(tester, model, wanted):
     pixel_values = tester.inputs()["pixel_values"]

@@ -481,6 +481,7 @@ class SynerNetModel(SynerNetPreTrainedModel):
         branches: tuple[str, ...] = BranchPair._fields,
         output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
+        pixel_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> SynerNetModelOutput:
         r"""
@@ -489,9 +490,8 @@ class SynerNetModel(SynerNetPreTrainedModel):
             branches (`tuple[str, ...]`, *optional*, defaults to both): which branches to run.
             output_hidden_states (`bool` or `list[int]`, *optional*): whether to return hidden states, or which of them.
             output_attentions (`bool`, *optional*): whether to return attention maps.
-
-        Returns:
-            [`SynerNetModelOutput`]
+            pixel_mask (`torch.Tensor` of shape `(B, H, W)`, *optional*): what an image processor that pads hands out;
+                not used here.
 
         Raises:
             ValueError: if attention maps are asked of a model whose branches share blocks.
