@@ -160,6 +160,13 @@ for function, extra in ((lambda: export_onnx(model, "m.onnx"), "onnx"), (lambda:
         raise AssertionError(extra)
 status = runpy.run_path({str(SCRIPT)!r})["main"]([{str(tiny_run_folder)!r}, "photos", "--crf", "--output_dir", "crf"])
 assert status == 2, status
+for module in ("data", "training", "pseudo_labels"):
+    try:
+        __import__(f"synernet_hf.{{module}}")
+    except ModuleNotFoundError as error:
+        assert 'is not installed: pip install "synernet_hf[train]".' in str(error), error
+    else:
+        raise AssertionError(module)
 assert not set(sys.modules) & {EXTRAS!r}
 """
     )

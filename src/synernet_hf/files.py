@@ -128,6 +128,12 @@ def is_hub_id(name: Any) -> bool:
     return isinstance(name, str) and bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not Path(name).exists()
 
 
+def missing_extra(extra: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
+    """Returns the error to raise where a package of an optional extra is not installed: it says what to install."""
+    sentence = f'The package {error.name} is not installed: pip install "synernet_hf[{extra}]".'
+    return ModuleNotFoundError(sentence, name=error.name)
+
+
 def one_line(error: BaseException | str) -> str:
     """Returns a `str`: the message of an error, or a text, without line breaks."""
     return " ".join(str(error).split())
@@ -148,6 +154,7 @@ __all__ = [
     "finite",
     "is_hidden",
     "is_hub_id",
+    "missing_extra",
     "one_line",
     "read_json",
     "replace_file",

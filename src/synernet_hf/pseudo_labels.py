@@ -7,19 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
+from synernet_hf.files import TEMPORARY_NAME, missing_extra, read_json, replace_file, safe_file_names, write_json
+
+
+try:
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from accelerate import Accelerator
+except ModuleNotFoundError as error:
+    raise missing_extra("train", error) from error
+
 from synernet_hf.data.checks import DECODING_ERRORS
 from synernet_hf.data.schema import check_on_bad_image, class_names, multi_hot, name_some, record_features
-from synernet_hf.files import TEMPORARY_NAME, read_json, replace_file, safe_file_names, write_json
 from synernet_hf.model import (
     SynerNetForWeaklySupervisedSegmentation,
     SynerNetImageProcessor,

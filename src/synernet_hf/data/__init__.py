@@ -5,7 +5,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import datasets
+from synernet_hf.files import missing_extra
+
+
+try:
+    import datasets
+except ModuleNotFoundError as error:
+    raise missing_extra("train", error) from error
 
 from synernet_hf.data.checks import DatasetReport, SplitReport, check_dataset, inspect_dataset, mask_ids
 from synernet_hf.data.coco import PolygonMask, load_coco2014

@@ -1,5 +1,14 @@
 """Training and evaluation of SynerNet."""
 
+from synernet_hf.files import missing_extra
+
+
+try:
+    import accelerate  # noqa: F401
+    import datasets  # noqa: F401
+except ModuleNotFoundError as error:
+    raise missing_extra("train", error) from error
+
 from synernet_hf.training.arguments import (
     DataArguments,
     DataSourceArguments,
