@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,14 +149,6 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"The annotation file {path} is not valid JSON ({error}).") from error
 
 
-def _find(index: ImageIndex, names: Iterable[str], place: str) -> str | None:
-    """The first of several names that is an image."""
-    try:
-        return next(filter(None, map(index.find, names)), None)
-    except ValueError as error:
-        raise ValueError(f"{place}, {error}.") from error
-
-
 def _read_tasks(folder: Path, path: Path, tag: str | None) -> LabelledImages:
     """
     Reads an export of Label Studio: the choices made for each image of a folder, and the names of its boxes and
@@ -187,7 +179,7 @@ def _read_tasks(folder: Path, path: Path, tag: str | None) -> LabelledImages:
     for place, reference, answers in tasks:
         if not answers:
             continue
-        image = _find(index, [reference], place)
+        image = index.find_first([reference], place)
         labels = [label for answer in answers for label in answer.get(tag or "".join(tags), ())]
         if image is None:
             images.skipped.append(f"{place}: there is no image {reference} below {folder}")
@@ -258,7 +250,8 @@ def _read_labelme(folder: Path, files: list[Path], with_masks: bool) -> Labelled
             name = content["imagePath"].replace("\\", "/")
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a labelme file ({type(error).__name__}: {error}).") from error
-        image = _find(index, (os.path.normpath(path.parent.relative_to(folder) / name), name, path.stem), str(path))
+        beside = os.path.normpath(path.parent.relative_to(folder) / name)
+        image = index.find_first((beside, name, path.stem), str(path))
         if image is None:
             images.skipped.append(f"{path}: there is no image {name} below {folder}")
             continue

@@ -39,31 +39,21 @@ DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombErro
 
 @dataclass
 class RecordScan:
-    """Findings on one record; `size` is width and height of the upright image."""
+    """
+    Findings on one record: the `complaint` about it in one phrase, SHA-256 and size of the file, width and height of
+    the upright image, its format and mode, why image or mask cannot be used, the class ids in the mask (`None` where no
+    mask was read), and whether the labels lack one of them.
+    """
 
-    # the image and its file; those of the mask where that is at fault
-    place: str = ""
-    # SHA-256 of the file
+    complaint: str | None = None
     digest: bytes | None = None
     num_bytes: int = 0
     size: tuple[int, int] | None = None
-    # file format and mode, such as "JPEG RGB"
     kind: str | None = None
-    # why the image does not decode
     fault: str | None = None
-    # why the mask cannot be used, a predicate such as "is missing"
     mask_fault: str | None = None
-    # class ids in the mask, without background and ignore; `None` where no mask was read
     shown: frozenset[int] | None = None
-    # the mask shows a class that the labels do not name
     contradicts: bool = False
-
-    @property
-    def complaint(self) -> str | None:
-        """What is wrong with the record, in one phrase."""
-        if self.fault:
-            return f"{self.place} does not decode ({self.fault})"
-        return f"{self.place} {self.mask_fault}" if self.mask_fault else None
 
 
 @dataclass
@@ -401,10 +391,9 @@ def _with_progress(scans: Iterable[RecordScan], total: int, text: str) -> Iterat
 
 
 def _scan_record(record: dict, num_labels: int) -> RecordScan:
-    path = record["image"].get("path")
-    scan = RecordScan(place=f"the image {record['image_id']}" + (f" ({path})" if path else ""))
+    scan = RecordScan()
     try:
-        content = record["image"]["bytes"]
+        content, path = record["image"]["bytes"], record["image"].get("path")
         content = Path(path).read_bytes() if content is None else content
         scan.digest, scan.num_bytes = hashlib.sha256(content).digest(), len(content)
         image = open_stored({"bytes": content, "path": None})
@@ -412,16 +401,22 @@ def _scan_record(record: dict, num_labels: int) -> RecordScan:
         scan.size = _decoded_size(image)
     except DECODING_ERRORS as error:
         scan.fault = _reason(error)
+        scan.complaint = f"the image {_named(record, 'image')} does not decode ({scan.fault})"
         return scan
     if "mask" in record:
-        scan.mask_fault, ids = _examine_mask(record["mask"], scan.size, num_labels)
-        if scan.mask_fault:
-            path = (record["mask"] or {}).get("path")
-            scan.place = f"the mask of {record['image_id']}" + (f" ({path})" if path else "")
-        else:
+        try:
+            ids = _stored_mask_ids(record["mask"], scan.size, num_labels)
             scan.shown = frozenset(np.unique(ids).tolist()) - {0, IGNORE_INDEX}
             scan.contradicts = not scan.shown <= {label + 1 for label in record["labels"]}
+        except ValueError as error:
+            scan.mask_fault = str(error)
+            scan.complaint = f"the mask of {_named(record, 'mask')} {error}"
     return scan
+
+
+def _named(record: dict, column: str) -> str:
+    path = (record[column] or {}).get("path")
+    return record["image_id"] + (f" ({path})" if path else "")
 
 
 def _reason(error: Exception) -> str:
@@ -441,28 +436,25 @@ def _decoded_size(image: Image.Image) -> tuple[int, int]:
     return size[::-1] if image.getexif().get(ORIENTATION_TAG) in TRANSPOSED_ORIENTATIONS else size
 
 
-def _examine_mask(cell: dict | None, size: tuple[int, int], num_labels: int) -> tuple[str | None, np.ndarray | None]:
-    """What is wrong with a stored mask, a predicate; and its ids where it can be used."""
+def _stored_mask_ids(cell: dict | None, size: tuple[int, int], num_labels: int) -> np.ndarray:
+    """The ids of a stored mask. Raises `ValueError` with a predicate, as [`mask_ids`] does."""
     if cell is None:
-        return "is missing", None
+        raise ValueError("is missing")
+    if "objects" in cell and (cell["width"], cell["height"]) != size:
+        raise ValueError(
+            f"is drawn from annotations for {cell['width']} x {cell['height']} pixels (width x height), its image has "
+            f"{size[0]} x {size[1]}"
+        )
     try:
         if "objects" in cell:
-            if (cell["width"], cell["height"]) != size:
-                return (
-                    f"is drawn from annotations for {cell['width']} x {cell['height']} pixels (width x height), its "
-                    f"image has {size[0]} x {size[1]}"
-                ), None
             mask = PolygonMask().decode_example(cell)
         else:
             mask = open_stored(cell)
             mask.load()
             mask = ImageOps.exif_transpose(mask)
     except DECODING_ERRORS as error:
-        return f"does not decode ({_reason(error)})", None
-    try:
-        return None, mask_ids(mask, size, num_labels)
-    except ValueError as error:
-        return str(error), None
+        raise ValueError(f"does not decode ({_reason(error)})") from error
+    return mask_ids(mask, size, num_labels)
 
 
 def _three(values: list[int]) -> list[int]:

@@ -255,7 +255,10 @@ def _build(
         without = len(reader.images) - len(annotated)
         logger.warning("%s: %d images without annotations are left out.", reader.path, without)
     index = ImageIndex(folder)
-    found = {image_id: _find(index, reader, image_id) for image_id in annotated}
+    found = {
+        image_id: index.find_first([reader.images[image_id][0]], f"{reader.path}, image {image_id}")
+        for image_id in annotated
+    }
     missing = [reader.images[image_id][0] for image_id, path in found.items() if path is None]
     if missing and on_bad_image == "raise":
         raise FileNotFoundError(
@@ -292,14 +295,6 @@ def _build(
         end = start + len(part)
         parts.append(build_split(paths[start:end], ids[start:end], labels, names, masks, PolygonMask()))
     return datasets.concatenate_datasets(parts), [f"the image {file} is not in {folder}" for file in missing]
-
-
-def _find(index: ImageIndex, reader: _CocoFile, image_id: int) -> str | None:
-    name = reader.images[image_id][0]
-    try:
-        return index.find(name)
-    except ValueError as error:
-        raise ValueError(f"{reader.path}, image {image_id}, {error}.") from error
 
 
 @dataclass

@@ -165,6 +165,13 @@ class ImageIndex:
             found = next(filter(None, map(self._lookup, spellings)), None)
         return None if found is None else str(self.folder / found)
 
+    def find_first(self, names: Iterable[str], place: str) -> str | None:
+        """The first of several names that is an image; `place` begins the sentence of an error."""
+        try:
+            return next(filter(None, map(self.find, names)), None)
+        except ValueError as error:
+            raise ValueError(f"{place}, {error}.") from error
+
     def mask_of(self, image: str) -> str | None:
         """
         The mask of an image in the subfolder `masks`, `None` where there is none.

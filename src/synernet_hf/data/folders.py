@@ -206,7 +206,7 @@ def read_table(
         place = f"{path}, row {number}"
         position = _add(images, index, (place, row.get(image_column), names), seen)
         if position is not None and mask:
-            file = _find(all_files, mask, place)
+            file = all_files.find_first([mask], place)
             if file is None:
                 images.mask_faults.append(f"{place}, names the mask {mask}, which is not there")
             elif images.places[position] != place and images.masks[position] != file:
@@ -228,7 +228,7 @@ def _add(images: LabelledImages, index: ImageIndex, row: tuple, seen: dict[str, 
     name = _text(name, empty=("",))
     if not name:
         raise ValueError(f"{place}, names no image: fill it in or take the row out.")
-    found = _find(index, name, place)
+    found = index.find_first([name], place)
     if found is None:
         images.skipped.append(f"{place}: there is no image {name} below {index.folder}")
         return None
@@ -253,13 +253,6 @@ def _text(cell: Any, empty: Container[str] = NO_LABEL) -> str:
     is_whole = isinstance(cell, float) and cell.is_integer()
     text = str(int(cell) if is_whole else cell).strip()
     return "" if text.lower() in empty else text
-
-
-def _find(index: ImageIndex, name: str, place: str) -> str | None:
-    try:
-        return index.find(name)
-    except ValueError as error:
-        raise ValueError(f"{place}, {error}.") from error
 
 
 def usual_name(headers: Iterable[str], usual: Sequence[str]) -> str | None:

@@ -135,10 +135,7 @@ def _read_list(root: Path, name: str, index: ImageIndex) -> tuple[list[str], lis
         listed = re.split(r"\s+(?=[/\\])", line.strip())[0]
         if not listed:
             continue
-        try:
-            image = index.find(listed) or index.find(listed.split()[0])
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}, {error}.") from error
+        image = index.find_first((listed, listed.split()[0]), f"{path}, line {number}")
         if image is None:
             missing.append(image_name(listed))
         else:
@@ -155,7 +152,10 @@ def _read_list(root: Path, name: str, index: ImageIndex) -> tuple[list[str], lis
 
 def _find_masks(root: Path, image_ids: Sequence[str], split: str, required: bool) -> list[str] | None:
     indices = [ImageIndex(root / folder) for folder in MASK_FOLDERS]
-    masks = [next(filter(None, (index.find(image_id) for index in indices)), None) for image_id in image_ids]
+    place = f"The list {split}"
+    masks = [
+        next(filter(None, (index.find_first([image_id], place) for index in indices)), None) for image_id in image_ids
+    ]
     missing = [image_id for image_id, mask in zip(image_ids, masks, strict=True) if mask is None]
     if len(missing) == len(masks) and not required:
         logger.warning("The split %r has no masks in %s: it cannot be scored.", split, " or ".join(MASK_FOLDERS))
