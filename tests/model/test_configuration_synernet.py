@@ -237,7 +237,7 @@ def test_a_contradicting_label2id_is_named_and_left_out(monkeypatch):
         ({"id2label": {0: "background", 2: "cat"}}, r"must number its 2 labels from 0 on, got \[0, 2\]"),
         ({"id2label": {1: "background", 2: "cat"}}, r"must number its 2 labels from 0 on, got \[1, 2\]"),
         ({"id2label": {0: "background", 1: "cat", "1": "dog"}}, "must number its 3 labels from 0 on"),
-        ({"id2label": {0: "background", 1: "cat", 2: "cat"}}, "a name of its own, got 'cat' twice"),
+        ({"id2label": {0: "background", 1: "cat", 2: "cat"}}, "a name of its own, got 'cat' 2 times"),
         (
             {"id2label": {0: "cat", 1: "background"}},
             "Label 0 of `id2label` is the background, got 'background' as label 1",

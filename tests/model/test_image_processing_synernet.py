@@ -47,6 +47,7 @@ def test_all_kinds_of_input_give_the_same_values(tmp_path):
     for kind in kinds:
         assert torch.equal(processor(kind, return_tensors="pt")["pixel_values"], expected)
     batches = [np.stack([array, array]), torch.stack([tensor, tensor]), [image, str(path)], [array, tensor]]
+    batches += [[image, array], [tensor, path], [path.read_bytes(), array / 255]]
     for batch in batches:
         assert torch.equal(processor(batch, return_tensors="pt")["pixel_values"], expected.expand(2, -1, -1, -1))
     numpy_values = processor(image, return_tensors="np")["pixel_values"]

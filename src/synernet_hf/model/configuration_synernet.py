@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections import Counter
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -87,10 +88,9 @@ def _checked_labels(pairs: list[tuple[int | str, str]]) -> dict[int, str]:
         raise ValueError(
             f"`id2label` must number its {len(pairs)} labels from 0 on, got {[index for index, _ in pairs]}."
         )
-    names = list(labels.values())
-    twice = sorted({str(name) for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"`id2label` must give each label a name of its own, got {twice[0]!r} twice.")
+    name, times = Counter(map(str, labels.values())).most_common(1)[0] if labels else ("", 0)
+    if times > 1:
+        raise ValueError(f"`id2label` must give each label a name of its own, got {name!r} {times} times.")
     for index, name in labels.items():
         if index and str(name).strip("_ ").casefold() == "background":
             raise ValueError(f"Label 0 of `id2label` is the background, got {name!r} as label {index}; put it first.")

@@ -486,8 +486,10 @@ def _read(image, scale: bool, to_image: bool, input_data_format: ChannelDimensio
     if not isinstance(image, np.ndarray | torch.Tensor):
         return open_image(image)
     values = to_8_bits(_array_of(image)) if scale else _array_of(image)
+    if scale and to_image and values.ndim == 4:
+        return [_image_of(item, input_data_format) for item in values]
     if scale and to_image:
-        return [_image_of(item, input_data_format) for item in (values if values.ndim == 4 else [values])]
+        return _image_of(values, input_data_format)
     return values[None] if values.ndim == 2 else values
 
 
