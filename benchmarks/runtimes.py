@@ -38,7 +38,7 @@ FORMATS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def in_torch(model, inference_branches: str | None = None) -> Runtime:
-    """The model as it is, its logits at the size of the image."""
+    """The model as it is, its logits at the size of `pixel_values`."""
     dtype = next(model.parameters()).dtype
 
     def run(pixel_values: torch.Tensor) -> torch.Tensor:

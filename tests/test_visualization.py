@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from synernet_hf import visualization
 from synernet_hf.visualization import (
     colorize,
     figure_panels,
@@ -84,6 +85,19 @@ def test_a_legend_has_room_for_every_name(width):
         assert (legend == palette[index]).all(axis=-1).sum() >= 12 * 12, index
     # nothing is cut off at the right
     assert (legend[:, -4:] == 255).all()
+
+
+@pytest.mark.parametrize("fonts", [(), ("no such font.ttf",), visualization._FONTS])
+def test_names_of_any_letters_are_drawn(monkeypatch, fonts):
+    monkeypatch.setattr(visualization, "_FONTS", fonts)
+    names = ["Hündin", "Hu\u0308ndin", "犬", "кошка", "cat"]
+    font, drawn = visualization._drawable(names)
+    box = bytes(font.getmask(visualization._NO_LETTER))
+    assert drawn[0] == drawn[1] and drawn[0] in ("Hündin", "Hundin") and drawn[4] == "cat"
+    for text in drawn:
+        assert text and all(bytes(font.getmask(letter)) != box for letter in text)
+    assert with_legend(Image.new("RGB", (40, 10)), dict(enumerate(names))).height > 10
+    figure_panels([[(name, np.zeros((4, 4), np.uint8)) for name in names]])
 
 
 def test_heat_map_grows_lighter_with_the_value_and_clips():

@@ -3,7 +3,8 @@
     python -m synernet_hf.export MODEL --onnx OUT
 
 The graph takes `pixel_values`, float32 `(batch, 3, height, width)`, normalised, of any size, and gives `logits`
-`(batch, num_labels, height, width)`.
+`(batch, num_labels, height, width)` of that size. `post_process_semantic_segmentation` of the image processor, with
+`target_sizes`, makes label maps of the size of the image of them.
 """
 
 import argparse

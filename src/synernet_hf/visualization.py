@@ -2,11 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from unicodedata import normalize
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 
+# fonts of systems, with more letters than Pillow's own
+_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "arial.ttf", "msyh.ttc", "PingFang.ttc")
+_NO_LETTER = "\U0010ffff"
 # colours of the heat map at evenly spaced values from 0 to 1, ever lighter
 _HEAT_COLORS = ((8, 8, 32), (70, 20, 120), (190, 50, 90), (250, 140, 40), (255, 240, 170))
 
@@ -151,6 +155,24 @@ def heat_map(values: np.ndarray, image: "Image.Image | np.ndarray | None" = None
     return Image.fromarray(np.rint(heat).astype(np.uint8))
 
 
+def _drawable(texts: Sequence[str]) -> tuple[ImageFont.FreeTypeFont | ImageFont.ImageFont, list[str]]:
+    """A font for texts, and the texts: letters that no font here has lose their accents or become a question mark."""
+    texts = [normalize("NFC", text) for text in texts]
+    missing = {letter for letter in "".join(texts) if not letter.isascii() and not letter.isspace()}
+    best = ImageFont.load_default(size=13)
+    for name in (None, *_FONTS) if missing else ():
+        try:
+            font = best if name is None else ImageFont.truetype(name, 13)
+            box = bytes(font.getmask(_NO_LETTER))
+            lacking = {letter for letter in missing if bytes(font.getmask(letter)) == box}
+        except (OSError, UnicodeError):
+            continue
+        if len(lacking) < len(missing):
+            best, missing = font, lacking
+    plain = {ord(letter): normalize("NFKD", letter).encode("ascii", "ignore").decode() or "?" for letter in missing}
+    return best, [text.translate(plain) for text in texts]
+
+
 def with_legend(image: Image.Image, class_names: Mapping[int, str]) -> Image.Image:
     """
     Adds a legend below an image: the VOC colour and the name of each class, in as many lines as it takes.
@@ -164,7 +186,8 @@ def with_legend(image: Image.Image, class_names: Mapping[int, str]) -> Image.Ima
     """
     if not class_names:
         return image
-    font = ImageFont.load_default(size=13)
+    font, names = _drawable(list(class_names.values()))
+    class_names = dict(zip(class_names, names, strict=True))
     swatch, gap, line, margin = 14, 6, 20, 8
     widths = {index: swatch + gap + math.ceil(font.getlength(name)) for index, name in class_names.items()}
     width = max(image.width, 2 * margin + max(widths.values()))
@@ -208,7 +231,8 @@ def figure_panels(
         raise ValueError("Got no panel; at least one (title, image) pair is expected.")
     width, height = panel_size
     margin = 8
-    font = ImageFont.load_default(size=13)
+    font, titles = _drawable([title for row in rows for title, _ in row])
+    titles = iter(titles)
     caption = 20
     columns = max(len(row) for row in rows)
     fitted = [[(title, _fitted(_as_rgb(image), width, height)) for title, image in row] for row in rows]
@@ -218,9 +242,9 @@ def figure_panels(
     draw = ImageDraw.Draw(figure)
     top = margin
     for row, row_height in zip(fitted, row_heights, strict=True):
-        for j, (title, image) in enumerate(row):
+        for j, (_, image) in enumerate(row):
             left = margin + j * (width + margin)
-            draw.text((left, top), _shortened(title, font, width), fill="black", font=font)
+            draw.text((left, top), _shortened(next(titles), font, width), fill="black", font=font)
             figure.paste(image, (left, top + caption))
         top += caption + row_height + margin
     return figure
