@@ -253,6 +253,7 @@ FAULTY = {
     "empty": ([], r"the segmentation \[\] encloses nothing"),
     "null": (None, "the segmentation null encloses nothing"),
     "two points": ([[1, 1, 4, 4]], "encloses nothing"),
+    "outside": ([[90, 1, 95, 1, 95, 9]], "lies outside the image"),
     "flat": ([1, 1, 4, 1, 4, 4], "is not a list of polygons"),
     "odd": ([[1, 1, 4, 1, 4, 4, 7]], "points that are not pairs of numbers"),
     "text": ([["1", "1", "4", "1", "4", "4"]], "points that are not pairs of numbers"),

@@ -191,7 +191,10 @@ class _CocoFile:
         by_id = dict(entries)
         if len(by_id) < len(entries):
             key = Counter(key for key, _ in entries).most_common(1)[0][0]
-            places = [f"{value} (entry {place})" for place, (other, value) in enumerate(entries, 1) if other == key]
+            texts = [value if isinstance(value, str) else value[0] for _, value in entries]
+            places = [
+                f"{texts[place - 1]} (entry {place})" for place, (other, _) in enumerate(entries, 1) if other == key
+            ]
             raise ValueError(
                 f"The annotation file {self.path} gives the id {key} to several {kind}: {name_some(places)}. Number "
                 "them anew, or join files with a tool that does."
@@ -407,6 +410,12 @@ def _fault_of(segmentation: Any, height: int, width: int) -> str | None:
     for polygon in segmentation:
         if len(polygon) % 2 or not all(isinstance(value, int | float) and abs(value) <= reach for value in polygon):
             return "has points that are not pairs of numbers in or near the image"
+    if all(
+        min(polygon[::2]) >= width or min(polygon[1::2]) >= height or max(polygon[::2]) < 0 or max(polygon[1::2]) < 0
+        for polygon in segmentation
+        if polygon
+    ):
+        return "lies outside the image"
     return None
 
 
