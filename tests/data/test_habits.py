@@ -523,11 +523,12 @@ def test_label_studio_tables(tmp_path):
         assert names_of(load_image_labels(tmp_path)) == {"a": ["cat", "dog"], "b 1": ["cat"]}
 
 
-def test_streams_read_the_same_habits(tmp_path):
+def test_streams_read_the_same_habits(tmp_path, caplog):
     saved = save_columns(tmp_path / "text", ["cat;Background", "NaN", "['cat', 'dog']"], TEXT)
     given = ["background", "cat", "dog"]
     streamed = load_image_labels(saved, class_names=given, streaming=True)
     assert [record["labels"] for record in streamed["train"]] == [[0], [], [0, 1]]
+    assert caplog.text.count("in the labels means no class") == 2
     assert load_image_labels(saved, class_names=given)["train"]["labels"][:] == [[0], [], [0, 1]]
     save_images(tmp_path / "folders", "Train/cat/1.jpg", "valid/cat/2.jpg")
     assert [

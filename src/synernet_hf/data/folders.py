@@ -21,7 +21,7 @@ from synernet_hf.data.files import (
     read_text,
     unique_ids,
 )
-from synernet_hf.data.labels import IMAGE_HEADERS, NO_LABEL, LabelReader, choose_class_names, flag, read_csv_rows
+from synernet_hf.data.labels import IMAGE_HEADERS, NO_LABEL, choose_class_names, flag, read_csv_rows, read_labels
 from synernet_hf.data.schema import (
     build_split,
     choose_splits,
@@ -102,29 +102,21 @@ def build_splits(
         )
     first = next(iter(splits.values()))
     names = choose_class_names(class_names, first.class_names, str(path))
-    reader = LabelReader(first.label_column, names)
-    for images in splits.values():
-        rows = zip(images.labels, images.places, strict=True)
-        images.labels = [[reader.plain(cell, place) for cell in cells] for cells, place in rows]
-    reader.settle(cell for images in splits.values() for cells in images.labels for cell in cells)
-    if names is None:
-        names = reader.infer_class_names(zip(first.labels, first.places, strict=True), str(path))
-        logger.info("%s: %d classes: %s.", path, len(names) - 1, ", ".join(names[1:]))
+    cells = {split: list(zip(images.labels, images.places, strict=True)) for split, images in splits.items()}
+    labels, names = read_labels(cells, first.label_column, names, str(path))
     built = {}
     for split, images in splits.items():
-        labels = [reader.ids(cells, names, place) for cells, place in zip(images.labels, images.places, strict=True)]
-        unlabelled = [image_id for image_id, ids in zip(images.image_ids, labels, strict=True) if not ids]
+        unlabelled = [image_id for image_id, ids in zip(images.image_ids, labels[split], strict=True) if not ids]
         if unlabelled:
             text = "%s: %d images of the split %r have no label (%s); they count as images of background alone."
             logger.warning(text, path, len(unlabelled), split, name_some(unlabelled))
-        cells, feature = None if split == "train" else _masks(images, split, path), None
-        if cells and not isinstance(cells[0], str):
-            cells, feature = [outline_cell(*mask, names) for mask in cells], PolygonMask()
+        masks, feature = None if split == "train" else _masks(images, split, path), None
+        if masks and not isinstance(masks[0], str):
+            masks, feature = [outline_cell(*mask, names) for mask in masks], PolygonMask()
         note_skipped(skipped, split, images.skipped)
-        built[split] = build_split(images.paths, images.image_ids, labels, names, cells, feature)
-        if cells and feature is None:
+        built[split] = build_split(images.paths, images.image_ids, labels[split], names, masks, feature)
+        if feature is None:
             built[split] = renumber_masks(built[split], first.class_names or class_names or ())
-    reader.note_dropped(str(path))
     return datasets.DatasetDict(built)
 
 

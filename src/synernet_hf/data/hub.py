@@ -24,7 +24,7 @@ from synernet_hf.data.folders import (
     read_folder,
     usual_name,
 )
-from synernet_hf.data.labels import CATEGORY_KEYS, IMAGE_HEADERS, LabelReader, choose_class_names
+from synernet_hf.data.labels import CATEGORY_KEYS, IMAGE_HEADERS, LabelReader, choose_class_names, read_labels
 from synernet_hf.data.schema import (
     as_streams,
     check_on_bad_image,
@@ -246,15 +246,15 @@ def load_columns(
             f"The labels of {source} come without a class list, which cannot be inferred while streaming: give "
             "class_names."
         )
-    reader = LabelReader(class_names=names, streamed=streaming)
-    cells = {}
     if not streaming:
-        for split_name, split in splits.items():
-            places = (f"{source}, split {split_name!r}, record {index}" for index in range(len(split)))
-            values = zip(split[label][:], places, strict=True)
-            cells[split_name] = [([reader.plain(_with_names(value, feature), at)], at) for value, at in values]
-        reader.settle(cell for rows in cells.values() for row, _ in rows for cell in row)
-        names = names or reader.infer_class_names(next(iter(cells.values())), str(source))
+        cells = {
+            name: [
+                ([_with_names(value, feature)], f"{source}, split {name!r}, record {index}")
+                for index, value in enumerate(split[label][:])
+            ]
+            for name, split in splits.items()
+        }
+        labels, names = read_labels(cells, None, names, str(source))
     loaded = {}
     for split_name, split in splits.items():
         features = split.features or first.features
@@ -262,12 +262,10 @@ def load_columns(
         renamed = {image: "image"} | ({mask: "mask"} if with_mask else {})
         id_column = next((name for name in ID_COLUMNS if isinstance(features.get(name), datasets.Value)), None)
         if streaming:
-            made = _stream(split, split_name, renamed, (reader, label, feature), names, id_column)
+            made = _stream(split, split_name, renamed, (label, feature), names, id_column)
         else:
-            labels = [reader.ids(row, names, place) for row, place in cells[split_name]]
-            made = _with_labels(split, split_name, renamed, labels, names, id_column)
+            made = _with_labels(split, split_name, renamed, labels[split_name], names, id_column)
         loaded[split_name] = renumber_masks(made, own or class_names or ())
-    reader.note_dropped(str(source))
     return loaded
 
 
@@ -375,15 +373,16 @@ def _stream(
     split: datasets.IterableDataset,
     split_name: str,
     renamed: dict[str, str],
-    labels: tuple[LabelReader, str, Any],
+    labels: tuple[str, Any],
     names: list[str],
     id_column: str | None,
 ) -> datasets.IterableDataset:
-    reader, label, feature = labels
+    label, feature = labels
+    reader = LabelReader(class_names=names, streamed=True)
 
     def record(row: dict, index: int) -> dict:
         place = f"split {split_name!r}, record {index}"
-        ids = reader.ids([reader.plain(_with_names(row[label], feature), place)], names, place)
+        ids = reader.ids([reader.plain(_with_names(row[label], feature), place)], place, names)
         image_id = None if id_column is None else row[id_column]
         image_id = f"{split_name}_{index:06d}" if image_id is None else str(image_id)
         return {new: row[old] for old, new in renamed.items()} | {"image_id": image_id, "labels": ids}

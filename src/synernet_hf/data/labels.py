@@ -5,12 +5,11 @@ import csv
 import io
 import json
 import logging
-import math
 import re
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ class LabelReader:
         if isinstance(cell, str):
             text = clean_label(cell)
             if text in self.known or not re.fullmatch(r"\[.*\]|\{.*\}", text, re.DOTALL):
-                return self._label(text)
+                return self._label(text, place)
             cell = _parsed(text, place)
         if isinstance(cell, np.ndarray | np.generic):
             cell = cell.tolist()
@@ -98,7 +97,7 @@ class LabelReader:
     def names(self, cell: Any, place: str) -> list[str]:
         """The names in a plain cell that holds no label vector, numbers as text, without repeats and background."""
         if isinstance(cell, str):
-            cell = [name for name in map(self._label, self._parts(cell, self.separators)) if name]
+            cell = [part for part in self._parts(cell, self.separators) if self._label(part, place)]
         elif isinstance(cell, list):
             numbers = [item for item in cell if not isinstance(item, str)]
             if 0 in numbers or len(set(numbers)) < len(numbers):
@@ -109,10 +108,9 @@ class LabelReader:
         else:
             cell = [] if cell is None else [cell]
         names = dict.fromkeys(map(_as_text, cell))
-        self._dropped |= {name for name in names if is_background(name)}
-        return [name for name in names if not is_background(name)]
+        return [name for name in names if not (is_background(name) and self._drop(name, place))]
 
-    def ids(self, cells: Sequence[Any], class_names: Sequence[str], place: str) -> list[int]:
+    def ids(self, cells: Sequence[Any], place: str, class_names: Sequence[str]) -> list[int]:
         """
         The label ids of one image from the cells of all its rows, sorted: 0-based over the foreground classes.
 
@@ -139,54 +137,49 @@ class LabelReader:
         for cells, place in images:
             counts.update({name for cell in cells for name in self.names(cell, place)})
         if not counts:
-            self.note_dropped(source)
             raise ValueError("No image has a label: fill in the labels, or check which column holds them.")
         for name, other in likely_misspelt(counts):
             text = "%s: the class %r has %d images and %r has %d: did you mean %r?"
             logger.warning(text, source, name, counts[name], other, counts[other], other)
         by_size = all(name.isdecimal() for name in counts)
-        return ["background", *sorted(counts, key=lambda name: (int(name), name) if by_size else name)]
+        names = sorted(counts, key=lambda name: (int(name), name) if by_size else name)
+        logger.info("%s: %d classes: %s.", source, len(names), ", ".join(names))
+        return ["background", *names]
 
-    def note_dropped(self, source: str) -> None:
-        """Logs once which words were taken for no label."""
-        if self._dropped:
-            logger.warning(
-                "%s: %s in the labels means no class; give class_names that name it if it is one.",
-                source,
-                ", ".join(map(repr, sorted(self._dropped))),
-            )
-        self._dropped = set()
+    def _drop(self, text: str, place: str) -> bool:
+        """Says of each word that means no class, at its first place, that it is read so."""
+        if text and text not in self._dropped:
+            self._dropped.add(text)
+            said = "%s: %r in the labels means no class; give class_names that name it if it is one."
+            logger.warning(said, place, text)
+        return True
 
-    def _label(self, text: str) -> str | None:
+    def _label(self, text: str, place: str) -> str | None:
         text = clean_label(text)
-        if text in self.known or text.lower() not in NO_LABEL:
-            return text
-        self._dropped |= {text} - {""}
-        return None
+        is_none = text not in self.known and text.lower() in NO_LABEL
+        return None if is_none and self._drop(text, place) else text
 
     def _scalar(self, item: Any, place: str) -> Any:
         item = item.item() if isinstance(item, np.generic) else item
-        if item is None or (isinstance(item, float) and math.isnan(item)):
+        if item is None or item != item:
             return None
         if isinstance(item, str):
-            return self._label(item)
+            return self._label(item, place)
         if isinstance(item, bool | int | float):
             return item
         raise _no_label(item, place)
 
     def _of_object(self, cell: dict, place: str) -> list[str]:
         """The names that have a 1 in a mapping, or the categories of detection metadata."""
-        keys = [key for key in CATEGORY_KEYS if key in cell]
-        flags = [None if isinstance(value, float) and math.isnan(value) else value for value in cell.values()]
-        if all(value is None or (isinstance(value, int | float) and value in (0, 1)) for value in flags) and (
-            len(cell) > 1 or not keys
-        ):
-            return [clean_label(str(name)) for name, value in zip(cell, flags, strict=True) if value]
-        if not keys:
+        for key in CATEGORY_KEYS:
+            if key in cell:
+                found = self.plain(cell[key], place)
+                return list(
+                    dict.fromkeys(map(_as_text, found if isinstance(found, list) else [found] * (found is not None)))
+                )
+        if any(flag(value) is None for value in cell.values() if value is not None and value == value):
             raise _no_label(cell, place)
-        found = self.plain(cell[keys[0]], place)
-        found = found if isinstance(found, list) else [] if found is None else [found]
-        return list(dict.fromkeys(map(_as_text, found)))
+        return [clean_label(str(name)) for name, value in cell.items() if flag(value)]
 
     def _parts(self, text: str, separators: Sequence[str]) -> list[str]:
         text = text.strip()
@@ -194,6 +187,26 @@ class LabelReader:
             return [text]
         pieces = re.split(f"[{separators[0]}]", text)
         return [part for piece in pieces for part in self._parts(piece, separators[1:])]
+
+
+def read_labels(
+    splits: Mapping[str, Sequence[tuple[Sequence[Any], str]]],
+    column: str | None,
+    class_names: Sequence[str] | None,
+    source: str,
+) -> tuple[dict[str, list[list[int]]], list[str]]:
+    """
+    The label ids of the images of each split, and the class list: the given one or that of the labels in the first
+    split. `splits` hold the cells of each image and their place; see [`LabelReader`].
+    """
+    reader = LabelReader(column, class_names)
+    plain = {
+        split: [([reader.plain(cell, place) for cell in cells], place) for cells, place in images]
+        for split, images in splits.items()
+    }
+    reader.settle(cell for images in plain.values() for cells, _ in images for cell in cells)
+    names = class_names or reader.infer_class_names(next(iter(plain.values())), source)
+    return {name: [reader.ids(*image, names) for image in images] for name, images in plain.items()}, list(names)
 
 
 def vector_length(cells: Iterable[Any]) -> int | None:
@@ -314,10 +327,11 @@ def read_label_file(path: str | Path, class_names: Sequence[str]) -> dict[str, l
     suffix = path.suffix.lower()
     if suffix not in readers:
         raise ValueError(f"The label file {path} has the suffix {path.suffix!r}, but .npz, .json or .csv is expected.")
-    reader = LabelReader("labels", class_names)
+    rows = list(readers[suffix](path, class_names))
+    found, _ = read_labels({"": [([cell], place) for _, cell, place in rows]}, "labels", class_names, str(path))
     table: dict[str, list[int]] = {}
     written: dict[str, tuple[str, str]] = {}
-    for name, ids, place in readers[suffix](path, class_names, reader):
+    for (name, _, place), ids in zip(rows, found[""], strict=True):
         key = image_name(name)
         earlier, first_place = written.setdefault(key, (name, place))
         # a.jpg and a.png are two images, and only the rows of a table may come one for each label
@@ -325,7 +339,6 @@ def read_label_file(path: str | Path, class_names: Sequence[str]) -> dict[str, l
         if is_other or (suffix != ".csv" and table.get(key, ids) != ids):
             raise ValueError(f"{first_place} and {place} both give labels of {key}: keep one of them.")
         table[key] = sorted({*table.get(key, ()), *ids})
-    reader.note_dropped(str(path))
     return table
 
 
@@ -353,7 +366,8 @@ def read_csv_rows(path: Path) -> list[tuple[int, list[str]]]:
     return rows
 
 
-def _read_npz(path: Path, class_names: Sequence[str], _: LabelReader) -> Iterable[tuple[str, list[int], str]]:
+def _read_npz(path: Path, class_names: Sequence[str]) -> Iterable[tuple[str, Any, str]]:
+    """The identifier of each row, a cell of labels and its place; likewise for the other formats."""
     try:
         # numpy takes anything but a zip archive for a pickle, and its complaint then recommends to trust the file
         if not zipfile.is_zipfile(path):
@@ -374,48 +388,44 @@ def _read_npz(path: Path, class_names: Sequence[str], _: LabelReader) -> Iterabl
             f"(N, {num_classes}) are expected."
         )
     for row, (name, values) in enumerate(zip(ids.astype(str).tolist(), labels.tolist(), strict=True)):
-        yield name, ids_from_vector(values, num_classes, f"{path}, {name}"), f"{path}, row {row} ({name})"
+        ids = ids_from_vector(values, num_classes, f"{path}, {name}")
+        yield name, [class_names[label + 1] for label in ids], f"{path}, row {row} ({name})"
 
 
-def _read_json(path: Path, class_names: Sequence[str], reader: LabelReader) -> Iterable[tuple[str, list[int], str]]:
+def _read_json(path: Path, class_names: Sequence[str]) -> Iterable[tuple[str, Any, str]]:
     text = read_text(path)
     try:
         entries = parse_json(text)
     except ValueError as error:
         raise ValueError(f"The label file {path} is not valid JSON ({error}).") from error
-    if not isinstance(entries, dict) or not all(isinstance(value, list | dict) for value in entries.values()):
+    if not isinstance(entries, dict) or not all(isinstance(value, list | dict | None) for value in entries.values()):
         raise ValueError(f"The label file {path} must hold one object from identifier to a list of names or numbers.")
-    rows = [(key, reader.plain(cell, f"{path}, {key}"), f"{path}, {key}") for key, cell in entries.items()]
-    reader.settle(cell for _, cell, _ in rows)
-    return [(key, reader.ids([cell], class_names, place), place) for key, cell, place in rows]
+    return [(key, cell, f"{path}, {key}") for key, cell in entries.items()]
 
 
-def _read_label_csv(
-    path: Path, class_names: Sequence[str], reader: LabelReader
-) -> Iterable[tuple[str, list[int], str]]:
+def _read_label_csv(path: Path, class_names: Sequence[str]) -> Iterable[tuple[str, Any, str]]:
     rows, num_classes = read_csv_rows(path), len(class_names) - 1
     if not rows:
         raise ValueError(f"The label file {path} is empty.")
     first = [clean_label(cell) for cell in rows[0][1]]
-    columns = list(range(num_classes))
-    if first[0].lower() in IMAGE_HEADERS or set(first[1:]) == set(class_names[1:]):
+    names = class_names[1:]
+    if first[0].lower() in IMAGE_HEADERS or set(first[1:]) == set(names):
         rows = rows[1:]
         if len(first) > 2:
-            columns = [class_index(name, class_names) - 1 for name in first[1:]]
-            if sorted(columns) != list(range(num_classes)):
+            names = [class_names[class_index(name, class_names)] for name in first[1:]]
+            if sorted(names) != sorted(class_names[1:]):
                 raise ValueError(
-                    f"The header of the label file {path} names {len(columns)} classes, but each of the {num_classes} "
+                    f"The header of the label file {path} names {len(names)} classes, but each of the {num_classes} "
                     "foreground classes is expected once."
                 )
-    placed = [(cells, f"{path}, row {number} ({cells[0]})") for number, cells in rows]
-    plain = [reader.plain(cells[1], place) if len(cells) == 2 else None for cells, place in placed]
-    reader.settle(plain)
-    for (cells, place), cell in zip(placed, plain, strict=True):
-        if len(cells) <= 2:
-            ids = reader.ids([cell], class_names, place)
-        else:
-            ids = sorted(columns[index] for index in ids_from_vector(cells[1:], num_classes, place))
-        yield cells[0], ids, place
+    for number, (image, *cells) in rows:
+        place = f"{path}, row {number} ({image})"
+        is_vector = len(cells) > 1
+        yield (
+            image,
+            [names[i] for i in ids_from_vector(cells, num_classes, place)] if is_vector else "".join(cells),
+            place,
+        )
 
 
 def _parsed(text: str, place: str) -> Any:
@@ -454,5 +464,6 @@ __all__ = [
     "ids_from_vector",
     "read_csv_rows",
     "read_label_file",
+    "read_labels",
     "vector_length",
 ]

@@ -289,8 +289,7 @@ def note_skipped(skipped: dict[str, list[str]] | None, split_name: str, phrases:
     """
     if not phrases:
         return
-    shown = "; ".join(phrases[:20]) + (f"; and {len(phrases) - 20} more" if len(phrases) > 20 else "")
-    logger.warning("%d records of the split %r are left out: %s.", len(phrases), split_name, shown)
+    logger.warning("%d records of the split %r are left out: %s.", len(phrases), split_name, name_some(phrases, 20))
     if skipped is not None:
         skipped.setdefault(split_name, []).extend(phrases)
 
