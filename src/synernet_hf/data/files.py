@@ -100,29 +100,26 @@ class ImageIndex:
 
     Attributes:
         paths (`list[str]`): below the folder, file names in alphabetical order.
-        links (`list[str]`): linked folders below the folder, which are not looked into.
     """
 
     def __init__(self, folder: Path, left_out: Iterable[str] = (), with_masks: bool = False) -> None:
         self.folder = folder
         self.paths: list[str] = []
-        self.links: list[str] = []
         self._by_key: dict[str, list[str]] = {}
         self._claimed: dict[str, str] = {}
         left_out = {_clean(path).casefold() for path in left_out}
         entered: set[str] = set()
         for parent, folders, files in os.walk(folder, followlinks=True):
             # links are followed, but not in circles
-            inner = [] if os.path.realpath(parent) in entered else sorted(folders)
+            is_new = os.path.realpath(parent) not in entered
             entered.add(os.path.realpath(parent))
-            folders[:] = [
-                name for name in inner if not is_hidden(name) and (with_masks or name.lower() != MASK_FOLDER)
-            ]
+            folders[:] = sorted(
+                name
+                for name in folders
+                if is_new and not is_hidden(name) and (with_masks or name.lower() != MASK_FOLDER)
+            )
             below = Path(parent).relative_to(folder).as_posix()
-            self.links += [
-                name if below == "." else f"{below}/{name}" for name in folders if os.path.islink(f"{parent}/{name}")
-            ]
-            for file in sorted(files):
+            for file in sorted(files) if is_new else ():
                 path = file if below == "." else f"{below}/{file}"
                 is_image = not is_hidden(file) and os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
                 if is_image and _clean(path).casefold() not in left_out:

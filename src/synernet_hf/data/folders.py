@@ -488,8 +488,6 @@ def read_class_folders(folder: Path) -> LabelledImages:
         )
     if unread:
         logger.warning("%s: %s is not read, as no table of images and labels.", folder, name_some(unread))
-    if index.links:
-        logger.warning("%s: linked folders are not followed: %s.", folder, name_some(index.links))
     paths = [str(folder / path) for path in index.paths]
     masks = [index.mask_of(path) for path in paths]
     mask_folder = find_folder(folder, MASK_FOLDER)
