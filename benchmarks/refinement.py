@@ -9,7 +9,6 @@ all sets of CAMs of an image with one affinity. Two sets of CAMs (one for each b
 refined, as in a training step. The second row is ours called in the reference's order.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from side_by_side import median_ratio, save_record, time_in_turns
 from torch.nn import functional as F
 
+from synernet_hf.cli import CommandParser
 from synernet_hf.model import SynerNetPixelAdaptiveRefinement, refine_pseudo_labels
 
 
@@ -110,7 +110,7 @@ def measure(size: int, batch_size: int, rounds: int) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--size", type=int, default=448, help="side of the images (default: 448)")
     parser.add_argument("--batch_size", type=int, default=8, help="images (default: 8)")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each (default: 5)")

@@ -12,7 +12,9 @@ from synernet_hf.cli import CommandParser, InvalidArguments, needs_extra, run_co
 
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = sorted(path for folder in ("examples", "scripts", "benchmarks") for path in (ROOT / folder).glob("*.py"))
+SCRIPTS = [path for folder in ("examples", "scripts", "benchmarks") for path in (ROOT / folder).glob("*.py")]
+# the others are imported by commands
+COMMANDS = sorted(path for path in SCRIPTS if "__main__" in path.read_text(encoding="utf-8"))
 # what a base installation lacks
 TRAIN_PACKAGES = ("accelerate", "datasets", "evaluate", "kornia", "pycocotools", "tensorboard", "trackio")
 
