@@ -123,13 +123,16 @@ def test_a_folder_around_the_data_is_no_class(tmp_path):
     assert names_of(load_image_labels(tmp_path / "one"), "validation") == {"b": ["cat"]}
 
 
-def test_a_column_and_a_data_set_with_splits_in_other_words(tmp_path):
+def test_a_column_and_a_data_set_with_splits_in_other_words(tmp_path, caplog):
     save_images(tmp_path / "a", "a.jpg", "b.jpg", "c.jpg")
-    write(tmp_path / "a" / "labels.csv", "file_name,label,Split\na,cat,Training\nb,cat, training\nc,cat,Dev\n")
+    save_images(tmp_path / "a", "d.jpg")
+    rows = "a,cat,Training\nb,cat, training\nc,cat,Dev\nd,cat,\n"
+    write(tmp_path / "a" / "labels.csv", f"file_name,label,Split\n{rows}")
     assert {name: len(split) for name, split in load_image_labels(tmp_path / "a").items()} == {
         "train": 2,
         "validation": 1,
     }
+    assert "1 images without a split are not used" in caplog.text
     made = save_columns(tmp_path / "b", [["cat"]], datasets.List(TEXT))
     renamed = dict(zip(("Training", "dev"), datasets.load_from_disk(made).values(), strict=True))
     datasets.DatasetDict(renamed).save_to_disk(tmp_path / "c")
@@ -336,7 +339,7 @@ def test_objects_in_a_column(tmp_path, streaming):
     )
     loaded = load_image_labels(saved, streaming=streaming)
     assert [record["labels"] for record in loaded["train"]] == [[1], [0, 1]]
-    flags = {name: datasets.Value("int64") for name in ("cat", "dog")}
+    flags = {"cat": datasets.Value("int64"), "dog": datasets.Value("bool")}
     saved = save_columns(tmp_path / "c", [{"cat": 1, "dog": 0}, {"cat": 1, "dog": 1}], flags)
     given = ["background", "cat", "dog"] if streaming else None
     loaded = load_image_labels(saved, class_names=given, streaming=streaming)
@@ -407,6 +410,18 @@ def test_a_class_label_with_the_background_elsewhere_renumbers_labels_and_masks(
     assert [record["labels"] for record in records] == [[0], [1]]
     assert [np.asarray(record["mask"])[0].tolist() for record in records] == [[1, 255, 0], [2, 255, 0]]
     assert mask_id == (names.index("cat") if place else 1)
+
+
+def test_two_backgrounds_are_refused_and_two_forms_of_a_name_are_one(tmp_path):
+    feature = datasets.ClassLabel(names=["background", "_background_", "dog"])
+    with pytest.raises(ValueError, match="'background' and '_background_' in the class list are both the background"):
+        load_image_labels(save_columns(tmp_path / "two", [[0], [2]], datasets.List(feature)))
+    forms = [unicodedata.normalize(form, "é") for form in ("NFC", "NFD")]
+    feature = datasets.List(datasets.ClassLabel(names=[*forms, "dog"]))
+    masks = [Image.fromarray(np.array([[1, 2, 3, 255, 0]] * 5, dtype=np.uint8))] * 3
+    loaded = load_image_labels(save_columns(tmp_path / "forms", [[0], [1], [2]], feature, mask=masks))
+    assert list(names_of(loaded).values()) == [["é"], ["é"], ["dog"]]
+    assert np.asarray(loaded["validation"][0]["mask"])[0].tolist() == [1, 1, 2, 255, 0]
 
 
 def test_a_given_list_with_the_background_last_renumbers_the_masks_of_a_folder(tmp_path):

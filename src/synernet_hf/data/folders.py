@@ -209,6 +209,8 @@ def read_table(
     unused = len(index.paths) - len(seen)
     if unused > 0:
         logger.info("%s does not name %d of the images below %s.", path, unused, root)
+    if len(splits) > 1 and "" in splits:
+        logger.warning("%s: %d images without a split are not used.", path, len(splits.pop("").paths))
     for images in splits.values():
         images.image_ids = unique_ids(images.paths, index.folder)
     return splits

@@ -277,10 +277,9 @@ def _class_list(feature: Any, column: str) -> list[str] | None:
             inner = inner.feature
         elif isinstance(inner, dict) and set(inner) & set(CATEGORY_KEYS):
             inner = next(inner[key] for key in CATEGORY_KEYS if key in inner)
-        elif isinstance(inner, dict) and inner is feature and len(set(map(str, inner.values()))) == 1:
+        elif isinstance(inner, dict) and all(isinstance(item, datasets.Value) for item in inner.values()):
             # a 0 or 1 for each name
-            inner = next(iter(inner.values()))
-            inner = inner if isinstance(inner, datasets.Value) else None
+            inner = next(iter(inner.values()), None)
         else:
             break
     if isinstance(inner, datasets.ClassLabel):

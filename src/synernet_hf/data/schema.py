@@ -56,7 +56,7 @@ def id2label_from(names: Sequence[str]) -> dict[int, str]:
         ValueError: No name is the background, or a name occurs twice.
     """
     names = list(names)
-    if any(is_background(str(name)) for name in names):
+    if any(map(is_background, names)):
         # at another place or in another spelling: moved, and said
         names = background_first(names, "The class list")
     if not names or names[0] != "background":
@@ -78,32 +78,41 @@ def is_background(name: str) -> bool:
 
 
 def background_first(names: Sequence[str], source: object) -> list[str]:
-    """A class list with `"background"` at its head: added, or moved there or renamed, which is logged."""
-    names = [clean_label(str(name)) for name in names]
-    place = next((index for index, name in enumerate(names) if is_background(name)), None)
-    listed = ["background", *(name for index, name in enumerate(names) if index != place)]
-    if place is not None and listed != names:
+    """
+    A class list with `"background"` at its head: added, or moved there or renamed, which is logged. Names that differ
+    in their Unicode form only become one. Raises `ValueError` if two names are the background.
+    """
+    names = list(dict.fromkeys(map(clean_label, names))) if len(set(names)) == len(names) else list(names)
+    places = [index for index, name in enumerate(names) if is_background(name)]
+    if len(places) > 1:
+        twins = " and ".join(repr(names[index]) for index in places)
+        raise ValueError(f"{source}: {twins} in the class list are both the background: keep one of them.")
+    listed = ["background", *(name for name in names if not is_background(name))]
+    if places and listed != names:
         logger.warning(
             "%s: %r at position %d of the class list is the background: it becomes id 0, and the other classes are "
             "numbered in their order from 1.",
             source,
-            names[place],
-            place,
+            names[places[0]],
+            places[0],
         )
     return listed
 
 
 def renumber_masks(split: Any, names: Sequence[str]) -> Any:
     """
-    Masks of 0 for the background from masks whose ids are positions in a class list with the background elsewhere.
-
-    Without a background, or with one at the head of the list, masks stay as they are.
+    Masks whose ids are positions in the class list of the split, from masks whose ids are positions in `names`, as the
+    source lists its classes; 0 is the background where that list has none.
     """
-    place = next((index for index, name in enumerate(names) if is_background(str(name))), 0)
-    if place == 0 or "mask" not in (split.column_names or ()):
+    if "mask" not in (split.column_names or ()):
+        return split
+    listed = split.features["labels"].feature.names
+    old = [*names] if any(map(is_background, names)) else ["background", *names]
+    new = [0 if is_background(name) else listed.index(clean_label(name)) + 1 for name in old]
+    if new == list(range(len(new))) or len(new) > IGNORE_INDEX:
         return split
     table = np.arange(256, dtype=np.uint8)
-    table[: place + 1] = [*range(1, place + 1), 0]
+    table[: len(new)] = new
 
     def renumber(mask: Any) -> dict[str, Any]:
         ids = None if mask is None else np.asarray(mask)
