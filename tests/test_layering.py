@@ -29,7 +29,7 @@ ROOMS = {
     "cli": ({"files"}, {"transformers", "huggingface_hub"}),
     "data": ({"files", "model"}, DATA_LIBRARIES | {"huggingface_hub"}),
     "metrics": (set(), DATA_LIBRARIES),
-    "visualization": (set(), DATA_LIBRARIES),
+    "visualization": ({"model"}, DATA_LIBRARIES),
     "crf": (set(), {"numpy", "PIL", "pydensecrf"}),
     "model_folder": ({"model", "files"}, {"torch", "huggingface_hub", "safetensors"}),
     "export": (

@@ -100,6 +100,12 @@ def test_names_of_any_letters_are_drawn(monkeypatch, fonts):
     figure_panels([[(name, np.zeros((4, 4), np.uint8)) for name in names]])
 
 
+def test_images_of_16_bits_are_drawn_in_their_shades():
+    deep = Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16))
+    drawn = np.asarray(overlay(deep, np.zeros((1, 3), dtype=int)))
+    assert drawn[0, :, 0].tolist() == [0, 128, 255]
+
+
 def test_heat_map_grows_lighter_with_the_value_and_clips():
     heat = np.asarray(heat_map(np.array([[-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 2.0]]))).astype(int).sum(axis=-1)[0]
     assert (np.diff(heat[1:-1]) > 0).all()

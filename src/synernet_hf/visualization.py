@@ -7,6 +7,8 @@ from unicodedata import normalize
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from synernet_hf.model import to_rgb
+
 
 # fonts of systems, with more letters than Pillow's own
 _FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "arial.ttf", "msyh.ttc", "PingFang.ttc")
@@ -46,7 +48,7 @@ def _checked_label_map(label_map: np.ndarray) -> np.ndarray:
 
 def _as_rgb(image: "Image.Image | np.ndarray") -> Image.Image:
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return to_rgb(image)
     array = np.asarray(image)
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
         raise ValueError(
