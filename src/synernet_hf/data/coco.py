@@ -52,20 +52,18 @@ def load_coco2014(
     """
     Loads COCO 2014, or any folder in its layout, without decoding an image.
 
-    Reads `annotations/instances_<split>.json` and the images in `<split>/`. The classes are the categories in the order
-    of their ids, numbered from 1 without gaps: for the official files the 80 of `COCO_CLASSES`. An object or crowd of a
-    class labels its image; images without an annotation are left out, as is usual (82,081 and 40,137
-    images of the official splits remain). Masks of the validation split are drawn when a record is opened, see
-    [`PolygonMask`]. A file whose annotations have no outlines, such as a detection export, gives no masks.
+    The classes are the categories in the order of their ids, numbered from 1 without gaps: for the official files the
+    80 of `COCO_CLASSES`. An object or crowd of a class labels its image; images without an annotation are left out, as
+    is usual (82,081 and 40,137 images of the official splits remain). Masks of the validation split are drawn when a
+    record is opened, see [`PolygonMask`]. A file without outlines, such as a detection export, gives no masks.
 
     Args:
         data_dir (`str` or `Path`): The folder that holds `annotations` and the folders of images.
-        train_split (`str`, *optional*, defaults to `"train2014"`): Name of the training images' folder and of their
-            annotation file.
+        train_split (`str`, *optional*, defaults to `"train2014"`): The folder `<split>/` of training images, with
+            `annotations/instances_<split>.json`.
         validation_split (`str`, *optional*, defaults to `"val2014"`): The same of the images to evaluate on.
-        on_bad_image, streaming, skipped:
+        on_bad_image, streaming, skipped, splits:
             See [`load_image_labels`].
-        splits (`Sequence[str]`, *optional*, defaults to `("train", "validation")`): The splits to read.
 
     Returns:
         `datasets.DatasetDict` or `datasets.IterableDatasetDict`: `train` (`image`, `image_id`, `labels`) and
@@ -133,8 +131,8 @@ def load_coco_files(
 
 class _CocoFile:
     """
-    An annotation file, read in one pass. The JSON reader yields each object as soon as it is complete, and only
-    what is needed is kept: the class ids of each image, and its segmentations as text where `keep_outlines` says so.
+    An annotation file, read in one pass: the JSON reader yields each object as soon as it is complete. Kept are the
+    class ids of each image, and its segmentations as text with `keep_outlines`.
     """
 
     def __init__(self, path: Path, keep_outlines: bool) -> None:

@@ -55,9 +55,8 @@ def load_voc2012(
         train_split (`str`, *optional*, defaults to `"train_aug"`): The list in `ImageSets/Segmentation` to train on;
             without a name, `train` where `train_aug` does not exist.
         validation_split (`str`, *optional*, defaults to `"val"`): The list to evaluate on.
-        on_bad_image, streaming, skipped:
+        on_bad_image, streaming, skipped, splits:
             See [`load_image_labels`].
-        splits (`Sequence[str]`, *optional*, defaults to `("train", "validation")`): The splits to read.
 
     Returns:
         `datasets.DatasetDict` or `datasets.IterableDatasetDict`: `train` (`image`, `image_id`, `labels`) and
@@ -93,7 +92,13 @@ def load_voc2012(
         elif source == "masks":
             labels = _labels_from_masks(masks)
         else:
-            labels = _labels_from_table(table, ids, source, name)
+            lacking = [image_id for image_id in ids if image_id not in table]
+            if lacking:
+                raise ValueError(
+                    f"The label file {source} lacks {len(lacking)} of the {len(ids)} images of the split {name!r} "
+                    f"({name_some(lacking)}): add them to the file or take them out of the split."
+                )
+            labels = [table[image_id] for image_id in ids]
         note_skipped(skipped, split, [f"{other} of the list {name} is not in {index.folder}" for other in missing])
         image_ids = unique_ids(paths, index.folder)
         built[split] = build_split(paths, image_ids, labels, VOC_CLASSES, masks if split == "validation" else None)
@@ -166,18 +171,6 @@ def _find_masks(root: Path, image_ids: Sequence[str], split: str, required: bool
             f"{' or '.join(MASK_FOLDERS)} of {root} ({name_some(missing)}): add them or take them out of the list."
         )
     return masks
-
-
-def _labels_from_table(
-    table: dict[str, list[int]], image_ids: Sequence[str], source: str | Path, split: str
-) -> list[list[int]]:
-    missing = [image_id for image_id in image_ids if image_id not in table]
-    if missing:
-        raise ValueError(
-            f"The label file {source} lacks {len(missing)} of the {len(image_ids)} images of the split {split!r} "
-            f"({name_some(missing)}): add them to the file or take them out of the split."
-        )
-    return [table[image_id] for image_id in image_ids]
 
 
 def _labels_from_annotations(root: Path, image_ids: Sequence[str]) -> list[list[int]]:
