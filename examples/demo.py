@@ -11,6 +11,7 @@ import argparse
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,14 +22,14 @@ import torch
 from PIL import Image
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor, SynerNetSegmentationPipeline
-from synernet_hf.cli import CommandParser, needs_extra
+from synernet_hf.cli import CommandParser, InvalidArguments, needs_extra, run_command
 from synernet_hf.model import open_image, prepare_image, resize_maps, segment_images
 from synernet_hf.visualization import colorize, figure_panels, heat_map, overlay, palette_image
 
 
 with needs_extra("train"):
     from synernet_hf.data import class_names, load_wsss_dataset, multi_hot
-    from synernet_hf.training import InvalidArguments, evaluate_model, parse_arguments
+    from synernet_hf.training import evaluate_model, parse_arguments
 
 
 HERE = Path(__file__).resolve().parent
@@ -72,15 +73,24 @@ def clear(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def train(config: str, output_dir: Path, extra: list[str]) -> None:
-    """Train through `accelerate launch`, in a process of its own."""
+def train(config: str, output_dir: Path, extra: list[str]) -> int:
+    """Train in a process of its own, which ends when this one is interrupted; return its exit status."""
     script = [str(HERE / "train.py"), "--config", config, "--output_dir", str(output_dir), *extra]
-    print(f"accelerate launch {shlex.join(script)}", flush=True)
+    print(f"python {shlex.join(script)}", flush=True)
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Spelt out so that accelerate neither warns about missing settings nor asks for them.
-    launch = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--num_cpu_threads_per_process", str(threads)]
-    subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *launch, *script], check=True)
+    training = subprocess.Popen([sys.executable, *script], env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    try:
+        return training.wait()
+    except KeyboardInterrupt:
+        # Ctrl-C in a terminal reaches the training too, other signals do not
+        training.terminate()
+        training.wait()
+        raise
+
+
+def interrupt(*_) -> None:
+    """Handle SIGTERM as Ctrl-C is handled."""
+    raise KeyboardInterrupt
 
 
 def print_scores(results: dict[str, dict]) -> None:
@@ -149,15 +159,23 @@ def pick_records(split, number: int) -> list[dict]:
     return [split[int(index)] for index in np.argsort(-counts, kind="stable")[:number]]
 
 
-def run_demo(options: argparse.Namespace, extra: list[str]) -> None:
-    """Run all steps of the demo."""
+def run_demo(options: argparse.Namespace, extra: list[str]) -> int:
+    """Run all steps of the demo; return its exit code."""
+    if options.num_images < 1:
+        raise InvalidArguments(f"--num_images is {options.num_images}; give at least 1.")
+    signal.signal(signal.SIGTERM, interrupt)
     start = time.monotonic()
     folder = options.output_dir
     _, data_args, _ = parse_arguments(["--config", options.config, "--output_dir", str(folder), *extra])
     clear(folder)
 
     say("1/4 Training on generated images with image labels only")
-    train(options.config, folder, extra)
+    status = train(options.config, folder, extra)
+    if status < 0:
+        raise ValueError(f"The training was ended by signal {-status}; its last message is above.")
+    if status:
+        # the training has said why
+        return status
 
     say("2/4 Evaluating the segmentation, each branch's CAM and baselines on images with known masks")
     splits = load_wsss_dataset(
@@ -196,22 +214,12 @@ def run_demo(options: argparse.Namespace, extra: list[str]) -> None:
     say(f"Results on {number} images, in percent, after {(time.monotonic() - start) / 60:.1f} minutes")
     print_scores(results)
     print(f"\nSaved model: {folder}\nFigure:      {figure}")
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code."""
-    options, extra = parse_options(argv)
-    try:
-        if options.num_images < 1:
-            raise InvalidArguments(f"--num_images is {options.num_images}; give at least 1.")
-        run_demo(options, extra)
-    except InvalidArguments as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except subprocess.CalledProcessError as error:
-        print(f"error: the training ended with status {error.returncode}; its message is above.", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(run_demo, *parse_options(argv))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """
 Trains SynerNet from image-level labels.
 
-    accelerate launch examples/train.py --config examples/recipes/tiny_cpu.yaml --output_dir runs/tiny_cpu
+    python examples/train.py --config examples/recipes/tiny_cpu.yaml --output_dir runs/tiny_cpu
 
-    accelerate launch examples/train.py --config examples/recipes/voc_animals.yaml --data_dir path/to/VOCdevkit \
+    python examples/train.py --config examples/recipes/voc_animals.yaml --data_dir path/to/VOCdevkit \
         --backbone facebook/deit-tiny-patch16-224 --output_dir runs/voc_animals
 
 A recipe holds settings, options on the command line override it, and `--help` lists them all. docs/training.md

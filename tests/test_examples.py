@@ -1,8 +1,11 @@
 """The scripts under examples/ answer to --help and say what is wrong in one sentence before doing any work."""
 
+import os
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +179,28 @@ def test_the_demo_draws_what_the_model_makes_of_an_image(tmp_path):
     demo["predict_one"](model, native, record, tmp_path)
     with Image.open(tmp_path / "image.png") as saved:
         assert np.array_equal(np.asarray(saved), np.asarray(panels[0][1]))
+
+
+@pytest.mark.parametrize(
+    ("number", "send"),
+    [(signal.SIGTERM, os.kill), (signal.SIGINT, os.kill), (signal.SIGTERM, os.killpg), (signal.SIGINT, os.killpg)],
+)
+def test_a_demo_that_is_ended_ends_its_training(tmp_path, number, send):
+    options = ["--dataset_options", "{num_train: 32, num_validation: 4}", "--num_workers", "1", "--save_steps", "1"]
+    command = [sys.executable, str(EXAMPLES / "demo.py"), "--output_dir", str(tmp_path / "demo"), *options]
+    # a group of its own, which holds the demo, the training and its loader
+    demo = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    limit = time.monotonic() + 120
+    while not list(tmp_path.glob("demo/checkpoint-?")) and time.monotonic() < limit:
+        time.sleep(0.1)
+    send(demo.pid, number)
+    # ends only when the training has closed the pipe too
+    output, _ = demo.communicate(timeout=60)
+    assert demo.returncode == 130, output
+    assert "error: Interrupted after step" in output and "Traceback" not in output
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 @pytest.mark.slow

@@ -1,12 +1,15 @@
 """The training loop on a few 32-pixel images: what it leaves behind, resuming, refusing, stopping."""
 
 import json
+import logging
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -304,6 +307,68 @@ def test_evaluation_under_bf16_is_that_of_the_saved_model(tmp_path, monkeypatch)
     assert {kind: scores["per_class_iou"] for kind, scores in again.items()} == {
         kind: scores["per_class_iou"] for kind, scores in results.items() if kind != "training"
     }
+
+
+def test_the_length_of_a_run_is_told_from_its_first_steps_and_after_the_last_gate(tmp_path, monkeypatch, capsys):
+    starts = dict.fromkeys(("segmentation_start", "spatial_bce_start", "prototype_contrast_start"), 0.5)
+    slow = iter([0] * 9 + [0.2] * 7)
+    train_step = engine.train_step
+    monkeypatch.setattr(engine, "train_step", lambda *args: (time.sleep(next(slow)), train_step(*args))[1])
+    run(tmp_path / "run", {"model_config": MODEL["model_config"] | starts}, max_steps=16, logging_steps=16)
+    told = [line for line in capsys.readouterr().out.splitlines() if line.endswith("evaluations not counted.")]
+    pattern = r"Less than a minute for the remaining (\d+) steps at ([\d.]+) s a step, evaluations not counted."
+    (first, fast), (second, seconds) = (re.fullmatch(pattern, line).groups() for line in told)
+    # evaluations and checkpoints are no part of a step
+    assert (first, second) == ("12", "3")
+    assert float(fast) < 0.2 <= float(seconds) < 0.4
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (3, "Less than a minute"),
+        (80, "About a minute"),
+        (38 * 60, "About 38 minutes"),
+        (89 * 60, "About 89 minutes"),
+        (9000, "About 2.5 hours"),
+    ],
+)
+def test_durations_are_words(seconds, text):
+    assert engine._duration(seconds) == text
+
+
+def test_what_goes_on_is_told_where_no_terminal_is(tmp_path, capsys):
+    run(tmp_path / "run", max_steps=1, inference_size=80)
+    out = capsys.readouterr().out
+    assert "Checking 8 images (--no_check_data skips this)." in out and "step 1: evaluating." in out
+    assert "crops of 32 px" in out and "--inference_size 40 fits" in out
+    run(tmp_path / "other", max_steps=1, inference_size=64)
+    assert "--inference_size" not in capsys.readouterr().out
+
+
+def test_curves_are_named_after_the_run(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(engine.Accelerator, "init_trackers", lambda self, *args, **kwargs: seen.append((args, kwargs)))
+    run(tmp_path / "cats", max_steps=1, report_to="tensorboard")
+    assert seen == [(("cats",), {"init_kwargs": {"trackio": {"name": "cats", "resume": "allow"}}})]
+
+
+def test_a_second_sigterm_does_not_end_the_clearing_up(tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    remove = engine.remove_unfinished
+
+    def interrupted_again(folder):
+        os.kill(os.getpid(), signal.SIGTERM)
+        remove(folder)
+
+    def first(*args):
+        monkeypatch.setattr(engine, "remove_unfinished", interrupted_again)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stop_at(monkeypatch, 2, first)
+    with pytest.raises(KeyboardInterrupt, match="after step 2; the last checkpoint is .*checkpoint-2"):
+        run(tmp_path / "run")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_old_checkpoints_go(tmp_path):
@@ -718,6 +783,49 @@ def test_a_pretrained_encoder_starts_both_branches(tmp_path):
     for branch in ("broad", "precise"):
         for name, tensor in getattr(model.synernet.pair, branch).backbone.state_dict().items():
             assert torch.equal(tensor, expected[name]), (branch, name)
+
+
+def test_the_report_on_heads_of_another_task_is_one_line(tmp_path, caplog):
+    from transformers import ViTConfig, ViTForImageClassification, ViTModel
+
+    fields = {key: value for key, value in MODEL["backbone_config"].items() if key != "model_type"}
+    ViTForImageClassification(ViTConfig(**fields, num_labels=10)).save_pretrained(tmp_path / "encoder")
+    logger = logging.getLogger("transformers")
+    monkeypatched, logger.propagate = logger.propagate, True
+    try:
+        arguments = ModelArguments(backbone=str(tmp_path / "encoder"), model_config=MODEL["model_config"])
+        building.build_model(arguments, ["background", "cat"])
+        texts = {record.getMessage() for record in caplog.records if "transformers" in record.name}
+        assert texts == {"The encoder has no place for these weights of its file: classifier.bias, classifier.weight."}
+        caplog.clear()
+        # what is missing is still reported in full
+        model = ViTModel(ViTConfig(**fields), add_pooling_layer=False)
+        del model.layernorm
+        model.save_pretrained(tmp_path / "encoder")
+        building.build_model(arguments, ["background", "cat"])
+        assert "LOAD REPORT" in caplog.text and "MISSING" in caplog.text
+    finally:
+        logger.propagate = monkeypatched
+
+
+@pytest.mark.parametrize(
+    ("name", "offline", "sentence"),
+    [
+        ("facebook/deit-small-patch16-224", True, "is not on this machine and the Hub cannot be reached"),
+        ("facebook/deit-small-patch16-224", False, "is not on this machine and the Hub cannot be reached"),
+        ("./encoders/deit", False, "The encoder ./encoders/deit: no such folder; give the folder"),
+    ],
+)
+def test_an_encoder_that_cannot_be_had_is_told_at_once(tmp_path, monkeypatch, name, offline, sentence):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    # nobody listens there
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", "http://127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.raises(InvalidArguments, match=sentence) as error:
+        run(tmp_path / "run", model={"backbone": name, "backbone_config": None})
+    assert time.monotonic() - started < 10
+    assert "--backbone FOLDER" in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
 RANK_SCRIPT = """

@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import logging
 import platform
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +16,8 @@ import torch
 import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import RepositoryNotFoundError, StrictDataclassError
 from torch.utils.data import DataLoader
 from transformers import AutoConfig
 
@@ -28,7 +31,7 @@ from synernet_hf.data import (
     id2label_from,
     load_wsss_dataset,
 )
-from synernet_hf.files import one_line
+from synernet_hf.files import is_hub_id, one_line
 from synernet_hf.model import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.model.encoder_synernet import pretrained_backbone_config
 from synernet_hf.training.arguments import (
@@ -40,6 +43,7 @@ from synernet_hf.training.arguments import (
     value_problems,
 )
 from synernet_hf.training.checkpoints import find_resume_checkpoint
+from synernet_hf.training.evaluation import ignore_sigterm
 
 
 # what loaders and configurations raise: missing files and values that do not fit
@@ -157,13 +161,15 @@ def check_on_main_process(
     problem, bad = None, {}
     if accelerator.is_main_process:
         number, started = sum(len(split) for split in splits.values()), time.perf_counter()
+        if data_args.check_data:
+            print(f"Checking {number:,} images (--no_check_data skips this).", flush=True)
         try:
             check_dataset(splits, data_args.on_bad_image, data_args.check_data, skipped=skipped, left_out=bad)
         except INPUT_ERRORS as error:
             problem = one_line(error)
         else:
             if data_args.check_data:
-                print(f"Checked {number:,} images in {time.perf_counter() - started:.1f} s.")
+                print(f"Checked {number:,} images in {time.perf_counter() - started:.1f} s.", flush=True)
     problem, bad = broadcast_object_list([problem, bad])
     if problem is not None:
         # a process that ends early would abort the others before they say why
@@ -221,15 +227,48 @@ def model_config_from(model_args: ModelArguments, names: list[str]) -> SynerNetC
 def build_model(model_args: ModelArguments, names: list[str]) -> SynerNetForWeaklySupervisedSegmentation:
     """Makes the model in training mode on the CPU, from a pretrained encoder or from random weights."""
     if model_args.backbone is None:
-        model = SynerNetForWeaklySupervisedSegmentation(model_config_from(model_args, names))
-    else:
+        return SynerNetForWeaklySupervisedSegmentation(model_config_from(model_args, names)).train()
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_shorten_report)
+    try:
         model = SynerNetForWeaklySupervisedSegmentation.from_backbone_pretrained(
             model_args.backbone,
             id2label=id2label_from(names),
             backbone_overrides=model_args.backbone_overrides,
             **model_args.model_config,
         )
+    finally:
+        logger.removeFilter(_shorten_report)
     return model.train()
+
+
+def _shorten_report(record: logging.LogRecord) -> bool:
+    """Makes one line of the report on an encoder's weights where it only lists heads of another task."""
+    report = record.getMessage()
+    if "LOAD REPORT" in report and not re.search("MISSING|MISMATCH|CONVERSION", report):
+        unused = sorted(re.findall(r"^(\S+)\s*\| .*UNEXPECTED", report, re.MULTILINE))
+        record.msg, record.args = f"The encoder has no place for these weights of its file: {', '.join(unused)}.", ()
+    return True
+
+
+def _backbone_problem(name: str) -> str | None:
+    """Says why a pretrained encoder cannot be loaded, without the minute of retries that loading it would take."""
+    if Path(name).is_dir():
+        return None
+    hint = "give the folder of a downloaded encoder with --backbone FOLDER"
+    if not is_hub_id(name):
+        return f"The encoder {name}: no such folder; {hint}, or a Hub id owner/name."
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return None
+    try:
+        HfApi().model_info(name, timeout=10)
+    except RepositoryNotFoundError:
+        return f"The encoder {name}: no such model on the Hub, or a private one; {hint}, or log in (hf auth login)."
+    except Exception as error:
+        # those of the HTTP library share no other class
+        reason = one_line(error.__cause__ or error)[:200]
+        return f"The encoder {name} is not on this machine and the Hub cannot be reached ({reason}): {hint}."
+    return None
 
 
 def make_processor(config: SynerNetConfig, inference_size: int | None) -> SynerNetImageProcessor:
@@ -274,6 +313,9 @@ def _model_problems(model_args: ModelArguments, crop_size: int) -> list[str]:
         return [f"Give either `backbone` (pretrained) or `backbone_config` (random weights), got {got}."]
     if model_args.backbone is None and model_args.backbone_overrides:
         return ["`backbone_overrides` goes with `backbone` only: write its fields into `backbone_config`."]
+    problem = model_args.backbone and _backbone_problem(model_args.backbone)
+    if problem:
+        return [problem]
     problems = []
     named_labels = {"num_labels", "id2label", "label2id"} & set(model_args.model_config)
     unknown = sorted(set(model_args.model_config) - MODEL_FIELDS - named_labels)
@@ -331,6 +373,7 @@ def train_loader(
         pin_memory=accelerator.device.type == "cuda",
         # the loader draws a seed when it starts; from the global generator that would shift a resumed run's numbers
         generator=torch.Generator(),
+        worker_init_fn=ignore_sigterm,
     )
 
 

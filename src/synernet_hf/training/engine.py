@@ -3,6 +3,7 @@
 import math
 import platform
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -68,6 +69,8 @@ from synernet_hf.training.reporting import write_card
 
 # a gradient scaler halves its scale at each skipped step; no finite gradient needs this many halvings
 MAX_SKIPPED_IN_A_ROW = 100
+# of which the length of a run is estimated
+TIMED_STEPS = 3
 
 
 @dataclass
@@ -141,6 +144,12 @@ def train(
         raise
     if not run.can_evaluate:
         accelerator.print("The data has no validation split with masks: this run computes no scores.")
+    size, crop = training_args.inference_size, training_args.crop_size
+    if size is not None and size > 2 * crop:
+        accelerator.print(
+            f"The model learns on crops of {crop} px and will see images with a shortest edge of {size} px, as "
+            f"`inference_size` says: objects look larger than in training; --inference_size {round(1.25 * crop)} fits."
+        )
     with _stop_cleanly(run):
         fit(run)
         results = finish(run)
@@ -231,7 +240,9 @@ def build_run(
         remove_unfinished(output_dir)
         write_json(output_dir / ARGUMENTS_FILE, record)
     if training_args.report_to != "none":
-        accelerator.init_trackers("train")
+        # TensorBoard's folder, or trackio's project, and the run in it
+        name = output_dir.resolve().name
+        accelerator.init_trackers(name, init_kwargs={"trackio": {"name": name, "resume": "allow"}})
     if checkpoint is not None:
         # last, because it restores the random states too
         accelerator.load_state(str(checkpoint))
@@ -256,6 +267,7 @@ def fit(run: TrainingRun) -> None:
         smoothing=0.05,
         disable=not accelerator.is_main_process,
     )
+    clock = _StepClock(run)
     run.model.train()
     if state.step and _evaluates(run) and not state.is_evaluated:
         evaluate(run)
@@ -284,6 +296,7 @@ def fit(run: TrainingRun) -> None:
                 meter.add(state.step, loss, loss_dict)
             passes.clear()
             bar.update()
+            clock.tick()
             evaluates = _evaluates(run)
             saves = state.step == args.max_steps or state.step % args.save_steps == 0
             state.elapsed_seconds = time.perf_counter() - started
@@ -294,8 +307,52 @@ def fit(run: TrainingRun) -> None:
                 save_checkpoint(accelerator, run.output_dir, state, run.record, args.save_total_limit)
             if evaluates:
                 evaluate(run)
+            if saves or evaluates:
+                clock.restart()
             if state.step == args.max_steps:
                 break
+
+
+class _StepClock:
+    """Prints how long a run will take: after its first steps, and again when all losses take part."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self.run = run
+        # the first step of a kind is slower than the others and does not count
+        gate = max(run.loss_weights.starts.values()) * run.training_args.max_steps
+        self.marks = {run.state.step + 1, math.floor(gate) + 2}
+        self.seconds: list[float] | None = None
+
+    def restart(self) -> None:
+        """Leaves out what was done since the last step."""
+        self.last = time.perf_counter()
+
+    def tick(self) -> None:
+        """Counts a step that is done."""
+        step, total = self.run.state.step, self.run.training_args.max_steps
+        if self.seconds is None and step not in self.marks:
+            return
+        if self.run.accelerator.device.type != "cpu":
+            torch.accelerator.synchronize()
+        if self.seconds is None:
+            self.seconds = []
+        else:
+            self.seconds.append(time.perf_counter() - self.last)
+        self.restart()
+        if len(self.seconds) == TIMED_STEPS:
+            each, self.seconds = sum(self.seconds) / TIMED_STEPS, None
+            if self.run.accelerator.is_main_process and step < total:
+                tqdm.write(
+                    f"{_duration(each * (total - step))} for the remaining {total - step:,} steps at {each:.2g} s a step, "
+                    "evaluations not counted."
+                )
+
+
+def _duration(seconds: float) -> str:
+    """Reads such as `About 38 minutes`."""
+    if seconds < 120:
+        return "Less than a minute" if seconds < 60 else "About a minute"
+    return f"About {seconds / 60:.0f} minutes" if seconds < 5400 else f"About {seconds / 3600:.1f} hours"
 
 
 def _evaluates(run: TrainingRun) -> bool:
@@ -353,6 +410,9 @@ def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
     """
     accelerator, state = run.accelerator, run.state
     started = time.perf_counter()
+    shows_bar = sys.stderr.isatty()
+    if accelerator.is_main_process and not shows_bar:
+        tqdm.write(f"step {state.step}: evaluating.")
     with _full_precision(run.bare_model):
         results = evaluate_model(
             run.bare_model,
@@ -363,6 +423,7 @@ def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
             max_samples=run.data_args.max_eval_samples,
             accelerator=accelerator,
             num_workers=run.data_args.num_workers,
+            progress=shows_bar,
         )
     run.model.train()
     scores = {f"{kind}/mean_iou": values["mean_iou"] for kind, values in results.items()}
@@ -448,6 +509,9 @@ def _stop_cleanly(run: TrainingRun) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, FloatingPointError) as error:
+        if in_main_thread:
+            # a second one must not end the clearing up
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         for tracker in run.accelerator.trackers:
             tracker.finish()
         if run.accelerator.is_main_process:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, TypedDict, Unpack
@@ -61,6 +62,11 @@ class PredictionKinds(TypedDict, total=False):
     progress: bool
     batch_size: int
     num_workers: int
+
+
+def ignore_sigterm(worker_id: int) -> None:
+    """For the workers of a loader: clusters signal them too, and the main process alone ends a run in order."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager
@@ -304,9 +310,14 @@ def evaluate_model(
     images = _EvaluationImages(dataset, processor, order, range(first, num_images, step), scorer)
     # a loader draws a seed when it starts; from the global generator that would shift the numbers of a resumed run
     loader = torch.utils.data.DataLoader(
-        images, batch_size=None, num_workers=kinds.get("num_workers", 0), generator=torch.Generator()
+        images,
+        batch_size=None,
+        num_workers=kinds.get("num_workers", 0),
+        generator=torch.Generator(),
+        worker_init_fn=ignore_sigterm,
     )
-    bar = tqdm(loader, desc="evaluate", disable=not kinds.get("progress", False) or first > 0)
+    # inside a training the bar goes when it is full, so that the training's own stays
+    bar = tqdm(loader, desc="evaluate", leave=None, disable=not kinds.get("progress", False) or first > 0)
     with inference_mode_of(model):
         for batch in _equal_batches(map(_checked, bar), kinds.get("batch_size", 4)):
             for name, label_maps in scorer(batch):
