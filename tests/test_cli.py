@@ -103,4 +103,7 @@ def test_without_the_extra_scripts_name_it_and_predict_works():
         base = Path(script).name == "predict.py"
         position = lines.index(f"{script} {0 if base else 2}")
         if not base:
-            assert 'needs the extra `train` of synernet_hf, which `pip install -e ".[train]"' in lines[position - 1]
+            assert (
+                'install the extra `train` of synernet_hf, in a clone of its repository with `pip install -e ".[train]"`.'
+                in lines[position - 1]
+            )

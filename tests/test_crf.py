@@ -9,7 +9,7 @@ from synernet_hf.crf import DenseCRF
 def test_absence_of_the_package_is_told_in_a_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydensecrf", None)
     monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)
-    with pytest.raises(ImportError, match=r"pip install .synernet_hf\[crf\]"):
+    with pytest.raises(ImportError, match=r"pip install -e .\.\[crf\]"):
         DenseCRF()
 
 

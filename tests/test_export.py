@@ -209,7 +209,7 @@ def test_what_cannot_be_exported_is_told_in_a_sentence(model, tmp_path, monkeypa
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     model.save_pretrained(tmp_path / "run")
     assert export.main([str(tmp_path / "run"), "--onnx", str(tmp_path / "model.onnx")]) == 2
-    assert 'pip install "synernet_hf[onnx]"' in capsys.readouterr().err
+    assert 'pip install -e ".[onnx]"' in capsys.readouterr().err
     with pytest.raises(ImportError, match="Int8 weights need torchao"):
         quantize_weights(model)
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: True)

@@ -155,7 +155,7 @@ for function, extra in ((lambda: export_onnx(model, "m.onnx"), "onnx"), (lambda:
     try:
         function()
     except ImportError as error:
-        assert f'pip install "synernet_hf[{{extra}}]"' in str(error), error
+        assert f'pip install -e ".[{{extra}}]"' in str(error), error
     else:
         raise AssertionError(extra)
 status = runpy.run_path({str(SCRIPT)!r})["main"]([{str(tiny_run_folder)!r}, "photos", "--crf", "--output_dir", "crf"])
@@ -164,7 +164,7 @@ for module in ("data", "training", "pseudo_labels"):
     try:
         __import__(f"synernet_hf.{{module}}")
     except ModuleNotFoundError as error:
-        assert 'is not installed: pip install "synernet_hf[train]".' in str(error), error
+        assert 'is not installed: install the extra `train` of synernet_hf' in str(error), error
     else:
         raise AssertionError(module)
 assert not set(sys.modules) & {EXTRAS!r}
@@ -172,5 +172,5 @@ assert not set(sys.modules) & {EXTRAS!r}
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert 'pip install "synernet_hf[crf]"' in done.stderr
+    assert 'pip install -e ".[crf]"' in done.stderr
     assert len(masks(Path("out"))) == 4

@@ -13,7 +13,7 @@ from huggingface_hub.utils import enable_progress_bars
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
-from synernet_hf.files import one_line
+from synernet_hf.files import missing_extra, one_line
 
 
 # of the HTTP library of `huggingface_hub`, whichever it is: connections that fail, which are no OSError
@@ -116,11 +116,7 @@ def needs_extra(extra: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "synernet_hf").split(".")[0] == "synernet_hf":
             raise
-        print(
-            f"error: The package {error.name} is not installed: this command needs the extra `{extra}` of synernet_hf, "
-            f'which `pip install -e ".[{extra}]"` in a clone of its repository installs.',
-            file=sys.stderr,
-        )
+        print(f"error: {missing_extra(extra, error)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -84,7 +84,7 @@ def _densecrf_class() -> type:
     except ImportError as error:
         raise ImportError(
             "CRF post-processing needs the package pydensecrf2, which is not installed; install it with "
-            '`pip install "synernet_hf[crf]"` (it is built with a C++ compiler) or leave the CRF out.'
+            '`pip install -e ".[crf]"` in a clone of the repository (it is built with a C++ compiler) or leave the CRF out.'
         ) from error
     return DenseCRF2D
 

@@ -147,7 +147,9 @@ def export_onnx(
     """
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f'The export needs {", ".join(missing)}: pip install "synernet_hf[onnx]".')
+        raise ImportError(
+            f'The export needs {", ".join(missing)}: pip install -e ".[onnx]" in a clone of the repository.'
+        )
     graph, example = _graph_and_example(model, inference_branches)
     size = sum(4 * parameter.numel() for parameter in graph.parameters())
     if size > MAX_ONNX_BYTES:
@@ -219,7 +221,7 @@ def quantize_weights(model: SynerNetForWeaklySupervisedSegmentation) -> SynerNet
         ImportError: If torchao is missing.
     """
     if importlib.util.find_spec("torchao") is None:
-        raise ImportError('Int8 weights need torchao: pip install "synernet_hf[int8]".')
+        raise ImportError('Int8 weights need torchao: pip install -e ".[int8]" in a clone of the repository.')
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantized = copy.deepcopy(model).eval()

@@ -130,7 +130,10 @@ def is_hub_id(name: Any) -> bool:
 
 def missing_extra(extra: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
     """Returns the error to raise where a package of an optional extra is not installed: it says what to install."""
-    sentence = f'The package {error.name} is not installed: pip install "synernet_hf[{extra}]".'
+    sentence = (
+        f"The package {error.name} is not installed: install the extra `{extra}` of synernet_hf, in a clone of its "
+        f'repository with `pip install -e ".[{extra}]"`.'
+    )
     return ModuleNotFoundError(sentence, name=error.name)
 
 

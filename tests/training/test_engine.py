@@ -543,7 +543,7 @@ def test_the_check_of_images_can_be_left_out(tmp_path, monkeypatch, capsys):
         ({"max_steps": 0}, "`max_steps` must be at least 1, got 0"),
         ({"model": {"backbone": "folder"}}, "Give either `backbone` .* or `backbone_config` .* got both"),
         ({"model": {"backbone_config": None}}, "Give either `backbone` .* or `backbone_config` .* got neither"),
-        ({"model": {"backbone_config": None, "backbone": "./nowhere"}}, r"No model can be made of \./nowhere"),
+        ({"model": {"backbone_config": None, "backbone": "./nowhere"}}, r"The encoder \./nowhere: no such folder"),
         ({"model": {"backbone_config": {"model_type": "vitt"}}}, "No model can be made of `backbone_config`.*vitt"),
         ({"model": {"backbone_overrides": {"qkv_bias": False}}}, "`backbone_overrides` goes with `backbone` only"),
         ({"model": {"model_config": {"fuson": "fixed"}}}, "`model_config` has unknown fields fuson; known are"),
