@@ -145,7 +145,7 @@ def test_all_problems_of_the_values_are_found_together():
     assert SynerNetTrainingArguments(output_dir="run", report_to="none").problems() == []
 
 
-@pytest.mark.parametrize("name", ["voc12", "voc12_authors", "voc_animals", "tiny_cpu"])
+@pytest.mark.parametrize("name", ["voc12", "voc12_authors", "voc_animals", "tiny_cpu", "own_images", "own_images_cpu"])
 def test_recipes_of_the_repository_are_valid(root, name):
     from synernet_hf import SynerNetConfig
 
