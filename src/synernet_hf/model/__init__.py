@@ -18,7 +18,6 @@ from .encoder_synernet import pretrained_backbone_config
 from .image_processing_synernet import SynerNetImageProcessor, open_image, to_rgb
 from .inference_synernet import (
     PreparedImage,
-    SegmentedImage,
     generate_image_cams,
     predict_labels,
     prepare_image,
@@ -28,7 +27,6 @@ from .inference_synernet import (
 from .modeling_synernet import (
     SynerNetForWeaklySupervisedSegmentation,
     SynerNetModel,
-    SynerNetPreTrainedModel,
 )
 from .objective_synernet import (
     SynerNetTargets,
@@ -64,13 +62,11 @@ VIDEO_PROCESSOR_MAPPING.register(SynerNetConfig, {}, exist_ok=True)
 __all__ = [
     "BranchPair",
     "PreparedImage",
-    "SegmentedImage",
     "SynerNetConfig",
     "SynerNetForWeaklySupervisedSegmentation",
     "SynerNetImageProcessor",
     "SynerNetModel",
     "SynerNetPixelAdaptiveRefinement",
-    "SynerNetPreTrainedModel",
     "SynerNetSegmentationPipeline",
     "SynerNetTargets",
     "area_shares",

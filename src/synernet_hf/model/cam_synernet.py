@@ -339,17 +339,11 @@ def fuse_branches(
 __all__ = [
     "BranchPair",
     "area_shares",
-    "at_input_size",
     "cams_to_pseudo_labels",
-    "crop_to_input",
     "fuse_branches",
     "fuse_cams",
-    "joint_features",
     "layer_confidence",
     "mask_absent_classes",
     "multi_scale_cams",
     "normalize_cams",
-    "patch_map",
-    "propagate_cams",
-    "token_map",
 ]

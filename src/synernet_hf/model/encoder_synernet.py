@@ -120,16 +120,4 @@ def forward_arguments(backbone: nn.Module) -> dict[str, bool]:
     return {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
 
 
-__all__ = [
-    "closest_name",
-    "copy_encoder",
-    "encoder_blocks",
-    "forward_arguments",
-    "norm_name",
-    "part_of_encoder",
-    "pooling_arguments",
-    "pretrained_backbone_config",
-    "pretrained_encoder",
-    "select_states",
-    "with_current_names",
-]
+__all__ = ["pretrained_backbone_config", "pretrained_encoder"]

@@ -437,7 +437,6 @@ def _prototype_contrast(
 
 
 __all__ = [
-    "SynerNetObjective",
     "SynerNetTargets",
     "batch_objective",
     "coverage",

@@ -259,13 +259,9 @@ def masks_to_boxes(pixel_mask: torch.Tensor) -> torch.Tensor:
 __all__ = [
     "PresentClasses",
     "SynerNetPixelAdaptiveRefinement",
-    "box_mask",
     "denormalize",
     "ignore_outside",
-    "masks_to_boxes",
     "present_classes",
     "refine_present",
     "refine_pseudo_labels",
-    "select_classes",
-    "spread_classes",
 ]
