@@ -72,6 +72,9 @@ def test_images_come_from_addresses_too(served):
     processor = SynerNetImageProcessor()
     expected = processor(image, return_tensors="pt")["pixel_values"]
     assert torch.equal(processor(f"{address}/image.png", return_tensors="pt")["pixel_values"], expected)
+    image.save(folder / "ein Bär.png")
+    for name in ("ein Bär.png", "ein%20B%C3%A4r.png"):
+        assert torch.equal(processor(f"{address}/{name}", return_tensors="pt")["pixel_values"], expected)
     with pytest.raises(ValueError, match="cannot be read; expected is the path or URL"):
         processor([f"{address}/image.png", f"{address}/none.png"])
     with pytest.raises(ValueError, match="none.png' cannot be read"):

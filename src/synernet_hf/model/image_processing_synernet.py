@@ -4,8 +4,10 @@ import base64
 import functools
 import io
 import os
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPException
 
 import numpy as np
 import torch
@@ -30,6 +32,8 @@ from transformers.utils import TensorType, logging
 
 
 logger = logging.get_logger(__name__)
+# what goes wrong when an image is read
+UNREADABLE = (OSError, SyntaxError, TypeError, ValueError, HTTPException, Image.DecompressionBombError)
 # values of float32 that the way back resizes at once: 64 MiB
 CHUNK_VALUES = 2**24
 
@@ -310,8 +314,8 @@ def open_image(source, timeout: float | None = None) -> Image.Image:
         content = source.get("bytes")
         source = content if content is not None else source.get("path")
     try:
-        image = ImageOps.exif_transpose(source if isinstance(source, Image.Image) else _opened(source, timeout))
-    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
+        image = ImageOps.exif_transpose(source) if isinstance(source, Image.Image) else _opened(source, timeout)
+    except UNREADABLE as error:
         raise ValueError(
             f"The image {_name(source)} cannot be read; expected is the path or URL of an image file."
         ) from error
@@ -442,22 +446,21 @@ def _each(inputs, function):
 
 
 def _opened(source, timeout: float | None) -> Image.Image:
-    """The stored image behind a path, URL, base64 text or the content of a file."""
+    """The upright image, in its own mode, behind a path, URL, base64 text or the content of a file."""
     text = source if isinstance(source, bytes) else os.fspath(source)
     if isinstance(text, str):
         # a path written on Windows
         text = next((path for path in (text, text.replace("\\", "/")) if os.path.isfile(path)), text)
     if isinstance(text, str) and text.startswith(("http://", "https://")):
         # not by the library, which cuts 16 bits off at 255; some servers turn nameless callers away
-        request = urllib.request.Request(text, headers={"User-Agent": "synernet_hf"})
+        address = urllib.parse.quote(text, safe="!#$%&'()*+,/:;=?@[]~")
+        request = urllib.request.Request(address, headers={"User-Agent": "synernet_hf"})
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             text = answer.read()
     elif isinstance(text, str) and not os.path.isfile(text):
         text = base64.b64decode(text.rpartition(",")[2], validate=True)
-    image = Image.open(io.BytesIO(text) if isinstance(text, bytes) else text)
-    with image:
-        image.load()
-    return image
+    with Image.open(io.BytesIO(text) if isinstance(text, bytes) else text) as image:
+        return ImageOps.exif_transpose(image)
 
 
 def _name(source) -> str:
@@ -500,12 +503,10 @@ def _opened_mask(mask):
     if not isinstance(mask, str | os.PathLike):
         return mask
     try:
-        with Image.open(mask) as opened:
-            return ImageOps.exif_transpose(opened).copy()
-    except OSError as error:
+        return _opened(mask, None)
+    except UNREADABLE as error:
         raise ValueError(
-            f"The segmentation map {str(mask)[:200]!r} cannot be read; expected is the path of a palette or greyscale "
-            "image."
+            f"The segmentation map {_name(mask)} cannot be read; expected is the path of a palette or greyscale image."
         ) from error
 
 
