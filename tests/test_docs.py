@@ -35,7 +35,7 @@ SHORTER = {
     },
 }
 # Options of accelerate and torchrun.
-FOREIGN_OPTIONS = {"--cpu", "--multi_gpu", "--nproc_per_node", "--num_processes"}
+FOREIGN_OPTIONS = {"--cpu", "--logdir", "--multi_gpu", "--nproc_per_node", "--num_processes", "--project", "--quiet"}
 FOLDERS = ("benchmarks", "examples", "scripts")
 SCRIPTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py") if "__main__" in path.read_text())
 
