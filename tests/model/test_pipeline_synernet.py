@@ -387,8 +387,10 @@ def test_image_labels_may_be_a_text(segmenter, images, text):
     config, names = segmenter.model.config, [name for name in ("background", "cat", "dog") if name in text]
     expected = as_label_map(segmenter(images[0], image_labels=names), config)
     assert np.array_equal(as_label_map(segmenter(images[0], image_labels=text), config), expected)
-    record = {"image": images[0], "labels": text}
-    assert np.array_equal(as_label_map(segmenter(record, image_labels="known"), config), expected)
+    mapping = {name: int(name in names) for name in ("cat", "dog")}
+    for labels in (text, mapping, names):
+        record = {"image": images[0], "labels": labels}
+        assert np.array_equal(as_label_map(segmenter(record, image_labels="known"), config), expected)
     with pytest.raises(ValueError, match=r"\['wolf'\] are not classes of the model; choose from background, cat, dog"):
         segmenter(images[0], image_labels=f"wolf, {text}")
 

@@ -78,12 +78,14 @@ class SynerNetSegmentationPipeline(Pipeline):
         return tuple({name: value for name, value in act.items() if value is not None} for act in acts)
 
     def _multi_hot(self, image_labels: Any) -> torch.Tensor:
-        """Class names, or ids of foreground classes from 0, as a multi-hot tensor of shape `(num_labels - 1,)`."""
+        """Names, a 0/1 mapping of names, or ids of foreground classes from 0, as a multi-hot `(num_labels - 1,)`."""
         config = self.model.config
         names = config.label2id
         if isinstance(image_labels, str):
             # a text of several names, unless it is one
             image_labels = [image_labels] if image_labels in names else re.split(r"\s*[,;|]\s*", image_labels.strip())
+        if isinstance(image_labels, dict):
+            image_labels = [name for name, is_present in image_labels.items() if is_present]
         values = image_labels.tolist() if isinstance(image_labels, np.ndarray | torch.Tensor) else list(image_labels)
         if all(isinstance(value, str) for value in values):
             unknown = [name for name in values if name not in names]
