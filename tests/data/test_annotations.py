@@ -365,6 +365,7 @@ def test_other_json_is_not_taken_for_annotations(tmp_path):
     save_image(tmp_path / "cat" / "1.jpg")
     write_json(tmp_path / "package.json", {"name": "pets", "version": "1.0"})
     write_json(tmp_path / "notes.json", ["a", "b"])
+    write_json(tmp_path / "cat" / "api.json", {"info": {"title": "pets"}, "licenses": [], "data": []})
     assert labels_of(load_image_labels(tmp_path)) == {"train": {"1": ["cat"]}}
     with pytest.raises(ValueError, match="notes.json is not an annotation file of COCO, Label Studio or labelme"):
         load_image_labels(tmp_path / "notes.json")

@@ -306,8 +306,9 @@ def test_lists_of_other_systems_and_names_with_spaces(devkit, encoding, newline)
     assert loaded["validation"]["image_id"][:] == ["a photo 1", "caf\u00e9", third]
     assert all(record["mask"].size == record["image"].size for record in loaded["validation"])
     assert load_voc2012(devkit.root)["validation"]["labels"][:] == loaded["validation"]["labels"][:]
-    write_list(devkit, "val", ["/JPEGImages/a photo 1.JPEG /SegmentationClassAug/a photo 1.PNG"])
-    assert load_voc2012(devkit.root)["validation"]["image_id"][:] == ["a photo 1"]
+    for root in ("/", "", "\\", "VOC2012/"):
+        write_list(devkit, "val", [f"{root}JPEGImages/a photo 1.JPEG {root}SegmentationClassAug/a photo 1.PNG"])
+        assert load_voc2012(devkit.root)["validation"]["image_id"][:] == ["a photo 1"]
 
 
 def test_a_list_that_is_no_text(devkit):

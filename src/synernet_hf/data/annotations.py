@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 # what tells the kind of a file in its first characters; the first kind that is there is read
 KINDS = {
-    "COCO": r'^\{(?!.*"shapes"\s*:).*"(images|annotations|categories|licenses|info)"\s*:\s*[\[{]',
+    "COCO": r'^\{(?!.*"shapes"\s*:).*"(images|annotations|categories)"\s*:\s*\[',
     "Label Studio": r'^\[.*"(data|annotations|completions|annotator|annotation_id)"\s*:',
     "labelme": r'^\{.*"shapes"\s*:\s*\[',
 }

@@ -137,7 +137,7 @@ def _read_list(root: Path, name: str, index: ImageIndex) -> tuple[list[str], lis
     found, missing = Counter(), []
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         # Lists of the field's repositories hold "/JPEGImages/ID.jpg /SegmentationClassAug/ID.png" instead of "ID".
-        listed = re.split(r"\s+(?=[/\\])", line.strip())[0]
+        listed = re.split(r"(?<=\.jpg|jpeg|\.png)\s+|\s+(?=[/\\])", line.strip(), flags=re.IGNORECASE)[0]
         if not listed:
             continue
         image = index.find_first((listed, listed.split()[0]), f"{path}, line {number}")
