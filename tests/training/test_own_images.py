@@ -247,3 +247,26 @@ def test_a_run_without_a_validation_split_says_so(tmp_path, capsys):
     results = run(tmp_path / "run", data, on_bad_image="skip")
     assert set(results) == {"training"}
     assert "no validation split with masks: this run computes no scores" in capsys.readouterr().out
+
+
+def test_a_detection_export_of_coco_is_trained_on_without_scores(tmp_path, capsys):
+    """Masks of background alone would score 100 %."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        files = [f"{split}_{index}.png" for index in range(3)]
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for file in files:
+            Image.fromarray(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8)).save(tmp_path / "data" / split / file)
+        images = [{"id": n, "file_name": file, "width": 40, "height": 32} for n, file in enumerate(files)]
+        boxes = [
+            {"id": n, "image_id": n, "category_id": 1 + n % 2, "bbox": [1, 1, 9, 9], "segmentation": []}
+            for n in range(3)
+        ]
+        categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+        (tmp_path / "data" / "annotations").mkdir(exist_ok=True)
+        (tmp_path / "data" / "annotations" / f"instances_{split}.json").write_text(
+            json.dumps({"images": images, "annotations": boxes, "categories": categories})
+        )
+    run(tmp_path / "run", tmp_path / "data")
+    assert SynerNetConfig.from_pretrained(tmp_path / "run").id2label == {0: "background", 1: "cat", 2: "dog"}
+    assert not (tmp_path / "run" / "eval_results.json").exists() and "mIoU 100" not in capsys.readouterr().out
