@@ -8,6 +8,7 @@ from PIL import Image
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.data import class_names, id2label_from, load_shapes
 from synernet_hf.training.reporting import _panels, write_image_grid
+from synernet_hf.visualization import voc_palette
 
 
 def test_the_grid_shows_the_first_images_and_leaves_the_model_as_it_was(tiny_config, tmp_path):
@@ -22,9 +23,14 @@ def test_the_grid_shows_the_first_images_and_leaves_the_model_as_it_was(tiny_con
     assert write_image_grid(path, model, SynerNetImageProcessor(), splits["validation"], 9) == 3
     three = Image.open(path)
     assert three.height > two.height
-    rows = np.asarray(two)
+    row = three.height - two.height
     # the first rows are the same images, masks and segmentations
-    assert np.array_equal(rows, np.asarray(three)[: rows.shape[0]])
+    assert np.array_equal(np.asarray(two)[: 2 * row], np.asarray(three)[: 2 * row])
+    # below them is the legend, with the colour of every class
+    legend = np.asarray(two)[2 * row :]
+    assert np.array_equal(legend, np.asarray(three)[3 * row :])
+    for color in voc_palette()[: config.num_labels]:
+        assert (legend == color).all(axis=-1).sum() > 100
     assert torch.is_grad_enabled()
 
 
