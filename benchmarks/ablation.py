@@ -207,7 +207,7 @@ def base_arguments(options: argparse.Namespace, extra: list[str]) -> list:
     for name in ("data_dir", "image_labels", "backbone", "max_steps", "crop_size", "per_device_batch_size"):
         value = getattr(options, name)
         words += [] if value is None else [f"--{name}", str(value)]
-    return list(parse_arguments([*words, *extra]))
+    return list(parse_arguments([*words, *extra], further_options=[f"--{name}" for name in vars(options)]))
 
 
 def row_arguments(base: list, row: Row, seed: int, output_dir: Path) -> list:

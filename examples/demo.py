@@ -166,7 +166,9 @@ def run_demo(options: argparse.Namespace, extra: list[str]) -> int:
     signal.signal(signal.SIGTERM, interrupt)
     start = time.monotonic()
     folder = options.output_dir
-    _, data_args, _ = parse_arguments(["--config", options.config, "--output_dir", str(folder), *extra])
+    _, data_args, _ = parse_arguments(
+        ["--config", options.config, "--output_dir", str(folder), *extra], further_options=["--num_images"]
+    )
     clear(folder)
 
     say("1/4 Training on generated images with image labels only")

@@ -52,6 +52,8 @@ class CommandParser(HfArgumentParser):
 
     def __init__(self, *groups: type, description: str | None = None, only_given: bool = False) -> None:
         super().__init__(groups, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+        # options of a command around this one, which a misspelt option may mean
+        self.further_options: Collection[str] = ()
         for action in self._actions[1:]:
             # the spelling with hyphens is read, and not shown again
             action.option_strings = action.option_strings[:1]
@@ -74,7 +76,7 @@ class CommandParser(HfArgumentParser):
 
     def _refuse(self, unknown: list[str]) -> None:
         options = [word.split("=")[0] for word in unknown if word.startswith("--")]
-        known = [option for action in self._actions for option in action.option_strings]
+        known = [option for action in self._actions for option in action.option_strings] + [*self.further_options]
         if options:
             self.error(" ".join(f"There is no option {option}{did_you_mean(option, known)}" for option in options))
         if unknown:

@@ -209,6 +209,17 @@ def test_evaluation_needs_nothing_of_the_training_split(root, model_folder, tmp_
     assert "The model does not know the data set's classes aeroplane" in capsys.readouterr().err
 
 
+def test_evaluation_takes_a_hub_id(root, model_folder, tmp_path, monkeypatch, capsys):
+    script = runpy.run_path(str(root / "examples" / "evaluate.py"))
+    monkeypatch.setitem(script["evaluate"].__globals__, "find_model_folder", lambda run: model_folder)
+    output = tmp_path / "scores.json"
+    words = ["--no_multi_scale", "--no_cams", "--output", str(output), "--on_bad_image", "skip"]
+    assert script["main"](["owner/cats", *words]) == 2
+    assert "owner/cats does not say which data set it was trained on; name one" in capsys.readouterr().err
+    assert script["main"](["owner/cats", *words, "--dataset", str(write_images(tmp_path / "data"))]) == 0
+    assert json.loads(output.read_text())["run"] == "owner/cats"
+
+
 @pytest.mark.parametrize("on_bad_image", ["raise", "skip"])
 def test_one_of_two_processes_checks_what_both_evaluate(root, model_folder, tmp_path, on_bad_image):
     data = write_images(tmp_path / "data")

@@ -9,6 +9,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -277,7 +278,7 @@ def _wrong_kind(hint: Any, value: Any) -> str | None:
 
 
 def parse_arguments(
-    argv: list[str] | None = None,
+    argv: list[str] | None = None, further_options: Collection[str] = ()
 ) -> tuple[ModelArguments, DataArguments, SynerNetTrainingArguments]:
     """
     Reads the three argument groups from the command line and, with `--config recipe.yaml`, from a recipe. A value
@@ -285,6 +286,7 @@ def parse_arguments(
 
     Args:
         argv (`list[str]`, *optional*): Command-line words; `None` takes those of the process.
+        further_options (`Collection[str]`, *optional*): Options of the calling command, which a misspelt one may mean.
 
     Returns:
         `tuple[ModelArguments, DataArguments, SynerNetTrainingArguments]`
@@ -305,6 +307,7 @@ def parse_arguments(
     # only what is on the command line, so that the recipe decides on the rest
     parser = CommandParser(*ARGUMENT_CLASSES, description="Train SynerNet from image labels.", only_given=True)
     parser.add_argument("--config", metavar="RECIPE", help="YAML file with any of the settings above.")
+    parser.further_options = further_options
     given = vars(parser.parse_args(argv))
     recipe = given.pop("config")
     settings = ({} if recipe is None else read_recipe(recipe)) | given
