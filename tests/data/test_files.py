@@ -73,6 +73,7 @@ def test_an_image_is_never_taken_for_another(tmp_path):
     save_images(tmp_path / "flat", "1.jpg")
     flat = ImageIndex(tmp_path / "flat")
     assert flat.find("cat/1.jpg") == flat.find("cat/1.jpg") == str(tmp_path / "flat" / "1.jpg")
+    assert flat.find("/home/flat/1.jpg") == flat.find("D:\\flat\\1.jpg") == str(tmp_path / "flat" / "1.jpg")
     with pytest.raises(ValueError, match="names 'dog/1.jpg', and so does 'cat/1.jpg', but there is one image 1.jpg"):
         flat.find("dog/1.jpg")
 

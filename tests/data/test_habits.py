@@ -190,7 +190,7 @@ def test_files_are_found_as_they_are_written_elsewhere(tmp_path):
 def test_two_forms_of_a_label_are_one_class(tmp_path):
     save_images(tmp_path, "a.jpg", "b.jpg", "c.jpg")
     form = unicodedata.normalize
-    write(tmp_path / "labels.csv", f"file_name,label\na,{form('NFC', 'é')}\nb,{form('NFD', 'é')} \n")
+    write(tmp_path / "labels.csv", f"file_name,label\na,{form('NFC', 'é')}\nb,\ufeff{form('NFD', 'é')} \n")
     assert class_names(load_image_labels(tmp_path)) == ["background", "é"]
     given = ["background", form("NFD", "é")]
     assert class_names(load_image_labels(tmp_path, class_names=given)) == ["background", "é"]
@@ -223,8 +223,13 @@ def test_two_masks_of_one_image_are_refused_with_both_rows(tmp_path):
     write(tmp_path / "labels.csv", f"file_name,label,split,mask\n{rows.format('masks/1.png')}")
     assert len(load_image_labels(tmp_path, class_names=["background", "cat", "dog"])["validation"]) == 1
     write(tmp_path / "labels.csv", f"file_name,label,split,mask\n{rows.format('2')}")
-    with pytest.raises(FileNotFoundError, match="row 4, names the mask 2, but .*row 3, another one"):
+    with pytest.raises(FileNotFoundError, match="row 4, names the mask 2, but .*row 3 and further rows, another one"):
         load_image_labels(tmp_path, class_names=["background", "cat", "dog"])
+    with pytest.raises(ValueError, match="row 3 and further rows: Unknown class name 'dog'"):
+        load_image_labels(tmp_path, class_names=["background", "cat"])
+    write(tmp_path / "labels.xlsx", "x")
+    with pytest.raises(ValueError, match="labels.xlsx is not a table"):
+        load_image_labels(tmp_path / "labels.xlsx")
 
 
 def test_cells_without_a_value_and_numbers_as_names(tmp_path):

@@ -150,7 +150,7 @@ class ImageIndex:
             if found is None and (is_own or is_bare):
                 at = self._at("/".join(parts[cut:]))
                 found = at[0] if len(at) == 1 else None
-                if found and self._claimed.setdefault(found, name) != name:
+                if found and not is_own and self._claimed.setdefault(found, name) != name:
                     raise ValueError(
                         f"names {name!r}, and so does {self._claimed[found]!r}, but there is one image {found} only: "
                         "write the paths as they are"

@@ -47,6 +47,8 @@ MASK_HEADERS = ("mask", "mask_file_name", "mask_file")
 SPLIT_HEADERS = ("split", "subset", "partition")
 # what Label Studio writes beside the labels
 OTHER_HEADERS = {"annotator", "annotation_id", "created_at", "updated_at", "lead_time"}
+# of an image with several rows, whichever is at fault
+FURTHER = " and further rows"
 # the layouts of Open Images, as CVAT writes it, and of FiftyOne
 OPEN_IMAGES = "-annotations-human-imagelabels.csv"
 FIFTYONE = "labels.json"
@@ -231,6 +233,7 @@ def _add(images: LabelledImages, index: ImageIndex, row: tuple, seen: dict[str, 
         if earlier is not images:
             raise ValueError(f"{place}, puts {name} into a second split: give an image one split.")
         images.labels[position].append(names)
+        images.places[position] = f"{images.places[position].removesuffix(FURTHER)}{FURTHER}"
         return position
     seen[found] = (images, len(images.paths))
     images.paths.append(found)

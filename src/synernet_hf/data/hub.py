@@ -126,6 +126,11 @@ def load_image_labels(
     path = Path(data_dir).expanduser()
     wanted = (train_split, validation_split)
     check_source(data_dir)
+    if path.is_file() and path.suffix.lower() not in (*TABLE_SUFFIXES, ".json", ".parquet"):
+        raise ValueError(
+            f"{path} is not a table ({', '.join(TABLE_SUFFIXES)}), annotation file (.json) or .parquet file: save it as one "
+            "of these, or give a folder."
+        )
     is_listed = path.is_file() and path.suffix.lower() in (*TABLE_SUFFIXES, ".json")
     if is_listed or (path.is_dir() and not _holds_columns(path)):
         found = None if path.is_dir() and find_tables(path) else find_annotations(path)

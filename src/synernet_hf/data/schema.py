@@ -68,8 +68,8 @@ def id2label_from(names: Sequence[str]) -> dict[int, str]:
 
 
 def clean_label(text: str) -> str:
-    """A label without spaces around it and in one Unicode form, so that two spellings of it are one class."""
-    return normalize("NFC", text).strip()
+    """A label in one Unicode form, without spaces and marks around it, so that two spellings of it are one class."""
+    return re.sub(r"^[\s\ufeff\u200b]+|[\s\ufeff\u200b]+$", "", normalize("NFC", text))
 
 
 def is_background(name: str) -> bool:
