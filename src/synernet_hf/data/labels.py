@@ -88,7 +88,7 @@ class LabelReader:
     def settle(self, cells: Iterable[Any]) -> None:
         """Decides whether lists are label vectors, and whether spaces separate names."""
         cells = [cell for cell in cells if cell not in (None, [])]
-        self.vector_length = vector_length(cells)
+        self.vector_length = _vector_length(cells)
         texts = [cell for cell in cells if isinstance(cell, str) and cell not in self.known]
         column = (self.column or "").lower()
         if column.endswith("s") and column != "class" and not any(set(LABEL_SEPARATORS) & set(text) for text in texts):
@@ -118,8 +118,8 @@ class LabelReader:
         """
         number, found = len(class_names) - 1, set()
         for cell in cells:
-            if cell and (self.vector_length or (self.streamed and vector_length([cell]) == number)):
-                found |= set(ids_from_vector(cell, number, place))
+            if cell and (self.vector_length or (self.streamed and _vector_length([cell]) == number)):
+                found |= set(_ids_from_vector(cell, number, place))
             else:
                 found |= set(ids_from_names(self.names(cell, place), class_names, place))
         return sorted(found)
@@ -209,7 +209,7 @@ def read_labels(
     return {name: [reader.ids(*image, names) for image in images] for name, images in plain.items()}, list(names)
 
 
-def vector_length(cells: Iterable[Any]) -> int | None:
+def _vector_length(cells: Iterable[Any]) -> int | None:
     """
     The length of label vectors, if all cells (none empty) are lists of as many numbers 0 and 1; else `None`.
 
@@ -254,7 +254,7 @@ def ids_from_names(names: Iterable[str], class_names: Sequence[str], place: str)
     return sorted(ids)
 
 
-def ids_from_vector(values: Sequence[Any], num_classes: int, place: str) -> list[int]:
+def _ids_from_vector(values: Sequence[Any], num_classes: int, place: str) -> list[int]:
     """The sorted 0-based ids of a 0 or 1 for each foreground class. Raises `ValueError`, beginning with `place`."""
     flags = [flag(value) for value in values]
     if len(flags) == num_classes and None not in flags:
@@ -388,7 +388,7 @@ def _read_npz(path: Path, class_names: Sequence[str]) -> Iterable[tuple[str, Any
             f"(N, {num_classes}) are expected."
         )
     for row, (name, values) in enumerate(zip(ids.astype(str).tolist(), labels.tolist(), strict=True)):
-        ids = ids_from_vector(values, num_classes, f"{path}, {name}")
+        ids = _ids_from_vector(values, num_classes, f"{path}, {name}")
         yield name, [class_names[label + 1] for label in ids], f"{path}, row {row} ({name})"
 
 
@@ -423,7 +423,7 @@ def _read_label_csv(path: Path, class_names: Sequence[str]) -> Iterable[tuple[st
         is_vector = len(cells) > 1
         yield (
             image,
-            [names[i] for i in ids_from_vector(cells, num_classes, place)] if is_vector else "".join(cells),
+            [names[i] for i in _ids_from_vector(cells, num_classes, place)] if is_vector else "".join(cells),
             place,
         )
 
@@ -461,9 +461,7 @@ __all__ = [
     "choose_class_names",
     "flag",
     "ids_from_names",
-    "ids_from_vector",
     "read_csv_rows",
     "read_label_file",
     "read_labels",
-    "vector_length",
 ]
