@@ -132,8 +132,8 @@ def _check_inputs(dataset: Dataset, needs_labels: bool) -> None:
     missing = [name for name in needed if name not in dataset.column_names]
     if missing:
         raise ValueError(
-            f"The split to evaluate on lacks the columns {missing} (it has {list(dataset.column_names)}); use a split "
-            "with masks, such as validation."
+            f"The split to evaluate on lacks the columns {missing} (it has {list(dataset.column_names)}); scores need "
+            "masks, see docs/data.md."
         )
 
 
