@@ -502,6 +502,9 @@ def _stop_cleanly(run: TrainingRun) -> Iterator[None]:
     """
 
     def interrupt(signum, frame):
+        # clusters signal the workers of the loaders too: their end is no error of its own then
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, lambda *_: None)
         raise KeyboardInterrupt
 
     in_main_thread = threading.current_thread() is threading.main_thread()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, TypedDict, Unpack
@@ -62,11 +61,6 @@ class PredictionKinds(TypedDict, total=False):
     progress: bool
     batch_size: int
     num_workers: int
-
-
-def ignore_sigterm(worker_id: int) -> None:
-    """For the workers of a loader: clusters signal them too, and the main process alone ends a run in order."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager
@@ -310,11 +304,7 @@ def evaluate_model(
     images = _EvaluationImages(dataset, processor, order, range(first, num_images, step), scorer)
     # a loader draws a seed when it starts; from the global generator that would shift the numbers of a resumed run
     loader = torch.utils.data.DataLoader(
-        images,
-        batch_size=None,
-        num_workers=kinds.get("num_workers", 0),
-        generator=torch.Generator(),
-        worker_init_fn=ignore_sigterm,
+        images, batch_size=None, num_workers=kinds.get("num_workers", 0), generator=torch.Generator()
     )
     # inside a training the bar goes when it is full, so that the training's own stays
     bar = tqdm(loader, desc="evaluate", leave=None, disable=not kinds.get("progress", False) or first > 0)
