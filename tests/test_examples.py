@@ -188,10 +188,13 @@ def test_the_demo_draws_what_the_model_makes_of_an_image(tmp_path):
 def test_a_demo_that_is_ended_ends_its_training(tmp_path, number, send):
     options = ["--dataset_options", "{num_train: 32, num_validation: 4}", "--num_workers", "1", "--save_steps", "1"]
     command = [sys.executable, str(EXAMPLES / "demo.py"), "--output_dir", str(tmp_path / "demo"), *options]
+    # a shell's background jobs ignore Ctrl-C, and so would all that this test starts
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     # a group of its own, which holds the demo, the training and its loader
     demo = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
+    signal.signal(signal.SIGINT, before)
     limit = time.monotonic() + 120
     while not list(tmp_path.glob("demo/checkpoint-?")) and time.monotonic() < limit:
         time.sleep(0.1)

@@ -82,6 +82,48 @@ def test_folders_that_cannot_be_told_apart_are_refused_by_name(tmp_path, paths, 
         load_image_labels(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("paths", "named"),
+    [
+        (["x/cat/1.jpg", "x/dog/1.jpg"], "has x, with the folders cat, dog"),
+        (["x/y/train/cat/1.jpg", "x/y/valid/cat/1.jpg"], "has x, with the folders y"),
+        (["cat/train/1.jpg", "cat/val/2.jpg", "dog/train/1.jpg"], "has cat, dog, with the folders train, val"),
+    ],
+)
+def test_folders_within_folders_are_refused_by_name(tmp_path, paths, named):
+    save_images(tmp_path, *paths)
+    with pytest.raises(ValueError, match=named):
+        load_image_labels(tmp_path)
+
+
+def test_a_table_without_splits_of_images_in_folders_of_splits_is_refused(tmp_path):
+    save_images(tmp_path, "train/a.jpg", "val/b.jpg")
+    write(tmp_path / "labels.csv", "file_name,label\ntrain/a.jpg,cat\nval/b.jpg,cat\n")
+    with pytest.raises(ValueError, match="no column 'split', but names images in train, val"):
+        load_image_labels(tmp_path)
+    write(tmp_path / "labels.csv", "file_name,label,set\ntrain/a.jpg,cat,train\nval/b.jpg,cat,test\n")
+    assert set(load_image_labels(tmp_path)) == {"train", "validation"}
+
+
+def test_files_of_rarer_suffixes_and_tables_without_headers(tmp_path):
+    save_images(tmp_path, "a.jpg")
+    (tmp_path / "a.jpg").rename(tmp_path / "a.jfif")
+    save_images(tmp_path, "b.jpg")
+    write(tmp_path / "labels.csv", "a.jfif,traffic light\nb.jpg,-\n")
+    assert names_of(load_image_labels(tmp_path)) == {"a": ["traffic light"], "b": []}
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, bool])
+def test_masks_of_every_depth_follow_the_class_list(tmp_path, dtype):
+    for split in ("train", "validation"):
+        save_images(tmp_path, f"{split}/a.jpg")
+        write(tmp_path / split / "labels.csv", "file_name,label\na.jpg,cat\n")
+    (tmp_path / "validation" / "masks").mkdir()
+    Image.fromarray(np.zeros((5, 6), dtype)).save(tmp_path / "validation" / "masks" / "a.png")
+    loaded = load_image_labels(tmp_path, class_names=["cat", "dog", "background"])
+    assert np.unique(np.asarray(loaded["validation"][0]["mask"])).tolist() == [1]
+
+
 def test_a_folder_of_all_images_is_no_class(tmp_path, caplog):
     save_images(tmp_path, "images/1.jpg", "images/2.jpg")
     write(tmp_path / "answers.csv", "picture,what\n1.jpg,cat\n")

@@ -2,8 +2,7 @@
 
 import io
 import logging
-import re
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,15 @@ from synernet_hf.data.files import (
     read_text,
     unique_ids,
 )
-from synernet_hf.data.labels import IMAGE_HEADERS, NO_LABEL, choose_class_names, flag, read_csv_rows, read_labels
+from synernet_hf.data.labels import (
+    IMAGE_HEADERS,
+    NO_LABEL,
+    choose_class_names,
+    flag,
+    read_csv_rows,
+    read_labels,
+    usual_name,
+)
 from synernet_hf.data.schema import (
     build_split,
     choose_splits,
@@ -44,7 +51,7 @@ LABEL_HEADERS = tuple(
 UNREAD_SUFFIXES = (*TABLE_SUFFIXES, ".json", ".xml", ".xls", ".xlsx", ".parquet")
 IMAGE_FOLDERS = {"images", "image", "imgs", "img", "data", "photos", "jpegimages"}
 MASK_HEADERS = ("mask", "mask_file_name", "mask_file")
-SPLIT_HEADERS = ("split", "subset", "partition")
+SPLIT_HEADERS = ("split", "subset", "partition", "set", "dataset_split", "data_split", "usage")
 # what Label Studio writes beside the labels
 OTHER_HEADERS = {"annotator", "annotation_id", "created_at", "updated_at", "lead_time"}
 # of an image with several rows, whichever is at fault
@@ -158,7 +165,12 @@ def read_table(
     Raises `ValueError` that names file and row for what cannot be read or is ambiguous.
     """
     rows = _read_rows(path)
-    headers = [name for name in dict.fromkeys(key for _, row in rows for key in row) if not _is_row_number(name)]
+    # without the row numbers that pandas writes, and empty columns
+    headers = [
+        name
+        for name in dict.fromkeys(key for _, row in rows for key in row)
+        if not (not name or name.startswith("Unnamed: "))
+    ]
     for argument, name in columns.items():
         if name is not None and name not in headers:
             raise ValueError(f"{path} has no column {name!r} ({argument}): it has {', '.join(headers)}.")
@@ -213,6 +225,13 @@ def read_table(
         logger.info("%s does not name %d of the images below %s.", path, unused, root)
     if len(splits) > 1 and "" in splits:
         logger.warning("%s: %d images without a split are not used.", path, len(splits.pop("").paths))
+    tops = {
+        Path(found).relative_to(index.folder).parts[0] for found in seen if Path(found).is_relative_to(index.folder)
+    }
+    if set(splits) == {""} and not ignore_splits and len(set(map(split_meaning, tops)) - {None}) > 1:
+        raise ValueError(
+            f"{path} has no column 'split', but names images in {name_some(sorted(tops))}: add it, or one table for each."
+        )
     for images in splits.values():
         images.image_ids = unique_ids(images.paths, index.folder)
     return splits
@@ -250,17 +269,6 @@ def _text(cell: Any, empty: Container[str] = NO_LABEL) -> str:
     is_whole = isinstance(cell, float) and cell.is_integer()
     text = str(int(cell) if is_whole else cell).strip()
     return "" if text.lower() in empty else text
-
-
-def usual_name(headers: Iterable[str], usual: Sequence[str]) -> str | None:
-    """The header with the first of several usual names, in any case."""
-    lower = {re.sub(r"[\s-]+", "_", name.strip().lower()): name for name in headers}
-    return next((lower[name] for name in usual if name in lower), None)
-
-
-def _is_row_number(header: str) -> bool:
-    """Whether a header is that of the numbers that pandas writes before each row, or of an empty column."""
-    return not header or header.startswith("Unnamed: ")
 
 
 def _is_table(path: Path) -> bool:
@@ -327,7 +335,7 @@ def _header(place: str, cells: list[str]) -> list[str]:
     is_image = Path(cells[0]).suffix.lower() in IMAGE_SUFFIXES
     is_vector = len(cells) > 1 and set(cells[1:]) <= {"0", "1"} and cells[0].lower() not in IMAGE_HEADERS
     if is_image and len(cells) == 2:
-        return ["file_name", "labels"]
+        return ["file_name", "label"]
     if is_image or is_vector:
         raise ValueError(
             f"{place}, names an image ({cells[0]}) where the headers are expected: give the first row the headers "
@@ -465,12 +473,7 @@ def _read_fiftyone(folder: Path) -> LabelledImages | None:
 
 
 def read_class_folders(folder: Path) -> LabelledImages:
-    """
-    Reads a folder in which each subfolder holds the images of one class; those of `background` have no class.
-
-    Raises `ValueError` if no image is in a subfolder, images lie beside the subfolders, or the folder `masks` holds no
-    mask of them.
-    """
+    """Reads a folder in which each subfolder holds the images of one class; those of `background` have no class."""
     index = ImageIndex(folder)
     if not index.paths:
         raise ValueError(
@@ -484,12 +487,17 @@ def read_class_folders(folder: Path) -> LabelledImages:
             "put every image into the subfolder of its class."
         )
     names = [path.split("/")[0] for path in index.paths]
+    inner = {path.split("/")[1] for path in index.paths} if all(path.count("/") > 1 for path in index.paths) else set()
+    if inner and (len(set(names)) == 1 or (len(inner) > 1 and all(map(split_meaning, inner)))):
+        raise ValueError(
+            f"{folder} has {name_some(sorted(set(names)))}, with the folders {name_some(sorted(inner))} in it: give the "
+            "folder that holds the classes, or the splits with the classes in them (train/cat)."
+        )
     unread = [path.name for path in sorted(folder.iterdir()) if path.suffix.lower() in UNREAD_SUFFIXES]
     if set(map(str.lower, names)) <= IMAGE_FOLDERS:
         raise ValueError(
-            f"The only folder of images in {folder} is {names[0]!r}, which is not the name of a class: add a table "
-            f"({TABLE_NAMES[0]}) with the columns file_name and labels"
-            + (f" ({name_some(unread)} is none)." if unread else ".")
+            f"The only folder of images in {folder} is {names[0]!r}, which is not the name of a class: add labels.csv with "
+            "the columns file_name and labels" + (f" ({name_some(unread)} is none)." if unread else ".")
         )
     if unread:
         logger.warning("%s: %s is not read, as no table of images and labels.", folder, name_some(unread))
@@ -539,5 +547,4 @@ __all__ = [
     "build_splits",
     "find_tables",
     "read_folder",
-    "usual_name",
 ]

@@ -22,9 +22,15 @@ from synernet_hf.data.folders import (
     build_splits,
     find_tables,
     read_folder,
+)
+from synernet_hf.data.labels import (
+    CATEGORY_KEYS,
+    IMAGE_HEADERS,
+    LabelReader,
+    choose_class_names,
+    read_labels,
     usual_name,
 )
-from synernet_hf.data.labels import CATEGORY_KEYS, IMAGE_HEADERS, LabelReader, choose_class_names, read_labels
 from synernet_hf.data.schema import (
     as_streams,
     check_on_bad_image,

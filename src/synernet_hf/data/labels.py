@@ -35,7 +35,7 @@ IMAGE_HEADERS = tuple(
     "id ids".split()
 )
 # how spreadsheets and programs write that there is no label, and the folder of images without one in CVAT and FiftyOne
-NO_LABEL = {"", "nan", "none", "null", "n/a", "na", "<na>", "#n/a", "nat", "no_label", "_unlabeled"}
+NO_LABEL = {"", "-", "--", "?", "nan", "none", "null", "n/a", "na", "<na>", "#n/a", "nat", "no_label", "_unlabeled"}
 # where detection metadata and annotation tools keep the names in an object
 CATEGORY_KEYS = ("category", "categories", "label", "labels", "class", "classes", "choices")
 
@@ -187,6 +187,12 @@ class LabelReader:
             return [text]
         pieces = re.split(f"[{separators[0]}]", text)
         return [part for piece in pieces for part in self._parts(piece, separators[1:])]
+
+
+def usual_name(headers: Iterable[str], usual: Sequence[str]) -> str | None:
+    """The header with the first of several usual names, in any case."""
+    lower = {re.sub(r"[\s-]+", "_", name.strip().lower()): name for name in headers}
+    return next((lower[name] for name in usual if name in lower), None)
 
 
 def read_labels(
@@ -464,4 +470,5 @@ __all__ = [
     "read_csv_rows",
     "read_label_file",
     "read_labels",
+    "usual_name",
 ]

@@ -116,8 +116,8 @@ def renumber_masks(split: Any, names: Sequence[str]) -> Any:
 
     def renumber(mask: Any) -> dict[str, Any]:
         ids = None if mask is None else np.asarray(mask)
-        is_mask = ids is not None and ids.ndim == 2 and ids.dtype == np.uint8
-        return {"mask": Image.fromarray(table[ids]) if is_mask else mask}
+        is_mask = ids is not None and ids.ndim == 2 and ids.dtype.kind in "bui" and 0 <= ids.min() <= ids.max() < 256
+        return {"mask": Image.fromarray(table[ids.astype(np.uint8)]) if is_mask else mask}
 
     # in memory: a cache file would lie beside a data set that was saved
     options = {} if isinstance(split, datasets.IterableDataset) else {"keep_in_memory": True}

@@ -350,7 +350,7 @@ def to_8_bits(values: np.ndarray) -> np.ndarray:
     Pixel values of any kind as uint8, with black at 0 and white at 255.
 
     White is 255 in uint8, 65535 in uint16 and 1 in bool. In wider integers and floats the values tell: floats up to 1
-    have white at 1, values up to 255 at 255, values up to 65535 at 65535. Values of 16 bits are divided by 256.
+    (and 1 in 100 beyond, which is clipped) have white at 1, values up to 255 at 255, values up to 65535 at 65535. Values of 16 bits are divided by 256.
 
     Raises:
         ValueError: If a value is negative, above 65535 or not finite.
@@ -359,6 +359,9 @@ def to_8_bits(values: np.ndarray) -> np.ndarray:
         return values
     if values.dtype.kind not in "buif":
         raise ValueError(f"Pixel values are {values.dtype}; numbers are expected.")
+    if values.dtype.kind == "f" and 1 < values.max() <= 1.01 and values.min() >= -0.01:
+        # what resizing leaves of a range of 0 to 1
+        values = values.clip(0, 1)
     low, high = values.min(), values.max()
     # nan compares false
     if not (low >= 0 and high <= 65535):
