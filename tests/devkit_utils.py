@@ -80,6 +80,19 @@ def draw_image(names: list[str], size: tuple[int, int], rng: np.random.Generator
     return image, mask
 
 
+def save_images(root: Path, *paths: str) -> None:
+    """Saves one plain image at each path below `root`."""
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (6, 5), (200, 60, 40)).save(root / path)
+
+
+def save_plain_mask(path: Path, value: int) -> None:
+    """Saves a mask of one id, of the size of [`save_images`]."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((5, 6), value, dtype=np.uint8)).save(path)
+
+
 def save_mask(mask: np.ndarray, path: Path) -> None:
     """Saves ids as a palette PNG, as the benchmark does."""
     image = Image.fromarray(mask).convert("P")

@@ -369,3 +369,48 @@ def test_other_json_is_not_taken_for_annotations(tmp_path):
     assert labels_of(load_image_labels(tmp_path)) == {"train": {"1": ["cat"]}}
     with pytest.raises(ValueError, match="notes.json is not an annotation file of COCO, Label Studio or labelme"):
         load_image_labels(tmp_path / "notes.json")
+
+
+def test_coco_in_a_folder_around_the_splits_and_with_another_suffix(tmp_path):
+    for split in ("train", "valid"):
+        save_image(tmp_path / "pets.v1" / split / "a.jpg")
+        write_json(
+            tmp_path / "pets.v1" / split / "_annotations.coco.JSON", coco_file(["a.jpg"], [(0, 1, [square(2, 2, 6)])])
+        )
+    assert labels_of(load_image_labels(tmp_path)) == {"train": {"a": ["cat"]}, "validation": {"a": ["cat"]}}
+
+
+@pytest.mark.parametrize("name", [None, 5])
+def test_categories_without_a_name_are_refused(tmp_path, name):
+    save_image(tmp_path / "a.jpg")
+    write_json(tmp_path / "instances.json", coco_file(["a.jpg"], [(0, 2, [])], ((1, "cat"), (2, name))))
+    with pytest.raises(ValueError, match="the name of the category 2 is no text"):
+        load_image_labels(tmp_path)
+
+
+def test_detection_exports_need_no_sizes(tmp_path):
+    for split in ("train", "valid"):
+        save_image(tmp_path / split / "a.jpg")
+        content = coco_file(["a.jpg"], [(0, 1, [])])
+        content["images"] = [{"id": 0, "file_name": "a.jpg", "height": None}]
+        write_json(tmp_path / split / "_annotations.coco.json", content)
+    loaded = load_image_labels(tmp_path)
+    assert labels_of(loaded)["validation"] == {"a": ["cat"]} and "mask" not in loaded["validation"].column_names
+
+
+@pytest.mark.parametrize("nothing", [None, "", "none"])
+def test_labelme_shapes_without_a_label_and_rotated_boxes(tmp_path, nothing):
+    box = [[8, 2], [12, 2], [12, 6], [8, 6]]
+    for split in ("train", "val"):
+        shapes = [shape("cat", box, "rotation"), shape("cat", [[1, 9], [3, 9], [3, 12]]), shape(nothing, box)]
+        labelme_file(tmp_path / split / "a.json", shapes)
+    splits = check_dataset(load_image_labels(tmp_path))
+    assert labels_of(splits)["validation"] == {"a": ["cat"]}
+    assert (mask_of(splits)[2:6, 8:12] == 1).all()
+
+
+def test_labelme_with_its_keys_in_order(tmp_path):
+    labelme_file(tmp_path / "a.json", [shape("cat", BOX, "rectangle")])
+    content = json.loads((tmp_path / "a.json").read_text()) | {"imageData": "A" * 20000}
+    (tmp_path / "a.json").write_text(json.dumps(content, sort_keys=True))
+    assert labels_of(load_image_labels(tmp_path)) == {"train": {"a": ["cat"]}}

@@ -3,16 +3,10 @@
 import unicodedata
 
 import pytest
-from PIL import Image
+from devkit_utils import save_images
 
 from synernet_hf.data.files import ImageIndex, read_text, unique_ids
 from synernet_hf.data.schema import background_first, choose_splits, split_meaning
-
-
-def save_images(root, *paths):
-    for path in paths:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (6, 5), (200, 60, 40)).save(root / path)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])

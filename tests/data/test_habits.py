@@ -7,7 +7,7 @@ import unicodedata
 import datasets
 import numpy as np
 import pytest
-from devkit_utils import ids_of
+from devkit_utils import ids_of, save_images, save_plain_mask
 from PIL import Image
 
 from synernet_hf.data import check_dataset, class_names, load_image_labels, load_wsss_dataset, read_label_file
@@ -16,17 +16,6 @@ from synernet_hf.data.schema import likely_misspelt
 
 
 TEXT = datasets.Value("string")
-
-
-def save_images(root, *paths):
-    for path in paths:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (6, 5), (200, 60, 40)).save(root / path)
-
-
-def save_mask(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((5, 6), value, dtype=np.uint8)).save(path)
 
 
 def write(path, text, encoding="utf-8"):
@@ -103,6 +92,18 @@ def test_a_table_without_splits_of_images_in_folders_of_splits_is_refused(tmp_pa
         load_image_labels(tmp_path)
     write(tmp_path / "labels.csv", "file_name,label,set\ntrain/a.jpg,cat,train\nval/b.jpg,cat,test\n")
     assert set(load_image_labels(tmp_path)) == {"train", "validation"}
+
+
+def test_an_index_of_pandas_may_name_the_images(tmp_path):
+    save_images(tmp_path, "a.jpg", "b.jpg")
+    write(tmp_path / "labels.csv", ",labels\na.jpg,cat\nb.jpg,dog\n")
+    assert names_of(load_image_labels(tmp_path)) == {"a": ["cat"], "b": ["dog"]}
+
+
+def test_rows_of_two_folders_in_a_label_file_are_two_images(tmp_path):
+    write(tmp_path / "labels.csv", "images/x.jpg,cat\nother/x.jpg,dog\n")
+    with pytest.raises(ValueError, match="both give labels of x"):
+        read_label_file(tmp_path / "labels.csv", ["background", "cat", "dog"])
 
 
 def test_files_of_rarer_suffixes_and_tables_without_headers(tmp_path):
@@ -218,7 +219,7 @@ def test_tables_of_spreadsheets_and_pandas(tmp_path, text, encoding):
 def test_files_are_found_as_they_are_written_elsewhere(tmp_path):
     save_images(tmp_path, "sub/é 1.JPG", "b.JPEG")
     save_images(tmp_path, unicodedata.normalize("NFD", "ü.jpg"))
-    save_mask(tmp_path / "Masks" / "B.PNG", 1)
+    save_plain_mask(tmp_path / "Masks" / "B.PNG", 1)
     rows = "sub\\é 1.jpg,cat,train,\nü,cat,train,\nB.jpeg,cat,val,masks\\b.png\n"
     write(tmp_path / "labels.csv", f"file_name,label,split,mask\n{rows}")
     loaded = load_image_labels(tmp_path)
@@ -260,7 +261,7 @@ def test_files_are_missed_before_labels_and_all_at_once(tmp_path):
 def test_two_masks_of_one_image_are_refused_with_both_rows(tmp_path):
     save_images(tmp_path, "a.jpg", "b.jpg")
     for name in ("1", "2"):
-        save_mask(tmp_path / "masks" / f"{name}.png", 1)
+        save_plain_mask(tmp_path / "masks" / f"{name}.png", 1)
     rows = "a,cat,train,\nb,cat,val,masks/1.png\nb,dog,val,{}\n"
     write(tmp_path / "labels.csv", f"file_name,label,split,mask\n{rows.format('masks/1.png')}")
     assert len(load_image_labels(tmp_path, class_names=["background", "cat", "dog"])["validation"]) == 1
@@ -473,7 +474,7 @@ def test_two_backgrounds_are_refused_and_two_forms_of_a_name_are_one(tmp_path):
 
 def test_a_given_list_with_the_background_last_renumbers_the_masks_of_a_folder(tmp_path):
     save_images(tmp_path, "train/cat/1.jpg", "train/dog/3.jpg", "val/dog/2.jpg")
-    save_mask(tmp_path / "val" / "masks" / "2.png", 1)
+    save_plain_mask(tmp_path / "val" / "masks" / "2.png", 1)
     loaded = load_image_labels(tmp_path, class_names=["cat", "dog", "background"])
     assert np.asarray(loaded["validation"][0]["mask"]).max() == 2
     check_dataset(loaded)

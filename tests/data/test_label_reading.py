@@ -6,7 +6,7 @@ import os
 import datasets
 import numpy as np
 import pytest
-from devkit_utils import ids_of
+from devkit_utils import ids_of, save_images, save_plain_mask
 from devkit_utils import vectors_of as vectors
 from PIL import Image
 
@@ -24,17 +24,6 @@ def folder(tmp_path):
     root = tmp_path / "pets"
     save_images(root, "a.jpg", "b.jpg", "c.jpg", "d.jpg")
     return root
-
-
-def save_images(root, *paths):
-    for path in paths:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (6, 5), (200, 60, 40)).save(root / path)
-
-
-def save_mask(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((5, 6), value, dtype=np.uint8)).save(path)
 
 
 def json_lines(folder, *labels, **more):
@@ -188,12 +177,12 @@ def test_one_mask_is_never_that_of_two_images(tmp_path):
     root = tmp_path / "pets"
     save_images(root / "train", "cat/1.jpg", "dog/2.jpg")
     save_images(root / "val", "cat/1.jpg", "dog/1.jpg", "dog/2.jpg")
-    save_mask(root / "val" / "masks" / "1.png", 1)
-    save_mask(root / "val" / "masks" / "2.png", 2)
+    save_plain_mask(root / "val" / "masks" / "1.png", 1)
+    save_plain_mask(root / "val" / "masks" / "2.png", 2)
     with pytest.raises(FileNotFoundError, match="2 of 3 images of the split 'validation' have no mask .*masks/cat/"):
         load_image_labels(root)
     for name, value in (("cat", 1), ("dog", 2)):
-        save_mask(root / "val" / "masks" / name / "1.png", value)
+        save_plain_mask(root / "val" / "masks" / name / "1.png", value)
     loaded = load_image_labels(root)["validation"]
     # the bare name still does where it is that of one image
     assert [np.asarray(mask).max() for mask in loaded["mask"]] == [1, 2, 2]
@@ -205,8 +194,8 @@ def test_one_mask_is_never_that_of_two_images(tmp_path):
 
 def test_a_mask_under_the_path_of_a_image_is_its_own_whatever_others_are_called(folder):
     save_images(folder, "more/a.jpg")
-    save_mask(folder / "masks" / "a.png", 1)
-    save_mask(folder / "masks" / "more" / "a.png", 2)
+    save_plain_mask(folder / "masks" / "a.png", 1)
+    save_plain_mask(folder / "masks" / "more" / "a.png", 2)
     (folder / "labels.csv").write_text("file_name,labels,split\nb,cat;dog,train\na.jpg,cat,val\nmore/a.jpg,dog,val\n")
     masks = load_image_labels(folder)["validation"]["mask"]
     assert [np.asarray(mask).max() for mask in masks] == [1, 2]

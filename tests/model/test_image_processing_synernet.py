@@ -464,3 +464,11 @@ def test_the_alpha_channel_of_arrays_is_dropped_as_that_of_files():
     expected = SynerNetImageProcessor()(random_image(20, 30), return_tensors="pt")["pixel_values"]
     for given in (rgba, rgba.transpose(2, 0, 1), Image.fromarray(rgba)):
         assert torch.equal(SynerNetImageProcessor()(given, return_tensors="pt")["pixel_values"], expected)
+
+
+def test_floats_a_little_beyond_0_and_1_are_clipped():
+    levels = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16, 1).repeat(3, axis=2)
+    beyond = levels * 1.012 - 0.004
+    image = np.asarray(open_image(beyond))
+    assert image.min() == 0 and image.max() == 255
+    assert np.array_equal(image, np.asarray(open_image(beyond.clip(0, 1))))

@@ -396,6 +396,33 @@ def test_image_labels_may_be_a_text(segmenter, images, text):
 
 
 @pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ([True, False], ["cat"]),
+        ([False, False], []),
+        (torch.tensor([1.0, 1.0]), ["cat", "dog"]),
+        (np.array([False, True]), ["dog"]),
+        ([1], ["dog"]),
+        ([0, 1], ["cat", "dog"]),
+    ],
+)
+def test_image_labels_may_be_ids_or_a_vector_that_is_no_list_of_ids(segmenter, images, labels, names):
+    maps = [
+        as_label_map(segmenter(images[0], image_labels=given), segmenter.model.config) for given in (labels, names)
+    ]
+    assert np.array_equal(*maps)
+
+
+def test_image_labels_in_another_unicode_form(segmenter, images, tmp_path):
+    segmenter.model.save_pretrained(tmp_path)
+    labels = {0: "background", 1: "caf\u00e9", 2: "dog"}
+    relabelled = SynerNetForWeaklySupervisedSegmentation.from_pretrained(tmp_path, id2label=labels)
+    renamed = SynerNetSegmentationPipeline(model=relabelled, image_processor=SynerNetImageProcessor())
+    found = renamed(images[0], image_labels=["cafe\u0301"])
+    assert {segment["label"] for segment in found} <= {"background", "caf\u00e9"}
+
+
+@pytest.mark.parametrize(
     "id2label", [{0: "background", 1: "dog", 2: "cat"}, {"2": "cat", "1": "dog", "0": "background"}]
 )
 def test_a_relabelled_model_answers_by_its_new_names(segmenter, images, tmp_path, id2label):

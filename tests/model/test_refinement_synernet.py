@@ -256,3 +256,17 @@ def test_cams_that_are_no_numbers_count_as_zero(size):
     found = refine_pseudo_labels(images, broken, labels, LOW, HIGH, refinement=refinement)
     cleared = torch.where(broken.isnan(), 0.0, cams)
     assert torch.equal(found, refine_pseudo_labels(images, cleared, labels, LOW, HIGH, refinement=refinement))
+
+
+def test_the_number_of_images_at_once_and_empty_maps_change_nothing(monkeypatch):
+    refinement = SynerNetPixelAdaptiveRefinement((1, 3), 3)
+    images, maps = torch.rand(5, 3, 9, 7), torch.rand(5, 4, 9, 7)
+    maps[1, 2] = 0
+    maps[3] = 0
+    together = refinement(images, maps)
+    for floats in (1, 600):
+        monkeypatch.setattr("synernet_hf.model.refinement_synernet._CACHED_FLOATS", floats)
+        assert torch.equal(refinement(images, maps), together)
+    alone = [refinement(image[None], maps[index : index + 1]) for index, image in enumerate(images)]
+    assert torch.equal(torch.cat(alone), together)
+    assert not together[3].any() and together[0].all()

@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 KINDS = {
     "COCO": r'^\{(?!.*"shapes"\s*:).*"(images|annotations|categories)"\s*:\s*\[',
     "Label Studio": r'^\[.*"(data|annotations|completions|annotator|annotation_id)"\s*:',
-    "labelme": r'^\{.*"shapes"\s*:\s*\[',
+    # where keys are sorted, the image's data come before the shapes
+    "labelme": r'^\{.*"(shapes"\s*:\s*\[|imageData"\s*:)',
 }
 # what COCO gives beside its files of objects
 OTHER_COCO_FILES = ("captions_", "person_keypoints_", "panoptic_", "stuff_", "image_info_")
@@ -42,9 +43,9 @@ def find_annotations(path: Path) -> tuple[str, dict[str, list[Path]]] | None:
     A file in a folder of a split belongs to it; COCO's others tell the split by their name (`instances_val2017.json`).
     `path` may also be a file. Returns `None` if there is no file of a known kind.
     """
-    root = path.parent if path.is_file() else path
+    root = _root(path)
     found: dict[str, dict[str, list[Path]]] = {}
-    for file in [path] if path.is_file() else sorted(path.rglob("*.json")):
+    for file in [path] if path.is_file() else sorted(root.rglob("*.[jJ][sS][oO][nN]")):
         parts = file.relative_to(root).parts
         kind = None if any(map(is_hidden, parts)) else _kind_of(file)
         if kind:
@@ -75,7 +76,7 @@ def load_annotations(
     told apart.
     """
     kind, files = found
-    root = path.parent if path.is_file() else path
+    root = _root(path)
     chosen = choose_splits(files, *wanted, root)
     if not chosen and len(files) == 1:
         chosen = {"train": next(iter(files))}
@@ -100,6 +101,17 @@ def load_annotations(
         else:
             images[split] = _read_tasks(folder, _only(files[name]), label_column)
     return build_splits(images, root, class_names, on_bad_image, skipped)
+
+
+def _root(path: Path) -> Path:
+    """The folder of an annotation file, or the innermost of folders that hold one folder and nothing else."""
+    root = path.parent if path.is_file() else path
+    while path.is_dir():
+        inner = [item for item in root.iterdir() if not is_hidden(item.name)]
+        if len(inner) != 1 or not inner[0].is_dir() or split_meaning(inner[0].name):
+            break
+        root = inner[0]
+    return root
 
 
 def _kind_of(path: Path) -> str | None:
@@ -237,7 +249,7 @@ def _read_labelme(folder: Path, files: list[Path], with_masks: bool) -> Labelled
     for path in files:
         content = _read_json(path)
         try:
-            shapes = [(str(shape["label"]), shape, f"shape {n}") for n, shape in enumerate(content["shapes"], 1)]
+            shapes = [(str(shape["label"] or ""), shape, f"shape {n}") for n, shape in enumerate(content["shapes"], 1)]
             flags = [name for name, is_set in (content.get("flags") or {}).items() if is_set]
             names = [label for label, *_ in shapes if label != IGNORED_LABEL and not is_background(label)]
             names = names if shapes else flags
@@ -279,7 +291,7 @@ def _segmentation(shape: dict[str, Any], height: int, width: int) -> Any:
     if kind == "rectangle" and len(points) == 2:
         (left, top), (right, bottom) = points
         return [[left, top, right, top, right, bottom, left, bottom]]
-    if kind in ("polygon", "rectangle"):
+    if kind in ("polygon", "rectangle", "rotation"):
         return [[value for point in points for value in point]]
     if kind == "circle":
         (x, y), edge = points

@@ -17,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 
 from synernet_hf.data.files import ImageIndex, parse_json, read_text, unique_ids
-from synernet_hf.data.labels import choose_class_names
+from synernet_hf.data.labels import NO_LABEL, choose_class_names
 from synernet_hf.data.schema import (
     IGNORE_INDEX,
     as_streams,
@@ -152,7 +152,10 @@ class _CocoFile:
             left = next((entry for entry in content["annotations"] if entry is not None), {})
             images = [(int(entry["id"]), self._image(entry)) for entry in content["images"]]
             rows = content.get("categories") or []
-            categories = [(int(entry["id"]), str(entry["name"])) for entry in rows]
+            categories = [(int(entry["id"]), entry["name"]) for entry in rows]
+            nameless = [str(key) for key, name in categories if not isinstance(name, str)]
+            if nameless:
+                raise ValueError(f"the name of the category {name_some(nameless)} is no text")
             self.supercategories = {int(entry["id"]): entry.get("supercategory") for entry in rows}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
@@ -181,7 +184,7 @@ class _CocoFile:
         return None
 
     def _image(self, entry: dict[str, Any]) -> tuple[str, int, int]:
-        height, width = (int(entry[side]) if self.keep_outlines else 0 for side in ("height", "width"))
+        height, width = (int(entry.get(side) or 0) if self.keep_outlines else 0 for side in ("height", "width"))
         return str(entry["file_name"]), height, width
 
     def _by_id(self, kind: str, entries: list[tuple[int, Any]]) -> dict[int, Any]:
@@ -347,12 +350,12 @@ def outline_cell(
     """
     The cell of a [`PolygonMask`] with outlines given as (class name, segmentation, name for error sentences).
 
-    Outlines of the background are left out; those called `__ignore__` become 255.
+    Outlines of the background and without a label are left out; those called `__ignore__` become 255.
     """
     objects = [
         (IGNORE_INDEX if label == IGNORED_LABEL else class_index(clean_label(label), class_names), segmentation, name)
         for label, segmentation, name in outlines
-        if not is_background(label)
+        if not is_background(label) and (label in class_names or clean_label(label).lower() not in NO_LABEL)
     ]
     return {"height": height, "width": width, "objects": json.dumps(objects, separators=(",", ":"))}
 

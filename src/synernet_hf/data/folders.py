@@ -165,12 +165,10 @@ def read_table(
     Raises `ValueError` that names file and row for what cannot be read or is ambiguous.
     """
     rows = _read_rows(path)
-    # without the row numbers that pandas writes, and empty columns
-    headers = [
-        name
-        for name in dict.fromkeys(key for _, row in rows for key in row)
-        if not (not name or name.startswith("Unnamed: "))
-    ]
+    headers = list(dict.fromkeys(key for _, row in rows for key in row))
+    named = [name for name in headers if name and not name.startswith("Unnamed: ")]
+    # pandas writes its index without a name: row numbers, or images where no other column names them
+    headers = named if headers[0] in named or usual_name(named, IMAGE_HEADERS) else [headers[0], *named]
     for argument, name in columns.items():
         if name is not None and name not in headers:
             raise ValueError(f"{path} has no column {name!r} ({argument}): it has {', '.join(headers)}.")

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import logging
+import posixpath
 import re
 import zipfile
 import zlib
@@ -340,8 +341,10 @@ def read_label_file(path: str | Path, class_names: Sequence[str]) -> dict[str, l
     for (name, _, place), ids in zip(rows, found[""], strict=True):
         key = image_name(name)
         earlier, first_place = written.setdefault(key, (name, place))
-        # a.jpg and a.png are two images, and only the rows of a table may come one for each label
+        # a.jpg and a.png, x/a and y/a are two images, and only the rows of a table may come one for each label
         is_other = "." in earlier and "." in name and Path(earlier).suffix.lower() != Path(name).suffix.lower()
+        folders = {posixpath.dirname(text.replace("\\", "/")) for text in (earlier, name)}
+        is_other |= "" not in folders and len(folders) > 1
         if is_other or (suffix != ".csv" and table.get(key, ids) != ids):
             raise ValueError(f"{first_place} and {place} both give labels of {key}: keep one of them.")
         table[key] = sorted({*table.get(key, ()), *ids})

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable
 from types import GeneratorType
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -78,16 +79,27 @@ class SynerNetSegmentationPipeline(Pipeline):
         return tuple({name: value for name, value in act.items() if value is not None} for act in acts)
 
     def _multi_hot(self, image_labels: Any) -> torch.Tensor:
-        """Names, a 0/1 mapping of names, or ids of foreground classes from 0, as a multi-hot `(num_labels - 1,)`."""
+        """
+        Names, a 0/1 mapping of names, ids of foreground classes from 0, or a 0 or 1 for each of these that ids could
+        not be (repeats, bools), as a multi-hot `(num_labels - 1,)`.
+        """
         config = self.model.config
-        names = config.label2id
+        names = {normalize("NFC", name): class_id for name, class_id in config.label2id.items()}
         if isinstance(image_labels, str):
             # a text of several names, unless it is one
-            image_labels = [image_labels] if image_labels in names else re.split(r"\s*[,;|]\s*", image_labels.strip())
+            image_labels = (
+                [image_labels]
+                if normalize("NFC", image_labels) in names
+                else re.split(r"\s*[,;|]\s*", image_labels.strip())
+            )
         if isinstance(image_labels, dict):
             image_labels = [name for name, is_present in image_labels.items() if is_present]
         values = image_labels.tolist() if isinstance(image_labels, np.ndarray | torch.Tensor) else list(image_labels)
+        is_vector = len(values) == config.num_labels - 1 and set(values) <= {0, 1}
+        if is_vector and (len(set(values)) < len(values) or all(isinstance(value, bool) for value in values)):
+            values = [index for index, is_present in enumerate(values) if is_present]
         if all(isinstance(value, str) for value in values):
+            values = [normalize("NFC", name) for name in values]
             unknown = [name for name in values if name not in names]
             if unknown:
                 raise ValueError(
