@@ -12,21 +12,7 @@ from pathlib import Path
 from typing import Any
 
 
-IMAGE_SUFFIXES = {
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".gif",
-    ".bmp",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".jfif",
-    ".jpe",
-    ".jp2",
-    ".pgm",
-    ".ppm",
-}
+IMAGE_SUFFIXES = set(".jpg .jpeg .jfif .jpe .jp2 .png .gif .bmp .webp .tif .tiff .pgm .ppm".split())
 # what operating systems, archives and network drives leave beside the data; names with a dot are hidden as well
 SYSTEM_NAMES = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"}
 SYSTEM_NAMES |= {"__pycache__", "thumbs.db", "desktop.ini"}

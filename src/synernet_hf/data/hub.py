@@ -39,7 +39,7 @@ from synernet_hf.data.schema import (
     record_features,
     renumber_masks,
 )
-from synernet_hf.files import one_line, replace_file
+from synernet_hf.files import is_hub_id, one_line, replace_file
 
 
 logger = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ def load_image_labels(
 def check_source(source: str | Path, may_be_id: bool = True) -> None:
     """Raises `FileNotFoundError` where nothing is, unless the path may be the id of a data set of the Hub."""
     path = Path(source).expanduser()
-    is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)) and not path.parent.is_dir()
+    is_id = is_hub_id(str(source)) and not path.parent.is_dir()
     if path.exists() or (is_id and may_be_id):
         return
     beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
