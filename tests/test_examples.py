@@ -183,7 +183,12 @@ def test_the_demo_draws_what_the_model_makes_of_an_image(tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "send"),
-    [(signal.SIGTERM, os.kill), (signal.SIGINT, os.kill), (signal.SIGTERM, os.killpg), (signal.SIGINT, os.killpg)],
+    [
+        (signal.SIGTERM, os.kill),
+        pytest.param(signal.SIGINT, os.kill, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, os.killpg, marks=pytest.mark.slow),
+        (signal.SIGINT, os.killpg),
+    ],
 )
 def test_a_demo_that_is_ended_ends_its_training(tmp_path, number, send):
     options = ["--dataset_options", "{num_train: 32, num_validation: 4}", "--num_workers", "1", "--save_steps", "1"]

@@ -164,6 +164,7 @@ def test_onnxruntime_gives_the_logits_at_every_size(model, onnx_file):
     assert json.loads(metadata["image_mean"]) == list(model.config.image_mean)
 
 
+@pytest.mark.slow
 def test_encoders_with_registers_become_onnx_graphs_of_every_size(tmp_path):
     for name in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(name)

@@ -220,7 +220,7 @@ def test_evaluation_takes_a_hub_id(root, model_folder, tmp_path, monkeypatch, ca
     assert json.loads(output.read_text())["run"] == "owner/cats"
 
 
-@pytest.mark.parametrize("on_bad_image", ["raise", "skip"])
+@pytest.mark.parametrize("on_bad_image", ["raise", pytest.param("skip", marks=pytest.mark.slow)])
 def test_one_of_two_processes_checks_what_both_evaluate(root, model_folder, tmp_path, on_bad_image):
     data = write_images(tmp_path / "data")
     (data / "5.png").write_bytes(b"no image")
