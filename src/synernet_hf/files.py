@@ -1,10 +1,12 @@
 """Writes files completely or not at all, names them safely on every system, and tells paths from Hub ids."""
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +25,8 @@ TEMPORARY_NAME = re.compile(r"\.(?P<name>.+)\.\d+\.tmp")
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """
-    Writes a file under a temporary name and renames it, so that no reader sees half a file.
+    Writes a file under a temporary name and renames it once it is on the disk, so that neither a reader nor a power cut
+    leaves half a file.
 
     Args:
         path (`Path`): The file; its folder is created if needed.
@@ -33,13 +36,68 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         OSError: if the file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        _sync(temporary)
         os.replace(temporary, path)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Gives a written folder its name once everything in it is on the disk; an older one of that name goes afterwards."""
+    sync_files(temporary)
+    old = folder.with_name(f"{folder.name}.old.tmp")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder that never looks like a whole one on the way."""
+    old = folder.with_name(f"{folder.name}.old.tmp")
+    os.replace(folder, old)
+    shutil.rmtree(old)
+
+
+def sync_files(folder: Path) -> None:
+    """Waits until the folder and its files are on the disk."""
+    for path in [*sorted(folder.rglob("*")), folder]:
+        _sync(path)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, on the disk too."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # network file systems that cannot sync a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def digest_file(path: Path) -> str:
+    """Returns the SHA-256 of a file's content, a `str` of 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def safe_file_names(names: Sequence[str], suffix: str) -> list[str]:
@@ -154,14 +212,19 @@ def finite(data: Any) -> Any:
 __all__ = [
     "IMAGE_SUFFIXES",
     "TEMPORARY_NAME",
+    "digest_file",
     "finite",
     "is_hidden",
     "is_hub_id",
+    "make_folder",
     "missing_extra",
     "one_line",
     "read_json",
+    "remove_folder",
     "replace_file",
+    "replace_folder",
     "safe_file_names",
+    "sync_files",
     "write_json",
     "write_text",
 ]

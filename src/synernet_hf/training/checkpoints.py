@@ -1,17 +1,33 @@
 """The files of a run: checkpoints and model folders, each complete or absent."""
 
+import hashlib
 import itertools
+import json
 import os
+import random
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object, load
 
-from synernet_hf.files import TEMPORARY_NAME, finite, read_json, write_json
+from synernet_hf.files import (
+    TEMPORARY_NAME,
+    digest_file,
+    finite,
+    make_folder,
+    one_line,
+    read_json,
+    remove_folder,
+    replace_folder,
+    sync_files,
+    write_json,
+)
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.training.arguments import ARGUMENTS_FILE, InvalidArguments
 
@@ -22,7 +38,7 @@ CARD_FILE = "README.md"
 IMAGES_FILE = "images.png"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 # names of what is not complete yet
-TEMPORARY_FOLDER = re.compile(r"(checkpoint-\d+|model)\.tmp")
+TEMPORARY_FOLDER = re.compile(r"(checkpoint-\d+(\.old)?|model)\.tmp")
 OWN_FILES = {ARGUMENTS_FILE, STATE_FILE, RESULTS_FILE, CARD_FILE, IMAGES_FILE}
 
 # settings that may change between a run and its continuation: no weight depends on them, or only through what is
@@ -73,12 +89,47 @@ def read_record(path: Path) -> Any:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Lists the complete checkpoints of a run, folders `checkpoint-<step>`, lowest step first."""
+    """Lists the checkpoints of a run, folders `checkpoint-<step>`, lowest step first; [`damage`] tells the whole ones."""
     if not output_dir.is_dir():
         return []
-    found = [(CHECKPOINT_NAME.fullmatch(path.name), path) for path in output_dir.iterdir()]
-    complete = [(int(match[1]), path) for match, path in found if match and (path / STATE_FILE).is_file()]
-    return [path for _, path in sorted(complete)]
+    found = [(CHECKPOINT_NAME.fullmatch(path.name), path) for path in output_dir.iterdir() if path.is_dir()]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
+def damage(checkpoint: Path) -> str | None:
+    """
+    Compares all files of a checkpoint with the sizes and digests that its `trainer_state.json` lists, and that file with
+    its own. Returns a `str` that says what is wrong, or `None` for a whole checkpoint.
+    """
+    try:
+        record = read_json(checkpoint / STATE_FILE)
+        digest, files = record.pop("digest"), record["files"]
+    except ValueError as error:
+        return one_line(error).rstrip(".")
+    except (AttributeError, KeyError, TypeError):
+        return f"{checkpoint / STATE_FILE} is not of this version"
+    if digest != _digest(record):
+        return f"{checkpoint / STATE_FILE} was changed after it was written"
+    for name, written in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != written["size"]:
+            return f"{path} has {path.stat().st_size:,} bytes and was written with {written['size']:,}"
+        if digest_file(path) != written["sha256"]:
+            return f"the content of {path} is not what was written"
+    return None
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(finite(record), sort_keys=True).encode()).hexdigest()
+
+
+def passed_over(output_dir: Path, checkpoint: Path) -> list[str]:
+    """Says what is wrong with each checkpoint of a run that is newer than the one it continues from."""
+    checkpoints = list_checkpoints(output_dir)
+    newer = checkpoints[checkpoints.index(checkpoint) + 1 :]
+    return [f"{path.name} is passed over: {damage(path)}." for path in newer]
 
 
 def _is_temporary(path: Path) -> bool:
@@ -134,13 +185,24 @@ def find_resume_checkpoint(output_dir: Path, resume_from_checkpoint: str | None)
                 f"The output folder {output_dir} holds no checkpoint to resume from: start without "
                 "`--resume_from_checkpoint`, in an empty folder."
             )
-        return checkpoints[-1]
+        problems = []
+        for checkpoint in reversed(checkpoints):
+            problem = damage(checkpoint)
+            if problem is None:
+                return checkpoint
+            problems.append(problem)
+        raise InvalidArguments(
+            f"No checkpoint of {output_dir} is whole ({'; '.join(problems)}): start a new run in another `output_dir`."
+        )
     checkpoint = Path(resume_from_checkpoint)
     if not (checkpoint / STATE_FILE).is_file():
         raise InvalidArguments(
             f"{checkpoint} is not a checkpoint of a run ({STATE_FILE} is missing): give a folder `checkpoint-<step>` "
             "or `latest`."
         )
+    problem = damage(checkpoint)
+    if problem is not None:
+        raise InvalidArguments(f"The checkpoint is damaged: {problem}. Give another one, or `latest`.")
     own = [path.resolve() for path in checkpoints]
     if holds_run and checkpoint.resolve() not in own and not is_without_checkpoint(output_dir):
         raise InvalidArguments(
@@ -181,48 +243,80 @@ def save_checkpoint(
 ) -> None:
     """
     Saves weights, optimizer, scheduler, random states and counters as `checkpoint-<step>`; every process calls this.
-    The folder gets its name only when everything in it is written; then older checkpoints beyond the limit are
+    The folder gets its name only when everything in it is on the disk; then older checkpoints beyond the limit are
     removed.
     """
     folder = output_dir / f"checkpoint-{state.step}"
     temporary = folder.with_name(folder.name + ".tmp")
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        make_folder(temporary)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
     if accelerator.is_main_process:
         write_json(temporary / ARGUMENTS_FILE, arguments)
-        write_state(temporary, state)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
+        files = {
+            path.name: {"size": path.stat().st_size, "sha256": digest_file(path)}
+            for path in sorted(temporary.iterdir())
+        }
+        _write_state(temporary, state, files)
+        replace_folder(temporary, folder)
         for old in list_checkpoints(output_dir)[:-save_total_limit] if save_total_limit is not None else ():
             # after resuming from an early checkpoint the newest one need not have the highest step
             if old != folder:
-                shutil.rmtree(old)
+                remove_folder(old)
     accelerator.wait_for_everyone()
 
 
+def _write_state(checkpoint: Path, state: TrainerState, files: Mapping[str, Any]) -> None:
+    record = asdict(state) | {"files": files}
+    write_json(checkpoint / STATE_FILE, record | {"digest": _digest(record)})
+
+
 def write_state(checkpoint: Path, state: TrainerState) -> None:
-    """Writes the counters of a checkpoint, again after an evaluation that follows it."""
-    write_json(checkpoint / STATE_FILE, asdict(state))
+    """Writes the counters of a checkpoint again, after an evaluation that follows it."""
+    _write_state(checkpoint, state, read_record(checkpoint / STATE_FILE)["files"])
 
 
 def read_state(checkpoint: Path, output_dir: Path) -> TrainerState:
     """
-    Reads the counters of a checkpoint; `accelerator.load_state` reads the rest. The best score is that of the `best/`
+    Reads the counters of a checkpoint; [`load_checkpoint`] reads the rest. The best score is that of the `best/`
     folder in `output_dir`: a run that continues in another folder has none yet.
     """
-    state = TrainerState(**read_record(checkpoint / STATE_FILE))
+    record = read_record(checkpoint / STATE_FILE)
+    state = TrainerState(**{item.name: record[item.name] for item in fields(TrainerState)})
     state.best_metric = state.best_step = None
     results = output_dir / "best" / RESULTS_FILE
     if results.is_file():
         best = read_record(results)
         state.best_metric, state.best_step = best["segmentation"]["mean_iou"], best["step"]
     return state
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
+    """
+    Restores what accelerate saved; every process calls this. `InvalidArguments` if the random states are not those of
+    the checkpoint afterwards, of which accelerate says nothing.
+    """
+    accelerator.load_state(str(checkpoint))
+    path = checkpoint / f"random_states_{accelerator.process_index}.pkl"
+    try:
+        states, problem = load(path), None
+    except Exception as error:
+        # of the unpickler, which raises anything
+        problem = f"The random states in {path} cannot be read ({one_line(error)})."
+    else:
+        pairs = [(states["torch_manual_seed"], torch.get_rng_state())]
+        if accelerator.device.type == "cuda":
+            index = accelerator.device.index or 0
+            pairs.append((states["torch_cuda_manual_seed"][index], torch.cuda.get_rng_state(index)))
+        if states["random_state"] != random.getstate() or not all(torch.equal(*pair) for pair in pairs):
+            problem = f"The random states in {path} do not fit this machine: continue where they were saved."
+    problems = [text for text in gather_object([problem]) if text]
+    if problems:
+        raise InvalidArguments("\n".join(problems))
 
 
 def remove_unfinished(output_dir: Path) -> None:
@@ -245,13 +339,14 @@ def save_model_folder(
 ) -> None:
     """
     Writes a folder that `from_pretrained` reads, and JSON files beside the model. Files are made in a temporary folder
-    and moved into place one by one, so that a reader finds each of them complete.
+    and moved into place one by one once they are on the disk, so that a reader finds each of them complete.
     """
     temporary = folder / "model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    make_folder(temporary)
     model.save_pretrained(temporary)
     processor.save_pretrained(temporary)
+    sync_files(temporary)
     for path in temporary.iterdir():
         os.replace(path, folder / path.name)
     temporary.rmdir()

@@ -45,6 +45,8 @@ from synernet_hf.training.checkpoints import (
     check_same_settings,
     is_without_checkpoint,
     list_checkpoints,
+    load_checkpoint,
+    passed_over,
     read_record,
     read_state,
     remove_unfinished,
@@ -200,6 +202,9 @@ def build_run(
     record = run_record(model_args, data_args, training_args, accelerator, data)
     if checkpoint is not None:
         check_same_settings(checkpoint, record)
+        if training_args.resume_from_checkpoint == "latest" and accelerator.is_main_process:
+            for sentence in passed_over(output_dir, checkpoint):
+                tqdm.write(sentence)
         accelerator.print(f"Continuing from {checkpoint}.")
     model = build_model(model_args, class_names(data.splits))
     config, args = model.config, training_args
@@ -245,7 +250,7 @@ def build_run(
         accelerator.init_trackers(name, init_kwargs={"trackio": {"name": name, "resume": "allow"}})
     if checkpoint is not None:
         # last, because it restores the random states too
-        accelerator.load_state(str(checkpoint))
+        load_checkpoint(accelerator, checkpoint)
     return run
 
 
