@@ -42,7 +42,7 @@ ROOMS = {
     ),
     "model_card": ({"files"}, {"huggingface_hub", "yaml", "jinja2"}),
     "training": (
-        {"cli", "files", "model", "data", "metrics", "model_card", "visualization"},
+        {"cli", "files", "model", "data", "metrics", "crf", "model_card", "visualization"},
         DATA_LIBRARIES | {"accelerate", "transformers", "huggingface_hub", "safetensors", "tqdm", "yaml"},
     ),
 }

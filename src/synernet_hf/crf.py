@@ -1,5 +1,14 @@
 """Fully connected CRF post-processing, behind the optional `crf` extra."""
 
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +43,7 @@ class DenseCRF:
     bilateral_sxy: float = 121.0
     bilateral_srgb: float = 5.0
     bilateral_compat: float = 4.0
+    min_probability: float = 0.0
 
     def __post_init__(self):
         _densecrf_class()
@@ -48,7 +58,7 @@ class DenseCRF:
                 to 1 over the classes.
 
         Returns:
-            `np.ndarray` of dtype float32 and the same shape: the refined probabilities.
+            `np.ndarray` of dtype float32 and the same shape: the refined probabilities, 0 for a class left out.
 
         Raises:
             ValueError: If the image is not uint8 RGB or the sizes differ.
@@ -63,8 +73,11 @@ class DenseCRF:
                 "(num_labels, height, width) with the height and width of the image is expected."
             )
         num_labels, height, width = probabilities.shape
-        field = _densecrf_class()(width, height, num_labels)
-        unary = -np.log(np.clip(probabilities, 1e-5, 1.0)).reshape(num_labels, -1)  # (num_labels, height * width)
+        peaks = probabilities.max(axis=(1, 2))
+        # the likeliest class stays, whatever the threshold
+        chosen = peaks >= min(self.min_probability, peaks.max())
+        field = _densecrf_class()(width, height, int(chosen.sum()))
+        unary = -np.log(np.clip(probabilities[chosen], 1e-5, 1.0)).reshape(-1, height * width)
         field.setUnaryEnergy(np.ascontiguousarray(unary, dtype=np.float32))
         field.addPairwiseGaussian(sxy=self.gaussian_sxy, compat=self.gaussian_compat)
         # a copy, because the arrays of PIL images are read-only and the extension refuses those
@@ -74,8 +87,50 @@ class DenseCRF:
             rgbim=np.array(image, order="C"),
             compat=self.bilateral_compat,
         )
-        refined = field.inference(self.num_iterations)
-        return np.asarray(refined, dtype=np.float32).reshape(num_labels, height, width)
+        refined = np.zeros((num_labels, height, width), dtype=np.float32)
+        refined[chosen] = np.reshape(field.inference(self.num_iterations), (-1, height, width))
+        return refined
+
+
+@contextmanager
+def crf_workers(crf: Callable[[np.ndarray, np.ndarray], np.ndarray], num_workers: int) -> Iterator[Executor]:
+    """
+    Lets a CRF work on images while its caller goes on: `submit(crf, image, probabilities)` returns a future. At the end
+    of the context, or an error in it, what has not begun is dropped, and the processes end.
+
+    Args:
+        crf (`Callable`): Such as [`DenseCRF`]: what processes import by name, no function within a function.
+        num_workers (`int`): Processes; 0 stands for a thread of this process.
+
+    Raises:
+        ValueError: If `crf` cannot be sent to a process.
+        ChildProcessError: If a process was ended from outside.
+    """
+    if num_workers < 1:
+        pool = ThreadPoolExecutor(1)
+    else:
+        try:
+            pickle.dumps(crf)
+        except Exception as error:
+            raise ValueError(
+                f"{crf!r} cannot be sent to worker processes ({error}); give a function of a module, or num_workers=0."
+            ) from error
+        pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _follow_parent)
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "A process of the CRF ended by itself, perhaps for want of memory; use fewer workers (num_workers)."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _follow_parent() -> None:
+    """An interruption is the parent's to handle; a process ends with it, however it ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _densecrf_class() -> type:
@@ -89,4 +144,4 @@ def _densecrf_class() -> type:
     return DenseCRF2D
 
 
-__all__ = ["DenseCRF"]
+__all__ = ["DenseCRF", "crf_workers"]

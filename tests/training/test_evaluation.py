@@ -225,14 +225,20 @@ def test_max_samples_takes_the_first_images(label_maps):
     assert score(OracleModel(shift=1), split, max_samples=2) == score(OracleModel(shift=1), split.select(range(2)))
 
 
-def test_crf_refines_the_last_segmentation(label_maps):
-    def swap(image, probabilities):
-        assert image.dtype == np.uint8 and np.allclose(probabilities.sum(axis=0), 1)
-        return probabilities[[0, 2, 1]]
+def swap_classes(image, probabilities):
+    assert image.dtype == np.uint8 and np.allclose(probabilities.sum(axis=0), 1)
+    return probabilities[[0, 2, 1]]
 
-    results = score(OracleModel(), make_split(label_maps), multi_scale=True, cams=False, crf=swap)
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_crf_refines_the_last_segmentation(label_maps, num_workers):
+    model = OracleModel()
+    options = {"multi_scale": True, "cams": False, "crf": swap_classes, "num_workers": num_workers}
+    results = score(model, make_split(label_maps), **options)
     assert list(results) == ["segmentation", "segmentation_multi_scale", "segmentation_multi_scale_crf"]
     assert results["segmentation_multi_scale_crf"]["per_class_iou"] == {"background": 1.0, "cat": 0.0, "dog": 0.0}
+    # it asks for no pass of its own
+    assert model.seen.count((SCALES, False)) == model.seen.count(((1.0,), False)) == len(label_maps)
 
 
 def test_the_real_model_is_scored_at_native_size(tiny_config, label_maps):

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple, TypedDict, Unpack
 
 import numpy as np
@@ -13,6 +15,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from synernet_hf.crf import crf_workers
 from synernet_hf.data.checks import mask_ids
 from synernet_hf.data.schema import multi_hot
 from synernet_hf.metrics import MeanIoU
@@ -22,8 +25,10 @@ from synernet_hf.model import (
     SynerNetImageProcessor,
     generate_image_cams,
     prepare_image,
+    resize_maps,
     segment_images,
 )
+from synernet_hf.model.image_processing_synernet import resized_maximum
 
 
 CAM_KINDS = ("broad_cam", "precise_cam", "fused_cam", "broad_aux_cam", "precise_aux_cam")
@@ -46,7 +51,7 @@ class PredictionKinds(TypedDict, total=False):
         crf (`Callable`, *optional*): Post-processing of the last segmentation listed, such as
             [`~synernet_hf.crf.DenseCRF`]: takes the image (uint8, `(height, width, 3)`) and class probabilities
             (float32, `(num_labels, height, width)`), returns refined probabilities of the same shape. Adds a kind
-            whose name ends in `_crf`.
+            whose name ends in `_crf`. With workers it runs in as many other processes while the model goes on.
         progress (`bool`, defaults to `False`): Show a progress bar on the first process.
         batch_size (`int`, defaults to 4): Largest number of images, of equal processed size and with a million pixels
             together, that go through the model at once. The scores do not depend on it.
@@ -205,18 +210,25 @@ class _KindScorer:
             self.segmentations["segmentation_multi_scale"] = {"scales": scales, "flip": False}
         if kinds.get("flip", False):
             self.segmentations["segmentation_multi_scale_flip"] = {"scales": scales, "flip": True}
-        if self.crf is not None:
-            last = list(self.segmentations)[-1]
-            self.segmentations[f"{last}_crf"] = self.segmentations[last] | {"crf": self.crf}
-        self.names = [*self.segmentations, *CAM_KINDS * self.cams, *BASELINE_KINDS * self.baselines]
+        refined = [f"{list(self.segmentations)[-1]}_crf"] * (self.crf is not None)
+        self.names = [*self.segmentations, *refined, *CAM_KINDS * self.cams, *BASELINE_KINDS * self.baselines]
         self.needs_labels = self.cams or self.baselines
 
-    def __call__(self, batch: list[_EvaluationImage]) -> Iterator[tuple[str, list[torch.Tensor]]]:
-        """Yields `(kind, label maps at the size of each image)`."""
+    def __call__(
+        self, batch: list[_EvaluationImage], crf_pool: Executor | None
+    ) -> Iterator[tuple[str, list[torch.Tensor | Future]]]:
+        """Yields `(kind, label maps at the size of each image)`; of a CRF, futures of its probabilities."""
         prepared = [item.prepared for item in batch]
         for name, options in self.segmentations.items():
             segmented = segment_images(self.model, self.processor, prepared, **options)
             yield name, [item.label_map for item in segmented]
+        if crf_pool is not None:
+            images = [np.asarray(item.image) for item in prepared]
+            maps = [
+                resize_maps(item.maps, image.shape[:2]).softmax(dim=0).cpu().numpy()
+                for item, image in zip(segmented, images, strict=True)
+            ]
+            yield f"{name}_crf", [crf_pool.submit(self.crf, *pair) for pair in zip(images, maps, strict=True)]
         if not self.needs_labels:
             return
         labels = torch.stack([item.labels for item in batch])
@@ -308,11 +320,30 @@ def evaluate_model(
     )
     # inside a training the bar goes when it is full, so that the training's own stays
     bar = tqdm(loader, desc="evaluate", leave=None, disable=not kinds.get("progress", False) or first > 0)
-    with inference_mode_of(model):
+    workers = kinds.get("num_workers", 0)
+    waiting: deque[tuple[str, Future, _EvaluationImage]] = deque()
+
+    def finish(number: int) -> None:
+        """Scores refined images until so many are left."""
+        while len(waiting) > number:
+            name, future, item = waiting.popleft()
+            refined = torch.from_numpy(np.asarray(future.result(), dtype=np.float32))
+            metrics[name].update(resized_maximum(refined, item.prepared.size)[1], item.mask)
+
+    with (
+        inference_mode_of(model),
+        nullcontext() if scorer.crf is None else crf_workers(scorer.crf, workers) as crf_pool,
+    ):
         for batch in _equal_batches(map(_checked, bar), kinds.get("batch_size", 4)):
-            for name, label_maps in scorer(batch):
+            for name, label_maps in scorer(batch, crf_pool):
                 for label_map, item in zip(label_maps, batch, strict=True):
-                    metrics[name].update(label_map, item.mask)
+                    if isinstance(label_map, Future):
+                        waiting.append((name, label_map, item))
+                    else:
+                        metrics[name].update(label_map, item.mask)
+            # what a CRF has not come to yet keeps its probabilities
+            finish(2 * workers)
+        finish(0)
     if accelerator is not None:
         for metric in metrics.values():
             metric.reduce(accelerator)
