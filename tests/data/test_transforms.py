@@ -214,11 +214,12 @@ def test_loader_gives_the_same_batches_for_any_number_of_workers(num_workers):
         num_workers=num_workers,
     )
     batches = list(loader)
-    assert len(batches) == 4 and set(batches[0]) == {"images", "labels", "valid_boxes"}
+    assert len(batches) == 4 and set(batches[0]) == {"images", "labels", "valid_boxes", "max_labels"}
     for batch, keys in zip(batches, StreamBatchSampler(12, 5, 4, seed=1), strict=True):
         assert batch["images"].shape == (5, 3, 24, 24) and batch["images"].dtype == torch.uint8
         assert batch["labels"].shape == (5, 5) and batch["labels"].dtype == torch.float32
         assert batch["valid_boxes"].shape == (5, 4) and batch["valid_boxes"].dtype == torch.int64
+        assert batch["max_labels"] == max(len(split[key[0]]["labels"]) for key in keys)
         for row, key in enumerate(keys):
             assert (batch["images"][row] == dataset[key]["image"]).all()
             assert batch["labels"][row].nonzero()[:, 0].tolist() == split[key[0]]["labels"]

@@ -1,12 +1,14 @@
 """What a batch's CAMs teach: coverage schedule, token labels, fused labels and the classes of instance learning."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from testing_utils import ALL_TERMS, SynerNetModelTester
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from synernet_hf.model import objective_synernet
 from synernet_hf.model.cam_synernet import (
@@ -248,6 +250,65 @@ def test_pseudo_labels_are_the_refined_fused_cams(targets_of):
         named = named.masked_fill(target.token_labels == -1, -1)
         assert torch.equal(named, label_tokens(config, layers[1], labels, boxes))
     assert torch.equal(seen_confidence, confidence)
+
+
+# what a step does not do
+
+
+class CopiesBetweenDevices(TorchDispatchMode):
+    """Notes whether each copy from one device to another lets the host go on."""
+
+    def __init__(self):
+        super().__init__()
+        self.goes_on = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.name() == "aten::_to_copy" and args[0].device != result.device:
+            self.goes_on.append((kwargs or {}).get("non_blocking", False))
+        return result
+
+
+@pytest.mark.parametrize("fields", [{}, {"precise_propagation_temperature": 0.2, "with_class_token_head": True}])
+def test_a_training_step_never_waits_for_the_device(monkeypatch, fields):
+    """Tensors of the device `meta` have no values: whatever asks for one fails."""
+    tester = SynerNetModelTester(**fields)
+    model, inputs = tester.model().train(), tester.inputs()
+    inputs["valid_boxes"] = torch.tensor([[0, 24, 8, 32]] * len(inputs["labels"]))
+    monkeypatch.setattr(torch, "autocast", lambda **_: nullcontext())  # which knows no `meta`
+    model.to("meta")
+    inputs = {name: tensor.to("meta") for name, tensor in inputs.items()}
+    with CopiesBetweenDevices() as copies:
+        model(**inputs, loss_weights=ALL_TERMS, training_progress=0.7, max_labels=2).loss.backward()
+    assert copies.goes_on and all(copies.goes_on)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        model(**inputs, loss_weights=ALL_TERMS)  # reads how many classes the images have
+
+
+def test_the_number_of_classes_may_be_given():
+    tester = SynerNetModelTester()
+    model, inputs = tester.model().eval(), tester.inputs()
+    most = int(inputs["labels"].sum(dim=1).max())
+    read, given = (model(**inputs, loss_weights=ALL_TERMS, max_labels=number) for number in (None, most))
+    assert torch.equal(read.loss, given.loss) and torch.equal(read.pseudo_labels, given.pseudo_labels)
+
+
+def test_decoders_rest_until_their_loss_counts():
+    tester = SynerNetModelTester()
+    model, inputs = tester.model().train(), tester.inputs()
+    calls = []
+    for branch in model.synernet.pair:
+        branch.decode_head.register_forward_hook(lambda *_: calls.append(1))
+    weights = ALL_TERMS | {"prototype_contrast": 0.0}  # whose term moves its prototypes
+    closed = model(**inputs, loss_weights=weights | {"segmentation": 0.0})
+    assert not calls and closed.logits is None and closed.broad_logits is None and closed.precise_logits is None
+    opened = model(**inputs, loss_weights=weights)
+    assert len(calls) == 2 and opened.logits.shape[-2:] == inputs["pixel_values"].shape[-2:]
+    assert (
+        closed.loss_dict == {name: opened.loss_dict[name] for name in closed.loss_dict} and len(closed.loss_dict) > 2
+    )
+    model.eval()
+    assert model(**inputs, loss_weights=ALL_TERMS | {"segmentation": 0.0}).logits is not None
 
 
 # instance learning

@@ -206,8 +206,8 @@ class SynerNetDataCollator:
     """
     Stacks B samples of [`TrainTransform`] of one crop size into a batch.
 
-    The batch is a `dict[str, torch.Tensor]`: `images` (`(B, 3, S, S)` uint8), `labels` (`(B, C)` float32 multi-hot) and
-    `valid_boxes` (`(B, 4)` int64: top, bottom, left, right).
+    The batch is a `dict`: `images` (`(B, 3, S, S)` uint8), `labels` (`(B, C)` float32 multi-hot), `valid_boxes`
+    (`(B, 4)` int64: top, bottom, left, right) and `max_labels` (`int`: classes of the image that has most).
 
     Args:
         num_classes (`int`): Number C of foreground classes.
@@ -216,11 +216,14 @@ class SynerNetDataCollator:
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
 
-    def __call__(self, samples: Sequence[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[dict]) -> dict[str, torch.Tensor | int]:
+        labels = torch.stack([multi_hot(sample["labels"], self.num_classes) for sample in samples])
         return {
             "images": torch.stack([sample["image"] for sample in samples]),
-            "labels": torch.stack([multi_hot(sample["labels"], self.num_classes) for sample in samples]),
+            "labels": labels,
             "valid_boxes": torch.stack([sample["valid_box"] for sample in samples]),
+            # known here, so that the model need not ask the device
+            "max_labels": int(labels.sum(dim=1).max()),
         }
 
 

@@ -3,6 +3,7 @@
 import copy
 import difflib
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -14,6 +15,14 @@ def closest_name(name: str, known: list[str]) -> str | None:
     """The question whether one of the `known` names was meant by an unknown one; `None` where none is close."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]}?" if close else None
+
+
+def check_keywords(given: dict, function: Callable) -> None:
+    """Refuses keyword arguments that `function` does not name."""
+    known = [name for name in inspect.signature(function).parameters if name not in ("self", "kwargs")]
+    for name in given:
+        hint = closest_name(name, known) or f"it takes {', '.join(known)}."
+        raise TypeError(f"forward does not know {name}: {hint}")
 
 
 def pretrained_backbone_config(name_or_path: str, overrides: dict | None = None) -> PreTrainedConfig:

@@ -27,7 +27,7 @@ from .cam_synernet import (
 )
 from .configuration_synernet import SynerNetConfig
 from .encoder_synernet import (
-    closest_name,
+    check_keywords,
     copy_encoder,
     encoder_blocks,
     forward_arguments,
@@ -111,6 +111,7 @@ class SynerNetSegmenterOutput(ModelOutput):
         logits (`torch.FloatTensor` of shape `(B, K, H, W)`):
             Segmentation logits, float32, at the size of `pixel_values`: both branches mixed by
             `config.broad_share_in_logits`, resized bilinearly. With a class token head, unlikely classes are lowered.
+            `None`, as those of the branches, in a training step whose segmentation loss has weight 0.
         broad_logits, precise_logits (`torch.FloatTensor` of shape `(B, K, H, W)`, *optional*): of one branch, without
             class prior.
         classification_logits (`torch.FloatTensor` of shape `(B, C)`):
@@ -317,9 +318,8 @@ class SynerNetBranch(nn.Module):
         """
         tokens, hidden_states, _ = self.encode(pixel_values, shared_states)
         layers = (self.auxiliary_layer_index, *self.additional_cam_layers)
-        features = [
-            patch_map(states, pixel_values, patch_size) for states in (tokens, *map(hidden_states.__getitem__, layers))
-        ]
+        states = (tokens, *map(hidden_states.__getitem__, layers))
+        features = [patch_map(layer, pixel_values, patch_size) for layer in states]
         maps = [self.cam_head.cam_logits(features[0]), *map(self.auxiliary_cam_head.cam_logits, features[1:])]
         return maps, features
 
@@ -338,8 +338,9 @@ class SynerNetBranch(nn.Module):
         patch_size: int,
         shared_states: tuple[torch.Tensor, ...] | None = None,
         output_attentions: bool = False,
+        decode: bool = True,
     ) -> SynerNetBranchOutput:
-        """`(B, 3, H, W)` images, sides multiples of the patch → everything the branch computes."""
+        """`(B, 3, H, W)` images, sides multiples of the patch → everything the branch computes; not `decode`: no logits."""
         tokens, hidden_states, attentions = self.encode(pixel_values, shared_states, output_attentions)
         features = patch_map(tokens, pixel_values, patch_size)
         auxiliary = patch_map(hidden_states[self.auxiliary_layer_index], pixel_values, patch_size)
@@ -352,7 +353,7 @@ class SynerNetBranch(nn.Module):
             class_token_logits=None if self.class_token_head is None else self.class_token_head(class_token),
             cam_logits=cam_logits,
             auxiliary_cam_logits=auxiliary_cam_logits,
-            logits=self.decode_head(features),
+            logits=self.decode_head(features) if decode else None,
             features=features,
             auxiliary_features=auxiliary,
             class_token=class_token,
@@ -482,6 +483,7 @@ class SynerNetModel(SynerNetPreTrainedModel):
         output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         pixel_mask: torch.Tensor | None = None,
+        decode: bool = True,
         **kwargs,
     ) -> SynerNetModelOutput:
         r"""
@@ -492,19 +494,20 @@ class SynerNetModel(SynerNetPreTrainedModel):
             output_attentions (`bool`, *optional*): whether to return attention maps.
             pixel_mask (`torch.Tensor` of shape `(B, H, W)`, *optional*): what an image processor that pads hands out;
                 not used here.
+            decode (`bool`, *optional*, defaults to `True`): whether to run the decoders; without, `logits` are `None`.
 
         Raises:
             ValueError: if attention maps are asked of a model whose branches share blocks.
             TypeError: if an argument is unknown.
         """
-        _check_keywords(kwargs, SynerNetModel.forward)
+        check_keywords(kwargs, SynerNetModel.forward)
         keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keep_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if keep_attentions and self.shared_encoder is not None:
             raise ValueError("Attention maps need `shared_encoder_layers` = 0; leave out output_attentions.")
         pixel_values = self.pad(pixel_values.to(self.dtype))
         shared_states = self.shared_states(pixel_values)
-        arguments = (pixel_values, self.config.patch_size, shared_states, bool(keep_attentions))
+        arguments = (pixel_values, self.config.patch_size, shared_states, bool(keep_attentions), decode)
         pair = BranchPair(
             *(branch(*arguments) if name in branches else None for name, branch in self.pair._asdict().items())
         )
@@ -675,6 +678,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         output_attentions: bool | None = None,
         pixel_mask: torch.Tensor | None = None,
         gather_embeddings: Callable | None = None,
+        max_labels: int | None = None,
         **kwargs,
     ) -> SynerNetSegmenterOutput:
         r"""
@@ -697,6 +701,8 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             gather_embeddings (`Callable`, *optional*):
                 Collects embeddings `(n, P)` and class ids `(n,)` from all processes, so that all update the prototypes
                 alike, and returns both and the `slice` of the own rows. `None` uses the own batch alone.
+            max_labels (`int`, *optional*):
+                Classes of the image that has most. `None` reads it off `labels`, which waits for the device.
 
         Returns:
             [`SynerNetSegmenterOutput`]
@@ -708,7 +714,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         """
         # handed in by training loops that normalise by items, which image-level losses do not
         kwargs.pop("num_items_in_batch", None)
-        _check_keywords(kwargs, SynerNetForWeaklySupervisedSegmentation.forward)
+        check_keywords(kwargs, SynerNetForWeaklySupervisedSegmentation.forward)
         branches, size = chosen_branches(inference_branches), tuple(pixel_values.shape[-2:])
         if labels is not None:
             if len(branches) == 1:
@@ -717,22 +723,25 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             if valid_boxes is None and pixel_mask is not None:
                 valid_boxes = masks_to_boxes(pixel_mask)
 
-        outputs = self.synernet(pixel_values, branches, output_hidden_states, output_attentions, return_dict=True)
+        weights = self.config.loss_weights if loss_weights is None else loss_weights
+        # a training step before its gate opens: nothing reads the decoders
+        decode = not self.training or labels is None or bool(weights.get("segmentation"))
+        asked = (output_hidden_states, output_attentions)
+        outputs = self.synernet(pixel_values, branches, *asked, return_dict=True, decode=decode)
         mixed, scores = self._mix(outputs)
         logits = BranchPair(*(self._at_input(output, "logits", size) for output in outputs.pair))
         objective, cams = SynerNetObjective(), BranchPair(None, None)
         if labels is not None:
-            weights = self.config.loss_weights if loss_weights is None else loss_weights
             seen = (self.synernet, pixel_values, outputs, logits)
             progress = float(training_progress or 0.0)
-            objective = batch_objective(*seen, labels, valid_boxes, weights, progress, gather_embeddings)
+            objective = batch_objective(*seen, labels, valid_boxes, weights, progress, gather_embeddings, max_labels)
         if not self.training:
             maps = [self._at_input(output, "cam_logits", size) for output in outputs.pair]
             cams = BranchPair(*(None if cam is None else normalize_cams(cam.detach().relu()) for cam in maps))
         return SynerNetSegmenterOutput(
             loss=objective.loss,
             loss_dict=objective.loss_dict,
-            logits=at_input_size(mixed, size, self.config.patch_size),
+            logits=None if mixed is None else at_input_size(mixed, size, self.config.patch_size),
             broad_logits=logits.broad,
             precise_logits=logits.precise,
             classification_logits=scores,
@@ -745,21 +754,21 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         )
 
     def _at_input(self, output: SynerNetBranchOutput | None, name: str, size: tuple[int, int]) -> torch.Tensor | None:
-        return None if output is None else at_input_size(output[name], size, self.config.patch_size)
+        maps = None if output is None else output.get(name)
+        return None if maps is None else at_input_size(maps, size, self.config.patch_size)
 
     def _mix(self, outputs: SynerNetModelOutput, prior_weight: float | None = None):
         """The branches' segmentation logits `(B, K, h, w)` mixed, and the class scores `(B, C)` of the images."""
         share = self.config.broad_share_in_logits
         ran = [pair for pair in zip((share, 1 - share), outputs.pair, strict=True) if pair[1] is not None]
-        if len(ran) == 1:
-            ran = [(1.0, ran[0][1])]
-        logits = sum(share * output.logits for share, output in ran)
+        ran = [(1.0, ran[0][1])] if len(ran) == 1 else ran
+        logits = sum(share * output.logits for share, output in ran) if "logits" in ran[0][1] else None
         if not self.config.with_class_token_head:
             return logits, sum(output.classification_logits for _, output in ran) / len(ran)
         likely = sum(share * F.logsigmoid(output.class_token_logits) for share, output in ran)
         weight = self.config.class_prior_weight if prior_weight is None else prior_weight
         scores = sum(output.class_token_logits for _, output in ran) / len(ran)
-        return lower_unlikely_classes(logits, likely, weight), scores
+        return None if logits is None else lower_unlikely_classes(logits, likely, weight), scores
 
     def _check_labels(self, labels: torch.Tensor, pixel_values: torch.Tensor):
         expected = (pixel_values.shape[0], self.config.num_foreground_labels)
@@ -777,14 +786,6 @@ def chosen_branches(inference_branches: str | None) -> tuple[str, ...]:
     if inference_branches not in BranchPair._fields:
         raise ValueError(f"inference_branches must be 'broad', 'precise' or 'both', got {inference_branches!r}.")
     return (inference_branches,)
-
-
-def _check_keywords(given: dict, function: Callable) -> None:
-    """Refuses keyword arguments that `function` does not name."""
-    known = [name for name in inspect.signature(function).parameters if name not in ("self", "kwargs")]
-    for name in given:
-        hint = closest_name(name, known) or f"it takes {', '.join(known)}."
-        raise TypeError(f"forward does not know {name}: {hint}")
 
 
 __all__ = [

@@ -20,6 +20,7 @@ from .refinement_synernet import (
     SynerNetPixelAdaptiveRefinement,
     box_mask,
     denormalize,
+    on_device,
     present_classes,
     refine_present,
     spread_classes,
@@ -190,6 +191,7 @@ def make_targets(
     valid_boxes: torch.Tensor | None,
     weights: dict[str, float],
     progress: float,
+    max_labels: int | None = None,
 ) -> tuple[BranchPair[SynerNetTargets], torch.Tensor | None]:
     """
     Targets of both branches for the loss terms whose weight is not 0, and the confidence where pseudo-labels are made;
@@ -200,7 +202,7 @@ def make_targets(
         return BranchPair(SynerNetTargets(), SynerNetTargets()), None
     config, size = model.config, tuple(pixel_values.shape[-2:])
     low, high = config.low_threshold, config.high_threshold
-    present = present_classes(labels)
+    present = present_classes(labels, max_labels)
     own = present.mask.to(labels.dtype)
     known_logits = model.cam_logits_of(outputs, size) if 1 in config.cam_scales else None
     cams = multi_scale_cams(model, pixel_values, present, config.cam_scales, config.cam_flip, known_logits)
@@ -254,7 +256,7 @@ def label_tokens(
     if (grid[0] * patch_size, grid[1] * patch_size) != (height, width):
         cams = F.pad(cams, (0, grid[1] * patch_size - width, 0, grid[0] * patch_size - height))
         if valid_boxes is None:
-            valid_boxes = torch.tensor([[0, height, 0, width]], device=cams.device).expand(cams.shape[0], -1)
+            valid_boxes = on_device([[0, height, 0, width]], cams.device).expand(cams.shape[0], -1)
     cams = F.interpolate(cams, size=grid, mode="bilinear", align_corners=False)
     boxes = None if valid_boxes is None else valid_boxes // patch_size
     return cams_to_pseudo_labels(cams, labels, config.low_threshold, config.high_threshold, boxes, UNDECIDED)
@@ -315,6 +317,7 @@ def batch_objective(
     loss_weights: dict[str, float],
     progress: float,
     gather_embeddings: Callable | None = None,
+    max_labels: int | None = None,
 ) -> SynerNetObjective:
     """
     The loss of a batch. Terms of weight 0 are not computed, nor are the targets that only they need.
@@ -323,9 +326,9 @@ def batch_objective(
         model ([`SynerNetModel`]): both branches.
         pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised images.
         outputs ([`SynerNetModelOutput`]): of `model` for `pixel_values`.
-        logits (`BranchPair[torch.Tensor]`): segmentation logits of the branches, `(B, K, H, W)`.
+        logits (`BranchPair[torch.Tensor]`): segmentation logits of the branches, `(B, K, H, W)`; `None` without their loss.
         progress (`float`): t/T in [0, 1].
-        labels, valid_boxes, loss_weights, gather_embeddings: as for the forward of the task model.
+        labels, valid_boxes, loss_weights, gather_embeddings, max_labels: as for the forward of the task model.
 
     Raises:
         ValueError: if a name in `loss_weights` is unknown.
@@ -335,7 +338,8 @@ def batch_objective(
     if unknown:
         raise ValueError(f"loss_weights knows {', '.join(known)}, got {', '.join(unknown)}.")
     weights = dict.fromkeys(known, 0.0) | loss_weights
-    targets, confidence = make_targets(model, pixel_values, outputs, labels, valid_boxes, weights, progress)
+    seen = (model, pixel_values, outputs, labels, valid_boxes, weights, progress)
+    targets, confidence = make_targets(*seen, max_labels)
     instances = [None, None]
     if weights["prototype_contrast"] and model.config.with_projection_head:
         instances = _embed_instances(model, pixel_values, labels, valid_boxes, targets)

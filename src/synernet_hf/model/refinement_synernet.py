@@ -61,11 +61,8 @@ class SynerNetPixelAdaptiveRefinement(nn.Module):
             difference = neighbours.sub_(part[:, None]).abs_().div_(deviation).div_(self.colour_temperature)
             colour.append(difference.square_().mean(dim=2).neg_().softmax(dim=1))
 
-        distances = torch.tensor(
-            [math.hypot(row, column) * dilation for dilation in self.dilations for row, column in _DIRECTIONS],
-            dtype=images.dtype,
-            device=images.device,
-        )
+        lengths = [math.hypot(row, column) * dilation for dilation in self.dilations for row, column in _DIRECTIONS]
+        distances = on_device(lengths, images.device).to(images.dtype)
         position = -(distances / (distances.std() + 1e-8) / self.colour_temperature).square()
         return torch.cat(colour).add_(self.position_weight * position.softmax(dim=0)[None, :, None, None])
 
@@ -118,10 +115,20 @@ class PresentClasses(NamedTuple):
     mask: torch.Tensor
 
 
-def present_classes(labels: torch.Tensor) -> PresentClasses:
-    """The [`PresentClasses`] of multi-hot `labels` `(B, C)`."""
+def on_device(values: list, device: torch.device) -> torch.Tensor:
+    """`torch.tensor(values)` on a device, without waiting for it."""
+    return torch.tensor(values).to(device, non_blocking=True)
+
+
+def present_classes(labels: torch.Tensor, max_labels: int | None = None) -> PresentClasses:
+    """
+    The [`PresentClasses`] of multi-hot `labels` `(B, C)`; `max_labels`, the largest number of classes of an image, is
+    read off them unless given.
+    """
     present = labels > 0
-    slots = max(int(present.sum(dim=1).max()), 1) if len(labels) else 1
+    if max_labels is None:
+        max_labels = int(present.sum(dim=1).max()) if len(labels) else 0
+    slots = max(max_labels, 1)
     ids = present.int().argsort(dim=1, descending=True, stable=True)[:, :slots]
     return PresentClasses(ids, present.gather(1, ids))
 
@@ -242,7 +249,7 @@ def denormalize(pixel_values: torch.Tensor, mean: list[float], std: list[float])
     Normalised images `(B, 3, H, W)` back to [0, 1], float32, in steps of 1/255. All 256 levels of an 8-bit image come
     back exactly (ours; the authors' code truncates and loses some to rounding).
     """
-    mean, std = (torch.tensor(values, device=pixel_values.device)[:, None, None] for values in (mean, std))
+    mean, std = (on_device(values, pixel_values.device)[:, None, None] for values in (mean, std))
     return ((pixel_values.float() * std + mean) * 255).round().clamp(0, 255) / 255
 
 

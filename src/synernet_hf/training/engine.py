@@ -94,6 +94,8 @@ class TrainingRun:
     # content of `training_args.json`
     record: dict[str, Any]
     state: TrainerState
+    # the model's attention outside of training steps
+    attention: str
     # of the latest evaluation
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -207,11 +209,16 @@ def build_run(
                 tqdm.write(sentence)
         accelerator.print(f"Continuing from {checkpoint}.")
     model = build_model(model_args, class_names(data.splits))
+    attention = model.config._attn_implementation
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
+        # the fused attention counts in float32 on a CPU, which takes longer: docs/performance.md
+        model.set_attn_implementation("eager")
     config, args = model.config, training_args
     optimizer = torch.optim.AdamW(
         parameter_groups(
             model, args.learning_rate, args.weight_decay, args.encoder_lr_multiplier, args.head_lr_multiplier
-        )
+        ),
+        fused=True,
     )
     multiplier = partial(learning_rate_multiplier, warmup_steps=args.warmup_steps, total_steps=args.max_steps)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
@@ -236,6 +243,7 @@ def build_run(
         training_args=training_args,
         record=record,
         state=state,
+        attention=attention,
     )
     # no process may create the output folder while another still checks that it is free
     accelerator.wait_for_everyone()
@@ -368,7 +376,7 @@ def _evaluates(run: TrainingRun) -> bool:
 
 def train_step(run: TrainingRun, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
-    Runs one forward and backward pass on `images` `(B, 3, S, S)` uint8, `labels` `(B, C)` and `valid_boxes` `(B, 4)`,
+    Runs one forward and backward pass on a batch of [`SynerNetDataCollator`],
     and the optimizer step when enough passes are accumulated. Returns the loss and its active terms, without gradient.
     """
     accelerator, args = run.accelerator, run.training_args
@@ -381,6 +389,7 @@ def train_step(run: TrainingRun, batch: dict[str, torch.Tensor]) -> tuple[torch.
             loss_weights=run.loss_weights(progress),
             training_progress=progress,
             gather_embeddings=gather_in_rank_order,
+            max_labels=batch["max_labels"],
         )
         accelerator.backward(outputs.loss)
         if accelerator.sync_gradients and args.max_grad_norm is not None:
@@ -418,7 +427,7 @@ def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
     shows_bar = sys.stderr.isatty()
     if accelerator.is_main_process and not shows_bar:
         tqdm.write(f"step {state.step}: evaluating.")
-    with _full_precision(run.bare_model):
+    with _full_precision(run):
         results = evaluate_model(
             run.bare_model,
             run.processor,
@@ -464,7 +473,7 @@ def finish(run: TrainingRun) -> dict[str, dict[str, Any]]:
         used = run.accelerator
         facts = {"steps": state.step, "minutes": state.elapsed_seconds / 60, "hardware": hardware(used)}
         facts |= {"num_processes": used.num_processes, "precision": used.mixed_precision}
-        with _full_precision(run.bare_model):
+        with _full_precision(run):
             write_card(run.output_dir, run.bare_model, run.processor, run.splits, record, results, **facts)
     run.accelerator.wait_for_everyone()
     losses = next((entry for entry in reversed(state.history) if "loss" in entry), {})
@@ -486,15 +495,19 @@ def hardware(accelerator: Accelerator) -> str:
 
 
 @contextmanager
-def _full_precision(model: torch.nn.Module) -> Iterator[None]:
+def _full_precision(run: TrainingRun) -> Iterator[None]:
     """
-    Removes the autocast that accelerate wraps around `forward` under mixed precision, and restores it at the end.
-    Outside of `forward` the model computes in float32 anyway, as does a model loaded from the run folder.
+    Removes the autocast that accelerate wraps around `forward` under mixed precision, with the attention that belongs
+    to it, and restores both at the end. Outside of `forward` the model computes in float32 anyway, as does a model
+    loaded from the run folder.
     """
+    model, attention = run.bare_model, run.bare_model.config._attn_implementation
+    model.set_attn_implementation(run.attention)
     wrapped = model.__dict__.pop("forward", None)
     try:
         yield
     finally:
+        model.set_attn_implementation(attention)
         if wrapped is not None:
             model.forward = wrapped
 
