@@ -486,7 +486,7 @@ def run_ablation(options: argparse.Namespace, extra: list[str]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
     status = run_command(run_ablation, *parse_options(argv))
-    if status == 130:
+    if status in (130, 143):
         print("The same command goes on with the row and seed that were not finished.", file=sys.stderr)
     return status
 

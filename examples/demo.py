@@ -11,7 +11,6 @@ import argparse
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -82,15 +81,10 @@ def train(config: str, output_dir: Path, extra: list[str]) -> int:
     try:
         return training.wait()
     except KeyboardInterrupt:
-        # Ctrl-C in a terminal reaches the training too, other signals do not
+        # Ctrl-C in a terminal reaches the training too, SIGTERM to this process does not
         training.terminate()
         training.wait()
         raise
-
-
-def interrupt(*_) -> None:
-    """Handle SIGTERM as Ctrl-C is handled."""
-    raise KeyboardInterrupt
 
 
 def print_scores(results: dict[str, dict]) -> None:
@@ -163,7 +157,6 @@ def run_demo(options: argparse.Namespace, extra: list[str]) -> int:
     """Run all steps of the demo; return its exit code."""
     if options.num_images < 1:
         raise InvalidArguments(f"--num_images is {options.num_images}; give at least 1.")
-    signal.signal(signal.SIGTERM, interrupt)
     start = time.monotonic()
     folder = options.output_dir
     _, data_args, _ = parse_arguments(

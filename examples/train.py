@@ -30,7 +30,7 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one training; returns its exit status: 0 done, 1 diverged, 2 input refused, 130 interrupted."""
+    """Runs one training; returns its exit status, as docs/training.md lists them."""
     return run_command(run, argv)
 
 

@@ -31,7 +31,7 @@ def run(folder: Path, model=None, data=None, **training) -> dict:
     GradientState._reset_state()
     return train(
         ModelArguments(**(MODEL | (model or {}))),
-        DataArguments(num_workers=0, **(DATA | (data or {}))),
+        DataArguments(**({"num_workers": 0} | DATA | (data or {}))),
         SynerNetTrainingArguments(**(TRAINING | {"output_dir": str(folder)} | training)),
     )
 

@@ -2,8 +2,11 @@
 
 import argparse
 import difflib
+import errno
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -21,8 +24,20 @@ TransportError = HfHubHTTPError.__bases__[0]
 NUMBERS = {"int": "a whole number", "float": "a number"}
 
 
+# what a disk refuses, as opposed to a path that was given wrongly
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE)
+
+
 class InvalidArguments(ValueError):
     """A command cannot start with this input; the message has one sentence per line."""
+
+
+class DiskError(OSError):
+    """A file could not be read or written while a command worked; the message is a sentence."""
+
+
+class Terminated(KeyboardInterrupt):
+    """The process got SIGTERM."""
 
 
 def _with_default(action: argparse.Action) -> str:
@@ -122,6 +137,10 @@ def needs_extra(extra: str) -> Iterator[None]:
         sys.exit(2)
 
 
+def _terminate(*_: Any) -> NoReturn:
+    raise Terminated
+
+
 def run_command(command: Callable[..., int | None], *args: Any) -> int:
     """
     Runs a command and prints what it refuses as lines `error: …`, without a traceback. Bars of transformers for loading
@@ -132,21 +151,32 @@ def run_command(command: Callable[..., int | None], *args: Any) -> int:
         args (`Any`): Its arguments.
 
     Returns:
-        `int`: exit status: the command's own, 0 done, 1 diverged, 2 input refused, 130 interrupted.
+        `int`: exit status: the command's own, 0 done, 1 diverged, 2 input refused, 3 the disk failed, 130 interrupted,
+        143 ended by SIGTERM.
     """
     disable_progress_bar()
     enable_progress_bars()
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
     try:
         return command(*args) or 0
-    except (ValueError, OSError, ImportError) as error:
+    except OSError as error:
+        fails = error.errno in DISK_ERRORS
+        problem, status = error, 3 if fails or isinstance(error, DiskError) else 2
+        if fails:
+            problem = f"{error.filename or 'A file'} cannot be written or read ({error.strerror})."
+    except (ValueError, ImportError) as error:
         problem, status = error, 2
     except TransportError as error:
         problem, status = f"The Hub cannot be reached ({error}): try again with a network.", 2
     except FloatingPointError as error:
         problem, status = error, 1
     except KeyboardInterrupt as error:
-        problem, status = error, 130
-    text = str(problem) or "Interrupted."
+        problem, status = error, 143 if isinstance(error, Terminated) else 130
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, previous)
+    text = str(problem) or ("Terminated." if status == 143 else "Interrupted.")
     # messages of libraries have line breaks within their sentences
     for line in text.splitlines() if isinstance(problem, InvalidArguments) else [one_line(text)]:
         print(f"error: {line}", file=sys.stderr)

@@ -5,11 +5,15 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import shutil
+import tempfile
+import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,8 @@ SYSTEM_NAMES |= {"__pycache__", "thumbs.db", "desktop.ini"}
 # file systems allow 255; names of temporary files are longer
 MAX_NAME_BYTES = 200
 TEMPORARY_NAME = re.compile(r"\.(?P<name>.+)\.\d+\.tmp")
+# names the process that writes into a folder
+LOCK_FILE = ".lock"
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
@@ -98,6 +104,101 @@ def digest_file(path: Path) -> str:
     """Returns the SHA-256 of a file's content, a `str` of 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def try_writing(folder: Path) -> None:
+    """Writes a megabyte into a folder, or where it would be made, and removes it; `OSError` with the path if that fails."""
+    folder = folder.absolute()
+    folder = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """
+    Makes a folder that no other process writes into meanwhile: the file `.lock` names this process by host, number and
+    start. The lock of a process that ended without removing it, or ran before the machine started, does not count.
+    `ValueError` if another process holds the folder. A folder that is still empty at the end is removed.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    make_folder(folder)
+    path, pid = folder / LOCK_FILE, os.getpid()
+    own = {
+        "host": platform.node(),
+        "pid": pid,
+        "process": _process(pid),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+    text, aside = json.dumps(own), path.with_name(f".{LOCK_FILE}.{pid}.tmp")
+    while True:
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
+            break
+        except FileExistsError:
+            holder = path.read_bytes() if path.exists() else b""
+            problem = folder_in_use(folder)
+            if problem is None and path.exists():
+                os.replace(path, aside)
+                if aside.read_bytes() != holder:
+                    # another process was faster
+                    os.replace(aside, path)
+                aside.unlink(missing_ok=True)
+            elif problem is not None:
+                raise ValueError(problem) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        for parent in made:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def folder_in_use(folder: Path) -> str | None:
+    """Says which other process writes into a folder, or returns `None`."""
+    path, holder = folder / LOCK_FILE, None
+    for _ in range(20):
+        try:
+            holder = json.loads(path.read_text(encoding="utf-8"))
+            break
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            # being written, unless it stays like that
+            time.sleep(0.05)
+    advice = f"wait until it ends, or remove {path} if it does not run any more."
+    try:
+        if holder["host"] == platform.node() and _process(holder["pid"]) != holder["process"]:
+            return None
+        return f"Process {holder['pid']} on {holder['host']} writes into {folder} since {holder['started']}: {advice}"
+    except (KeyError, TypeError):
+        return f"Another process writes into {folder}: {advice}"
+
+
+def _process(pid: int) -> str | None:
+    """Tells a process from later ones of its number, where the system does; `None` if there is none."""
+    if Path("/proc/self/stat").exists():
+        try:
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None
+        return None if state in "ZX" else f"{boot} {fields[18]}"
+    if os.name != "nt":
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            pass
+    return ""
 
 
 def safe_file_names(names: Sequence[str], suffix: str) -> list[str]:
@@ -211,9 +312,12 @@ def finite(data: Any) -> Any:
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "LOCK_FILE",
     "TEMPORARY_NAME",
     "digest_file",
     "finite",
+    "folder_in_use",
+    "hold_folder",
     "is_hidden",
     "is_hub_id",
     "make_folder",
@@ -225,6 +329,7 @@ __all__ = [
     "replace_folder",
     "safe_file_names",
     "sync_files",
+    "try_writing",
     "write_json",
     "write_text",
 ]

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -295,45 +294,9 @@ def test_curves_are_named_after_the_run(tmp_path, monkeypatch):
     assert seen == [(("cats",), {"init_kwargs": {"trackio": {"name": "cats", "resume": "allow"}}})]
 
 
-def test_a_second_sigterm_does_not_end_the_clearing_up(tmp_path, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
-    remove = engine.remove_unfinished
-
-    def interrupted_again(folder):
-        os.kill(os.getpid(), signal.SIGTERM)
-        remove(folder)
-
-    def first(*args):
-        monkeypatch.setattr(engine, "remove_unfinished", interrupted_again)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    stop_at(monkeypatch, 2, first)
-    with pytest.raises(KeyboardInterrupt, match="after step 2; the last checkpoint is .*checkpoint-2"):
-        run(tmp_path / "run")
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
 def test_old_checkpoints_go(tmp_path):
     run(tmp_path / "run", save_steps=1, save_total_limit=2)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-3", "checkpoint-4"]
-
-
-def test_sigterm_leaves_the_last_checkpoint_and_nothing_half_written(tmp_path, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
-    save_state = engine.Accelerator.save_state
-
-    def killed_while_saving(self, folder, **kwargs):
-        result = save_state(self, folder, **kwargs)
-        if "checkpoint-2" in folder:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
-    monkeypatch.setattr(engine.Accelerator, "save_state", killed_while_saving)
-    with pytest.raises(KeyboardInterrupt, match="the last checkpoint is .*checkpoint-1 .*--resume_from_checkpoint"):
-        run(tmp_path / "run", save_steps=1)
-    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-1"]
-    assert not list((tmp_path / "run").rglob("*.tmp"))
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ from synernet_hf.data import (
     id2label_from,
     load_wsss_dataset,
 )
-from synernet_hf.files import is_hub_id, one_line
+from synernet_hf.files import is_hub_id, one_line, try_writing
 from synernet_hf.model import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.model.encoder_synernet import pretrained_backbone_config
 from synernet_hf.training.arguments import (
@@ -294,8 +294,14 @@ def validate_arguments(
     if training_args.output_dir:
         try:
             checkpoint = find_resume_checkpoint(Path(training_args.output_dir), training_args.resume_from_checkpoint)
+            try_writing(Path(training_args.output_dir))
         except InvalidArguments as error:
             problems.append(str(error))
+        except OSError as error:
+            problems.append(
+                f"The output folder {training_args.output_dir} cannot be written ({error.strerror}: {error.filename}): "
+                "choose another `output_dir`, or make room."
+            )
     if not problems:
         return checkpoint
     try:

@@ -15,17 +15,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, load
+from safetensors import SafetensorError
 
 from synernet_hf.files import (
+    LOCK_FILE,
     TEMPORARY_NAME,
     digest_file,
     finite,
+    folder_in_use,
     make_folder,
     one_line,
     read_json,
     remove_folder,
     replace_folder,
     sync_files,
+    try_writing,
     write_json,
 )
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
@@ -39,7 +43,7 @@ IMAGES_FILE = "images.png"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 # names of what is not complete yet
 TEMPORARY_FOLDER = re.compile(r"(checkpoint-\d+(\.old)?|model)\.tmp")
-OWN_FILES = {ARGUMENTS_FILE, STATE_FILE, RESULTS_FILE, CARD_FILE, IMAGES_FILE}
+OWN_FILES = {LOCK_FILE, ARGUMENTS_FILE, STATE_FILE, RESULTS_FILE, CARD_FILE, IMAGES_FILE}
 
 # settings that may change between a run and its continuation: no weight depends on them, or only through what is
 # compared as `run` (name of the backbone, fingerprint of the training split)
@@ -135,6 +139,8 @@ def passed_over(output_dir: Path, checkpoint: Path) -> list[str]:
 def _is_temporary(path: Path) -> bool:
     if path.is_dir():
         return TEMPORARY_FOLDER.fullmatch(path.name) is not None
+    if path.name == LOCK_FILE:
+        return True
     match = TEMPORARY_NAME.fullmatch(path.name)
     return match is not None and match["name"] in OWN_FILES
 
@@ -162,6 +168,9 @@ def find_resume_checkpoint(output_dir: Path, resume_from_checkpoint: str | None)
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise InvalidArguments(f"The output folder {output_dir} is a file: choose another `output_dir`.")
+    problem = folder_in_use(output_dir)
+    if problem is not None:
+        raise InvalidArguments(problem)
     checkpoints = list_checkpoints(output_dir)
     holds_run = bool(checkpoints) or _is_own_record(output_dir / ARGUMENTS_FILE)
     if not holds_run and output_dir.is_dir() and not all(_is_temporary(path) for path in output_dir.iterdir()):
@@ -252,7 +261,12 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         make_folder(temporary)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
+    try:
+        accelerator.save_state(str(temporary))
+    except (RuntimeError, SafetensorError):
+        # torch and safetensors tell that a disk is full by these
+        try_writing(temporary)
+        raise
     if accelerator.is_main_process:
         write_json(temporary / ARGUMENTS_FILE, arguments)
     accelerator.wait_for_everyone()

@@ -2,9 +2,7 @@
 
 import math
 import platform
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from synernet_hf.cli import DiskError, Terminated
 from synernet_hf.data import PhotometricAugmentation, class_names
 from synernet_hf.files import write_json
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
@@ -44,7 +43,6 @@ from synernet_hf.training.checkpoints import (
     TrainerState,
     check_same_settings,
     is_without_checkpoint,
-    list_checkpoints,
     load_checkpoint,
     passed_over,
     read_record,
@@ -67,6 +65,7 @@ from synernet_hf.training.optimization import (
     resolve_precision,
 )
 from synernet_hf.training.reporting import write_card
+from synernet_hf.training.stopping import StopRequest, hold_run_folder, stop_cleanly
 
 
 # a gradient scaler halves its scale at each skipped step; no finite gradient needs this many halvings
@@ -96,6 +95,7 @@ class TrainingRun:
     state: TrainerState
     # the model's attention outside of training steps
     attention: str
+    stop: StopRequest
     # of the latest evaluation
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -139,26 +139,31 @@ def train(
     checkpoint = validate_arguments(model_args, data_args, training_args)
     accelerator = setup(training_args)
     try:
-        data = prepare_data(data_args, accelerator, checkpoint and read_record(checkpoint / ARGUMENTS_FILE))
-        run = build_run(model_args, data_args, training_args, accelerator, data, checkpoint)
+        with hold_run_folder(accelerator, Path(training_args.output_dir)):
+            data = prepare_data(data_args, accelerator, checkpoint and read_record(checkpoint / ARGUMENTS_FILE))
+            run = build_run(model_args, data_args, training_args, accelerator, data, checkpoint)
+            _tell_surprises(run)
+            with stop_cleanly(accelerator, run.output_dir, run.state, run.stop):
+                fit(run)
+                results = finish(run)
     except InvalidArguments:
         # every process gets here; without the wait, one that ends early would abort the others before they report
         accelerator.wait_for_everyone()
         accelerator.end_training()
         raise
+    accelerator.end_training()
+    return results
+
+
+def _tell_surprises(run: TrainingRun) -> None:
     if not run.can_evaluate:
-        accelerator.print("The data has no validation split with masks: this run computes no scores.")
-    size, crop = training_args.inference_size, training_args.crop_size
+        run.accelerator.print("The data has no validation split with masks: this run computes no scores.")
+    size, crop = run.training_args.inference_size, run.training_args.crop_size
     if size is not None and size > 2 * crop:
-        accelerator.print(
+        run.accelerator.print(
             f"The model learns on crops of {crop} px and will see images with a shortest edge of {size} px, as "
             f"`inference_size` says: objects look larger than in training; --inference_size {round(1.25 * crop)} fits."
         )
-    with _stop_cleanly(run):
-        fit(run)
-        results = finish(run)
-    accelerator.end_training()
-    return results
 
 
 def setup(training_args: SynerNetTrainingArguments) -> Accelerator:
@@ -244,9 +249,8 @@ def build_run(
         record=record,
         state=state,
         attention=attention,
+        stop=StopRequest(accelerator.num_processes),
     )
-    # no process may create the output folder while another still checks that it is free
-    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if checkpoint is None and is_without_checkpoint(output_dir):
             tqdm.write(f"{output_dir}: the run was interrupted before its first checkpoint and starts over.")
@@ -287,9 +291,10 @@ def fit(run: TrainingRun) -> None:
     if state.step == args.max_steps:
         bar.close()
         return
+    run.stop.deferred = True
     # the bar closes before the final folder is written, so that its last line comes before the messages
     with bar:
-        for batch in run.loader:
+        for batch in _batches(run):
             passes.append(train_step(run, batch))
             if not accelerator.sync_gradients:
                 continue
@@ -310,20 +315,48 @@ def fit(run: TrainingRun) -> None:
             passes.clear()
             bar.update()
             clock.tick()
-            evaluates = _evaluates(run)
-            saves = state.step == args.max_steps or state.step % args.save_steps == 0
+            evaluates, stops = _evaluates(run), run.stop.agreed()
+            saves = stops or state.step == args.max_steps or state.step % args.save_steps == 0
             state.elapsed_seconds = time.perf_counter() - started
             if evaluates or saves or state.step % args.logging_steps == 0:
                 log(run, meter.read(accelerator), bar)
             if saves:
-                check_finite_weights(run.model, state.step)
-                save_checkpoint(accelerator, run.output_dir, state, run.record, args.save_total_limit)
+                save(run)
+                if stops or run.stop.agreed(now=True):
+                    raise Terminated
             if evaluates:
+                # with a checkpoint of this step nothing is lost by ending at once
+                run.stop.deferred = not saves
                 evaluate(run)
+                run.stop.deferred = True
             if saves or evaluates:
                 clock.restart()
             if state.step == args.max_steps:
                 break
+        else:
+            # the loader ended with its workers: a checkpoint of whole steps, where no other process is amid one
+            if state.step and not passes and accelerator.num_processes == 1:
+                save(run)
+            raise Terminated
+    run.stop.deferred = False
+
+
+def save(run: TrainingRun) -> None:
+    """Saves a checkpoint of finite weights; every process calls this."""
+    check_finite_weights(run.model, run.state.step)
+    save_checkpoint(run.accelerator, run.output_dir, run.state, run.record, run.training_args.save_total_limit)
+
+
+def _batches(run: TrainingRun) -> Iterator[dict[str, torch.Tensor]]:
+    """The training stream; it ends only if its workers got the SIGTERM that this process got too."""
+    try:
+        yield from run.loader
+    except RuntimeError:
+        if run.stop.signalled_at is None:
+            raise
+    except (OSError, ValueError) as error:
+        # from a worker the message is a traceback, whose last line names the error
+        raise DiskError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
 class _StepClock:
@@ -510,39 +543,3 @@ def _full_precision(run: TrainingRun) -> Iterator[None]:
         model.set_attn_implementation(attention)
         if wrapped is not None:
             model.forward = wrapped
-
-
-@contextmanager
-def _stop_cleanly(run: TrainingRun) -> Iterator[None]:
-    """
-    At an interruption (Ctrl-C, or SIGTERM as clusters send it) removes what is half-written and says how to continue;
-    adds the last good checkpoint to the message of a diverged run.
-    """
-
-    def interrupt(signum, frame):
-        # clusters signal the workers of the loaders too: their end is no error of its own then
-        if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, lambda *_: None)
-        raise KeyboardInterrupt
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, interrupt) if in_main_thread else None
-    try:
-        yield
-    except (KeyboardInterrupt, FloatingPointError) as error:
-        if in_main_thread:
-            # a second one must not end the clearing up
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        for tracker in run.accelerator.trackers:
-            tracker.finish()
-        if run.accelerator.is_main_process:
-            remove_unfinished(run.output_dir)
-        checkpoints = list_checkpoints(run.output_dir)
-        last = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
-        if isinstance(error, FloatingPointError):
-            raise FloatingPointError(f"{error} Training stopped; {last}.") from error
-        way_on = f" ({'continue' if checkpoints else 'start over'} with --resume_from_checkpoint latest)"
-        raise KeyboardInterrupt(f"Interrupted after step {run.state.step}; {last}{way_on}.") from error
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,371 @@
+"""Runs that end early: signals, launchers that are gone, folders in use, disks that fail."""
+
+import errno
+import json
+import os
+import platform
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from testing_utils import TRAINED_MODEL as MODEL
+from training_utils import DATA, TRAINING, assert_equal_weights, run, snapshot, stop_at
+
+from synernet_hf.cli import DiskError, Terminated, run_command
+from synernet_hf.files import LOCK_FILE, folder_in_use, hold_folder
+from synernet_hf.training import InvalidArguments, engine, stopping
+from synernet_hf.training.checkpoints import damage, list_checkpoints
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of four steps that nothing ended."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    run(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """A run leaves the handlers of signals as they were, but for that of ended workers."""
+    before, children = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGCHLD)
+    yield
+    assert signal.getsignal(signal.SIGTERM) is before
+    signal.signal(signal.SIGCHLD, children)
+
+
+def terminate(times: int = 1):
+    """In place of a pass: SIGTERM, then the pass."""
+
+    def passed(original, *args):
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    return passed
+
+
+def names(folder: Path) -> list[str]:
+    assert not list(folder.rglob("*.tmp")) and not (folder / LOCK_FILE).exists()
+    assert [damage(path) for path in list_checkpoints(folder)] == [None] * len(list_checkpoints(folder))
+    return [path.name for path in list_checkpoints(folder)]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("times", [1, 2])
+def test_sigterm_saves_the_step_it_came_in(finished, tmp_path, monkeypatch, accumulation, times):
+    straight, settings = finished, {"gradient_accumulation_steps": accumulation, "eval_steps": 2}
+    with monkeypatch.context() as patch:
+        # launchers pass on a signal that the group got already: the second one is an echo
+        stop_at(patch, 2 * accumulation, terminate(times))
+        with pytest.raises(
+            Terminated, match="Terminated after step 3; the last checkpoint is .*checkpoint-3 .continue"
+        ):
+            run(tmp_path / "run", **settings)
+    assert names(tmp_path / "run") == ["checkpoint-2", "checkpoint-3"]
+    run(tmp_path / "run", resume_from_checkpoint="latest", **settings)
+    if accumulation == 2:
+        straight = tmp_path / "straight"
+        run(straight, **settings)
+    assert_equal_weights(straight, tmp_path / "run")
+
+
+def test_a_second_sigterm_ends_at_once_and_a_third_does_not_disturb_the_clearing_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "ECHO_SECONDS", 0)
+    remove = stopping.remove_unfinished
+
+    def interrupted_again(folder):
+        os.kill(os.getpid(), signal.SIGTERM)
+        remove(folder)
+
+    monkeypatch.setattr(stopping, "remove_unfinished", interrupted_again)
+    stop_at(monkeypatch, 2, terminate(2))
+    with pytest.raises(Terminated, match="after step 2; the last checkpoint is .*checkpoint-2 "):
+        run(tmp_path / "run")
+    assert names(tmp_path / "run") == ["checkpoint-2"]
+
+
+def test_a_save_that_sigterm_meets_is_finished(tmp_path, monkeypatch):
+    save_state, evaluated = engine.Accelerator.save_state, []
+
+    def signalled_while_saving(self, folder, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return save_state(self, folder, **kwargs)
+
+    monkeypatch.setattr(engine.Accelerator, "save_state", signalled_while_saving)
+    monkeypatch.setattr(engine, "evaluate_model", lambda *args, **kwargs: evaluated.append(1))
+    with pytest.raises(Terminated, match="after step 1; the last checkpoint is .*checkpoint-1 "):
+        run(tmp_path / "run", save_steps=1, eval_steps=1)
+    assert names(tmp_path / "run") == ["checkpoint-1"] and not evaluated
+
+
+@pytest.mark.parametrize(("save_steps", "step"), [(1, 1), (3, 2)])
+def test_sigterm_in_an_evaluation_ends_at_once_where_nothing_is_lost(tmp_path, monkeypatch, save_steps, step):
+    evaluate_model, evaluated = engine.evaluate_model, []
+
+    def signalled(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        evaluated.append(1)
+        return evaluate_model(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "evaluate_model", signalled)
+    with pytest.raises(Terminated, match=f"after step {step}; the last checkpoint is .*checkpoint-{step} "):
+        run(tmp_path / "run", save_steps=save_steps, eval_steps=1)
+    assert names(tmp_path / "run") == [f"checkpoint-{step}"]
+    assert evaluated == [1] * (step - 1)
+
+
+def test_a_loader_whose_workers_got_the_signal_too_costs_no_step(finished, tmp_path, monkeypatch):
+    def broken(training_run):
+        for number, batch in enumerate(training_run.loader):
+            if number == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+            yield batch
+
+    batches = engine._batches
+
+    class Loader:
+        def __init__(self, loader):
+            self.loader = loader
+
+        def __iter__(self):
+            return broken(self)
+
+    def patched(training_run):
+        training_run.loader = Loader(training_run.loader)
+        return batches(training_run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_batches", patched)
+        with pytest.raises(Terminated, match="after step 3; the last checkpoint is .*checkpoint-3 "):
+            run(tmp_path / "run")
+    run(tmp_path / "run", resume_from_checkpoint="latest")
+    assert_equal_weights(finished, tmp_path / "run")
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_run_ends_with_its_launcher_and_not_with_its_shell(tmp_path, monkeypatch, launched):
+    for name in stopping.LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+    def orphaned(original, *args):
+        monkeypatch.setattr(stopping, "PARENT", -1)
+        return original(*args)
+
+    stop_at(monkeypatch, 2, orphaned)
+    if launched:
+        with pytest.raises(Terminated, match="after step 3; the last checkpoint is .*checkpoint-3 "):
+            run(tmp_path / "run")
+    else:
+        run(tmp_path / "run")
+    assert names(tmp_path / "run") == ["checkpoint-2", "checkpoint-3" if launched else "checkpoint-4"]
+
+
+def test_sigterm_has_a_sentence_and_a_status_in_every_command(capsys):
+    assert run_command(lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5)) == 143
+    assert capsys.readouterr().err == "error: Terminated.\n"
+
+
+def other_process(**changes) -> str:
+    """The text of a lock of a process that runs, or of one that differs from it."""
+    holder = {"host": platform.node(), "pid": os.getppid(), "started": "2026-01-02 03:04:05"}
+    holder["process"] = stopping_process(holder["pid"])
+    return json.dumps(holder | changes)
+
+
+def stopping_process(pid: int) -> str | None:
+    from synernet_hf import files
+
+    return files._process(pid)
+
+
+def test_a_folder_that_another_process_holds_is_refused_and_not_touched(finished, tmp_path):
+    for folder in (finished, tmp_path / "new"):
+        folder.mkdir(exist_ok=True)
+        (folder / LOCK_FILE).write_text(other_process())
+        before = snapshot(folder)
+        for checkpoint in (None, "latest"):
+            with pytest.raises(
+                InvalidArguments, match=rf"Process {os.getppid()} on .* since 2026-01-02 03:04:05: wait"
+            ):
+                run(folder, resume_from_checkpoint=checkpoint)
+        assert snapshot(folder) == before
+        (folder / LOCK_FILE).unlink()
+
+
+def test_a_run_that_takes_the_folder_during_the_start_wins(tmp_path, monkeypatch):
+    setup, folder = engine.setup, tmp_path / "run"
+
+    def overtaken(training_args):
+        folder.mkdir()
+        (folder / LOCK_FILE).write_text(other_process())
+        return setup(training_args)
+
+    monkeypatch.setattr(engine, "setup", overtaken)
+    with pytest.raises(InvalidArguments, match="writes into .*run since"):
+        run(folder)
+    assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
+
+
+@pytest.mark.parametrize(
+    ("content", "is_held"),
+    [
+        (other_process(), True),
+        # of a process that has ended, of an earlier one of that number, of one before the machine started anew
+        (other_process(pid=2**22 + 1), False),
+        (other_process(process="0 1"), False),
+        (other_process(host="elsewhere", pid=2**22 + 1), True),
+        ("", True),
+        ("[]", True),
+    ],
+)
+def test_locks_that_count_and_those_that_do_not(tmp_path, content, is_held):
+    (tmp_path / LOCK_FILE).write_text(content)
+    assert (folder_in_use(tmp_path) is not None) == is_held
+    if is_held:
+        assert f"remove {tmp_path / LOCK_FILE}" in folder_in_use(tmp_path)
+        with pytest.raises(ValueError, match="writes into"), hold_folder(tmp_path):
+            pass
+        assert (tmp_path / LOCK_FILE).read_text() == content
+    else:
+        with hold_folder(tmp_path):
+            assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+            with pytest.raises(ValueError, match="writes into"), hold_folder(tmp_path):
+                pass
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_held_folder_that_stays_empty_is_removed(tmp_path):
+    with hold_folder(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b" / LOCK_FILE).is_file()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_run_leaves_a_lock_that_does_not_count(tmp_path):
+    program = "import os, sys; from pathlib import Path; from synernet_hf.files import hold_folder; "
+    program += "held = hold_folder(Path(sys.argv[1])); held.__enter__(); os.kill(os.getpid(), 9)"
+    source = str(Path(stopping.__file__).parents[2])
+    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=os.environ | {"PYTHONPATH": source})
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / LOCK_FILE).is_file()
+    assert folder_in_use(tmp_path) is None
+    with hold_folder(tmp_path):
+        pass
+
+
+def test_a_full_disk_has_a_sentence_and_a_status(tmp_path, monkeypatch, capsys):
+    """A limit on the size of files fails where a full disk does, in the middle of a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(original, *args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, hard))
+        return original(*args)
+
+    stop_at(monkeypatch, 3, full)
+    try:
+        status = run_command(run, tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert status == 3
+    assert f"{tmp_path / 'run' / 'checkpoint-4.tmp'} cannot be read or written (File too large)" in line
+    assert "Training stopped after step 4; the last checkpoint is" in line and "checkpoint-2 (continue with" in line
+    assert names(tmp_path / "run") == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_image_that_is_deleted_during_the_training_is_named(tmp_path, monkeypatch, capsys, num_workers):
+    folder = tmp_path / "images"
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for number in range(8):
+            Image.new("RGB", (32, 32), (number, 0, 0)).save(folder / name / f"{number}.png")
+
+    def deleted(original, *args):
+        for path in folder.rglob("*.png"):
+            path.unlink()
+        return original(*args)
+
+    stop_at(monkeypatch, 2, deleted)
+    data = {"dataset": "image_folder", "data_dir": str(folder), "dataset_options": {}, "num_workers": num_workers}
+    # workers are some batches ahead
+    assert run_command(lambda: run(tmp_path / "run", None, data, max_steps=16) and 0) == 3
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in errors[0]
+    assert re.search(rf"error: The image (cat|dog)__\d does not decode: .*{folder}.*\.png", errors[0])
+    assert re.search(r"Training stopped after step \d+; the last checkpoint is .*checkpoint-\d+ .continue", errors[0])
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_else(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise OSError(errno.EROFS, "Read-only file system", "somewhere")
+
+    monkeypatch.setattr("synernet_hf.files.tempfile.TemporaryFile", refuse)
+    with pytest.raises(
+        InvalidArguments, match=rf"cannot be written .Read-only file system: {tmp_path}.: choose another"
+    ):
+        run(tmp_path / "run" / "new")
+
+
+def test_what_a_disk_refuses_has_a_status_of_its_own_in_every_command(capsys):
+    def full(number):
+        raise OSError(number, os.strerror(number), "out/scores.json")
+
+    assert run_command(full, errno.ENOSPC) == 3
+    assert capsys.readouterr().err == "error: out/scores.json cannot be written or read (No space left on device).\n"
+    assert run_command(full, errno.ENOENT) == 2
+    assert issubclass(DiskError, OSError)
+
+
+RANK_SCRIPT = """
+import os, signal, sys
+from synernet_hf.training import engine, parse_arguments
+
+train_step = engine.train_step
+
+def signalled(run, batch):
+    if run.state.step == 1 and run.accelerator.process_index == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return train_step(run, batch)
+
+engine.train_step = signalled
+try:
+    engine.train(*parse_arguments(sys.argv[1:]))
+except KeyboardInterrupt as error:
+    print(f"rank: {error}", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_processes_agree_on_the_step_to_stop_at(root, tmp_path):
+    (tmp_path / "script.py").write_text(RANK_SCRIPT)
+    settings = MODEL | DATA | TRAINING | {"output_dir": str(tmp_path / "run"), "num_workers": 0, "max_steps": 8}
+    settings |= {"save_steps": 8, "eval_steps": 8}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
+
+    def start(script, *words):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+        command += ["--config", str(tmp_path / "recipe.yaml"), *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    printed = start(tmp_path / "script.py")
+    # the signal of step 2 is known to both after step 3
+    assert printed.count("rank: Terminated after step 3; the last checkpoint is") == 2
+    assert names(tmp_path / "run") == ["checkpoint-3"]
+    start(root / "examples" / "train.py", "--resume_from_checkpoint", "latest")
+    start(root / "examples" / "train.py", "--output_dir", str(tmp_path / "straight"))
+    assert_equal_weights(tmp_path / "straight", tmp_path / "run")
+    assert torch.distributed.is_initialized() is False
