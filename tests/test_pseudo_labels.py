@@ -1,5 +1,6 @@
 """Pseudo-labels of a data set: the same bytes however they were made, and a manifest that tells the truth."""
 
+import hashlib
 import json
 import os
 import runpy
@@ -14,11 +15,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from testing_utils import SynerNetModelTester
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.data import build_split, class_names, load_shapes
+from synernet_hf.files import hold_folder
 from synernet_hf.pseudo_labels import (
     PseudoLabeler,
     PseudoLabelOptions,
@@ -246,6 +248,70 @@ def test_finished_images_are_kept_and_others_made(model, processor, tmp_path):
     write_pseudo_labels(model, processor, split, tmp_path / "parts")
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     assert {name: (masks / name).stat().st_mtime_ns for name in before} == before
+
+
+def spoiled(path: Path, how: str) -> None:
+    """Damages a mask: in its compressed pixels, in a pixel by an editor that keeps the texts, or by cutting it off."""
+    content = path.read_bytes()
+    if how == "damaged":
+        position = content.index(b"IDAT") + 12
+        path.write_bytes(content[:position] + bytes([content[position] ^ 255]) + content[position + 1 :])
+    elif how == "edited":
+        with Image.open(path) as mask:
+            text = PngImagePlugin.PngInfo()
+            text.add_text("synernet_hf", mask.info["synernet_hf"])
+            edited = mask.copy()
+        edited.putpixel((0, 0), 1 - min(edited.getpixel((0, 0)), 1))
+        edited.save(path, pnginfo=text)
+    else:
+        path.write_bytes(content[: {"half": len(content) // 2, "empty": 0}[how]])
+
+
+@pytest.mark.parametrize("how", ["damaged", "edited", "half", "empty"])
+def test_masks_with_other_pixels_than_were_written_are_made_again(model, processor, tmp_path, how):
+    split = split_of(some_images(2), LABELS[:2])
+    table = write_pseudo_labels(model, processor, split, tmp_path)
+    whole, mask = contents(tmp_path), tmp_path / "masks" / "image_0.png"
+    for row in table.to_pylist():
+        with Image.open(tmp_path / row["mask"]) as written:
+            assert hashlib.sha256(np.asarray(written).tobytes()).hexdigest() == row["pixels"]
+    other = (tmp_path / "masks" / "image_1.png").stat().st_mtime_ns
+    spoiled(mask, how)
+    assert contents(tmp_path) != whole
+    write_pseudo_labels(model, processor, split, tmp_path)
+    assert contents(tmp_path) == whole
+    assert (tmp_path / "masks" / "image_1.png").stat().st_mtime_ns == other
+
+
+@pytest.mark.parametrize("name", ["manifest.parquet", "pseudo_labels.json"])
+def test_a_damaged_manifest_is_made_again(model, processor, tmp_path, name):
+    split = split_of(some_images(2), LABELS[:2])
+    write_pseudo_labels(model, processor, split, tmp_path)
+    whole = contents(tmp_path)
+    times = [path.stat().st_mtime_ns for path in sorted((tmp_path / "masks").iterdir())]
+    (tmp_path / name).write_bytes(whole[name][: len(whole[name]) // 2])
+    with pytest.raises(ValueError, match="cannot be read .* makes it anew|make them anew"):
+        with_pseudo_labels(split, tmp_path)
+    write_pseudo_labels(model, processor, split, tmp_path)
+    assert contents(tmp_path) == whole
+    assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "masks").iterdir())] == times
+    # without the settings nobody can tell, so that those of another model are made again
+    (tmp_path / "pseudo_labels.json").write_text("{")
+    other = SynerNetModelTester().model(seed=1)
+    write_pseudo_labels(other, processor, split, tmp_path)
+    write_pseudo_labels(other, processor, split, tmp_path / "fresh")
+    fresh = contents(tmp_path / "fresh")
+    assert {key: value for key, value in contents(tmp_path).items() if not key.startswith("fresh")} == fresh
+
+
+def test_a_folder_that_another_process_writes_into_is_refused(model, processor, tmp_path):
+    split = split_of(some_images(1), LABELS[:1])
+    with hold_folder(tmp_path / "out"):
+        with pytest.raises(ValueError, match=f"Process {os.getpid()} on .* writes into"):
+            write_pseudo_labels(model, processor, split, tmp_path / "out")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+    write_pseudo_labels(model, processor, split, tmp_path / "out")
+    assert not (tmp_path / "out" / ".lock").exists()
 
 
 def test_a_mask_is_made_again_for_other_image_labels(model, processor, tmp_path):

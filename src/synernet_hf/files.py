@@ -119,14 +119,38 @@ def try_writing(folder: Path) -> None:
         raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
+class FolderInUse(ValueError):
+    """Another process writes into a folder; the message says which, and what to do."""
+
+
 @contextmanager
-def hold_folder(folder: Path) -> Iterator[None]:
+def hold_folder(
+    folder: Path, is_main: bool = True, share: Callable[[str | None], str | None] | None = None
+) -> Iterator[None]:
     """
     Makes a folder that no other process writes into meanwhile: the file `.lock` names this process by host, number and
-    start. The lock of a process that ended without removing it, or ran before the machine started, does not count.
-    `ValueError` if another process holds the folder. A folder that is still empty at the end is removed.
+    start. The lock of a process that ended without removing it, or ran before the machine started, does not count. Of
+    processes that work together the main one holds the folder, and `share` hands them its text. A folder that is still
+    empty at the end is removed. `FolderInUse`, in all of them, if another process holds it.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
+    problem = _take(folder) if is_main else None
+    if share is not None:
+        problem = share(problem)
+    if problem is not None:
+        raise FolderInUse(problem)
+    try:
+        yield
+    finally:
+        if is_main:
+            (folder / LOCK_FILE).unlink(missing_ok=True)
+            for parent in made:
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
+
+
+def _take(folder: Path) -> str | None:
+    """Writes the lock of a folder, or returns what [`folder_in_use`] says."""
     make_folder(folder)
     path, pid = folder / LOCK_FILE, os.getpid()
     own = {
@@ -135,30 +159,23 @@ def hold_folder(folder: Path) -> Iterator[None]:
         "process": _process(pid),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-    text, aside = json.dumps(own), path.with_name(f".{LOCK_FILE}.{pid}.tmp")
+    aside = path.with_name(f".{LOCK_FILE}.{pid}.tmp")
     while True:
         try:
             with path.open("x", encoding="utf-8") as file:
-                file.write(text)
-            break
+                file.write(json.dumps(own))
+            return None
         except FileExistsError:
             holder = path.read_bytes() if path.exists() else b""
             problem = folder_in_use(folder)
-            if problem is None and path.exists():
+            if problem is not None:
+                return problem
+            if path.exists():
                 os.replace(path, aside)
                 if aside.read_bytes() != holder:
                     # another process was faster
                     os.replace(aside, path)
                 aside.unlink(missing_ok=True)
-            elif problem is not None:
-                raise ValueError(problem) from None
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        for parent in made:
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
 
 
 def folder_in_use(folder: Path) -> str | None:
@@ -314,6 +331,7 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "LOCK_FILE",
     "TEMPORARY_NAME",
+    "FolderInUse",
     "digest_file",
     "finite",
     "folder_in_use",

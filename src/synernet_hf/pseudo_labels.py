@@ -13,7 +13,17 @@ import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
-from synernet_hf.files import TEMPORARY_NAME, missing_extra, read_json, replace_file, safe_file_names, write_json
+from synernet_hf.files import (
+    LOCK_FILE,
+    TEMPORARY_NAME,
+    hold_folder,
+    missing_extra,
+    one_line,
+    read_json,
+    replace_file,
+    safe_file_names,
+    write_json,
+)
 
 
 try:
@@ -21,6 +31,7 @@ try:
     import pyarrow as pa
     import pyarrow.parquet as pq
     from accelerate import Accelerator
+    from accelerate.utils import broadcast_object_list
 except ModuleNotFoundError as error:
     raise missing_extra("train", error) from error
 
@@ -62,6 +73,7 @@ MANIFEST_SCHEMA = pa.schema(
         ("confidence", pa.float64()),
         ("coverage", pa.float64()),
         ("foreground", pa.float64()),
+        ("pixels", pa.string()),
     ]
 )
 
@@ -200,8 +212,9 @@ def write_pseudo_labels(
     Writes the pseudo-label of every image and a manifest of them; a repeated call makes only what is missing.
 
     The folder holds `masks/IMAGE_ID.png` ([`~synernet_hf.files.safe_file_names`]; VOC palette, 255 = undecided),
-    `manifest.parquet` and `pseudo_labels.json` (what made them). A mask belongs to the content and the labels of its image: it is made again where they differ.
-    Every file appears whole or not at all. Files are equal byte for byte for any number of processes and after any
+    `manifest.parquet` and `pseudo_labels.json` (what made them). A mask belongs to the content and the labels of its
+    image: it is made again where they differ, and where its pixels are not those that were written. Every file appears
+    whole or not at all. Files are equal byte for byte for any number of processes and after any
     interruption, on one kind of device and with the same number of threads per process.
 
     Args:
@@ -221,12 +234,13 @@ def write_pseudo_labels(
     Returns:
         `pyarrow.Table`: the manifest, least confident image first: `image_id`, `mask` (path in the folder), `classes`
         (names of the classes it could show), `missing_classes` (those of them it does not show), and `width`,
-        `height`, `label_source`, `confidence`, `coverage` and `foreground` as [`PseudoLabeler`] returns them.
+        `height`, `label_source`, `confidence`, `coverage` and `foreground` as [`PseudoLabeler`] returns them, and
+        `pixels`, the SHA-256 of the label map's bytes.
 
     Raises:
         ValueError: The split lacks a column, is empty, has other classes than the model, or an identifier that is no
-            file name or occurs twice; the folder was made with another model or other options; or an image does not
-            decode.
+            file name or occurs twice; the folder was made with another model or other options, or another process
+            writes into it; or an image does not decode.
     """
     output_dir, options = Path(output_dir), options or PseudoLabelOptions()
     check_on_bad_image(on_bad_image)
@@ -236,11 +250,29 @@ def write_pseudo_labels(
     records = _wanted_records(dataset, options)
     settings = _settings(model, processor, options)
     _check_same_settings(output_dir, settings)
-    if first == 0:
-        _prepare_folder(output_dir, settings)
-    _wait(accelerator)
+    share = None if accelerator is None else lambda problem: broadcast_object_list([problem])[0]
+    with hold_folder(output_dir, first == 0, share):
+        if first == 0:
+            _prepare_folder(output_dir, settings)
+        _wait(accelerator)
+        labeler = PseudoLabeler(model, processor, options)
+        return _write_all(labeler, dataset, records, output_dir, accelerator, on_bad_image, progress)
+
+
+def _write_all(
+    labeler: PseudoLabeler,
+    dataset: datasets.Dataset,
+    records: list[dict[str, Any]],
+    output_dir: Path,
+    accelerator: Accelerator | None,
+    on_bad_image: str,
+    progress: bool,
+) -> pa.Table:
+    """Makes this process's share of what is missing, then the manifest."""
+    model, options = labeler.model, labeler.options
+    settings = _settings_digest(output_dir)
+    first, step = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     images = dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
-    labeler = PseudoLabeler(model, processor, options)
     was_training = model.training
     model.eval()
     try:
@@ -249,8 +281,8 @@ def write_pseudo_labels(
             try:
                 image = images[record["index"]]["image"]
                 content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
-                digest = hashlib.sha256(content).hexdigest()
-                if _is_current(_mask_record(path), record, digest, options):
+                made_of = {"image": hashlib.sha256(content).hexdigest(), "settings": settings}
+                if _is_current(_mask_record(path), record, made_of, options):
                     continue
                 image = open_image(content)
             except DECODING_ERRORS as error:
@@ -264,7 +296,7 @@ def write_pseudo_labels(
                 path.unlink(missing_ok=True)
                 continue
             label_map, found = labeler(image, record["labels"])
-            _write_mask(path, label_map, found | {"image": digest})
+            _write_mask(path, label_map, found | made_of)
     finally:
         model.train(was_training)
     _wait(accelerator)
@@ -317,7 +349,13 @@ def with_pseudo_labels(dataset: datasets.Dataset, folder: str | Path, min_confid
                 f"The data set's classes ({name_some(given)}) are not those of the masks in {folder} "
                 f"({name_some(names)}), in this order: load it with the masks' class list (class_names)."
             )
-    rows = pq.read_table(folder / MANIFEST_FILE, columns=["image_id", "mask", "confidence", "classes"]).to_pylist()
+    try:
+        table = pq.read_table(folder / MANIFEST_FILE, columns=["image_id", "mask", "confidence", "classes"])
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder / MANIFEST_FILE} cannot be read ({one_line(error)}): examples/pseudo_labels.py makes it anew."
+        ) from error
+    rows = table.to_pylist()
     rows = {row["image_id"]: row for row in rows if row["confidence"] >= min_confidence}
     chosen = [index for index, image_id in enumerate(map(str, dataset["image_id"])) if image_id in rows]
     if not chosen:
@@ -380,17 +418,27 @@ def _wanted_records(dataset: datasets.Dataset, options: PseudoLabelOptions) -> l
 
 
 def _mask_record(path: Path) -> dict[str, Any] | None:
-    """The manifest row of a finished mask; `None` where there is none."""
+    """The manifest row of a finished mask; `None` where there is none, or another one than was written."""
     try:
         with Image.open(path) as mask:
-            return json.loads(mask.info[RECORD_KEY])
-    except (OSError, KeyError, TypeError, ValueError):
+            content = json.loads(mask.info[RECORD_KEY])
+            return content if content["pixels"] == _pixel_digest(np.asarray(mask)) else None
+    except (OSError, KeyError, TypeError, ValueError, SyntaxError):
+        # damaged PNG files are a SyntaxError
         return None
 
 
-def _is_current(content: dict[str, Any] | None, record: dict, digest: str, options: PseudoLabelOptions) -> bool:
-    """Whether a mask was made of this file, for these image labels."""
-    if content is None or content.get("image") != digest:
+def _pixel_digest(label_map: np.ndarray) -> str:
+    return hashlib.sha256(label_map.tobytes()).hexdigest()
+
+
+def _settings_digest(output_dir: Path) -> str:
+    return hashlib.sha256((output_dir / SETTINGS_FILE).read_bytes()).hexdigest()
+
+
+def _is_current(content: dict[str, Any] | None, record: dict, made_of: dict, options: PseudoLabelOptions) -> bool:
+    """Whether a mask was made of this file with these settings, for these image labels."""
+    if content is None or any(content.get(name) != digest for name, digest in made_of.items()):
         return False
     source = _label_source(options, record["labels"])
     wanted = [label + 1 for label in record["labels"] or ()]
@@ -424,17 +472,19 @@ def _settings(model, processor, options: PseudoLabelOptions) -> dict[str, Any]:
 def _check_same_settings(output_dir: Path, settings: dict[str, Any]) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"{output_dir} is a file; give a folder for the pseudo-labels.")
-    path = output_dir / SETTINGS_FILE
-    if not path.is_file():
-        foreign = [entry.name for entry in output_dir.iterdir()] if output_dir.is_dir() else []
-        foreign = [name for name in foreign if name != MASK_FOLDER and not TEMPORARY_NAME.fullmatch(name)]
-        if foreign:
-            raise ValueError(f"{output_dir} holds other things ({name_some(sorted(foreign))}); give a new folder.")
-        return
     try:
-        earlier = read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{error} Give a new folder.") from error
+        earlier = read_json(output_dir / SETTINGS_FILE)
+        earlier = earlier if isinstance(earlier, dict) else {}
+    except ValueError:
+        # missing or damaged: each mask knows what made it
+        own = {MASK_FOLDER, MANIFEST_FILE, SETTINGS_FILE, LOCK_FILE}
+        names = [entry.name for entry in output_dir.iterdir()] if output_dir.is_dir() else []
+        foreign = [name for name in names if name not in own and not TEMPORARY_NAME.fullmatch(name)]
+        if foreign:
+            raise ValueError(
+                f"{output_dir} holds other things ({name_some(sorted(foreign))}); give a new folder."
+            ) from None
+        return
     other = [name for name, value in settings.items() if earlier.get(name) != value]
     if other:
         raise ValueError(
@@ -453,7 +503,7 @@ def _prepare_folder(output_dir: Path, settings: dict[str, Any]) -> None:
 
 def _write_mask(path: Path, label_map: np.ndarray, content: dict[str, Any]) -> None:
     text = PngImagePlugin.PngInfo()
-    text.add_text(RECORD_KEY, json.dumps(content, sort_keys=True))
+    text.add_text(RECORD_KEY, json.dumps(content | {"pixels": _pixel_digest(label_map)}, sort_keys=True))
     replace_file(path, lambda temporary: palette_image(label_map).save(temporary, format="PNG", pnginfo=text))
 
 

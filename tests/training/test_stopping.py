@@ -19,7 +19,7 @@ from testing_utils import TRAINED_MODEL as MODEL
 from training_utils import DATA, TRAINING, assert_equal_weights, run, snapshot, stop_at
 
 from synernet_hf.cli import DiskError, Terminated, run_command
-from synernet_hf.files import LOCK_FILE, folder_in_use, hold_folder
+from synernet_hf.files import LOCK_FILE, FolderInUse, folder_in_use, hold_folder
 from synernet_hf.training import InvalidArguments, engine, stopping
 from synernet_hf.training.checkpoints import damage, list_checkpoints
 
@@ -123,28 +123,16 @@ def test_sigterm_in_an_evaluation_ends_at_once_where_nothing_is_lost(tmp_path, m
 
 
 def test_a_loader_whose_workers_got_the_signal_too_costs_no_step(finished, tmp_path, monkeypatch):
-    def broken(training_run):
-        for number, batch in enumerate(training_run.loader):
+    def broken(loader):
+        for number, batch in enumerate(loader):
             if number == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
                 raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
             yield batch
 
-    batches = engine._batches
-
-    class Loader:
-        def __init__(self, loader):
-            self.loader = loader
-
-        def __iter__(self):
-            return broken(self)
-
-    def patched(training_run):
-        training_run.loader = Loader(training_run.loader)
-        return batches(training_run)
-
+    batches_of = engine.batches_of
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_batches", patched)
+        patch.setattr(engine, "batches_of", lambda loader, stop: batches_of(broken(loader), stop))
         with pytest.raises(Terminated, match="after step 3; the last checkpoint is .*checkpoint-3 "):
             run(tmp_path / "run")
     run(tmp_path / "run", resume_from_checkpoint="latest")
@@ -212,7 +200,7 @@ def test_a_run_that_takes_the_folder_during_the_start_wins(tmp_path, monkeypatch
         return setup(training_args)
 
     monkeypatch.setattr(engine, "setup", overtaken)
-    with pytest.raises(InvalidArguments, match="writes into .*run since"):
+    with pytest.raises(FolderInUse, match="writes into .*run since"):
         run(folder)
     assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
 

@@ -14,13 +14,13 @@ from typing import Any
 import datasets
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from synernet_hf.cli import DiskError, Terminated
+from synernet_hf.cli import Terminated
 from synernet_hf.data import PhotometricAugmentation, class_names
-from synernet_hf.files import write_json
+from synernet_hf.files import FolderInUse, hold_folder, write_json
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.training.arguments import (
     ARGUMENTS_FILE,
@@ -65,7 +65,7 @@ from synernet_hf.training.optimization import (
     resolve_precision,
 )
 from synernet_hf.training.reporting import write_card
-from synernet_hf.training.stopping import StopRequest, hold_run_folder, stop_cleanly
+from synernet_hf.training.stopping import StopRequest, batches_of, stop_cleanly
 
 
 # a gradient scaler halves its scale at each skipped step; no finite gradient needs this many halvings
@@ -138,15 +138,21 @@ def train(
     """
     checkpoint = validate_arguments(model_args, data_args, training_args)
     accelerator = setup(training_args)
+    # no process may take the folder while another one still looks whether it is free
+    accelerator.wait_for_everyone()
     try:
-        with hold_run_folder(accelerator, Path(training_args.output_dir)):
+        with hold_folder(
+            Path(training_args.output_dir),
+            accelerator.is_main_process,
+            share=lambda problem: broadcast_object_list([problem])[0],
+        ):
             data = prepare_data(data_args, accelerator, checkpoint and read_record(checkpoint / ARGUMENTS_FILE))
             run = build_run(model_args, data_args, training_args, accelerator, data, checkpoint)
             _tell_surprises(run)
             with stop_cleanly(accelerator, run.output_dir, run.state, run.stop):
                 fit(run)
                 results = finish(run)
-    except InvalidArguments:
+    except (InvalidArguments, FolderInUse):
         # every process gets here; without the wait, one that ends early would abort the others before they report
         accelerator.wait_for_everyone()
         accelerator.end_training()
@@ -294,7 +300,7 @@ def fit(run: TrainingRun) -> None:
     run.stop.deferred = True
     # the bar closes before the final folder is written, so that its last line comes before the messages
     with bar:
-        for batch in _batches(run):
+        for batch in batches_of(run.loader, run.stop):
             passes.append(train_step(run, batch))
             if not accelerator.sync_gradients:
                 continue
@@ -345,18 +351,6 @@ def save(run: TrainingRun) -> None:
     """Saves a checkpoint of finite weights; every process calls this."""
     check_finite_weights(run.model, run.state.step)
     save_checkpoint(run.accelerator, run.output_dir, run.state, run.record, run.training_args.save_total_limit)
-
-
-def _batches(run: TrainingRun) -> Iterator[dict[str, torch.Tensor]]:
-    """The training stream; it ends only if its workers got the SIGTERM that this process got too."""
-    try:
-        yield from run.loader
-    except RuntimeError:
-        if run.stop.signalled_at is None:
-            raise
-    except (OSError, ValueError) as error:
-        # from a worker the message is a traceback, whose last line names the error
-        raise DiskError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
 class _StepClock:

@@ -5,15 +5,15 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from torch.utils.data import DataLoader
 
-from synernet_hf.cli import DiskError, InvalidArguments, Terminated
-from synernet_hf.files import hold_folder, one_line
+from synernet_hf.cli import DiskError, Terminated
+from synernet_hf.files import one_line
 from synernet_hf.training.checkpoints import TrainerState, list_checkpoints, remove_unfinished
 from synernet_hf.training.optimization import PATIENCE
 
@@ -70,22 +70,16 @@ class StopRequest:
         return bool(self.flag.item())
 
 
-@contextmanager
-def hold_run_folder(accelerator: Accelerator, output_dir: Path) -> Iterator[None]:
-    """Holds a folder for the main process; `InvalidArguments` in every process if another run holds it."""
-    # no process may take it while another one still looks whether it is free
-    accelerator.wait_for_everyone()
-    with ExitStack() as held:
-        problem = None
-        if accelerator.is_main_process:
-            try:
-                held.enter_context(hold_folder(output_dir))
-            except ValueError as error:
-                problem = str(error)
-        [problem] = broadcast_object_list([problem])
-        if problem is not None:
-            raise InvalidArguments(problem)
-        yield
+def batches_of(loader: DataLoader, stop: StopRequest) -> Iterator[dict[str, torch.Tensor]]:
+    """The training stream; it ends only if the workers of the loader got the SIGTERM that this process got too."""
+    try:
+        yield from loader
+    except RuntimeError:
+        if stop.signalled_at is None:
+            raise
+    except (OSError, ValueError) as error:
+        # from a worker the message is a traceback, whose last line names the error
+        raise DiskError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
 @contextmanager
