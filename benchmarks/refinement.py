@@ -29,7 +29,7 @@ class ConvolvedRefinement(SynerNetPixelAdaptiveRefinement):
 
     def _stacked(self, maps: torch.Tensor) -> torch.Tensor:
         batch, channels, height, width = maps.shape
-        kernel = torch.zeros(8, 1, 3, 3)
+        kernel = torch.zeros(8, 1, 3, 3, dtype=maps.dtype, device=maps.device)
         for index, position in enumerate(place for place in range(9) if place != 4):
             kernel[index, 0, position // 3, position % 3] = 1
         single = maps.reshape(batch * channels, 1, height, width)
@@ -46,6 +46,7 @@ class ConvolvedRefinement(SynerNetPixelAdaptiveRefinement):
         colour = -difference.square().mean(dim=1)
         around = [math.hypot(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1) if row or column]
         distances = torch.tensor([dilation * length for dilation in self.dilations for length in around])
+        distances = distances.to(images)
         position = -(distances / (distances.std() + 1e-8) / self.colour_temperature).square()
         return colour.softmax(dim=1) + self.position_weight * position.softmax(dim=0)[None, :, None, None]
 

@@ -8,35 +8,39 @@ One training step against a baseline in the reference's order of work, with the 
 The baseline is written from the method, with the functions of this package where the order of work does not differ:
 explicit attention; one CAM call per branch, in which both branches run with their decoders and one is dropped; one
 label map per branch and one more for the instances, each image and background plane refined alone with an affinity
-of its own. Settings are those of the recipe `voc12_authors` with all gates open. Each variant's loss is read first;
-then it is timed, one variant after another, on weights that do not move. MFU is the matrix arithmetic that PyTorch
-counts in a variant's step (what it runs, not what it could leave out), over its time and the rate measured for a
-large matrix product in the same format.
+of its own and neighbours taken by convolutions, as `refinement.py` does. Settings are those of the recipe
+`voc12_authors` with all gates open. `--approximate` adds steps that compute less and therefore something else: CAMs of
+the training pass alone (`cam_scales` of 1 without mirrored views), and decoders as wide as the encoder with it.
+
+Each variant's loss is read and its parts are timed first; then whole steps are timed in turns, on weights that do not
+move. MFU is the matrix arithmetic that PyTorch counts in a variant's step (what it runs, not what it could leave out),
+over its time and the rate measured for a large matrix product in the same format.
 """
 
 import argparse
 import copy
+import functools
 import gc
-import os
-import platform
 import statistics
 import sys
 import time
-from contextlib import nullcontext
-from datetime import datetime
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 import transformers
+from refinement import ConvolvedRefinement
+from side_by_side import median_ratio, save_record
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation
 from synernet_hf.cli import CommandParser, needs_extra, run_command
-from synernet_hf.files import write_json
 from synernet_hf.model import (
     BranchPair,
-    SynerNetPixelAdaptiveRefinement,
     SynerNetTargets,
     area_shares,
     cams_to_pseudo_labels,
@@ -61,6 +65,19 @@ SIZES = {"smoke": (48, 4, 3, 64, 2), "tiny": (192, 12, 3, 224, 8), "base": (768,
 NUM_CLASSES = 20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "tf32": torch.float32}
 PROGRESS = 0.75
+# what `--approximate` changes, by the name of the variant
+APPROXIMATIONS = {
+    "one scale": {"cam_scales": (1.0,), "cam_flip": False},
+    "one scale, narrow decoder": {"cam_scales": (1.0,), "cam_flip": False, "decoder_hidden_size": "encoder"},
+}
+# parts of a step and the functions that do them, of ours and of the reference; what is left is "rest"
+PARTS = {
+    "CAM passes": ("objective.multi_scale_cams", "reference.cams_of"),
+    "training pass": ("model.forward", "reference.outputs_of"),
+    "labels from CAMs": ("objective.fuse_branches", "objective.refine_present", "reference.targets"),
+    "instances": ("objective._embed_instances", "reference.instances_of"),
+    "losses": ("objective.weighted_losses", "reference.losses_of"),
+}
 
 
 class ReferenceOrder:
@@ -95,7 +112,7 @@ class ReferenceOrder:
     def refined_labels(self, images, cams, labels, valid_boxes) -> torch.Tensor:
         """Label maps `(B, H, W)`: image by image and plane by plane, the affinity built each time."""
         config = self.config
-        refinement = SynerNetPixelAdaptiveRefinement(config.refinement_dilations, config.refinement_iterations)
+        refinement = ConvolvedRefinement(config.refinement_dilations, config.refinement_iterations)
         size, half = cams.shape[-2:], [side // 2 for side in cams.shape[-2:]]
         label_maps = []
         for image, maps, present in zip(images, cams, labels, strict=True):
@@ -129,19 +146,30 @@ class ReferenceOrder:
             made.append(SynerNetTargets(tokens, areas, self.refined_labels(images, fused, labels, valid_boxes)))
         return BranchPair(*made), self.refined_labels(images, mean_cams, labels, valid_boxes)
 
-    def __call__(self, pixel_values, labels, valid_boxes, loss_weights) -> torch.Tensor:
-        """The loss of one batch."""
-        config, patch, ignore = self.config, self.config.patch_size, self.config.semantic_loss_ignore_index
-        cams = BranchPair(*(self.cams_of(name, pixel_values, labels) for name in BranchPair._fields))
-        outputs = BranchPair(*(branch(pixel_values, patch) for branch in self.synernet.pair))
-        images = denormalize(pixel_values, config.image_mean, config.image_std)
-        targets, instance_labels = self.targets(images, cams, labels, valid_boxes)
-        class_ids = pick_instance_classes(instance_labels, labels)
-        cut = cut_instances(pixel_values, instance_labels, class_ids, valid_boxes, ignore)
-        instances = [(branch.projection_head(branch.encode(cut)[0][:, 0]), class_ids) for branch in self.synernet.pair]
-        size = tuple(pixel_values.shape[-2:])
+    def outputs_of(self, pixel_values) -> BranchPair:
+        """What both branches compute for the batch."""
+        return BranchPair(*(branch(pixel_values, self.config.patch_size) for branch in self.synernet.pair))
+
+    def instances_of(self, pixel_values, label_map, labels, valid_boxes) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Per branch the embeddings and class ids of the cut images."""
+        class_ids = pick_instance_classes(label_map, labels)
+        ignore = self.config.semantic_loss_ignore_index
+        cut = cut_instances(pixel_values, label_map, class_ids, valid_boxes, ignore)
+        return [(branch.projection_head(branch.encode(cut)[0][:, 0]), class_ids) for branch in self.synernet.pair]
+
+    def losses_of(self, size, outputs, labels, targets, instances, loss_weights) -> torch.Tensor:
+        """The weighted sum of the losses."""
         logits = BranchPair(*(F.interpolate(output.logits.float(), size, mode="bilinear") for output in outputs))
         return weighted_losses(self.synernet, outputs, logits, labels, targets, instances, loss_weights)[0]
+
+    def __call__(self, pixel_values, labels, valid_boxes, loss_weights) -> torch.Tensor:
+        """The loss of one batch."""
+        cams = BranchPair(*(self.cams_of(name, pixel_values, labels) for name in BranchPair._fields))
+        outputs = self.outputs_of(pixel_values)
+        images = denormalize(pixel_values, self.config.image_mean, self.config.image_std)
+        targets, label_map = self.targets(images, cams, labels, valid_boxes)
+        instances = self.instances_of(pixel_values, label_map, labels, valid_boxes)
+        return self.losses_of(tuple(pixel_values.shape[-2:]), outputs, labels, targets, instances, loss_weights)
 
 
 def make_batch(size: int, batch_size: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -157,13 +185,16 @@ def make_batch(size: int, batch_size: int, device: torch.device) -> dict[str, to
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def make_model(encoder: dict, size: int, device: torch.device, attention: str):
-    """A model of random weights, in training mode, with the settings of `voc12_authors`."""
+def make_model(encoder: dict, size: int, device: torch.device, attention: str, fields: dict | None = None):
+    """A model of random weights, in training mode, with the settings of `voc12_authors` but for some `fields`."""
     recipe = read_recipe(RECIPE)
+    fields = recipe["model_config"] | (fields or {})
+    if fields.get("decoder_hidden_size") == "encoder":
+        fields["decoder_hidden_size"] = encoder["hidden_size"]
     backbone_config = transformers.ViTConfig(image_size=min(size, 224), **recipe["backbone_overrides"], **encoder)
     backbone_config._attn_implementation = attention
     torch.manual_seed(0)
-    config = SynerNetConfig(backbone_config=backbone_config, num_labels=NUM_CLASSES + 1, **recipe["model_config"])
+    config = SynerNetConfig(backbone_config=backbone_config, num_labels=NUM_CLASSES + 1, **fields)
     config._attn_implementation = attention
     model = SynerNetForWeaklySupervisedSegmentation(config)
     # drawn with a deviation of 0.02, the classifiers' CAMs would be next to flat
@@ -225,37 +256,94 @@ def loss_of(model, kind: str, dtype: str, batch: dict[str, torch.Tensor]) -> tor
     set_prototypes(model)
     torch.manual_seed(1)
     device, weights = batch["pixel_values"].device, dict(model.config.loss_weights)
+    # as a training does
+    explicit = kind == "reference" or (device.type == "cpu" and dtype == "bfloat16")
+    model.set_attn_implementation("eager" if explicit else "sdpa")
     with torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext():
         if kind == "reference":
             return ReferenceOrder(model)(**batch, loss_weights=weights)
-        return model(**batch, loss_weights=weights, training_progress=PROGRESS).loss
+        # a loader knows how many classes the images have
+        return model(**batch, loss_weights=weights, training_progress=PROGRESS, max_labels=3).loss
 
 
-def time_variant(model, kind: str, dtype: str, batch: dict[str, torch.Tensor], args, deadline: float) -> dict:
-    """Seconds (median), peak memory and loss of a variant's forward, backward and optimizer step."""
-    device = batch["pixel_values"].device
-    # a rate of 0: the optimizer's whole work, and weights as they were
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0, 0.0))
-    with torch.no_grad():
-        loss = float(loss_of(model, kind, dtype, batch))
-    seconds: list[float] = []
-    for index in range(args.warmup + args.steps):
-        if index == args.warmup and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        synchronise(device)
+class Variant:
+    """One way to compute a step, with the optimizer that goes with it: the reference's is not fused."""
+
+    def __init__(self, model, kind: str, dtype: str, batch: dict[str, torch.Tensor]):
+        self.model, self.kind, self.dtype, self.batch = model, kind, dtype, batch
+        self.device = batch["pixel_values"].device
+        # a rate of 0: the optimizer's whole work, and weights as they were
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, 0.0, 0.0), fused=kind != "reference" or None)
+        self.entry: dict[str, Any] = {"all_seconds": []}
+
+    def loss(self) -> torch.Tensor:
+        """The loss of the batch."""
+        allow_tf32(self.dtype == "tf32")
+        return loss_of(self.model, self.kind, self.dtype, self.batch)
+
+    def step(self, part: Callable = nullcontext) -> None:
+        """One step; `part` is entered around backward pass and optimizer."""
+        loss = self.loss()
+        with part("backward"):
+            loss.backward()
+        with part("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        synchronise(self.device)
+
+    def prepare(self, warmup: int) -> None:
+        """Everything that is measured but the seconds of a step."""
+        with torch.no_grad():
+            self.entry["loss"] = float(self.loss())
+        for _ in range(max(warmup, 1)):
+            self.step()
+        self.entry["parts"] = self.parts()
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of each part of one step."""
+        seconds: dict[str, float] = {}
+
+        @contextmanager
+        def part(name: str) -> Iterator[None]:
+            synchronise(self.device)
+            started = time.perf_counter()
+            yield
+            synchronise(self.device)
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+
+        owners = {
+            "objective": sys.modules[type(self.model).__module__.replace("modeling", "objective")],
+            "reference": ReferenceOrder,
+            "model": type(self.model.synernet),
+        }
         started = time.perf_counter()
-        loss_of(model, kind, dtype, batch).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        synchronise(device)
-        if index >= args.warmup:
-            seconds.append(time.perf_counter() - started)
-            if time.monotonic() > deadline and len(seconds) >= 2:
-                break
-    entry = {"loss": loss, "seconds": statistics.median(seconds), "all_seconds": seconds}
-    if device.type == "cuda":
-        entry["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return entry
+        with ExitStack() as stack:
+            for name, places in PARTS.items():
+                for owner, function in (place.split(".") for place in places):
+                    if (owner == "reference") == (self.kind == "reference"):
+                        plain = getattr(owners[owner], function)
+                        timed = functools.wraps(plain)(part(name)(plain))
+                        stack.enter_context(mock.patch.object(owners[owner], function, timed))
+            self.step(part)
+        seconds["rest"] = time.perf_counter() - started - sum(seconds.values())
+        return seconds
+
+    def time(self) -> None:
+        """Times a step and, on a GPU, reads its peak memory."""
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        synchronise(self.device)
+        started = time.perf_counter()
+        self.step()
+        self.entry["all_seconds"].append(time.perf_counter() - started)
+        if on_gpu:
+            # weights and states of the other variants lie there too: only what this one needs counts
+            own = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+            states = sum(t.nbytes for state in self.optimizer.state.values() for t in state.values())
+            peak = torch.cuda.max_memory_allocated() - before + own + states
+            self.entry["peak_memory_gib"] = max(self.entry.get("peak_memory_gib", 0.0), peak / 2**30)
 
 
 def count_tflop(model, kind: str, dtype: str, batch: dict[str, torch.Tensor]) -> float:
@@ -264,6 +352,16 @@ def count_tflop(model, kind: str, dtype: str, batch: dict[str, torch.Tensor]) ->
         loss_of(model, kind, dtype, batch).backward()
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops() / 1e12
+
+
+def plan(args: argparse.Namespace, device: torch.device) -> list[tuple[str, str, bool]]:
+    """What to time, in the order of its worth: kind, format, compiled."""
+    specs = [(kind, dtype, False) for dtype in args.dtype for kind in ("reference", "ours")]
+    if device.type == "cuda" and "float32" in args.dtype:
+        specs.append(("ours", "tf32", False))
+    if args.approximate:
+        specs += [(kind, dtype, False) for dtype in args.dtype for kind in APPROXIMATIONS]
+    return specs + [("ours", args.dtype[-1], True)] * args.compile
 
 
 def measure(args: argparse.Namespace, log=print) -> dict:
@@ -279,17 +377,13 @@ def measure(args: argparse.Namespace, log=print) -> dict:
     """
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     width, blocks, heads, size, batch_size = SIZES[args.size]
+    batch_size = args.batch_size or batch_size
     deadline = time.monotonic() + args.seconds
     encoder = {"hidden_size": width, "num_hidden_layers": blocks, "num_attention_heads": heads}
     encoder["intermediate_size"] = 4 * width
     batch = make_batch(size, batch_size, device)
-    specs = [(kind, dtype, False) for dtype in args.dtype for kind in ("reference", "ours")]
-    if device.type == "cuda" and "float32" in args.dtype:
-        specs.append(("ours", "tf32", False))
-    specs += [("ours", args.dtype[-1], True)] if args.compile else []
+    specs = plan(args, device)
     record: dict = {
-        "date": datetime.now().isoformat(timespec="seconds"),
-        "machine": machine(device),
         "size": args.size,
         "encoder": encoder,
         "crop_size": size,
@@ -299,70 +393,64 @@ def measure(args: argparse.Namespace, log=print) -> dict:
         "variants": {},
         "notes": [],
     }
-    models = {
-        "reference": make_model(encoder, size, device, "eager"),
-        "ours": make_model(encoder, size, device, "sdpa"),
-    }
-    models["ours"].load_state_dict(models["reference"].state_dict())
-    variants = record["variants"]
+    allow_tf32(False)
+    model = make_model(encoder, size, device, "sdpa")
+    models = {"reference": model, "ours": model}
+    running: dict[str, Variant] = {}
     for kind, dtype, compiled in specs:
-        name = f"{kind} {dtype}" + (" compiled" if compiled else "")
+        name = f"{kind} {dtype}" + " compiled" * compiled
         if time.monotonic() > deadline:
             record["notes"].append(f"{name}: left out, out of time")
             continue
         try:
-            allow_tf32(dtype == "tf32")
-            model = compile_model(models[kind]) if compiled else models[kind]
-            entry = time_variant(model, kind, dtype, batch, args, deadline)
+            if kind not in models:
+                models[kind] = make_model(encoder, size, device, "sdpa", APPROXIMATIONS[kind])
+            variant = Variant(compile_model(models[kind]) if compiled else models[kind], kind, dtype, batch)
+            variant.prepare(args.warmup)
             # the counter does not see into compiled graphs; the arithmetic is the same
-            tflop = variants[name.removesuffix(" compiled")]["matrix_tflop"] if compiled else None
-            entry["matrix_tflop"] = tflop or count_tflop(model, kind, dtype, batch)
-            entry["mfu"] = entry["matrix_tflop"] / entry["seconds"] / record["matmul_tflops"][dtype]
-            variants[name] = entry
-            log(_line(name, entry, variants))
+            plain = running[name.removesuffix(" compiled")].entry["matrix_tflop"] if compiled else None
+            variant.entry["matrix_tflop"] = plain or count_tflop(variant.model, kind, dtype, batch)
+            running[name] = variant
         except (RuntimeError, KeyError) as error:  # one variant must not stop the others
             record["notes"].append(f"{name}: {type(error).__name__}: {str(error)[:300]}")
             log(record["notes"][-1])
-        finally:
-            allow_tf32(False)
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-        if args.output:
-            write_json(args.output, record)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    for round_ in range(args.steps):
+        if round_ >= 2 and time.monotonic() > deadline:
+            record["notes"].append(f"{round_} steps timed, out of time")
+            break
+        for variant in running.values():
+            variant.time()
+        record["variants"] = {name: variant.entry for name, variant in running.items()}
+        save_record(args.output, record)
+    allow_tf32(False)
+    for name, variant in running.items():
+        entry = variant.entry
+        entry["seconds"] = statistics.median(entry["all_seconds"])
+        entry["mfu"] = entry["matrix_tflop"] / entry["seconds"] / record["matmul_tflops"][variant.dtype]
+        log(_line(name, entry, record["variants"]))
     record["relative_loss_difference"] = {
-        dtype: abs(variants[f"ours {dtype}"]["loss"] / variants[f"reference {dtype}"]["loss"] - 1)
+        dtype: abs(running[f"ours {dtype}"].entry["loss"] / running[f"reference {dtype}"].entry["loss"] - 1)
         for dtype in args.dtype
-        if f"ours {dtype}" in variants and f"reference {dtype}" in variants
+        if f"ours {dtype}" in running and f"reference {dtype}" in running
     }
     log(f"relative differences of the losses: {record['relative_loss_difference']}")
-    if args.output:
-        write_json(args.output, record)
+    save_record(args.output, record)
     return record
 
 
 def _line(name: str, entry: dict, variants: dict) -> str:
-    text = f"{name:26s} {entry['seconds'] * 1e3:9.1f} ms  loss {entry['loss']:.5f}"
+    text = f"{name:36s} {entry['seconds'] * 1e3:9.1f} ms  loss {entry['loss']:.5f}"
     text += f"  {entry['peak_memory_gib']:6.2f} GiB" if "peak_memory_gib" in entry else ""
     text += f"  {entry['matrix_tflop']:.3g} TFLOP  MFU {100 * entry['mfu']:.1f} %"
     for other, baseline in variants.items():
         if other.startswith("reference"):
-            text += f"  {baseline['seconds'] / entry['seconds']:.2f}x {other}"
-    return text
-
-
-def machine(device: torch.device) -> dict:
-    """What the figures belong to."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "device": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "cuda": torch.version.cuda,
-    }
+            text += f"  {median_ratio(baseline, entry):.2f}x {other}"
+    total = sum(entry["parts"].values())
+    shares = (f"{part} {100 * seconds / total:.0f} %" for part, seconds in entry["parts"].items())
+    return f"{text}\n    {', '.join(shares)}"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -372,9 +460,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     formats = ["float32", "bfloat16"]
     parser.add_argument("--dtype", nargs="+", choices=formats, default=formats, help="default: both")
+    parser.add_argument("--batch_size", type=int, help="images per step (default: 8 for tiny, 12 for base)")
+    parser.add_argument("--approximate", action="store_true", help="also steps that compute less")
     parser.add_argument("--compile", action="store_true", help="also the last dtype with torch.compile")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the timed ones (default: 2)")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each variant (default: 5)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each variant, in turns (default: 5)")
     parser.add_argument("--seconds", type=float, default=1e9, help="no variant starts later (default: no bound)")
     parser.add_argument("--output", type=Path, help="JSON file")
     return parser.parse_args(argv)

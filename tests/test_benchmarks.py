@@ -421,7 +421,8 @@ def test_the_bare_work_uses_the_factors_of_training():
         assert resized.size == (right - left, bottom - top)
 
 
-def test_a_training_step_has_the_loss_of_the_reference_order_of_work(tmp_path, capsys):
+def test_a_training_step_has_the_loss_of_the_reference_order_of_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     training_step = load_benchmark("training_step")
     words = ["--size", "smoke", "--device", "cpu", "--warmup", "0", "--steps", "1", "--dtype", "float32"]
     assert training_step.main([*words, "--output", str(tmp_path / "step.json")]) == 0
@@ -430,7 +431,21 @@ def test_a_training_step_has_the_loss_of_the_reference_order_of_work(tmp_path, c
     assert record["relative_loss_difference"]["float32"] < 1e-5
     reference, ours = record["variants"].values()
     assert reference["loss"] > 1 and reference["matrix_tflop"] > 2 * ours["matrix_tflop"] > 0
+    parts = ["training pass", "CAM passes", "labels from CAMs", "instances", "losses", "backward", "optimizer", "rest"]
+    assert sorted(ours["parts"]) == sorted(reference["parts"]) == sorted(parts)
+    assert min(*ours["parts"].values(), *reference["parts"].values()) > -1e-3
     assert "1.00x reference float32" in capsys.readouterr().out
+
+
+def test_approximate_steps_run_beside_the_exact_one(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    training_step = load_benchmark("training_step")
+    words = "--size smoke --device cpu --warmup 0 --steps 1 --dtype bfloat16 --approximate --batch_size 1".split()
+    record = training_step.measure(training_step.parse(words))
+    kinds = ["reference", "ours", "one scale", "one scale, narrow decoder"]
+    assert record["notes"] == [] and list(record["variants"]) == [f"{kind} bfloat16" for kind in kinds]
+    arithmetic = [entry["matrix_tflop"] for entry in record["variants"].values()]
+    assert arithmetic == sorted(set(arithmetic), reverse=True)
 
 
 def test_a_pack_unpacks_to_the_same_data_set(tmp_path):
