@@ -38,6 +38,7 @@ except ModuleNotFoundError as error:
 from synernet_hf.data.checks import DECODING_ERRORS
 from synernet_hf.data.schema import check_on_bad_image, class_names, multi_hot, name_some, record_features
 from synernet_hf.model import (
+    PreparedBatch,
     SynerNetForWeaklySupervisedSegmentation,
     SynerNetImageProcessor,
     SynerNetPixelAdaptiveRefinement,
@@ -166,11 +167,11 @@ class PseudoLabeler:
         }
 
     def _pseudo_label(self, prepared, labels) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        config, options = self.model.config, self.options
+        config, options, batch = self.model.config, self.options, PreparedBatch([prepared])
         if labels == "predicted":
-            labels = predict_labels(self.model, self.processor, [prepared])
+            labels = predict_labels(self.model, self.processor, batch)
         [cams] = generate_image_cams(
-            self.model, self.processor, [prepared], labels, options.scales, options.flip, all_classes=False
+            self.model, self.processor, batch, labels, options.scales, options.flip, all_classes=False
         )
         pixels = torch.from_numpy(np.array(prepared.image)).to(self.model.device).permute(2, 0, 1).float() / 255
         [label_map] = refine_present(

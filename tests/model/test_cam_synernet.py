@@ -82,10 +82,10 @@ def test_crop_to_input_is_resize_then_crop():
     assert torch.equal(cropped, whole[..., :19, :30])
 
 
-def _all_classes(model, pixel_values, labels, scales, flip=True, known=None, plain=False):
+def _all_classes(model, pixel_values, labels, scales, flip=True, seen=None, plain=False):
     """CAMs of the present classes, spread over all classes; of all classes without labels."""
     present = None if labels is None else present_classes(labels)
-    cams = multi_scale_cams(model, pixel_values, present, scales, flip, known, plain)
+    cams = multi_scale_cams(model, pixel_values, present, scales, flip, plain, seen)
     if labels is None:
         return cams
     return BranchPair(*(tuple(spread_classes(maps, present, labels.shape[1]) for maps in layers) for layers in cams))
@@ -239,6 +239,14 @@ def test_the_consensus_is_the_least_of_the_precise_voting_layers(layers, labels)
     assert torch.equal(plain.precise[0], before.precise[0])
 
 
+def count_encoded(model, monkeypatch):
+    """The shapes of the batches that are encoded from now on, in a list that grows."""
+    encoded, pad = [], type(model.synernet).pad
+    counting = lambda self, images: encoded.append(tuple(images.shape)) or pad(self, images)  # noqa: E731
+    monkeypatch.setattr(type(model.synernet), "pad", counting)
+    return encoded
+
+
 @pytest.mark.parametrize("size", [(32, 48), (30, 45)])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("shared", [0, 1])
@@ -248,19 +256,16 @@ def test_what_training_has_seen_is_not_encoded_again(size, flip, shared, monkeyp
     model = SynerNetModelTester(**fields, shared_encoder_layers=shared).model().eval()
     pixel_values, labels = torch.randn(2, 3, *size), torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 0]])
     expected = _all_classes(model, pixel_values, labels, (1.0, 0.5), flip)
-    known = model.synernet.cam_logits_of(model.synernet(pixel_values), size)
-    assert not any(cam.requires_grad for maps in known for cam in maps)
-    encoded = []
-    cam_logits = type(model).cam_logits
-
-    def counting(self, views, *rest):
-        encoded.append(tuple(views.shape))
-        return cam_logits(self, views, *rest)
-
-    monkeypatch.setattr(type(model), "cam_logits", counting)
-    cams = _all_classes(model, pixel_values, labels, (1.0, 0.5), flip, known)
+    seen = model.synernet.seen_in(model.synernet(pixel_values), size)
+    assert not any(maps.requires_grad for views in seen.values() for view in views.values() for maps in view.features)
+    encoded = count_encoded(model, monkeypatch)
+    cams = _all_classes(model, pixel_values, labels, (1.0, 0.5), flip, seen)
     half = (2 * (1 + flip), 3, size[0] // 2, size[1] // 2)
     assert encoded == ([(2, 3, *size), half] if flip else [half])
+    # nor what an earlier call has seen
+    again = _all_classes(model, pixel_values, labels, (1.0, 0.5), flip, seen)
+    assert len(encoded) == 1 + flip
+    assert all(map(torch.equal, again.broad + again.precise, cams.broad + cams.precise))
     for layers, slow_layers in zip(cams, expected, strict=True):
         assert len(layers) == len(slow_layers) == 3
         for fast, slow in zip(layers, slow_layers, strict=True):
@@ -281,27 +286,27 @@ def test_a_training_step_encodes_only_what_it_has_not_seen(size, fields, calls, 
     model = tester.model().train()
     inputs = {"pixel_values": torch.randn(2, 3, *size), "labels": torch.tensor([[1.0, 0, 1], [0, 1, 0]])}
     inputs["loss_weights"] = {"cls": 1.0, "patch_contrast": 0.2, "segmentation": 0.2}
-    encoded = []
-    cam_logits = type(model.synernet).cam_logits
-
-    def counting(self, views, *rest):
-        encoded.append(views.shape)
-        return cam_logits(self, views, *rest)
-
-    monkeypatch.setattr(type(model.synernet), "cam_logits", counting)
+    encoded = count_encoded(model, monkeypatch)
     fast = model(**inputs)
-    assert len(encoded) == calls
-    monkeypatch.setattr(type(model.synernet), "cam_logits_of", lambda self, outputs, size: None)
+    # the forward itself is one more
+    assert len(encoded) == 1 + calls
+    monkeypatch.setattr(type(model.synernet), "seen_in", lambda self, outputs, size: None)
     slow = model(**inputs)
     torch.testing.assert_close(fast.loss, slow.loss)
     assert (fast.pseudo_labels == slow.pseudo_labels).float().mean() > 0.99
 
 
-def test_views_that_are_cut_are_encoded_again():
+def test_views_that_are_cut_are_encoded_again(monkeypatch):
     model = SynerNetModelTester(floor_scaled_views=True).model().eval()
+    encoded = count_encoded(model, monkeypatch)
     for size, reused in (((32, 48), True), ((30, 48), False)):
-        known = model.synernet.cam_logits_of(model.synernet(torch.randn(1, 3, *size)), size)
-        assert (known is not None) == reused
+        pixel_values, seen = torch.randn(1, 3, *size), {}
+        logits = model.multi_scale_logits(pixel_values, (1.0, 0.5), seen=seen)
+        cams = model.generate_cams(pixel_values, scales=(1.0,), flip=False, seen=seen)
+        assert torch.equal(cams.broad_cams, model.generate_cams(pixel_values, scales=(1.0,), flip=False).broad_cams)
+        assert torch.equal(logits, model.multi_scale_logits(pixel_values, (1.0, 0.5)))
+        assert len(encoded) == 5 + (not reused)
+        encoded.clear()
 
 
 # reading labels off them

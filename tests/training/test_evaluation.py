@@ -14,8 +14,9 @@ from testing_utils import SynerNetModelTester
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.data import SHAPES_CLASSES, build_split, check_dataset
 from synernet_hf.metrics import MeanIoU
+from synernet_hf.model import PreparedImage
 from synernet_hf.model.modeling_synernet import SynerNetCamOutput
-from synernet_hf.model.refinement_synernet import present_classes, select_classes
+from synernet_hf.model.refinement_synernet import present_classes, select_classes, spread_classes
 from synernet_hf.training.evaluation import CAM_KINDS, evaluate_model, results_table, single_scale_cams
 
 
@@ -68,14 +69,16 @@ class OracleModel(torch.nn.Module):
         class_ids = torch.round((pixel_values[:, 0] * 0.229 + 0.485) * 255 / 100).long()
         return torch.nn.functional.one_hot(class_ids, 3).permute(0, 3, 1, 2).float().roll(self.shift, dims=-1)
 
-    def class_scores(self, pixel_values):
+    def class_scores(self, pixel_values, seen=None):
         return self.one_hot(pixel_values)[:, 1:].amax(dim=(2, 3)) - 0.5
 
     def multi_scale_logits(self, pixel_values, scales, flip, *options):
         self.seen.append((tuple(scales), flip))
         return self.one_hot(pixel_values)
 
-    def generate_cams(self, pixel_values, labels=None, scales=None, flip=None, plain=False, all_classes=True):
+    def generate_cams(
+        self, pixel_values, labels=None, scales=None, flip=None, plain=False, all_classes=True, seen=None
+    ):
         self.cam_labels.append(labels)
         cams = self.one_hot(pixel_values)[:, 1:] * labels[:, :, None, None] * self.cam_value
         if not all_classes:
@@ -334,7 +337,7 @@ def test_predictions_of_resized_images_are_scored_at_the_images_size():
     processor = SynerNetImageProcessor(do_resize=True, size={"shortest_edge": 31})
     seen = []
     class_scores = model.class_scores
-    model.class_scores = lambda values: seen.append(tuple(values.shape[-2:])) or class_scores(values)
+    model.class_scores = lambda values, _: seen.append(tuple(values.shape[-2:])) or class_scores(values)
     results = evaluate_model(
         model, processor, make_split(plain, ignored=0), class_names=NAMES, multi_scale=True, baselines=True
     )
@@ -505,7 +508,9 @@ def test_the_baseline_cam_is_neither_propagated_nor_a_consensus():
     tester = SynerNetModelTester(broad_propagation_temperature=0.1, precise_consensus=True)
     model = tester.model().eval()
     pixel_values, labels = tester.inputs()["pixel_values"], tester.inputs()["labels"]
-    baseline = single_scale_cams(model, pixel_values, labels)
+    images = [PreparedImage(values, None, tuple(values.shape[1:])) for values in pixel_values]
+    found = single_scale_cams(model, SynerNetImageProcessor(), images, labels)
+    baseline = torch.cat([spread_classes(item["cams"][None], item["present"], labels.shape[1]) for item in found])
     assert model.config.broad_propagation_temperature == 0.1 and model.config.precise_consensus
     cams = model.generate_cams(pixel_values, labels, scales=(1.0,), flip=False)
     model.config.broad_propagation_temperature = None
@@ -524,7 +529,8 @@ def test_images_of_equal_size_run_together_and_count_as_alone(tiny_config):
     sizes = [(24, 32), (32, 24), (24, 32), (24, 32), (32, 24), (24, 32), (17, 20)]
     split = make_split([generator.integers(0, 3, size) for size in sizes])
     batches = []
-    hook = model.synernet.register_forward_pre_hook(lambda module, inputs: batches.append(tuple(inputs[0].shape)))
+    encoder = model.synernet.broad_branch.backbone
+    hook = encoder.register_forward_pre_hook(lambda module, inputs: batches.append(tuple(inputs[0].shape)))
     together = score(model, split, cams=False, batch_size=3)
     hook.remove()
     assert sorted(shape[0] for shape in batches) == [1, 1, 2, 3]
@@ -532,6 +538,22 @@ def test_images_of_equal_size_run_together_and_count_as_alone(tiny_config):
     alone = score(model, split, batch_size=1, **options)
     assert score(model, split, batch_size=3, **options) == alone == score(model, split, num_workers=1, **options)
     assert together["segmentation"] == alone["segmentation"]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_every_view_is_encoded_once_and_decoded_only_for_the_segmentation(label_maps, flip):
+    model = SynerNetModelTester(num_labels=3, cam_scales=(1.0, 0.5), cam_flip=flip).model().eval()
+    model.config.id2label = dict(enumerate(NAMES))
+    encoded, decoded = [], []
+    for branch in model.synernet.pair:
+        branch.backbone.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
+        branch.decode_head.register_forward_hook(lambda _, inputs, __: decoded.append(len(inputs[0])))
+    split = make_split([np.kron(label_maps[0], np.ones((3, 3), dtype=int))])
+    score(model, split, multi_scale=True, flip=True, baselines=True)
+    scales, views = len({1.0, *model.config.inference_scales}), 2
+    # the CAMs add one scale
+    assert sum(encoded) == 2 * (scales * views + 1 + flip)
+    assert sum(decoded) == 2 * scales * views
 
 
 def test_what_waits_for_its_batch_is_bounded():

@@ -17,6 +17,7 @@ from .configuration_synernet import SynerNetConfig
 from .encoder_synernet import pretrained_backbone_config
 from .image_processing_synernet import SynerNetImageProcessor, open_image, to_rgb
 from .inference_synernet import (
+    PreparedBatch,
     PreparedImage,
     generate_image_cams,
     predict_labels,
@@ -61,6 +62,7 @@ VIDEO_PROCESSOR_MAPPING.register(SynerNetConfig, {}, exist_ok=True)
 
 __all__ = [
     "BranchPair",
+    "PreparedBatch",
     "PreparedImage",
     "SynerNetConfig",
     "SynerNetForWeaklySupervisedSegmentation",

@@ -90,34 +90,87 @@ def at_input_size(maps: torch.Tensor, size: tuple[int, int], patch_size: int) ->
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
-def _view_logits(model, pixel_values, scale, flip, known_logits, plain):
-    """Size of the views of one scale, and their CAM logits; those of the image itself are `known_logits` if given."""
-    if known_logits is None or scale != 1:
-        views = _scaled_views(pixel_values, scale, flip, model.config.patch_size, model.config.floor_scaled_views)
-        return tuple(views.shape[-2:]), model.cam_logits(views, plain)
-    size = tuple(pixel_values.shape[-2:])
-    if not flip:
-        return size, known_logits
-    mirrored = model.cam_logits(pixel_values.flip(-1), plain)
-    both = (tuple(map(torch.cat, zip(*maps, strict=True))) for maps in zip(known_logits, mirrored, strict=True))
-    return size, BranchPair(*both)
+class BranchView:
+    """
+    What one branch sees in a view of images. A head runs when it is asked, the decoder once.
+
+    Args:
+        branch ([`SynerNetBranch`]): with the heads.
+        class_token (`torch.Tensor` of shape `(B, D)`): after the final normalisation.
+        features (`tuple[torch.Tensor, ...]`): of the layers that CAMs are read from, `(B, D, h, w)` each.
+    """
+
+    def __init__(self, branch, class_token: torch.Tensor, features: tuple[torch.Tensor, ...]):
+        self.branch, self.class_token, self.features, self._logits = branch, class_token, features, None
+
+    def split(self, parts: int) -> "list[BranchView]":
+        """The views that were encoded in one batch."""
+        features = zip(*(maps.chunk(parts) for maps in self.features), strict=True)
+        return [
+            BranchView(self.branch, token, own)
+            for token, own in zip(self.class_token.chunk(parts), features, strict=True)
+        ]
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """Segmentation logits `(B, K, h, w)`."""
+        if self._logits is None:
+            self._logits = self.branch.decode_head(self.features[0])
+        return self._logits
+
+    @property
+    def class_token_logits(self) -> torch.Tensor:
+        """Class scores `(B, C)` read from the class token."""
+        return self.branch.class_token_head(self.class_token)
+
+    @property
+    def classification_logits(self) -> torch.Tensor:
+        """Class scores `(B, C)` pooled from the last layer."""
+        return self.branch.cam_head(self.features[0])[0]
+
+    def cam_logits(self) -> list[torch.Tensor]:
+        """CAM logits `(B, C, h, w)` of the same layers as the features."""
+        last, *earlier = self.features
+        return [self.branch.cam_head.cam_logits(last), *map(self.branch.auxiliary_cam_head.cam_logits, earlier)]
 
 
-def _scaled_views(pixel_values: torch.Tensor, scale: float, flip: bool, patch_size: int, floor: bool) -> torch.Tensor:
+def read_views(
+    encoder,
+    pixel_values: torch.Tensor,
+    scale: float = 1.0,
+    flip: bool = False,
+    cut: bool = False,
+    branches: tuple[str, ...] = BranchPair._fields,
+    seen: dict | None = None,
+) -> tuple[tuple[int, int], list[BranchPair[BranchView | None]]]:
     """
-    `pixel_values` resized by `scale`, followed by their mirror images if `flip`. With `floor`, rows and columns that
-    fill no patch are cut off; otherwise the model pads them.
+    What the `branches` of `encoder` ([`SynerNetModel`]) see in images `(B, 3, H, W)` resized by `scale`, and in their
+    mirror images too if `flip`: the size of these views, and each of them. Rows and columns that fill no patch are
+    padded, or `cut` off. Views in `seen`, which belongs to these images alone, are not encoded again; the others are
+    encoded in one batch and added to it.
     """
-    size = list(pixel_values.shape[-2:])
-    scaled = [max(int(scale * side), 1) for side in size]
-    views = pixel_values
-    if scaled != size:
-        views = F.interpolate(views, size=scaled, mode="bilinear", align_corners=False)
-    if flip:
-        views = torch.cat([views, views.flip(-1)])
-    if floor and min(scaled) >= patch_size:
-        views = views[..., : scaled[0] // patch_size * patch_size, : scaled[1] // patch_size * patch_size]
-    return views
+    size, patch_size = tuple(pixel_values.shape[-2:]), encoder.config.patch_size
+    scaled = view_size = tuple(max(int(scale * side), 1) for side in size)
+    if cut and min(scaled) >= patch_size:
+        view_size = tuple(side // patch_size * patch_size for side in scaled)
+    seen = {} if seen is None else seen
+    views = [seen.setdefault((scaled, view_size, mirrored), {}) for mirrored in (False, True)[: 1 + flip]]
+    missing = [(mirrored, view) for mirrored, view in enumerate(views) if not set(branches) <= set(view)]
+    if missing:
+        image = pixel_values
+        if scaled != size:
+            image = F.interpolate(image, size=scaled, mode="bilinear", align_corners=False)
+        images = torch.cat([image.flip(-1) if mirrored else image for mirrored, _ in missing])
+        padded = encoder.pad(images[..., : view_size[0], : view_size[1]].to(encoder.dtype))
+        shared_states = encoder.shared_states(padded)
+        for name, branch in zip(BranchPair._fields, encoder.pair, strict=True):
+            if name in branches:
+                parts = branch.view(padded, patch_size, shared_states).split(len(missing))
+                for (_, view), part in zip(missing, parts, strict=True):
+                    view[name] = part
+    return view_size, [
+        BranchPair(*(view[name] if name in branches else None for name in BranchPair._fields)) for view in views
+    ]
 
 
 @torch.no_grad()
@@ -127,8 +180,8 @@ def multi_scale_cams(
     present: PresentClasses | None = None,
     scales: tuple[float, ...] = (1.0, 0.5, 0.75, 1.5),
     flip: bool = True,
-    known_logits: BranchPair[tuple[torch.Tensor, ...]] | None = None,
     plain: bool = False,
+    seen: dict | None = None,
 ) -> BranchPair[tuple[torch.Tensor, ...]]:
     """
     CAMs of both branches summed over scales, without gradient (authors' code).
@@ -139,36 +192,38 @@ def multi_scale_cams(
     over its voting layers, so that it covers only what all of them see (paper: the objective; the minimum is ours).
 
     Args:
-        model ([`SynerNetForWeaklySupervisedSegmentation`] or [`SynerNetModel`]): gives the `cam_logits` of both branches.
+        model ([`SynerNetForWeaklySupervisedSegmentation`] or [`SynerNetModel`]): whose branches see the images.
         pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised images.
         present ([`PresentClasses`], *optional*): classes to keep, S per image; `None` keeps all C.
         scales (`tuple[float, ...]`, *optional*, defaults to `(1.0, 0.5, 0.75, 1.5)`): factors of height and width.
         flip (`bool`, *optional*, defaults to `True`): whether to use the mirrored image too.
-        known_logits (`BranchPair`, *optional*): result of `model.cam_logits(pixel_values)`, which is then not
-            computed again at scale 1 (ours).
         plain (`bool`, *optional*, defaults to `False`): leave out propagation and consensus.
+        seen (`dict`, *optional*): views of these images that are not encoded again, see [`read_views`].
 
     Returns:
         `BranchPair[tuple[torch.Tensor, ...]]`: per branch the CAMs of the last layer, the auxiliary layer and
         `config.additional_cam_layers`, each `(B, S, H, W)` (`(B, C, H, W)` without `present`) in [0, 1]; 0 in slots of
         `present` that an image does not fill.
     """
-    size = tuple(pixel_values.shape[-2:])
+    size, config, encoder = tuple(pixel_values.shape[-2:]), model.config, model.base_model
     totals = None
     for scale in scales:
-        view_size, views = _view_logits(model, pixel_values, scale, flip, known_logits, plain)
+        view_size, views = read_views(encoder, pixel_values, scale, flip, config.floor_scaled_views, seen=seen)
 
-        def at_image(logits, view_size=view_size):
-            # first the classes, on the token grid: at the size of the image all of them would be many times as large
-            logits = logits if present is None else select_classes(logits, present.ids)
-            logits = crop_to_input(logits.float(), view_size, model.config.patch_size)
-            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-            if flip:
-                straight, mirrored = logits.chunk(2)
-                logits = torch.maximum(straight, mirrored.flip(-1))
-            return logits.relu_()
+        def at_image(*logits, view_size=view_size):
+            largest = None
+            # the second one is of the mirrored view
+            for mirrored, maps in enumerate(logits):
+                # first the classes, on the token grid: at the size of the image all of them would be many times as large
+                maps = maps if present is None else select_classes(maps, present.ids)
+                maps = crop_to_input(maps.float(), view_size, config.patch_size)
+                maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+                largest = torch.maximum(largest, maps.flip(-1)) if mirrored else maps
+            return largest.relu_()
 
-        maps = [[at_image(logits) for logits in layers] for layers in views]
+        seen_logits = [encoder.view_cam_logits(view, plain) for view in views]
+        # per branch and layer
+        maps = [list(map(at_image, *layers)) for layers in zip(*seen_logits, strict=True)]
         if totals is None:
             totals = maps
             continue
@@ -176,8 +231,8 @@ def multi_scale_cams(
             for index, cam in enumerate(layers):
                 total[index] += cam
     broad, precise = ([normalize_cams(total) for total in layers] for layers in totals)
-    if model.config.precise_consensus and not plain:
-        layers = map(model.config.cam_layers.index, model.config.voting_layers)
+    if config.precise_consensus and not plain:
+        layers = map(config.cam_layers.index, config.voting_layers)
         precise[0] = torch.stack([precise[layer] for layer in layers]).amin(dim=0)
     if present is not None:
         filled = present.mask[:, :, None, None]

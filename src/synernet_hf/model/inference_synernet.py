@@ -1,6 +1,6 @@
 """The one way from images to label maps and CAMs, which the pipeline, the scripts, evaluation and the card share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,17 @@ class PreparedImage:
     pixel_values: torch.Tensor
     image: Image.Image
     size: tuple[int, int]
+
+
+class PreparedBatch(list):
+    """
+    Prepared images ([`PreparedImage`]) of which several things are asked: what the encoders give for them is kept, so
+    that each view is encoded once. Made for one model and for as long as its weights stay.
+    """
+
+    def __init__(self, images: Iterable[PreparedImage]):
+        super().__init__(images)
+        self.seen: dict[tuple[int, ...], dict] = {}
 
 
 @dataclass
@@ -107,9 +118,9 @@ def segment_images(
     Args:
         model ([`SynerNetForWeaklySupervisedSegmentation`]): In evaluation mode, of any dtype and on any device.
         processor ([`SynerNetImageProcessor`]): Saved with the model.
-        images (`Sequence`): [`PreparedImage`] or anything that `open_image` reads.
+        images (`Sequence`): [`PreparedImage`] or anything that `open_image` reads; or a [`PreparedBatch`].
         labels (`str` or `Sequence[torch.Tensor]`, *optional*): Classes that the label maps may show beside the
-            background: `"predicted"`, those that the classifiers see (a logit above 0, one more pass); or multi-hot
+            background: `"predicted"`, those that the classifiers see (a logit above 0); or multi-hot
             rows `(num_labels - 1,)`, `None` for an image without limit. Given labels switch the class prior off.
         scales (`tuple[float, ...]`, *optional*, defaults to `(1.0,)`): Scales at which each image is seen; `None`
             stands for `config.inference_scales`.
@@ -122,19 +133,25 @@ def segment_images(
         `list[SegmentedImage]`: On the device of the model, in the order of `images`.
     """
     prepared = _prepared(processor, images)
-    limits = [None] * len(prepared) if labels is None else labels
-    if isinstance(labels, str):
-        limits = predict_labels(model, processor, prepared)
-    prior_off = [labels != "predicted" and limit is not None for limit in limits]
+    predicted = isinstance(labels, str)
+    limits = [None] * len(prepared) if labels is None or predicted else labels
 
-    def run(pixel_values, members):
-        prior = 0.0 if prior_off[members[0]] else None
-        logits = model.multi_scale_logits(pixel_values, scales, flip, inference_branches, prior)
-        return [
-            _segmented(maps, limits[index], prepared[index], crf) for index, maps in zip(members, logits, strict=True)
-        ]
+    def run(pixel_values, members, seen):
+        own, prior = [limits[index] for index in members], None
+        if predicted:
+            seen = {} if seen is None else seen
+            own = _predicted_labels(model, pixel_values, seen)
+        elif own[0] is not None:
+            prior = 0.0
+        logits = model.multi_scale_logits(pixel_values, scales, flip, inference_branches, prior, seen)
+        images = [prepared[index] for index in members]
+        return [_segmented(*item, crf) for item in zip(logits, own, images, strict=True)]
 
-    return _in_equal_batches(model, prepared, run, prior_off)
+    return _in_equal_batches(model, prepared, run, [limit is None for limit in limits])
+
+
+def _predicted_labels(model: PreTrainedModel, pixel_values: torch.Tensor, seen: dict | None) -> torch.Tensor:
+    return (model.class_scores(pixel_values, seen) > 0).float()
 
 
 def _segmented(maps, labels, prepared: PreparedImage, crf) -> SegmentedImage:
@@ -159,7 +176,7 @@ def _segmented(maps, labels, prepared: PreparedImage, crf) -> SegmentedImage:
 def predict_labels(model: PreTrainedModel, processor: SynerNetImageProcessor, images: Sequence[Any]) -> list:
     """Multi-hot labels `(num_labels - 1,)`, float32, that the classifiers see in each image: a logit above 0."""
     prepared = _prepared(processor, images)
-    return _in_equal_batches(model, prepared, lambda values, _: (model.class_scores(values) > 0).float())
+    return _in_equal_batches(model, prepared, lambda values, _, seen: _predicted_labels(model, values, seen))
 
 
 @torch.no_grad()
@@ -190,12 +207,12 @@ def generate_image_cams(
     """
     prepared = _prepared(processor, images)
 
-    def run(pixel_values, members):
+    def run(pixel_values, members, seen):
         given = None
         if labels is not None:
             given = torch.stack([torch.as_tensor(labels[index], dtype=torch.float32) for index in members])
             given = given.to(pixel_values.device)
-        cams = model.generate_cams(pixel_values, given, scales, flip, plain, all_classes)
+        cams = model.generate_cams(pixel_values, given, scales, flip, plain, all_classes, seen)
         results = [{name: maps[row] for name, maps in cams.items()} for row in range(len(members))]
         if given is not None and not all_classes:
             present = present_classes(given)
@@ -207,6 +224,8 @@ def generate_image_cams(
 
 
 def _prepared(processor: SynerNetImageProcessor, images: Sequence[Any]) -> list[PreparedImage]:
+    if isinstance(images, PreparedBatch):
+        return images
     return [image if isinstance(image, PreparedImage) else prepare_image(processor, image) for image in images]
 
 
@@ -215,20 +234,22 @@ def _in_equal_batches(
 ) -> list:
     """
     What `run` answers for every image, in their order. It is given the pixel values `(n, 3, h, w)` of the images of one
-    size (and kind) as the model takes them, and their positions.
+    size (and kind) as the model takes them, their positions, and the views of a [`PreparedBatch`] seen so far.
     """
     results = [None] * len(prepared)
     kinds = results if kinds is None else kinds
     keys = [(tuple(item.pixel_values.shape[-2:]), kind) for item, kind in zip(prepared, kinds, strict=True)]
     for key in dict.fromkeys(keys):
         members = [index for index, other in enumerate(keys) if other == key]
-        batch = torch.stack([prepared[index].pixel_values for index in members])
-        for index, answer in zip(members, run(batch.to(model.device, model.dtype), members), strict=True):
+        batch = torch.stack([prepared[index].pixel_values for index in members]).to(model.device, model.dtype)
+        seen = prepared.seen.setdefault(tuple(members), {}) if isinstance(prepared, PreparedBatch) else None
+        for index, answer in zip(members, run(batch, members, seen), strict=True):
             results[index] = answer
     return results
 
 
 __all__ = [
+    "PreparedBatch",
     "PreparedImage",
     "SegmentedImage",
     "generate_image_cams",

@@ -15,6 +15,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .cam_synernet import (
     BranchPair,
+    BranchView,
     at_input_size,
     crop_to_input,
     fuse_branches,
@@ -23,6 +24,7 @@ from .cam_synernet import (
     normalize_cams,
     patch_map,
     propagate_cams,
+    read_views,
     token_map,
 )
 from .configuration_synernet import SynerNetConfig
@@ -309,28 +311,21 @@ class SynerNetBranch(nn.Module):
             states.append(tokens)
         return getattr(self.backbone, norm_name(self.backbone))(tokens), tuple(states)
 
-    def read_cams(
+    def view(
         self, pixel_values: torch.Tensor, patch_size: int, shared_states: tuple[torch.Tensor, ...] | None = None
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """
-        CAM logits `(B, C, h, w)` of the last, the auxiliary and the additional layers, and the features
-        `(B, D, h, w)` they are read from. The decoder does not run.
-        """
+    ) -> BranchView:
+        """What the branch sees in `(B, 3, H, W)` images, sides multiples of the patch. No head runs."""
         tokens, hidden_states, _ = self.encode(pixel_values, shared_states)
         layers = (self.auxiliary_layer_index, *self.additional_cam_layers)
-        states = (tokens, *map(hidden_states.__getitem__, layers))
-        features = [patch_map(layer, pixel_values, patch_size) for layer in states]
-        maps = [self.cam_head.cam_logits(features[0]), *map(self.auxiliary_cam_head.cam_logits, features[1:])]
-        return maps, features
+        features = (tokens, *map(hidden_states.__getitem__, layers))
+        return BranchView(self, tokens[:, 0], tuple(patch_map(maps, pixel_values, patch_size) for maps in features))
 
-    @torch.no_grad()
-    def cams_of(self, output: SynerNetBranchOutput) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The result of `read_cams` from the `output` of `forward` for the same images, without gradient."""
+    def view_of(self, output: SynerNetBranchOutput) -> BranchView:
+        """The result of `view` from the `output` of `forward` for the same images, without gradient."""
         grid = output.features.shape[-2:]
         earlier = [token_map(output.hidden_states[layer], grid) for layer in self.additional_cam_layers]
-        maps = [output.cam_logits, output.auxiliary_cam_logits, *map(self.auxiliary_cam_head.cam_logits, earlier)]
-        features = [output.features, output.auxiliary_features, *earlier]
-        return [cam.detach() for cam in maps], [states.detach() for states in features]
+        features = (output.features, output.auxiliary_features, *earlier)
+        return BranchView(self, output.class_token.detach(), tuple(maps.detach() for maps in features))
 
     def forward(
         self,
@@ -449,28 +444,22 @@ class SynerNetModel(SynerNetPreTrainedModel):
         CAM logits `(B, C, h, w)` per branch and layer (last, auxiliary, `config.additional_cam_layers`) for images
         `(B, 3, H, W)`, on the token grid of the padded image, propagated where configured unless `plain`. No decoder.
         """
-        padded = self.pad(pixel_values.to(self.dtype))
-        shared_states = self.shared_states(padded)
-        read = BranchPair(*(branch.read_cams(padded, self.config.patch_size, shared_states) for branch in self.pair))
-        return self._propagate(read, plain)
+        _, [view] = read_views(self, pixel_values)
+        return self.view_cam_logits(view, plain)
 
-    @torch.no_grad()
-    def cam_logits_of(
-        self, outputs: SynerNetModelOutput, size: tuple[int, int]
-    ) -> BranchPair[tuple[torch.Tensor, ...]] | None:
-        """`cam_logits` from `outputs` of `forward` for images of `size`; `None` where CAM views are cut, not padded."""
-        if self.config.floor_scaled_views and any(side % self.config.patch_size for side in size):
-            return None
-        read = BranchPair(self.broad_branch.cams_of(outputs.broad), self.precise_branch.cams_of(outputs.precise))
-        return self._propagate(read)
+    def seen_in(self, outputs: SynerNetModelOutput, size: tuple[int, int]) -> dict:
+        """What [`read_views`] need not encode again after `outputs` of `forward` for images of `size`."""
+        pairs = zip(BranchPair._fields, self.pair, outputs.pair, strict=True)
+        return {(size, size, False): {name: branch.view_of(output) for name, branch, output in pairs}}
 
-    def _propagate(self, read, plain: bool = False) -> BranchPair[tuple[torch.Tensor, ...]]:
-        """Propagates the (CAM logits, features) that each branch has `read` per layer, where it has a temperature."""
+    def view_cam_logits(self, view: BranchPair[BranchView], plain: bool) -> BranchPair[tuple[torch.Tensor, ...]]:
+        """CAM logits `(B, C, h, w)` of a view per branch and layer, propagated where configured unless `plain`."""
         temperatures = (self.config.broad_propagation_temperature, self.config.precise_propagation_temperature)
         alike, spread = None, []
-        for (maps, _), temperature in zip(read, temperatures, strict=True):
+        for own, temperature in zip(view, temperatures, strict=True):
+            maps = own.cam_logits()
             if temperature is not None and not plain:
-                alike = alike or list(map(joint_features, read.broad[1], read.precise[1]))
+                alike = alike or list(map(joint_features, view.broad.features, view.precise.features))
                 maps = [propagate_cams(cam, features, temperature) for cam, features in zip(maps, alike, strict=True)]
             spread.append(tuple(maps))
         return BranchPair(*spread)
@@ -586,9 +575,13 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         return self.synernet.cam_logits(pixel_values, plain)
 
     @torch.no_grad()
-    def class_scores(self, pixel_values: torch.FloatTensor) -> torch.Tensor:
-        """Scores `(B, C)` of the classes in images `(B, 3, H, W)`, as `classification_logits` of `forward`."""
-        return self._mix(self.synernet(pixel_values))[1]
+    def class_scores(self, pixel_values: torch.FloatTensor, seen: dict | None = None) -> torch.Tensor:
+        """
+        Scores `(B, C)` of the classes in images `(B, 3, H, W)`, as `classification_logits` of `forward`. `seen` as in
+        `multi_scale_logits`.
+        """
+        _, [view] = read_views(self.synernet, pixel_values, seen=seen)
+        return self._class_scores(view)
 
     @torch.no_grad()
     def generate_cams(
@@ -599,6 +592,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         flip: bool | None = None,
         plain: bool = False,
         all_classes: bool = True,
+        seen: dict | None = None,
     ) -> SynerNetCamOutput:
         r"""
         Multi-scale CAMs of both branches and their fusion, without gradient.
@@ -610,6 +604,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             flip (`bool`, *optional*, defaults to `config.cam_flip`): whether to use the mirrored image too.
             plain (`bool`, *optional*, defaults to `False`): leave out propagation and consensus, as for a baseline.
             all_classes (`bool`, *optional*, defaults to `True`): `False`: maps of `present_classes(labels)` only.
+            seen (`dict`, *optional*): as in `multi_scale_logits`.
 
         Returns:
             [`SynerNetCamOutput`]
@@ -619,7 +614,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         scales = self.config.cam_scales if scales is None else scales
         flip = self.config.cam_flip if flip is None else flip
         present = None if labels is None else present_classes(labels)
-        cams = multi_scale_cams(self, pixel_values, present, scales, flip, plain=plain)
+        cams = multi_scale_cams(self, pixel_values, present, scales, flip, plain, seen)
         own = torch.ones_like(cams.broad[0][..., 0, 0]) if present is None else present.mask.float()
         fused, confidence = fuse_branches(self.config, cams, own)
         maps = [cams.broad[0], cams.precise[0], cams.broad[1], cams.precise[1], 0.5 * (fused.broad + fused.precise)]
@@ -635,6 +630,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         flip: bool = False,
         inference_branches: str | None = None,
         class_prior_weight: float | None = None,
+        seen: dict | None = None,
     ) -> torch.Tensor:
         r"""
         Segmentation logits at the size of the input: the elementwise maximum over scales (authors' code).
@@ -645,6 +641,8 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             flip (`bool`, *optional*, defaults to `False`): whether to use the mirrored image too.
             inference_branches (`str`, *optional*): as in `forward`.
             class_prior_weight (`float`, *optional*, defaults to `config.class_prior_weight`): 0 for known classes.
+            seen (`dict`, *optional*): Empty at first, it keeps what the encoders give for each view, which another call
+                with it and the same images need not compute again.
 
         Returns:
             `torch.Tensor` of shape `(B, K, H, W)`: float32.
@@ -652,14 +650,9 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         size, branches = tuple(pixel_values.shape[-2:]), chosen_branches(inference_branches)
         best = None
         for scale in self.config.inference_scales if scales is None else scales:
-            scaled_size = (max(int(scale * size[0]), 1), max(int(scale * size[1]), 1))
-            scaled = pixel_values
-            if scaled_size != size:
-                scaled = F.interpolate(pixel_values, size=scaled_size, mode="bilinear", align_corners=False)
-            for mirrored in (False, True) if flip else (False,):
-                view = scaled.flip(-1) if mirrored else scaled
-                logits, _ = self._mix(self.synernet(view, branches=branches), class_prior_weight)
-                logits = crop_to_input(logits.float(), scaled_size, self.config.patch_size)
+            view_size, views = read_views(self.synernet, pixel_values, scale, flip, branches=branches, seen=seen)
+            for mirrored, view in enumerate(views):
+                logits = crop_to_input(self._mix(view, class_prior_weight).float(), view_size, self.config.patch_size)
                 logits = logits.flip(-1) if mirrored else logits
                 logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
                 best = logits if best is None else torch.maximum(best, logits)
@@ -728,7 +721,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         decode = not self.training or labels is None or bool(weights.get("segmentation"))
         asked = (output_hidden_states, output_attentions)
         outputs = self.synernet(pixel_values, branches, *asked, return_dict=True, decode=decode)
-        mixed, scores = self._mix(outputs)
+        mixed, scores = self._mix(outputs.pair), self._class_scores(outputs.pair)
         logits = BranchPair(*(self._at_input(output, "logits", size) for output in outputs.pair))
         objective, cams = SynerNetObjective(), BranchPair(None, None)
         if labels is not None:
@@ -757,18 +750,25 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         maps = None if output is None else output.get(name)
         return None if maps is None else at_input_size(maps, size, self.config.patch_size)
 
-    def _mix(self, outputs: SynerNetModelOutput, prior_weight: float | None = None):
-        """The branches' segmentation logits `(B, K, h, w)` mixed, and the class scores `(B, C)` of the images."""
+    def _mix(self, pair: BranchPair, prior_weight: float | None = None) -> torch.Tensor | None:
+        """Segmentation logits `(B, K, h, w)` of the branches that ran, mixed; `None` without decoders."""
         share = self.config.broad_share_in_logits
-        ran = [pair for pair in zip((share, 1 - share), outputs.pair, strict=True) if pair[1] is not None]
+        ran = [(part, output) for part, output in zip((share, 1 - share), pair, strict=True) if output is not None]
         ran = [(1.0, ran[0][1])] if len(ran) == 1 else ran
-        logits = sum(share * output.logits for share, output in ran) if "logits" in ran[0][1] else None
+        if ran[0][1].logits is None:
+            return None
+        logits = sum(share * output.logits for share, output in ran)
         if not self.config.with_class_token_head:
-            return logits, sum(output.classification_logits for _, output in ran) / len(ran)
+            return logits
         likely = sum(share * F.logsigmoid(output.class_token_logits) for share, output in ran)
         weight = self.config.class_prior_weight if prior_weight is None else prior_weight
-        scores = sum(output.class_token_logits for _, output in ran) / len(ran)
-        return None if logits is None else lower_unlikely_classes(logits, likely, weight), scores
+        return lower_unlikely_classes(logits, likely, weight)
+
+    def _class_scores(self, pair: BranchPair) -> torch.Tensor:
+        """Class scores `(B, C)` of the branches that ran, their mean."""
+        name = "class_token_logits" if self.config.with_class_token_head else "classification_logits"
+        scores = [getattr(output, name) for output in pair if output is not None]
+        return sum(scores) / len(scores)
 
     def _check_labels(self, labels: torch.Tensor, pixel_values: torch.Tensor):
         expected = (pixel_values.shape[0], self.config.num_foreground_labels)

@@ -204,8 +204,8 @@ def make_targets(
     low, high = config.low_threshold, config.high_threshold
     present = present_classes(labels, max_labels)
     own = present.mask.to(labels.dtype)
-    known_logits = model.cam_logits_of(outputs, size) if 1 in config.cam_scales else None
-    cams = multi_scale_cams(model, pixel_values, present, config.cam_scales, config.cam_flip, known_logits)
+    seen = model.seen_in(outputs, size)
+    cams = multi_scale_cams(model, pixel_values, present, config.cam_scales, config.cam_flip, seen=seen)
 
     token_labels, areas, pseudo_labels, confidence = [None, None], [None, None], [None, None], None
     if weights["patch_contrast"]:

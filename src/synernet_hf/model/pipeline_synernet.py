@@ -14,7 +14,7 @@ from transformers import AutoModelForSemanticSegmentation, ImageSegmentationPipe
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .inference_synernet import generate_image_cams, prepare_image, resize_maps, segment_images
+from .inference_synernet import PreparedBatch, generate_image_cams, prepare_image, resize_maps, segment_images
 
 
 TASK = "weakly-supervised-segmentation"
@@ -132,7 +132,7 @@ class SynerNetSegmentationPipeline(Pipeline):
             image_labels (`list[str]` or `str`, *optional*): Classes that are in the images; no other class but
                 background is predicted then. A list of names, or a text of names between commas; `"known"`, to take
                 `labels` of each record (names, or ids of foreground classes from 0); or `"predicted"`, for the classes
-                that the model's classifiers see, at the cost of one more pass.
+                that the model's classifiers see.
             crf (`Callable[[np.ndarray, np.ndarray], np.ndarray]`, *optional*): Refines the probabilities, such as
                 `synernet_hf.crf.DenseCRF()`: takes the image (shrunk to the processor's `max_pixels`), uint8 of shape
                 `(height, width, 3)`, and class probabilities, float32 of shape `(num_labels, height, width)`, and
@@ -189,7 +189,7 @@ class SynerNetSegmentationPipeline(Pipeline):
         return_cams: bool = False,
         return_confidence: bool = False,
     ) -> dict[str, list]:
-        prepared = _flattened(model_inputs["prepared"])
+        prepared = PreparedBatch(_flattened(model_inputs["prepared"]))
         labels = _flattened(model_inputs["labels"])
         if isinstance(labels[0], str):
             # "predicted", for all images

@@ -20,10 +20,12 @@ from synernet_hf.data.checks import mask_ids
 from synernet_hf.data.schema import multi_hot
 from synernet_hf.metrics import MeanIoU
 from synernet_hf.model import (
+    PreparedBatch,
     PreparedImage,
     SynerNetForWeaklySupervisedSegmentation,
     SynerNetImageProcessor,
     generate_image_cams,
+    predict_labels,
     prepare_image,
     resize_maps,
     segment_images,
@@ -136,17 +138,18 @@ def _check_inputs(dataset: Dataset, needs_labels: bool) -> None:
         )
 
 
-def single_scale_cams(
-    model: SynerNetForWeaklySupervisedSegmentation, pixel_values: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:
+def single_scale_cams(model, processor, images: Sequence[PreparedImage], labels: Sequence[torch.Tensor]) -> list[dict]:
     """
-    The baseline CAMs `(batch_size, num_labels - 1, height, width)` in [0, 1]: mean of both branches' final-layer CAMs
-    at scale 1 without mirror, propagation and consensus. Each map is divided by its maximum, as every CAM of the
-    method is (our choice for the mean of two).
+    The baseline CAMs of images given multi-hot `labels` `(num_labels - 1,)`: `cams` `(n, h, w)` in [0, 1], mean of both
+    branches' final-layer CAMs at scale 1 without mirror, propagation and consensus, and the classes that are `present`.
+    Each map is divided by its maximum, as every CAM of the method is (our choice for the mean of two).
     """
-    cams = model.generate_cams(pixel_values, labels=labels, scales=(1.0,), flip=False, plain=True)
-    mean = (cams.broad_cams + cams.precise_cams) / 2
-    return mean / (mean.amax(dim=(2, 3), keepdim=True) + 1e-5)
+    found = generate_image_cams(model, processor, images, labels, (1.0,), flip=False, plain=True, all_classes=False)
+    means = [(maps["broad_cams"] + maps["precise_cams"]) / 2 for maps in found]
+    return [
+        {"cams": mean / (mean.amax(dim=(1, 2), keepdim=True) + 1e-5), "present": maps["present"]}
+        for mean, maps in zip(means, found, strict=True)
+    ]
 
 
 class _EvaluationImage(NamedTuple):
@@ -218,7 +221,7 @@ class _KindScorer:
         self, batch: list[_EvaluationImage], crf_pool: Executor | None
     ) -> Iterator[tuple[str, list[torch.Tensor | Future]]]:
         """Yields `(kind, label maps at the size of each image)`; of a CRF, futures of its probabilities."""
-        prepared = [item.prepared for item in batch]
+        prepared = PreparedBatch(item.prepared for item in batch)
         for name, options in self.segmentations.items():
             segmented = segment_images(self.model, self.processor, prepared, **options)
             yield name, [item.label_map for item in segmented]
@@ -231,27 +234,26 @@ class _KindScorer:
             yield f"{name}_crf", [crf_pool.submit(self.crf, *pair) for pair in zip(images, maps, strict=True)]
         if not self.needs_labels:
             return
-        labels = torch.stack([item.labels for item in batch])
+        labels = [item.labels for item in batch]
         if self.cams:
             cams = generate_image_cams(self.model, self.processor, prepared, labels, all_classes=False)
-            # slot of the present classes → id
-            ids = [F.pad(maps["present"].ids[0] + 1, (1, 0)) for maps in cams]
             for kind in CAM_KINDS:
-                slots = self._label_maps([maps[f"{kind}s"] for maps in cams], prepared)
-                yield kind, [own[label_map] for own, label_map in zip(ids, slots, strict=True)]
+                yield kind, self._label_maps(cams, f"{kind}s", prepared)
         if self.baselines:
-            pixel_values = torch.stack([item.pixel_values for item in prepared])
-            pixel_values = pixel_values.to(self.model.device, self.model.dtype)
             # like the segmentation, without the true image labels
-            predicted = (self.model.class_scores(pixel_values) > 0).float()
-            for kind, given in zip(BASELINE_KINDS, (labels.to(self.model.device), predicted), strict=False):
-                yield kind, self._label_maps(single_scale_cams(self.model, pixel_values, given), prepared)
+            predicted = predict_labels(self.model, self.processor, prepared)
+            for kind, given in zip(BASELINE_KINDS, (labels, predicted), strict=False):
+                cams = single_scale_cams(self.model, self.processor, prepared, given)
+                yield kind, self._label_maps(cams, "cams", prepared)
             yield "background_only", [torch.zeros(item.size, dtype=torch.int64) for item in prepared]
 
-    def _label_maps(self, maps: Sequence[torch.Tensor], prepared: list[PreparedImage]) -> list[torch.Tensor]:
-        return self.processor.post_process_class_activation_maps(
-            maps, self.model.config.background_threshold, target_sizes=[item.size for item in prepared]
-        )
+    def _label_maps(self, cams: list[dict], name: str, prepared: list[PreparedImage]) -> list[torch.Tensor]:
+        threshold, sizes = self.model.config.background_threshold, [item.size for item in prepared]
+        maps = [item[name] for item in cams]
+        slots = self.processor.post_process_class_activation_maps(maps, threshold, target_sizes=sizes)
+        # slot of the present classes → id
+        ids = [F.pad(item["present"].ids[0] + 1, (1, 0)) for item in cams]
+        return [own[label_map] for own, label_map in zip(ids, slots, strict=True)]
 
 
 def evaluate_model(

@@ -11,6 +11,7 @@ from PIL import Image
 from synernet_hf.data.schema import multi_hot
 from synernet_hf.files import replace_file, write_text
 from synernet_hf.model import (
+    PreparedBatch,
     SynerNetForWeaklySupervisedSegmentation,
     SynerNetImageProcessor,
     generate_image_cams,
@@ -79,8 +80,9 @@ def write_image_grid(
 def _panels(model, processor, record: dict) -> list[tuple[str, Image.Image]]:
     prepared = prepare_image(processor, record["image"])
     labels = multi_hot(record["labels"], model.config.num_labels - 1)
-    [segmented] = segment_images(model, processor, [prepared])
-    [cams] = generate_image_cams(model, processor, [prepared], [labels])
+    batch = PreparedBatch([prepared])
+    [segmented] = segment_images(model, processor, batch)
+    [cams] = generate_image_cams(model, processor, batch, [labels])
     image = prepared.image
     cam = resize_maps(cams["fused_cams"].amax(dim=0, keepdim=True), (image.height, image.width))[0].cpu().numpy()
     # at the size of the whole image
