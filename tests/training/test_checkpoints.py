@@ -4,13 +4,14 @@ import json
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from training_utils import assert_equal_weights, run, snapshot, state_of
+from training_utils import assert_equal_weights, run, snapshot, state_of, stop_at
 
-from synernet_hf.training import InvalidArguments
+from synernet_hf.training import InvalidArguments, engine
 from synernet_hf.training.checkpoints import (
     damage,
     find_resume_checkpoint,
@@ -168,3 +169,27 @@ def test_a_checkpoint_that_is_saved_again_is_never_absent(interrupted, monkeypat
     assert damage(interrupted / "checkpoint-4") is None
     # what is left of the older one goes with the clearing up
     assert not list(interrupted.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"max_eval_samples": 1}, {"metric_classes": ["background", "dots"]}, {"max_eval_samples": 2}, {}]
+)
+def test_best_compares_scores_of_the_same_images_and_classes(tmp_path, monkeypatch, capsys, changes):
+    scores, evaluate_model = iter([0.9, 0.1]), engine.evaluate_model
+
+    def scored(*args, **kwargs):
+        results = evaluate_model(*args, **kwargs)
+        results["segmentation"]["mean_iou"] = next(scores)
+        return results
+
+    monkeypatch.setattr(engine, "evaluate_model", scored)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", eval_steps=2)
+    results = run(tmp_path / "run", data=changes, eval_steps=2, resume_from_checkpoint="latest")
+    # two images are all there are
+    differs = bool(changes) and changes != {"max_eval_samples": 2}
+    assert results["training"]["best_step"] == (4 if differs else 2)
+    assert json.loads((tmp_path / "run" / "best" / "eval_results.json").read_text())["step"] == (4 if differs else 2)
+    assert ("than those of best/, which is chosen anew" in capsys.readouterr().out) == differs

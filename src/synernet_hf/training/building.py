@@ -390,14 +390,17 @@ def run_record(
 ) -> dict[str, Any]:
     """
     Collects the content of `training_args.json`: the three argument groups, `class_names`, `skipped` records, what was
-    `checked`, `versions`, and under `run` the rest of what the weights depend on.
+    `checked`, `versions`, under `run` the rest of what the weights depend on, and under `scored_on` what scores do.
     """
-    train_split = data.splits["train"]
+    train_split, names, scored = data.splits["train"], class_names(data.splits), None
+    if "validation" in data.splits:
+        scored = data.splits["validation"]
+        scored = scored.select(range(min(data_args.max_eval_samples or len(scored), len(scored))))
     return {
         "model_args": dataclasses.asdict(model_args),
         "data_args": dataclasses.asdict(data_args),
         "training_args": dataclasses.asdict(training_args),
-        "class_names": class_names(data.splits),
+        "class_names": names,
         "skipped": data.skipped,
         "checked": data.checked,
         "versions": {
@@ -413,5 +416,12 @@ def run_record(
             "num_train": len(train_split),
             "num_processes": accelerator.num_processes,
             "mixed_precision": accelerator.mixed_precision,
+        },
+        "scored_on": None
+        if scored is None
+        else {
+            "num_images": len(scored),
+            "fingerprint": _fingerprint({"validation": scored.select_columns(["image_id", "labels"])}),
+            "classes": data_args.metric_classes or names,
         },
     }

@@ -294,10 +294,11 @@ def write_state(checkpoint: Path, state: TrainerState) -> None:
     _write_state(checkpoint, state, read_record(checkpoint / STATE_FILE)["files"])
 
 
-def read_state(checkpoint: Path, output_dir: Path) -> TrainerState:
+def read_state(checkpoint: Path, output_dir: Path, scored_on: Mapping[str, Any] | None) -> TrainerState:
     """
     Reads the counters of a checkpoint; [`load_checkpoint`] reads the rest. The best score is that of the `best/`
-    folder in `output_dir`: a run that continues in another folder has none yet.
+    folder in `output_dir`: a run that continues in another folder has none yet, nor has one that scores other images
+    or classes than that folder was scored on.
     """
     record = read_record(checkpoint / STATE_FILE)
     state = TrainerState(**{item.name: record[item.name] for item in fields(TrainerState)})
@@ -305,7 +306,8 @@ def read_state(checkpoint: Path, output_dir: Path) -> TrainerState:
     results = output_dir / "best" / RESULTS_FILE
     if results.is_file():
         best = read_record(results)
-        state.best_metric, state.best_step = best["segmentation"]["mean_iou"], best["step"]
+        if best.get("scored_on") == scored_on:
+            state.best_metric, state.best_step = best["segmentation"]["mean_iou"], best["step"]
     return state
 
 

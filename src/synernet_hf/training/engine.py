@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from synernet_hf.cli import Terminated
 from synernet_hf.data import PhotometricAugmentation, class_names
-from synernet_hf.files import FolderInUse, hold_folder, write_json
+from synernet_hf.files import FolderInUse, finite, hold_folder, write_json
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.training.arguments import (
     ARGUMENTS_FILE,
@@ -236,7 +236,7 @@ def build_run(
     augmentation = PhotometricAugmentation(
         config.image_mean, config.image_std, args.color_jitter, args.grayscale, args.blur
     ).to(accelerator.device)
-    state = TrainerState() if checkpoint is None else read_state(checkpoint, output_dir)
+    state = TrainerState() if checkpoint is None else read_state(checkpoint, output_dir, finite(record["scored_on"]))
     done = state.step + state.skipped_steps
     loader = train_loader(data_args, training_args, accelerator, data.splits["train"], done)
     model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
@@ -258,6 +258,8 @@ def build_run(
         stop=StopRequest(accelerator.num_processes),
     )
     if accelerator.is_main_process:
+        if checkpoint is not None and state.best_metric is None and (output_dir / "best" / RESULTS_FILE).is_file():
+            tqdm.write("Scores are of other validation images or classes than those of best/, which is chosen anew.")
         if checkpoint is None and is_without_checkpoint(output_dir):
             tqdm.write(f"{output_dir}: the run was interrupted before its first checkpoint and starts over.")
         remove_unfinished(output_dir)
@@ -478,7 +480,8 @@ def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
     if not math.isnan(metric) and (state.best_metric is None or metric > state.best_metric):
         state.best_metric, state.best_step = metric, state.step
         if accelerator.is_main_process:
-            extra = [(RESULTS_FILE, {"step": state.step, **results}), (ARGUMENTS_FILE, run.record)]
+            best = {"step": state.step, "scored_on": run.record["scored_on"], **results}
+            extra = [(RESULTS_FILE, best), (ARGUMENTS_FILE, run.record)]
             save_model_folder(run.output_dir / "best", run.bare_model, run.processor, extra)
     state.elapsed_seconds += time.perf_counter() - started
     checkpoint = run.output_dir / f"checkpoint-{state.step}"
