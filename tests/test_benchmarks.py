@@ -492,3 +492,73 @@ def test_the_gpu_suite_plans_steps_that_fit_and_trainings_that_the_ablation_take
     suite.run_all({"one": ["-c", "print(3)"], "two": ["-c", "import time; time.sleep(60)"]}, 1.0)
     log = (tmp_path / "out" / "log.txt").read_text()
     assert "one: 0" in log and "two: out of time" in log
+
+
+def saved(module: ModuleType, words: list[str], path: Path) -> dict:
+    """The record that a benchmark writes."""
+    assert module.main([*words, "--output", str(path)]) == 0
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_all_ways_to_a_mean_iou_agree(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    words = "--num_images 2 --size 12 10 --num_labels 4 --rounds 1".split()
+    variants = saved(load_benchmark("metric"), words, tmp_path / "metric.json")["variants"]
+    assert {"evaluate", "ours", "ours through evaluate", "np.bincount", "np.histogram2d"} <= set(variants)
+    assert max(entry["difference"] for entry in variants.values()) < 1e-6
+    assert "| ours |" in capsys.readouterr().out
+
+
+class SlowlySure:
+    """Stands for DenseCRF: makes the likeliest class certain, and leaves out classes like it."""
+
+    def __init__(self, min_probability: float = 0.2):
+        self.min_probability = min_probability
+
+    def __call__(self, image: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+        kept = probabilities.max(axis=(1, 2), keepdims=True) >= self.min_probability
+        return probabilities * kept
+
+
+def test_a_crf_on_likely_classes_is_compared_with_one_on_all(finished, monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    crf = load_benchmark("crf")
+    monkeypatch.setattr(crf, "DenseCRF", SlowlySure)
+    words = [str(finished / "runs" / "class_prior-seed0"), "--max_samples", "3", "--processes", "1"]
+    record = saved(crf, words, tmp_path / "crf.json")
+    assert list(record["variants"]) == ["plain", "likely classes", "plain, 1 processes", "likely classes, 1 processes"]
+    # what falls below 0.2 everywhere is never the likeliest of six classes
+    assert [entry["equal_pixels"] for entry in record["variants"].values()] == [1.0] * 4
+    assert len(set(record["mean_iou"].values())) == 1 and record["num_images"] == 3
+    assert 1 <= record["mean_likely_classes"] < record["num_labels"] == 6
+    assert "| likely classes |" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux")
+def test_growth_is_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    scaling = load_benchmark("scaling")
+    # other processes would look the module up by its name
+    words = "--parts classes size images memory --classes 3 6 --size 32 --sizes 32 48 --images 4 8"
+    words += " --batch_size 4 --crop_size 64 --rounds 1"
+    record = saved(scaling, words.split(), tmp_path / "scaling.json")
+    assert set(record["images"]) == {"confusion matrix", "pseudo-labels, records", "pseudo-labels, found finished"}
+    rows = [row for part in ("classes", "size", "images") for row in record[part].values()]
+    assert all(len(row["seconds"]) == 2 and row["seconds"][0] > 0 for row in rows)
+    assert record["memory"]["most_classes"] == 4 and "| refinement |" in capsys.readouterr().out
+
+
+def test_exponents_and_memory_are_those_of_the_work(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    scaling = load_benchmark("scaling")
+    assert scaling.curve([10, 20, 40], [1.0, 3.0, 16.0], 1)["exponent"] == pytest.approx(2)
+    if Path("/proc/self/clear_refs").exists():
+        assert 60 < scaling.peak_memory(lambda: np.ones(2**23)) < 90
+    model, batch = scaling.make_model(5).eval(), scaling.make_batch(3, 5, 64)
+    # the naive form mixes both branches evenly
+    model.config.fusion = "fixed"
+    with torch.no_grad():
+        ours, naive = scaling.supervise(model, *batch), scaling.supervise_naively(model, *batch)
+    slots = torch.where(naive == 255, 255, (naive > 0).long())
+    # the first image has one class, and its slot is the first
+    assert (slots[:, 0] == ours[:, 0]).float().mean() > 0.99

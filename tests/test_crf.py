@@ -27,7 +27,7 @@ def test_defaults_are_the_authors_values():
         "bilateral_sxy": 121.0,
         "bilateral_srgb": 5.0,
         "bilateral_compat": 4.0,
-        "min_probability": 0.0,
+        "min_probability": 0.01,
     }
 
 
