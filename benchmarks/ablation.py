@@ -22,27 +22,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
-from synernet_hf.cli import CommandParser, needs_extra, run_command
+from synernet_hf.cli import CommandParser, answer_early, needs_extra, run_command
 from synernet_hf.files import write_json, write_text
 
 
 with needs_extra("train"):
-    from synernet_hf.data import class_names
-    from synernet_hf.training import (
-        InvalidArguments,
-        evaluate_model,
-        load_data,
-        parse_arguments,
-        read_recipe,
-        resolve_precision,
-        train,
-    )
+    from synernet_hf.training import InvalidArguments, parse_arguments, read_recipe
 
 
-MODEL_FIELDS = set(SynerNetConfig.__annotations__) - {"backbone_config"}
 RECIPES = Path(__file__).resolve().parents[1] / "examples" / "recipes"
 DATA = {"shapes": "tiny_cpu.yaml", "voc_animals": "voc_animals.yaml"}
 # set by the ablation itself, row by row
@@ -208,6 +195,23 @@ def base_arguments(options: argparse.Namespace, extra: list[str]) -> list:
         value = getattr(options, name)
         words += [] if value is None else [f"--{name}", str(value)]
     return list(parse_arguments([*words, *extra], further_options=[f"--{name}" for name in vars(options)]))
+
+
+if __name__ == "__main__":
+    # a wrong command line is answered before the imports below, which take seconds
+    answer_early(lambda: base_arguments(*parse_options()))
+
+import torch
+
+from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+
+
+with needs_extra("train"):
+    from synernet_hf.data import class_names
+    from synernet_hf.training import evaluate_model, load_data, resolve_precision, train
+
+
+MODEL_FIELDS = set(SynerNetConfig.__annotations__) - {"backbone_config"}
 
 
 def row_arguments(base: list, row: Row, seed: int, output_dir: Path) -> list:

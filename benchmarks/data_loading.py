@@ -19,28 +19,11 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-from torch.utils.data import DataLoader
-
-from synernet_hf.cli import needs_extra, run_command
+from synernet_hf.cli import answer_early, needs_extra, run_command
 
 
 with needs_extra("train"):
-    import datasets
-
-    from synernet_hf.data import (
-        StreamBatchSampler,
-        SynerNetDataCollator,
-        TrainDataset,
-        TrainTransform,
-        class_names,
-    )
-    from synernet_hf.training import data_parser, load_data, read_data_arguments
-
-
-SEED = 0
-KINDS = ("bare", "bare, draft", "loader")
+    from synernet_hf.training import data_parser, read_data_arguments
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -60,6 +43,32 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if min(args.workers) < 1:
         parser.error(f"--workers is {args.workers}; positive numbers are expected")
     return args
+
+
+if __name__ == "__main__":
+    # a wrong command line is answered before the imports below, which take seconds
+    answer_early(parse_arguments)
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader
+
+
+with needs_extra("train"):
+    import datasets
+
+    from synernet_hf.data import (
+        StreamBatchSampler,
+        SynerNetDataCollator,
+        TrainDataset,
+        TrainTransform,
+        class_names,
+    )
+    from synernet_hf.training import load_data
+
+
+SEED = 0
+KINDS = ("bare", "bare, draft", "loader")
 
 
 def factor_of(position: int, scale_range: tuple[float, float]) -> float:

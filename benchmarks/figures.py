@@ -17,13 +17,38 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from synernet_hf.cli import CommandParser, answer_early, needs_extra, run_command
+from synernet_hf.files import safe_file_names
+
+
+with needs_extra("train"):
+    from synernet_hf.training import DataArguments, InvalidArguments
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of a trained model")
+    parser.add_argument("--images", nargs="+", required=True, help="ids of the validation split, or image files")
+    parser.add_argument("--labels", nargs="+", help="classes of image files (default: those the model finds)")
+    parser.add_argument("--output", type=Path, help="folder of the figures (default: RUN/figures)")
+    parser.add_argument("--panel_size", type=int, default=176, help="width and height of a panel in pixels")
+    data = parser.add_argument_group("data (default: as in training, from RUN/training_args.json)")
+    data.add_argument("--data_dir", help="folder of the data set")
+    data.add_argument("--image_labels", help="source of the image labels")
+    data.add_argument("--validation_split", help="list of images that the ids are looked up in")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    # a wrong command line is answered before the imports below, which take seconds
+    answer_early(parse_arguments)
+
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from synernet_hf.cli import CommandParser, needs_extra, run_command
-from synernet_hf.files import safe_file_names
 from synernet_hf.metrics import MeanIoU
 from synernet_hf.model import (
     BranchPair,
@@ -44,26 +69,11 @@ from synernet_hf.visualization import colorize, figure_panels, heat_map, with_le
 
 with needs_extra("train"):
     from synernet_hf.data import multi_hot
-    from synernet_hf.training import DataArguments, InvalidArguments, load_data
+    from synernet_hf.training import load_data
 
 
 LETTERS = {"broad": "B", "precise": "P"}
 UNCERTAIN = 255
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = CommandParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a trained model")
-    parser.add_argument("--images", nargs="+", required=True, help="ids of the validation split, or image files")
-    parser.add_argument("--labels", nargs="+", help="classes of image files (default: those the model finds)")
-    parser.add_argument("--output", type=Path, help="folder of the figures (default: RUN/figures)")
-    parser.add_argument("--panel_size", type=int, default=176, help="width and height of a panel in pixels")
-    data = parser.add_argument_group("data (default: as in training, from RUN/training_args.json)")
-    data.add_argument("--data_dir", help="folder of the data set")
-    data.add_argument("--image_labels", help="source of the image labels")
-    data.add_argument("--validation_split", help="list of images that the ids are looked up in")
-    return parser.parse_args(argv)
 
 
 def read_file(path: Path, labels: list[str] | None, names: list[str]) -> dict[str, Any]:

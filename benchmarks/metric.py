@@ -8,10 +8,29 @@ Seconds of mean IoU on label maps of VOC's size: ours against `evaluate`, `torch
 Arrow table and hands them over as lists. `torchmetrics` is left out where it is not installed.
 """
 
+import argparse
 import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from synernet_hf.cli import CommandParser, answer_early
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("--num_images", type=int, default=100, help="images (default: 100)")
+    parser.add_argument("--size", type=int, nargs=2, default=(375, 500), help="height and width (default: 375 500)")
+    parser.add_argument("--num_labels", type=int, default=21, help="classes with background (default: 21)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed calls of each (default: 3)")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    # a wrong command line is answered before the imports below, which take seconds
+    answer_early(parse_arguments)
 
 import datasets
 import evaluate
@@ -19,7 +38,6 @@ import numpy as np
 import torch
 from side_by_side import median_ratio, save_record, time_in_turns
 
-from synernet_hf.cli import CommandParser
 from synernet_hf.metrics import MeanIoU
 
 
@@ -140,13 +158,7 @@ def measure(num_images: int, size: tuple[int, int], num_labels: int, rounds: int
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    parser = CommandParser(description=__doc__)
-    parser.add_argument("--num_images", type=int, default=100, help="images (default: 100)")
-    parser.add_argument("--size", type=int, nargs=2, default=(375, 500), help="height and width (default: 375 500)")
-    parser.add_argument("--num_labels", type=int, default=21, help="classes with background (default: 21)")
-    parser.add_argument("--rounds", type=int, default=3, help="timed calls of each (default: 3)")
-    parser.add_argument("--output", type=Path, help="JSON file")
-    args = parser.parse_args(argv)
+    args = parse_arguments(argv)
     figures = measure(args.num_images, tuple(args.size), args.num_labels, args.rounds)
     print(f"| mean IoU of {args.num_images} images | ms an image | times as fast | largest difference |")
     print("| --- | ---: | ---: | ---: |")

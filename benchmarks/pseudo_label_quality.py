@@ -15,28 +15,11 @@ import itertools
 import sys
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from synernet_hf.cli import needs_extra, run_command
-from synernet_hf.metrics import MeanIoU
-from synernet_hf.model import (
-    SynerNetPixelAdaptiveRefinement,
-    denormalize,
-    fuse_branches,
-    mask_absent_classes,
-    multi_scale_cams,
-    refine_pseudo_labels,
-)
-from synernet_hf.model_folder import load_model_folder
+from synernet_hf.cli import answer_early, needs_extra, run_command
 
 
 with needs_extra("train"):
-    from synernet_hf.data import multi_hot
-    from synernet_hf.training import InvalidArguments, data_parser, load_data, read_data_arguments
-
-
-HEADER = ("low, high", "dilations", "fg decided", "fg right", "fg precision", "bg decided", "mIoU of decided")
+    from synernet_hf.training import InvalidArguments, data_parser, read_data_arguments
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -54,6 +37,33 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="lists of dilations to try, numbers separated by commas",
     )
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    # a wrong command line is answered before the imports below, which take seconds
+    answer_early(parse_arguments)
+
+import numpy as np
+import torch
+
+from synernet_hf.metrics import MeanIoU
+from synernet_hf.model import (
+    SynerNetPixelAdaptiveRefinement,
+    denormalize,
+    fuse_branches,
+    mask_absent_classes,
+    multi_scale_cams,
+    refine_pseudo_labels,
+)
+from synernet_hf.model_folder import load_model_folder
+
+
+with needs_extra("train"):
+    from synernet_hf.data import multi_hot
+    from synernet_hf.training import load_data
+
+
+HEADER = ("low, high", "dilations", "fg decided", "fg right", "fg precision", "bg decided", "mIoU of decided")
 
 
 def score(counts: np.ndarray) -> list[float]:

@@ -9,15 +9,32 @@ all sets of CAMs of an image with one affinity. Two sets of CAMs (one for each b
 refined, as in a training step. The second row is ours called in the reference's order.
 """
 
+import argparse
 import math
 import sys
 from pathlib import Path
+
+from synernet_hf.cli import CommandParser, answer_early
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("--size", type=int, default=448, help="side of the images (default: 448)")
+    parser.add_argument("--batch_size", type=int, default=8, help="images (default: 8)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed calls of each (default: 5)")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    # a wrong command line is answered before the imports below, which take seconds
+    answer_early(parse_arguments)
 
 import torch
 from side_by_side import median_ratio, save_record, time_in_turns
 from torch.nn import functional as F
 
-from synernet_hf.cli import CommandParser
 from synernet_hf.model import SynerNetPixelAdaptiveRefinement, refine_pseudo_labels
 
 
@@ -111,12 +128,7 @@ def measure(size: int, batch_size: int, rounds: int) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    parser = CommandParser(description=__doc__)
-    parser.add_argument("--size", type=int, default=448, help="side of the images (default: 448)")
-    parser.add_argument("--batch_size", type=int, default=8, help="images (default: 8)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed calls of each (default: 5)")
-    parser.add_argument("--output", type=Path, help="JSON file")
-    args = parser.parse_args(argv)
+    args = parse_arguments(argv)
     figures = measure(args.size, args.batch_size, args.rounds)
     print(f"| labels of {args.batch_size} images, {args.size} px, 3 sets of CAMs | s | times as fast |")
     print("| --- | ---: | ---: |")

@@ -17,12 +17,36 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from synernet_hf.cli import answer_early, needs_extra, run_command
+
+
+with needs_extra("train"):
+    from synernet_hf.training import data_parser, read_data_arguments
+
+
+RUNTIMES = "float32 broad precise averaged bfloat16 float16 int8 export onnx compile".split()
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = data_parser(description=__doc__)
+    parser.add_argument("run", help="folder of a trained model")
+    parser.add_argument("--max_samples", type=int, default=30, help="validation images")
+    parser.add_argument("--square", type=int, help="side that every image is squeezed to (default: as in the run)")
+    parser.add_argument("--metric_classes", nargs="+", help="classes in the mean; all that occur if left out")
+    parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=RUNTIMES)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    # a wrong command line is answered before the imports below, which take seconds
+    answer_early(parse_arguments)
+
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation
-from synernet_hf.cli import needs_extra, run_command
 from synernet_hf.export import export_onnx, export_program, quantize_weights
 from synernet_hf.metrics import MeanIoU
 from synernet_hf.model import prepare_image
@@ -30,7 +54,7 @@ from synernet_hf.model_folder import load_model_folder
 
 
 with needs_extra("train"):
-    from synernet_hf.training import data_parser, load_data, read_data_arguments
+    from synernet_hf.training import load_data
 
 
 Runtime = Callable[[torch.Tensor], torch.Tensor]
@@ -98,7 +122,7 @@ def of_format(model, dtype: torch.dtype) -> Runtime:
     return in_torch(half.to(dtype))
 
 
-RUNTIMES: dict[str, Callable] = {
+MAKERS: dict[str, Callable] = {
     "float32": in_torch,
     "broad": lambda model: in_torch(model, "broad"),
     "precise": lambda model: in_torch(model, "precise"),
@@ -151,17 +175,6 @@ def read_images(args: argparse.Namespace, processor) -> tuple[list[torch.Tensor]
     return inputs, masks
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = data_parser(description=__doc__)
-    parser.add_argument("run", help="folder of a trained model")
-    parser.add_argument("--max_samples", type=int, default=30, help="validation images")
-    parser.add_argument("--square", type=int, help="side that every image is squeezed to (default: as in the run)")
-    parser.add_argument("--metric_classes", nargs="+", help="classes in the mean; all that occur if left out")
-    parser.add_argument("--runtimes", nargs="+", choices=list(RUNTIMES), default=list(RUNTIMES))
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    return parser.parse_args(argv)
-
-
 def compare(args: argparse.Namespace) -> None:
     """Measures one runtime after the other and prints the table."""
     model, processor = load_model_folder(args.run)
@@ -175,7 +188,7 @@ def compare(args: argparse.Namespace) -> None:
     print("| runtime | mIoU | equal pixels | largest difference of a logit | seconds per image |")
     print("| --- | ---: | ---: | ---: | ---: |", flush=True)
     for name in ["float32", *(name for name in args.runtimes if name != "float32")]:
-        found = measure(RUNTIMES[name](model), inputs, masks, reference)
+        found = measure(MAKERS[name](model), inputs, masks, reference)
         reference = reference or found["logits"]
         row = {key: value for key, value in found.items() if key not in ("metric", "logits")}
         rows[name] = {"mean_iou": found["metric"].compute(class_ids)["mean_iou"]} | row

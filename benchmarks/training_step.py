@@ -30,6 +30,38 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from synernet_hf.cli import CommandParser, answer_early, needs_extra, run_command
+
+
+with needs_extra("train"):
+    from synernet_hf.training import read_recipe
+
+
+# width, blocks and heads of the encoder; side of the crop, images per step
+SIZES = {"smoke": (48, 4, 3, 64, 2), "tiny": (192, 12, 3, 224, 8), "base": (768, 12, 12, 448, 12)}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the options."""
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="encoder, crop and batch (default: tiny)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    formats = ["float32", "bfloat16"]
+    parser.add_argument("--dtype", nargs="+", choices=formats, default=formats, help="default: both")
+    parser.add_argument("--batch_size", type=int, help="images per step (default: 8 for tiny, 12 for base)")
+    parser.add_argument("--approximate", action="store_true", help="also steps that compute less")
+    parser.add_argument("--compile", action="store_true", help="also the last dtype with torch.compile")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before the timed ones (default: 2)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each variant, in turns (default: 5)")
+    parser.add_argument("--seconds", type=float, default=1e9, help="no variant starts later (default: no bound)")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    # a wrong command line is answered before the imports below, which take seconds
+    answer_early(parse)
+
 import torch
 import transformers
 from refinement import ConvolvedRefinement
@@ -38,7 +70,6 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation
-from synernet_hf.cli import CommandParser, needs_extra, run_command
 from synernet_hf.model import (
     BranchPair,
     SynerNetTargets,
@@ -56,12 +87,10 @@ from synernet_hf.model import (
 
 
 with needs_extra("train"):
-    from synernet_hf.training import parameter_groups, read_recipe
+    from synernet_hf.training import parameter_groups
 
 
 RECIPE = Path(__file__).resolve().parents[1] / "examples" / "recipes" / "voc12_authors.yaml"
-# width, blocks and heads of the encoder; side of the crop, images per step
-SIZES = {"smoke": (48, 4, 3, 64, 2), "tiny": (192, 12, 3, 224, 8), "base": (768, 12, 12, 448, 12)}
 NUM_CLASSES = 20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "tf32": torch.float32}
 PROGRESS = 0.75
@@ -450,23 +479,6 @@ def _line(name: str, entry: dict, variants: dict) -> str:
     total = sum(entry["parts"].values())
     shares = (f"{part} {100 * seconds / total:.0f} %" for part, seconds in entry["parts"].items())
     return f"{text}\n    {', '.join(shares)}"
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the options."""
-    parser = CommandParser(description=__doc__)
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="encoder, crop and batch (default: tiny)")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    formats = ["float32", "bfloat16"]
-    parser.add_argument("--dtype", nargs="+", choices=formats, default=formats, help="default: both")
-    parser.add_argument("--batch_size", type=int, help="images per step (default: 8 for tiny, 12 for base)")
-    parser.add_argument("--approximate", action="store_true", help="also steps that compute less")
-    parser.add_argument("--compile", action="store_true", help="also the last dtype with torch.compile")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before the timed ones (default: 2)")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each variant, in turns (default: 5)")
-    parser.add_argument("--seconds", type=float, default=1e9, help="no variant starts later (default: no bound)")
-    parser.add_argument("--output", type=Path, help="JSON file")
-    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,22 +16,53 @@ import sys
 import time
 from pathlib import Path
 
+from synernet_hf.cli import CommandParser, InvalidArguments, answer_early, needs_extra, run_command
+
+
+with needs_extra("train"):
+    from synernet_hf.training import DataArguments, parse_arguments
+
+
+HERE = Path(__file__).resolve().parent
+
+
+def parse_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Read the demo's own options; what remains is for the training script."""
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("--config", default=str(HERE / "recipes" / "tiny_cpu.yaml"), help="recipe of the run")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/demo"), help="folder of the run; an earlier run in it is removed"
+    )
+    parser.add_argument("--num_images", type=int, default=6, help="rows of the figure")
+    return parser.parse_known_args(argv)
+
+
+def check_options(options: argparse.Namespace, extra: list[str]) -> DataArguments:
+    """Find mistakes of the command line, the training's part included; return the data that it trains on."""
+    if options.num_images < 1:
+        raise InvalidArguments(f"--num_images is {options.num_images}; give at least 1.")
+    words = ["--config", options.config, "--output_dir", str(options.output_dir), *extra]
+    return parse_arguments(words, further_options=["--num_images"])[1]
+
+
+if __name__ == "__main__":
+    # a wrong command line is answered before the imports below, which take seconds
+    answer_early(lambda: check_options(*parse_options()))
+
 import numpy as np
 import torch
 from PIL import Image
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor, SynerNetSegmentationPipeline
-from synernet_hf.cli import CommandParser, InvalidArguments, needs_extra, run_command
 from synernet_hf.model import open_image, prepare_image, resize_maps, segment_images
 from synernet_hf.visualization import colorize, figure_panels, heat_map, overlay, palette_image
 
 
 with needs_extra("train"):
     from synernet_hf.data import class_names, load_wsss_dataset, multi_hot
-    from synernet_hf.training import evaluate_model, parse_arguments
+    from synernet_hf.training import evaluate_model
 
 
-HERE = Path(__file__).resolve().parent
 # What a training run leaves in its folder; only a folder that holds one of these is ever removed.
 RUN_MARKS = ("training_args.json", "checkpoint-*", "logs")
 KINDS = {
@@ -49,17 +80,6 @@ KINDS = {
 def say(act: str) -> None:
     """Announce what happens next."""
     print(f"\n== {act}", flush=True)
-
-
-def parse_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Read the demo's own options; what remains is for the training script."""
-    parser = CommandParser(description=__doc__)
-    parser.add_argument("--config", default=str(HERE / "recipes" / "tiny_cpu.yaml"), help="recipe of the run")
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("runs/demo"), help="folder of the run; an earlier run in it is removed"
-    )
-    parser.add_argument("--num_images", type=int, default=6, help="rows of the figure")
-    return parser.parse_known_args(argv)
 
 
 def clear(folder: Path) -> None:
@@ -155,13 +175,9 @@ def pick_records(split, number: int) -> list[dict]:
 
 def run_demo(options: argparse.Namespace, extra: list[str]) -> int:
     """Run all steps of the demo; return its exit code."""
-    if options.num_images < 1:
-        raise InvalidArguments(f"--num_images is {options.num_images}; give at least 1.")
+    data_args = check_options(options, extra)
     start = time.monotonic()
     folder = options.output_dir
-    _, data_args, _ = parse_arguments(
-        ["--config", options.config, "--output_dir", str(folder), *extra], further_options=["--num_images"]
-    )
     clear(folder)
 
     say("1/4 Training on generated images with image labels only")

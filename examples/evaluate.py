@@ -4,26 +4,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from synernet_hf.cli import needs_extra, run_command
-from synernet_hf.crf import DenseCRF
+from synernet_hf.cli import answer_early, needs_extra, run_command
 from synernet_hf.files import write_json
-from synernet_hf.model_folder import check_model_folder, find_model_folder, load_model_folder
 
 
 with needs_extra("train"):
-    import datasets
-    from accelerate import Accelerator
-
-    from synernet_hf.data import class_names
-    from synernet_hf.training import (
-        DataArguments,
-        check_on_main_process,
-        data_parser,
-        evaluate_model,
-        load_data,
-        read_data_arguments,
-        results_table,
-    )
+    from synernet_hf.training import DataArguments, data_parser, read_data_arguments
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,6 +35,32 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def check_arguments(args: argparse.Namespace) -> None:
+    """Find mistakes of the command line before anything is loaded."""
+    if args.max_samples is not None and args.max_samples < 1:
+        raise ValueError(f"--max_samples is {args.max_samples}; a positive number of images is expected.")
+    if args.output is not None and args.output.is_dir():
+        raise ValueError(f"--output {args.output} is a folder; give the name of a JSON file.")
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+
+
+if __name__ == "__main__":
+    # a wrong command line is answered before the imports below, which take seconds
+    answer_early(lambda: check_arguments(parse_arguments()))
+
+from synernet_hf.crf import DenseCRF
+from synernet_hf.model_folder import check_model_folder, find_model_folder, load_model_folder
+
+
+with needs_extra("train"):
+    import datasets
+    from accelerate import Accelerator
+
+    from synernet_hf.data import class_names
+    from synernet_hf.training import check_on_main_process, evaluate_model, load_data, results_table
+
+
 def load_split(
     data_args: DataArguments, id2label: dict[int, str], accelerator: Accelerator, max_samples: int | None = None
 ) -> tuple[datasets.DatasetDict, list[str], list[str]]:
@@ -68,16 +80,6 @@ def load_split(
         split = split.select(range(min(max_samples, len(split))))
     checked = check_on_main_process(datasets.DatasetDict(validation=split), data_args, accelerator, skipped)
     return checked, class_names(splits), skipped.get("validation", [])
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Find mistakes of the command line before anything is loaded."""
-    if args.max_samples is not None and args.max_samples < 1:
-        raise ValueError(f"--max_samples is {args.max_samples}; a positive number of images is expected.")
-    if args.output is not None and args.output.is_dir():
-        raise ValueError(f"--output {args.output} is a folder; give the name of a JSON file.")
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -14,16 +14,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-
-from synernet_hf.cli import CommandParser, run_command
-from synernet_hf.crf import DenseCRF
+from synernet_hf.cli import CommandParser, answer_early, run_command
 from synernet_hf.files import IMAGE_SUFFIXES, is_hidden, replace_file
-from synernet_hf.model import open_image, segment_images
-from synernet_hf.model_folder import find_model_folder, load_model_folder
-from synernet_hf.visualization import overlay, palette_image
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,14 +32,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--flip", action="store_true", help="also use the mirrored image at every scale")
     parser.add_argument("--crf", action="store_true", help="refine the result with DenseCRF (extra `crf`)")
     return parser.parse_args(argv)
-
-
-def read_image(path: Path) -> Image.Image:
-    """An image as the model sees it, upright and in colour; [`ValueError`] says what is wrong with it."""
-    try:
-        return open_image(path)
-    except ValueError as error:
-        raise ValueError(f"The image {path} cannot be decoded; give a valid JPEG, PNG or the like.") from error
 
 
 def images_in(folder: Path, output_dir: Path, pattern: str = "**/*") -> dict[Path, Path]:
@@ -99,22 +83,44 @@ def find_images(names: Iterable[str], output_dir: Path) -> dict[Path, str]:
 
 
 def check_arguments(args: argparse.Namespace) -> dict[Path, str]:
-    """Find every mistake before the model is loaded and anything is written; return the images to segment."""
-    find_model_folder(args.run)
+    """Find mistakes of the command line before anything is loaded; return the images to segment."""
     if args.scales is not None and not all(0 < scale < math.inf for scale in args.scales):
         raise ValueError(f"The scales {args.scales} are not all positive numbers; give factors such as 1.0 1.25 1.5.")
     if args.output_dir.exists() and not args.output_dir.is_dir():
         raise ValueError(f"{args.output_dir} is a file; give a folder for the results.")
-    images = find_images(args.images, args.output_dir)
-    for path in images:
-        if str(path) in args.images:
-            read_image(path)
-    return images
+    return find_images(args.images, args.output_dir)
+
+
+if __name__ == "__main__":
+    # a wrong command line is answered before the imports below, which take seconds
+    answer_early(lambda: check_arguments(parse_arguments()))
+
+import numpy as np
+import torch
+from PIL import Image
+
+from synernet_hf.crf import DenseCRF
+from synernet_hf.model import open_image, segment_images
+from synernet_hf.model_folder import find_model_folder, load_model_folder
+from synernet_hf.visualization import overlay, palette_image
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image as the model sees it, upright and in colour; [`ValueError`] says what is wrong with it."""
+    try:
+        return open_image(path)
+    except ValueError as error:
+        raise ValueError(f"The image {path} cannot be decoded; give a valid JPEG, PNG or the like.") from error
 
 
 def predict(args: argparse.Namespace) -> None:
     """Segment every image and write its results."""
     images = check_arguments(args)
+    # before the model is loaded and anything is written
+    find_model_folder(args.run)
+    for path in images:
+        if str(path) in args.images:
+            read_image(path)
     crf = DenseCRF() if args.crf else None
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model, processor = load_model_folder(args.run)

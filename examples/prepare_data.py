@@ -11,26 +11,12 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from PIL import Image
-
-from synernet_hf.cli import needs_extra, run_command
+from synernet_hf.cli import answer_early, needs_extra, run_command
 from synernet_hf.files import replace_file, write_json
-from synernet_hf.model import open_image
-from synernet_hf.visualization import figure_panels
 
 
 with needs_extra("train"):
-    import datasets
-
-    from synernet_hf.data import (
-        DatasetReport,
-        check_dataset,
-        class_names,
-        inspect_dataset,
-        same_columns,
-        write_parquet,
-    )
-    from synernet_hf.training import data_parser, load_data, read_data_arguments
+    from synernet_hf.training import data_parser, read_data_arguments
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -53,6 +39,30 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("images_per_class", "num_threads"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; a positive number is expected.")
+
+
+if __name__ == "__main__":
+    # a wrong command line is answered before the imports below, which take seconds
+    answer_early(lambda: check_arguments(parse_arguments()))
+
+from PIL import Image
+
+from synernet_hf.model import open_image
+from synernet_hf.visualization import figure_panels
+
+
+with needs_extra("train"):
+    import datasets
+
+    from synernet_hf.data import (
+        DatasetReport,
+        check_dataset,
+        class_names,
+        inspect_dataset,
+        same_columns,
+        write_parquet,
+    )
+    from synernet_hf.training import load_data
 
 
 def contact_sheet(splits: datasets.DatasetDict, report: DatasetReport, images_per_class: int) -> Image.Image:

@@ -10,21 +10,13 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
-from synernet_hf.cli import needs_extra, run_command
-from synernet_hf.model_folder import load_model_folder
+from synernet_hf.cli import answer_early, needs_extra, run_command
 
 
 with needs_extra("train"):
-    import datasets
-    from accelerate import Accelerator
-
-    from synernet_hf.pseudo_labels import LABEL_SOURCES, MAPS, PseudoLabelOptions, write_pseudo_labels
-    from synernet_hf.training import data_parser, load_data, read_data_arguments
+    from synernet_hf.training import data_parser, read_data_arguments
 
 
-NUM_SHOWN = 5
 SPLITS = ("train", "validation")
 
 
@@ -37,14 +29,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_samples", type=int, help="label the first so many images only")
     parser.add_argument(
         "--map",
-        choices=MAPS,
+        choices=("pseudo_label", "segmentation"),
         default="pseudo_label",
         help="pseudo_label: the fused, refined CAM with undecided pixels (default); segmentation: the decoders' "
         "segmentation, limited to the image's classes",
     )
     parser.add_argument(
         "--label_source",
-        choices=LABEL_SOURCES,
+        choices=("auto", "known", "predicted"),
         default="auto",
         help="known: the labels of the image; predicted: those of the classifier; auto: known where there are some (default)",
     )
@@ -65,6 +57,26 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"There is no split {args.split!r}; --split can be {' or '.join(SPLITS)}.")
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"--output {args.output} is a file; give a folder.")
+
+
+if __name__ == "__main__":
+    # a wrong command line is answered before the imports below, which take seconds
+    answer_early(lambda: check_arguments(parse_arguments()))
+
+import torch
+
+from synernet_hf.model_folder import load_model_folder
+
+
+with needs_extra("train"):
+    import datasets
+    from accelerate import Accelerator
+
+    from synernet_hf.pseudo_labels import PseudoLabelOptions, write_pseudo_labels
+    from synernet_hf.training import load_data
+
+
+NUM_SHOWN = 5
 
 
 def label_images(args: argparse.Namespace) -> None:

@@ -12,11 +12,18 @@ describes the run folder and how to resume.
 
 import sys
 
-from synernet_hf.cli import needs_extra, run_command
+from synernet_hf.cli import answer_early, needs_extra, run_command
 
 
 with needs_extra("train"):
-    from synernet_hf.training import parse_arguments, train
+    from synernet_hf.training import parse_arguments
+
+if __name__ == "__main__":
+    # a wrong command line is answered before the imports below, which take seconds
+    answer_early(parse_arguments)
+
+with needs_extra("train"):
+    from synernet_hf.training import train
 
 
 def run(argv: list[str] | None) -> None:

@@ -8,35 +8,19 @@ Further options are those of `transformers.TrainingArguments`. Where the validat
 on it at the size it sees, which is quick and not the protocol of the benchmarks.
 """
 
+import importlib.util
 import json
+import re
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForSemanticSegmentation,
-    PreTrainedModel,
-    SegformerImageProcessorPil,
-    Trainer,
-    TrainingArguments,
-)
-
-from synernet_hf.cli import needs_extra, run_command
-from synernet_hf.metrics import MeanIoU
-from synernet_hf.model import open_image
+from synernet_hf.cli import answer_early, needs_extra, run_command
 
 
 with needs_extra("train"):
-    import datasets
-    from accelerate import PartialState
-
-    from synernet_hf.data import class_names, id2label_from
-    from synernet_hf.pseudo_labels import with_pseudo_labels
-    from synernet_hf.training import check_on_main_process, data_parser, load_data, read_data_arguments
+    from synernet_hf.training import data_parser, read_data_arguments
 
 
 @dataclass
@@ -53,6 +37,47 @@ class SegmenterArguments:
     size: int = field(default=512, metadata={"help": "Height and width that images are resized to."})
     check_data: bool = field(default=True, metadata={"help": "Decode every image before the training starts."})
     min_confidence: float = field(default=0.0, metadata={"help": "Leave out images that are less confident."})
+
+
+def read_own_options() -> None:
+    """Check the command line as far as that needs no transformers; its options are known by name only."""
+    parser = data_parser(SegmenterArguments, description=__doc__)
+    source = Path(importlib.util.find_spec("transformers").origin).with_name("training_args.py")
+    names = re.findall(r"^    (\w+): ", source.read_text(encoding="utf-8"), re.MULTILINE)
+    parser.further_options = [f"--{name}" for name in names]
+    options = {word: word.split("=")[0].replace("-", "_").removeprefix("__") for word in parser.parse_known_args()[1]}
+    parser.refuse(
+        [word for word, name in options.items() if name.removeprefix("no_") not in names and word[:2] == "--"]
+    )
+
+
+if __name__ == "__main__":
+    # a wrong command line is answered before the imports below, which take seconds
+    answer_early(read_own_options)
+
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForSemanticSegmentation,
+    PreTrainedModel,
+    SegformerImageProcessorPil,
+    Trainer,
+    TrainingArguments,
+)
+
+from synernet_hf.metrics import MeanIoU
+from synernet_hf.model import open_image
+
+
+with needs_extra("train"):
+    import datasets
+    from accelerate import PartialState
+
+    from synernet_hf.data import class_names, id2label_from
+    from synernet_hf.pseudo_labels import with_pseudo_labels
+    from synernet_hf.training import check_on_main_process, load_data
 
 
 class SegmentationDataset(torch.utils.data.Dataset):

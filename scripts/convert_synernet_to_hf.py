@@ -12,6 +12,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from synernet_hf.cli import CommandParser, answer_early, needs_extra, run_command
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="torch file of plain tensors, as the authors' code saves it")
+    parser.add_argument("out", type=Path, help="new folder for the model")
+    parser.add_argument("--num_heads", type=int, help="attention heads (default: width / 64)")
+    parser.add_argument("--classes", nargs="+", metavar="NAME", help="class names, the background left out")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    # a wrong command line is answered before the imports below, which take seconds
+    answer_early(parse_arguments)
+
 import torch
 from convert_timm_vit_to_hf import (
     ENCODER_NAMES,
@@ -27,7 +43,6 @@ from convert_timm_vit_to_hf import (
 from transformers import ViTConfig
 
 from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
-from synernet_hf.cli import CommandParser, needs_extra, run_command
 
 
 with needs_extra("train"):
@@ -224,15 +239,6 @@ def report(conversion: Conversion, others: list[str]) -> None:
         print("started  prototypes: zeros, the authors' code does not save them")
     else:
         print("without  projection heads: the checkpoint has none")
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = CommandParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="torch file of plain tensors, as the authors' code saves it")
-    parser.add_argument("out", type=Path, help="new folder for the model")
-    parser.add_argument("--num_heads", type=int, help="attention heads (default: width / 64)")
-    parser.add_argument("--classes", nargs="+", metavar="NAME", help="class names, the background left out")
-    return parser.parse_args(argv)
 
 
 def convert(args: argparse.Namespace) -> None:

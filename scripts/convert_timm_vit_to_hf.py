@@ -14,6 +14,21 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from synernet_hf.cli import CommandParser, answer_early, run_command
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="safetensors file, or torch file of plain tensors")
+    parser.add_argument("out", type=Path, help="new folder for the model")
+    parser.add_argument("--num_heads", type=int, help="attention heads (default: width / 64)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    # a wrong command line is answered before the imports below, which take seconds
+    answer_early(parse_arguments)
+
 import torch
 from safetensors.torch import load_file
 from transformers import (
@@ -25,8 +40,6 @@ from transformers import (
     ViTForImageClassification,
     ViTModel,
 )
-
-from synernet_hf.cli import CommandParser, run_command
 
 
 # timm's name, as a pattern over the whole key → the name in transformers' ViTModel and DeiTModel.
@@ -264,14 +277,6 @@ def convert(state_dict: Mapping[str, torch.Tensor], num_heads: int | None = None
             model = (DeiTModel if kind == "deit" else ViTModel)(config, add_pooling_layer=False)
     fill(model, weights)
     return model, weights, dropped
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = CommandParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="safetensors file, or torch file of plain tensors")
-    parser.add_argument("out", type=Path, help="new folder for the model")
-    parser.add_argument("--num_heads", type=int, help="attention heads (default: width / 64)")
-    return parser.parse_args(argv)
 
 
 def convert_file(args: argparse.Namespace) -> None:

@@ -10,12 +10,26 @@ import argparse
 import sys
 from pathlib import Path
 
+from synernet_hf.cli import CommandParser, answer_early, run_command
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="new folder for the model")
+    parser.add_argument("--class_names", nargs="+", default=["cat", "dog"], help="foreground classes")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    # a wrong command line is answered before the imports below, which take seconds
+    answer_early(parse_arguments)
+
 import torch
 from convert_timm_vit_to_hf import save_checked
 from transformers import ViTConfig
 
 from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
-from synernet_hf.cli import CommandParser, run_command
 
 
 def make_tiny_model(class_names: list[str], seed: int = 0) -> SynerNetForWeaklySupervisedSegmentation:
@@ -43,14 +57,6 @@ def make_tiny_model(class_names: list[str], seed: int = 0) -> SynerNetForWeaklyS
         prototype_size=32,
     )
     return SynerNetForWeaklySupervisedSegmentation(config).eval()
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = CommandParser(description=__doc__)
-    parser.add_argument("out", type=Path, help="new folder for the model")
-    parser.add_argument("--class_names", nargs="+", default=["cat", "dog"], help="foreground classes")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
-    return parser.parse_args(argv)
 
 
 def make(args: argparse.Namespace) -> None:

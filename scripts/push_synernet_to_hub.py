@@ -10,10 +10,36 @@ import sys
 import tempfile
 from pathlib import Path
 
+from synernet_hf.cli import CommandParser, answer_early, run_command
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="folder that training left")
+    parser.add_argument("repo_id", help="repository on the Hub, as owner/name")
+    parser.add_argument(
+        "--private", action="store_true", help="make a new repository private; refuse one that is public"
+    )
+    parser.add_argument("--revision", help="branch to push to, made where it is missing (default: main)")
+    parser.add_argument("--create_pr", action="store_true", help="propose the commit as a pull request")
+    parser.add_argument("--message", default="Upload SynerNet", help="message of the commit")
+    parser.add_argument("--license", help="licence id of the weights for the card, such as apache-2.0")
+    parser.add_argument(
+        "--no_projection_head",
+        action="store_true",
+        help="push the inference-only form (with_projection_head=False); training cannot go on from it as it was",
+    )
+    parser.add_argument("--no_images", action="store_true", help="leave the image grid out of the card")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    # a wrong command line is answered before the imports below, which take seconds
+    answer_early(parse_arguments)
+
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetSegmentationPipeline
-from synernet_hf.cli import CommandParser, run_command
 from synernet_hf.model_card import published_card
 from synernet_hf.model_folder import find_model_folder, load_model_folder
 
@@ -110,26 +136,6 @@ def push(folder: Path, args: argparse.Namespace) -> str:
         create_pr=args.create_pr,
     )
     return commit.pr_url or commit.commit_url
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = CommandParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="folder that training left")
-    parser.add_argument("repo_id", help="repository on the Hub, as owner/name")
-    parser.add_argument(
-        "--private", action="store_true", help="make a new repository private; refuse one that is public"
-    )
-    parser.add_argument("--revision", help="branch to push to, made where it is missing (default: main)")
-    parser.add_argument("--create_pr", action="store_true", help="propose the commit as a pull request")
-    parser.add_argument("--message", default="Upload SynerNet", help="message of the commit")
-    parser.add_argument("--license", help="licence id of the weights for the card, such as apache-2.0")
-    parser.add_argument(
-        "--no_projection_head",
-        action="store_true",
-        help="push the inference-only form (with_projection_head=False); training cannot go on from it as it was",
-    )
-    parser.add_argument("--no_images", action="store_true", help="leave the image grid out of the card")
-    return parser.parse_args(argv)
 
 
 def write_and_push(args: argparse.Namespace) -> None:

@@ -21,9 +21,8 @@ import tarfile
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
-
-import transformers
 
 from synernet_hf.cli import CommandParser, run_command
 
@@ -49,7 +48,7 @@ PACKAGES = ("tests", "tests/exporters", "tests/generation", "tests/utils", "test
 
 def fetch_sdist(folder: Path) -> Path:
     """Download the source distribution of the installed transformers into `folder`, without building it."""
-    requirement = f"transformers=={transformers.__version__}"
+    requirement = f"transformers=={version('transformers')}"
     command = [sys.executable, "-m", "pip", "download", "--no-binary", ":all:", "--no-deps", requirement]
     result = subprocess.run([*command, "--dest", str(folder)], capture_output=True, text=True)
     found = sorted(folder.glob("transformers-*.tar.gz"))
@@ -75,7 +74,7 @@ def lay_out(sdist: Path, folder: Path) -> None:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "src").mkdir()
-    (folder / "src" / "transformers").symlink_to(Path(transformers.__file__).parent)
+    (folder / "src" / "transformers").symlink_to(Path(importlib.util.find_spec("transformers").origin).parent)
     shutil.copy(SUITES, folder / "tests" / "models" / "synernet" / "test_synernet.py")
     (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    generate\n", encoding="utf-8")
 
@@ -135,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     absent = "passed" if args.pytest_arguments else "skipped"
     left_out = {name for name in MUST_RUN if outcomes.get(name, absent) == "skipped"}
     print(
-        f"transformers {transformers.__version__}: {counts['passed']} passed, {counts['failed']} failed, "
+        f"transformers {version('transformers')}: {counts['passed']} passed, {counts['failed']} failed, "
         f"{counts['skipped']} skipped"
     )
     for name in sorted(failed):

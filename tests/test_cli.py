@@ -1,10 +1,13 @@
 """What all commands share: one sentence per error, exit statuses, and the extra that a command needs."""
 
+import dataclasses
+import enum
 import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
@@ -79,6 +82,59 @@ def test_missing_words_are_one_line(capsys):
         parser.parse_args([])
     assert capsys.readouterr().err == "error: the following arguments are required: run\n"
     assert "of images (default: 3)" in " ".join(parser.format_help().split())
+
+
+class Speed(enum.Enum):
+    SLOW = "slow"
+    FAST = "fast"
+
+
+@dataclasses.dataclass
+class Fields:
+    """One field of each kind that dataclasses of options have, those of `transformers.TrainingArguments` included."""
+
+    needed: str
+    number: int | None = 3
+    choice: Literal["a", "b"] | None = None
+    speed: Speed | str = "slow"
+    on: bool = True
+    maybe: bool | None = None
+    numbers: list[float] = dataclasses.field(default_factory=lambda: [0.5])
+    mapping: dict[str, Any] | str | None = None
+    several: str | list[str] = ""
+
+
+def test_fields_of_dataclasses_are_read_as_their_types_say():
+    parser = CommandParser(Fields)
+    parser.add_argument("--other", default="x")
+    [fields, rest] = parser.parse_args_into_dataclasses(["--needed", "1"])
+    assert (fields, rest.other) == (Fields("1"), "x")
+    words = "--needed 1 --number 4 --choice b --speed fast --no_on --maybe YES --numbers 1 2 --mapping {} --several c"
+    [fields, _] = parser.parse_args_into_dataclasses(words.split())
+    assert fields == Fields("1", 4, "b", "fast", False, True, [1.0, 2.0], "{}", "c")
+    assert parser.parse_args(["--needed", "1", "--on"]).on is True
+    assert parser.parse_args(["--needed", "1", "--on", "f"]).on is False
+    only_given = CommandParser(Fields, only_given=True)
+    assert vars(only_given.parse_args(["--needed=1", "--no-on"])) == {"needed": "1", "on": False}
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("", "the following arguments are required: --needed"),
+        ("--needed 1 --number x", "--number must be a whole number, got 'x'."),
+        ("--needed 1 --on x", "--on must be true or false, got 'x'."),
+        ("--needed 1 --choice x", "argument --choice: invalid choice: 'x'"),
+        ("--needed 1 --speed x", "argument --speed: invalid choice: 'x'"),
+        ("--needed 1 --numbe 3", "There is no option --numbe: did you mean --number?"),
+        ("--needed 1 more", "Nothing is expected at more"),
+    ],
+)
+def test_values_of_a_wrong_kind_are_refused_in_one_line(words, sentence, capsys):
+    with pytest.raises(SystemExit) as stop:
+        CommandParser(Fields).parse_args_into_dataclasses(words.split())
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2 and errors.startswith(f"error: {sentence}") and errors.count("\n") == 1, errors
 
 
 def test_errors_of_the_package_itself_are_no_missing_extra():

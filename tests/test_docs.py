@@ -34,8 +34,9 @@ SHORTER = {
         "max_steps=100,": "max_steps=2, use_cpu=True,",
     },
 }
-# Options of accelerate and torchrun.
+# Options of accelerate, torchrun and transformers' Trainer.
 FOREIGN_OPTIONS = {"--cpu", "--logdir", "--multi_gpu", "--nproc_per_node", "--num_processes", "--project", "--quiet"}
+FOREIGN_OPTIONS |= {"--per_device_train_batch_size"}
 FOLDERS = ("benchmarks", "examples", "scripts")
 SCRIPTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py") if "__main__" in path.read_text())
 
@@ -229,7 +230,7 @@ def test_commands_are_read(page, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def all_options() -> set[str]:
-    """Options of all scripts, of accelerate and torchrun as far as the pages name them."""
+    """Options of all scripts, of accelerate, torchrun and the Trainer as far as the pages name them."""
     options = set(FOREIGN_OPTIONS)
     for script in [*SCRIPTS, "synernet_hf.export", ROOT / "tests" / "hub_server.py"]:
         with pytest.MonkeyPatch.context() as patch, pytest.raises((Parsed, SystemExit)):

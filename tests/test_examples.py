@@ -93,7 +93,9 @@ def test_train_refuses_an_unknown_key_of_a_recipe(capsys, monkeypatch, tmp_path)
 @pytest.mark.parametrize("script", ["evaluate.py", "predict.py"])
 def test_a_folder_without_a_model_is_refused(script, capsys, monkeypatch, tmp_path):
     (tmp_path / "empty").mkdir()
-    words = [str(tmp_path / "empty"), "image.png"][: 1 if script == "evaluate.py" else 2]
+    image = tmp_path / "image.png"
+    image.touch()
+    words = [str(tmp_path / "empty"), str(image)][: 1 if script == "evaluate.py" else 2]
     result = run_script(script, *words, capsys=capsys, monkeypatch=monkeypatch)
     assert_refused(result, str(tmp_path / "empty"), "config.json")
 

@@ -23,7 +23,8 @@ MAX_ARGUMENTS = 8
 # Per room: which other rooms of the package it may import, and which third-party roots.
 DATA_LIBRARIES = {"torch", "datasets", "PIL", "numpy", "kornia", "pycocotools", "evaluate", "tqdm"}
 ROOMS = {
-    "__init__": ({"model"}, set()),
+    "__init__": ({"lazy", "model"}, set()),
+    "lazy": (set(), set()),
     "model": (set(), {"torch", "numpy", "PIL", "transformers", "huggingface_hub", "safetensors"}),
     "files": (set(), set()),
     "cli": ({"files"}, {"transformers", "huggingface_hub"}),
@@ -42,7 +43,7 @@ ROOMS = {
     ),
     "model_card": ({"files"}, {"huggingface_hub", "yaml", "jinja2"}),
     "training": (
-        {"cli", "files", "model", "data", "metrics", "crf", "model_card", "visualization"},
+        {"cli", "files", "lazy", "model", "data", "metrics", "crf", "model_card", "visualization"},
         DATA_LIBRARIES | {"accelerate", "transformers", "huggingface_hub", "safetensors", "tqdm", "yaml"},
     ),
 }

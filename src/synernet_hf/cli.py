@@ -1,7 +1,9 @@
 """Shared by all commands: the parser, the handling of errors, and the check for missing packages."""
 
 import argparse
+import dataclasses
 import difflib
+import enum
 import errno
 import re
 import signal
@@ -9,19 +11,14 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
-
-from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import enable_progress_bars
-from transformers import HfArgumentParser
-from transformers.utils.logging import disable_progress_bar
+from types import NoneType
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from synernet_hf.files import missing_extra, one_line
 
 
-# of the HTTP library of `huggingface_hub`, whichever it is: connections that fail, which are no OSError
-TransportError = HfHubHTTPError.__bases__[0]
-NUMBERS = {"int": "a whole number", "float": "a number"}
+KINDS = {"int": "a whole number", "float": "a number", "true_or_false": "true or false"}
+BOOLEANS = {word: word in "yes true t y 1".split() for word in "yes true t y 1 no false f n 0".split()}
 
 
 # what a disk refuses, as opposed to a path that was given wrongly
@@ -53,7 +50,31 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return _with_default(action)
 
 
-class CommandParser(HfArgumentParser):
+def true_or_false(word: str) -> bool:
+    """Reads a truth value; `ValueError` for other words."""
+    if word.lower() not in BOOLEANS:
+        raise ValueError(word)
+    return BOOLEANS[word.lower()]
+
+
+def _how_to_read(hint: Any, default: Any) -> dict[str, Any]:
+    """The arguments of `add_argument` by which a dataclass field of this type and default is read."""
+    options = (hint,) if get_origin(hint) in (Literal, list) else get_args(hint) or (hint,)
+    kinds = [option for option in options if (get_origin(option) or option) not in (str, dict, NoneType)]
+    # text where it may be text, as mappings are, but truth values and choices
+    choosing = any(option is bool or isinstance(option, enum.EnumType) for option in kinds)
+    kind = str if not kinds or (str in options and not choosing) else kinds[0]
+    if get_origin(kind) is list:
+        return {"nargs": "+", "type": get_args(kind)[0]}
+    if kind is bool:
+        return {"type": true_or_false} if default is None else {"type": true_or_false, "nargs": "?", "const": True}
+    choices = get_args(kind) if get_origin(kind) is Literal else None
+    if isinstance(kind, enum.EnumType):
+        choices = [member.value for member in kind]
+    return {"type": kind} if choices is None else {"choices": choices, "type": str}
+
+
+class CommandParser(argparse.ArgumentParser):
     """
     A parser of dataclasses and options whose errors are one sentence: `error: …` and status 2, without the usage. Options
     are not abbreviated. For an unknown one the error suggests the closest.
@@ -66,9 +87,15 @@ class CommandParser(HfArgumentParser):
     """
 
     def __init__(self, *groups: type, description: str | None = None, only_given: bool = False) -> None:
-        super().__init__(groups, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+        self.groups = groups
         # options of a command around this one, which a misspelt option may mean
         self.further_options: Collection[str] = ()
+        for group in groups:
+            hints = get_type_hints(group)
+            for item in dataclasses.fields(group):
+                if item.init:
+                    self._add_field(item, hints[item.name])
         for action in self._actions[1:]:
             # the spelling with hyphens is read, and not shown again
             action.option_strings = action.option_strings[:1]
@@ -77,19 +104,33 @@ class CommandParser(HfArgumentParser):
             if only_given:
                 action.help, action.default = _with_default(action), argparse.SUPPRESS
 
+    def _add_field(self, item: dataclasses.Field, hint: Any) -> None:
+        default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        found = {"required": True} if default is dataclasses.MISSING else {"default": default}
+        found |= _how_to_read(hint, default) | item.metadata
+        hyphens = item.name.replace("_", "-")
+        self.add_argument(f"--{item.name}", f"--{hyphens}", **found)
+        if hint is bool and default is True:
+            off = {"action": "store_false", "dest": item.name, "default": False}
+            self.add_argument(f"--no_{item.name}", f"--no-{hyphens}", **off)
+
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         """Reads a command line, of which every word must be known."""
         parsed, unknown = self.parse_known_args(args, namespace)
-        self._refuse(unknown)
+        self.refuse(unknown)
         return parsed
 
     def parse_args_into_dataclasses(self, args=None) -> tuple[Any, ...]:
         """Reads a command line into one object per dataclass, and a namespace of the other options, if any."""
-        *parsed, unknown = super().parse_args_into_dataclasses(args, True, look_for_args_file=False)
-        self._refuse(unknown)
-        return tuple(parsed)
+        values = vars(self.parse_args(args))
+        parsed = []
+        for group in self.groups:
+            names = {item.name for item in dataclasses.fields(group)} & values.keys()
+            parsed.append(group(**{name: values.pop(name) for name in names}))
+        return (*parsed, argparse.Namespace(**values)) if values else tuple(parsed)
 
-    def _refuse(self, unknown: list[str]) -> None:
+    def refuse(self, unknown: list[str]) -> None:
+        """Ends the process with one sentence and status 2, if words of the command line are unknown."""
         options = [word.split("=")[0] for word in unknown if word.startswith("--")]
         known = [option for action in self._actions for option in action.option_strings] + [*self.further_options]
         if options:
@@ -99,9 +140,9 @@ class CommandParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with one sentence and status 2."""
-        number = re.fullmatch(r"argument (.*): invalid (int|float) value: (.*)", message)
-        if number:
-            message = f"{number[1]} must be {NUMBERS[number[2]]}, got {number[3]}."
+        wrong = re.fullmatch(rf"argument (.*): invalid ({'|'.join(KINDS)}) value: (.*)", message)
+        if wrong:
+            message = f"{wrong[1]} must be {KINDS[wrong[2]]}, got {wrong[3]}."
         self.exit(2, f"error: {message}\n")
 
 
@@ -137,6 +178,25 @@ def needs_extra(extra: str) -> Iterator[None]:
         sys.exit(2)
 
 
+def answer_early(read: Callable[[], Any]) -> None:
+    """
+    Reads a command line before imports that take seconds, and ends the process where it asks for help or is refused.
+
+    Args:
+        read (`Callable[[], Any]`): Reads and checks it, as far as that needs none of these imports.
+    """
+    status = run_command(lambda: read() and None)
+    if status:
+        sys.exit(status)
+
+
+def _transport_error() -> type[Exception]:
+    """The error of the HTTP library of `huggingface_hub`, whichever it is: connections that fail, which are no OSError."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__bases__[0]
+
+
 def _terminate(*_: Any) -> NoReturn:
     raise Terminated
 
@@ -144,7 +204,8 @@ def _terminate(*_: Any) -> NoReturn:
 def run_command(command: Callable[..., int | None], *args: Any) -> int:
     """
     Runs a command and prints what it refuses as lines `error: …`, without a traceback. Bars of transformers for loading
-    and saving, which take no time, are not shown; those of downloads are.
+    and saving, which take no time, are not shown; those of downloads are. A command that only reads its arguments is
+    run without importing either.
 
     Args:
         command (`Callable`): Does the work; returns an exit status or `None`.
@@ -154,8 +215,12 @@ def run_command(command: Callable[..., int | None], *args: Any) -> int:
         `int`: exit status: the command's own, 0 done, 1 diverged, 2 input refused, 3 the disk failed, 130 interrupted,
         143 ended by SIGTERM.
     """
-    disable_progress_bar()
-    enable_progress_bars()
+    if "transformers" in sys.modules:
+        from huggingface_hub.utils import enable_progress_bars
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        enable_progress_bars()
     in_main_thread = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
     try:
@@ -167,7 +232,7 @@ def run_command(command: Callable[..., int | None], *args: Any) -> int:
             problem = f"{error.filename or 'A file'} cannot be written or read ({error.strerror})."
     except (ValueError, ImportError) as error:
         problem, status = error, 2
-    except TransportError as error:
+    except _transport_error() as error:
         problem, status = f"The Hub cannot be reached ({error}): try again with a network.", 2
     except FloatingPointError as error:
         problem, status = error, 1
@@ -183,4 +248,4 @@ def run_command(command: Callable[..., int | None], *args: Any) -> int:
     return status
 
 
-__all__ = ["CommandParser", "InvalidArguments", "did_you_mean", "needs_extra", "run_command"]
+__all__ = ["CommandParser", "InvalidArguments", "answer_early", "did_you_mean", "needs_extra", "run_command"]

@@ -1,14 +1,10 @@
 """Training and evaluation of SynerNet."""
 
+import importlib.util
+from typing import TYPE_CHECKING
+
 from synernet_hf.files import missing_extra
-
-
-try:
-    import accelerate  # noqa: F401
-    import datasets  # noqa: F401
-except ModuleNotFoundError as error:
-    raise missing_extra("train", error) from error
-
+from synernet_hf.lazy import lazy_names
 from synernet_hf.training.arguments import (
     DataArguments,
     DataSourceArguments,
@@ -20,17 +16,41 @@ from synernet_hf.training.arguments import (
     read_data_arguments,
     read_recipe,
 )
-from synernet_hf.training.building import check_on_main_process, load_data
-from synernet_hf.training.engine import train
-from synernet_hf.training.evaluation import evaluate_model, results_table
-from synernet_hf.training.optimization import (
-    LossWeightSchedule,
-    gather_in_rank_order,
-    learning_rate_multiplier,
-    parameter_groups,
-    resolve_precision,
-)
 
+
+if TYPE_CHECKING:
+    from synernet_hf.training.building import check_on_main_process, load_data
+    from synernet_hf.training.engine import train
+    from synernet_hf.training.evaluation import evaluate_model, results_table
+    from synernet_hf.training.optimization import (
+        LossWeightSchedule,
+        gather_in_rank_order,
+        learning_rate_multiplier,
+        parameter_groups,
+        resolve_precision,
+    )
+
+
+for package in ("accelerate", "datasets"):
+    if importlib.util.find_spec(package) is None:
+        raise missing_extra("train", ModuleNotFoundError(name=package))
+
+# imported when they are first asked for, so that a command line is read without torch
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "building": ["check_on_main_process", "load_data"],
+        "engine": ["train"],
+        "evaluation": ["evaluate_model", "results_table"],
+        "optimization": [
+            "LossWeightSchedule",
+            "gather_in_rank_order",
+            "learning_rate_multiplier",
+            "parameter_groups",
+            "resolve_precision",
+        ],
+    },
+)
 
 __all__ = [
     "DataArguments",
