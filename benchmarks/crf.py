@@ -15,22 +15,11 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
-from side_by_side import median_ratio, save_record
-from tqdm.auto import tqdm
-
-from synernet_hf.cli import needs_extra, run_command
-from synernet_hf.crf import DenseCRF, crf_workers
-from synernet_hf.metrics import MeanIoU
-from synernet_hf.model import segment_images
-from synernet_hf.model_folder import load_model_folder
+from synernet_hf.cli import answer_early, needs_extra, run_command
 
 
 with needs_extra("train"):
-    from synernet_hf.training import data_parser, load_data, read_data_arguments
-
-
-GROUP = 8
+    from synernet_hf.training import data_parser, read_data_arguments
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,6 +30,27 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2, help="processes of the last rows (default: 2)")
     parser.add_argument("--output", type=Path, help="JSON file")
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    # a wrong command line is answered before the imports below, which take seconds
+    answer_early(parse_arguments)
+
+import numpy as np
+from side_by_side import median_ratio, save_record
+from tqdm.auto import tqdm
+
+from synernet_hf.crf import DenseCRF, crf_workers
+from synernet_hf.metrics import MeanIoU
+from synernet_hf.model import segment_images
+from synernet_hf.model_folder import load_model_folder
+
+
+with needs_extra("train"):
+    from synernet_hf.training import load_data
+
+
+GROUP = 8
 
 
 def refine(crf: Callable, groups: list[tuple[np.ndarray, np.ndarray]], pool=None) -> list[np.ndarray]:

@@ -11,6 +11,7 @@ for every scale and refines image by image; the naive form runs on fewer images 
 Linux. The curves need matplotlib.
 """
 
+import argparse
 import ctypes
 import io
 import math
@@ -24,6 +25,42 @@ from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
+from synernet_hf.cli import CommandParser, answer_early, needs_extra, run_command
+
+
+with needs_extra("train"):
+    from synernet_hf.training import read_recipe
+
+
+PARTS = ("classes", "size", "images", "processes", "memory")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = CommandParser(description=__doc__)
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)"
+    )
+    parser.add_argument("--classes", type=int, nargs="+", default=[20, 80, 1000], help="numbers of classes")
+    parser.add_argument("--size", type=int, default=224, help="side of the images where it does not vary (224)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 448, 672, 1024], help="sides of images")
+    parser.add_argument("--images", type=int, nargs="+", default=[1000, 10000, 100000], help="numbers of images")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes")
+    parser.add_argument("--batch_size", type=int, default=24, help="images of the COCO batch (default: 24)")
+    parser.add_argument("--crop_size", type=int, default=448, help="side of its images (default: 448)")
+    parser.add_argument(
+        "--naive_images", type=int, default=1, help="the naive form runs on so many, and twice as many"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="timed calls, of which the shortest counts (default: 3)")
+    parser.add_argument("--figure", type=Path, help="PNG of the curves")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    # a wrong command line is answered before the imports below, which take seconds
+    answer_early(parse_arguments)
+
 import numpy as np
 import torch
 from PIL import Image
@@ -32,7 +69,6 @@ from torch.nn import functional as F
 from transformers import ViTConfig
 
 from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
-from synernet_hf.cli import CommandParser, needs_extra, run_command
 from synernet_hf.metrics import MeanIoU
 from synernet_hf.model import cams_to_pseudo_labels, layer_confidence, normalize_cams, refine_pseudo_labels
 
@@ -40,11 +76,9 @@ from synernet_hf.model import cams_to_pseudo_labels, layer_confidence, normalize
 with needs_extra("train"):
     from synernet_hf.data import build_split
     from synernet_hf.pseudo_labels import PseudoLabeler, write_pseudo_labels
-    from synernet_hf.training import read_recipe
 
 
 RECIPE = Path(__file__).resolve().parents[1] / "examples" / "recipes" / "coco14.yaml"
-PARTS = ("classes", "size", "images", "processes", "memory")
 
 
 def make_model(num_classes: int) -> SynerNetForWeaklySupervisedSegmentation:
@@ -325,24 +359,7 @@ def run(args) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    parser = CommandParser(description=__doc__)
-    parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)"
-    )
-    parser.add_argument("--classes", type=int, nargs="+", default=[20, 80, 1000], help="numbers of classes")
-    parser.add_argument("--size", type=int, default=224, help="side of the images where it does not vary (224)")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 448, 672, 1024], help="sides of images")
-    parser.add_argument("--images", type=int, nargs="+", default=[1000, 10000, 100000], help="numbers of images")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes")
-    parser.add_argument("--batch_size", type=int, default=24, help="images of the COCO batch (default: 24)")
-    parser.add_argument("--crop_size", type=int, default=448, help="side of its images (default: 448)")
-    parser.add_argument(
-        "--naive_images", type=int, default=1, help="the naive form runs on so many, and twice as many"
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="timed calls, of which the shortest counts (default: 3)")
-    parser.add_argument("--figure", type=Path, help="PNG of the curves")
-    parser.add_argument("--output", type=Path, help="JSON file")
-    return run_command(run, parser.parse_args(argv))
+    return run_command(run, parse_arguments(argv))
 
 
 if __name__ == "__main__":
