@@ -562,3 +562,15 @@ def test_exponents_and_memory_are_those_of_the_work(monkeypatch):
     slots = torch.where(naive == 255, 255, (naive > 0).long())
     # the first image has one class, and its slot is the first
     assert (slots[:, 0] == ours[:, 0]).float().mean() > 0.99
+
+
+def test_checkpoints_are_timed_with_and_without_what_makes_them_durable(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    words = ["--megabytes", "1", "--rounds", "1", "--folder", str(tmp_path), "--output", str(tmp_path / "out.json")]
+    assert load_benchmark("checkpoint").main(words) == 0
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert list(record["variants"]) == ["written", "with digests", "with digests, on the disk", "checked"]
+    assert record["variants"]["written"]["times_of_written"] == 1
+    assert 0.9 < record["megabytes"] < 1.1
+    assert capsys.readouterr().out.count("\n| ") == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]

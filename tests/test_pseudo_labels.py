@@ -406,6 +406,8 @@ def test_masks_of_any_identifiers_are_files_of_their_own(model, processor, tmp_p
     assert contents(tmp_path / "out") == before and len(before) == len(ids) + 2
 
 
+@pytest.mark.distributed
+@pytest.mark.resume
 def test_one_process_two_processes_and_a_killed_one_give_the_same_bytes(shapes_run, tmp_path, capsys):
     words = [str(shapes_run), "--output"]
     two = start_script(*words, str(tmp_path / "two"), processes=2)

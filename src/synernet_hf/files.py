@@ -164,6 +164,8 @@ def _take(folder: Path) -> str | None:
         try:
             with path.open("x", encoding="utf-8") as file:
                 file.write(json.dumps(own))
+            # an empty one after a power cut could not be judged
+            _sync(path)
             return None
         except FileExistsError:
             holder = path.read_bytes() if path.exists() else b""

@@ -20,6 +20,9 @@ from synernet_hf.training.checkpoints import (
 )
 
 
+pytestmark = pytest.mark.resume
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of four steps with checkpoints after two and four."""

@@ -131,6 +131,7 @@ def interrupt(*args):
     raise KeyboardInterrupt
 
 
+@pytest.mark.resume
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_two_steps_and_a_resume_equal_four_steps(tmp_path, monkeypatch, accumulation):
     settings = {"gradient_accumulation_steps": accumulation, "eval_steps": 1}
@@ -150,6 +151,7 @@ def test_two_steps_and_a_resume_equal_four_steps(tmp_path, monkeypatch, accumula
     assert straight["best_step"] == resumed["best_step"]
 
 
+@pytest.mark.resume
 def test_a_checkpoint_can_be_continued_in_another_folder(finished, tmp_path):
     folder, _ = finished
     before = snapshot(folder)
@@ -158,6 +160,7 @@ def test_a_checkpoint_can_be_continued_in_another_folder(finished, tmp_path):
     assert snapshot(folder) == before
 
 
+@pytest.mark.resume
 def test_a_failing_evaluation_costs_no_step(tmp_path, monkeypatch):
     settings = {"eval_steps": 2, "save_steps": 2}
     run(tmp_path / "straight", **settings)
@@ -351,6 +354,7 @@ def skip_steps(monkeypatch, skipped) -> list[int]:
     return calls
 
 
+@pytest.mark.resume
 def test_skipped_steps_advance_neither_schedule_nor_gates(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         calls = skip_steps(patch, {0, 2})
@@ -539,6 +543,7 @@ def test_only_the_temporaries_of_a_run_are_removed(tmp_path, monkeypatch):
     assert sorted(path.name for path in folder.rglob("*.tmp")) == ["checkpoint-2.tmp.tmp", "mine.tmp", "notes.tmp"]
 
 
+@pytest.mark.resume
 def test_a_run_without_a_checkpoint_starts_over(finished, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -577,6 +582,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
         run(tmp_path / "run")
 
 
+@pytest.mark.resume
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
@@ -596,6 +602,7 @@ def test_resuming_with_other_settings_is_refused(finished, changes, name):
     assert snapshot(folder) == before
 
 
+@pytest.mark.resume
 def test_settings_without_influence_may_change_on_resume(finished, tmp_path, capsys, monkeypatch):
     folder, _ = finished
     # the precision that counts is the one computed in, whatever word stands for it
@@ -783,6 +790,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.distributed
 def test_a_step_of_one_process_alone_waits_for_nobody(root, tmp_path):
     (tmp_path / "script.py").write_text(ALONE_SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -797,6 +805,7 @@ def test_a_step_of_one_process_alone_waits_for_nobody(root, tmp_path):
         assert torch.equal(buffer, second[name]), name
 
 
+@pytest.mark.distributed
 def test_two_processes_keep_equal_weights_and_prototypes_and_resume(root, tmp_path):
     (tmp_path / "script.py").write_text(RANK_SCRIPT)
     settings = MODEL | DATA | TRAINING | {"output_dir": str(tmp_path / "run"), "num_workers": 0, "save_total_limit": 2}
