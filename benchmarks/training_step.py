@@ -11,6 +11,7 @@ label map per branch and one more for the instances, each image and background p
 of its own and neighbours taken by convolutions, as `refinement.py` does. Settings are those of the recipe
 `voc12_authors` with all gates open. `--approximate` adds steps that compute less and therefore something else: CAMs of
 the training pass alone (`cam_scales` of 1 without mirrored views), and decoders as wide as the encoder with it.
+`--gains` adds our step with one saving undone at a time, and the step before the gate of the segmentation loss opens.
 
 Each variant's loss is read and its parts are timed first; then whole steps are timed in turns, on weights that do not
 move. MFU is the matrix arithmetic that PyTorch counts in a variant's step (what it runs, not what it could leave out),
@@ -27,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -50,6 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=formats, default=formats, help="default: both")
     parser.add_argument("--batch_size", type=int, help="images per step (default: 8 for tiny, 12 for base)")
     parser.add_argument("--approximate", action="store_true", help="also steps that compute less")
+    parser.add_argument("--gains", action="store_true", help="also our step with one saving undone at a time")
     parser.add_argument("--compile", action="store_true", help="also the last dtype with torch.compile")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the timed ones (default: 2)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each variant, in turns (default: 5)")
@@ -99,6 +102,17 @@ APPROXIMATIONS = {
     "one scale": {"cam_scales": (1.0,), "cam_flip": False},
     "one scale, narrow decoder": {"cam_scales": (1.0,), "cam_flip": False, "decoder_hidden_size": "encoder"},
 }
+# what `--gains` undoes: one saving each
+SAVINGS = (
+    "without fused AdamW",
+    "without the views of the training pass",
+    "without CAMs of both branches at once",
+    "without one affinity for all maps",
+    "without maps of present classes only",
+    "with fused attention",
+    "before the gate",
+    "before the gate, with decoders",
+)
 # parts of a step and the functions that do them, of ours and of the reference; what is left is "rest"
 PARTS = {
     "CAM passes": ("objective.multi_scale_cams", "reference.cams_of"),
@@ -201,6 +215,61 @@ class ReferenceOrder:
         return self.losses_of(tuple(pixel_values.shape[-2:]), outputs, labels, targets, instances, loss_weights)
 
 
+def undone(saving: str, objective, synernet) -> list:
+    """Patches of the module `objective` and of the class `synernet` under which a step lacks one saving."""
+    patch = mock.patch.object
+    if saving == "without the views of the training pass":
+        return [patch(synernet, "seen_in", lambda self, outputs, size: {})]
+    if saving == "without CAMs of both branches at once":
+        plain = objective.multi_scale_cams
+
+        def each(*args, seen):
+            # a copy, so that the second call finds no more than the first
+            plain(*args, seen={key: dict(view) for key, view in seen.items()})
+            return plain(*args, seen=seen)
+
+        return [patch(objective, "multi_scale_cams", each)]
+    if saving == "without one affinity for all maps":
+        plain = objective.refine_present
+
+        def alone(images, cams, present, low, high, valid_boxes, *rest):
+            label_maps = []
+            for maps in cams:
+                rows = zip(images, maps, present.ids, present.mask, valid_boxes, strict=True)
+                made = [
+                    plain(
+                        image[None],
+                        [own[None]],
+                        present._replace(ids=ids[None], mask=mask[None]),
+                        low,
+                        high,
+                        box[None],
+                        *rest,
+                    )[0]
+                    for image, own, ids, mask, box in rows
+                ]
+                label_maps.append(torch.cat(made))
+            return label_maps
+
+        return [patch(objective, "refine_present", alone)]
+    if saving == "without maps of present classes only":
+        plain = objective.present_classes
+
+        def every_class(labels, max_labels):
+            ids = torch.arange(labels.shape[1], device=labels.device).expand(len(labels), -1)
+            return plain(labels, max_labels)._replace(ids=ids, mask=labels > 0)
+
+        return [patch(objective, "present_classes", every_class)]
+    if saving == "before the gate, with decoders":
+        forward = synernet.forward
+
+        def decoding(*args, decode, **kwargs):
+            return forward(*args, **kwargs)
+
+        return [patch(synernet, "forward", decoding)]
+    return []
+
+
 def make_batch(size: int, batch_size: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Smooth random images with one to three classes each, in valid boxes that leave a border out."""
     generator = torch.Generator().manual_seed(0)
@@ -285,13 +354,24 @@ def loss_of(model, kind: str, dtype: str, batch: dict[str, torch.Tensor]) -> tor
     torch.manual_seed(1)
     device, weights = batch["pixel_values"].device, dict(model.config.loss_weights)
     # as a training does
-    explicit = kind == "reference" or (device.type == "cpu" and dtype == "bfloat16")
+    explicit = kind == "reference" or (device.type == "cpu" and dtype == "bfloat16" and kind != "with fused attention")
     model.set_attn_implementation("eager" if explicit else "sdpa")
-    with torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext():
+    if kind.startswith("before the gate"):
+        weights["segmentation"] = 0.0
+    with ExitStack() as stack:
+        if dtype == "bfloat16":
+            stack.enter_context(torch.autocast(device.type, torch.bfloat16))
         if kind == "reference":
             return ReferenceOrder(model)(**batch, loss_weights=weights)
+        for patch in undone(kind, *rooms(model)):
+            stack.enter_context(patch)
         # a loader knows how many classes the images have
         return model(**batch, loss_weights=weights, training_progress=PROGRESS, max_labels=3).loss
+
+
+def rooms(model) -> tuple[ModuleType, type]:
+    """The module of the model's objective, and the class of its branches."""
+    return sys.modules[type(model).__module__.replace("modeling", "objective")], type(model.synernet)
 
 
 class Variant:
@@ -301,7 +381,8 @@ class Variant:
         self.model, self.kind, self.dtype, self.batch = model, kind, dtype, batch
         self.device = batch["pixel_values"].device
         # a rate of 0: the optimizer's whole work, and weights as they were
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, 0.0, 0.0), fused=kind != "reference" or None)
+        fused = None if kind in ("reference", "without fused AdamW") else True
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, 0.0, 0.0), fused=fused)
         self.entry: dict[str, Any] = {"all_seconds": []}
 
     def loss(self) -> torch.Tensor:
@@ -339,11 +420,7 @@ class Variant:
             synchronise(self.device)
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
 
-        owners = {
-            "objective": sys.modules[type(self.model).__module__.replace("modeling", "objective")],
-            "reference": ReferenceOrder,
-            "model": type(self.model.synernet),
-        }
+        owners = dict(zip(("objective", "model"), rooms(self.model), strict=True)) | {"reference": ReferenceOrder}
         started = time.perf_counter()
         with ExitStack() as stack:
             for name, places in PARTS.items():
@@ -389,6 +466,13 @@ def plan(args: argparse.Namespace, device: torch.device) -> list[tuple[str, str,
         specs.append(("ours", "tf32", False))
     if args.approximate:
         specs += [(kind, dtype, False) for dtype in args.dtype for kind in APPROXIMATIONS]
+    if args.gains:
+        specs += [
+            (kind, dtype, False)
+            for dtype in args.dtype
+            for kind in SAVINGS
+            if dtype == "bfloat16" or "attention" not in kind
+        ]
     return specs + [("ours", args.dtype[-1], True)] * args.compile
 
 
@@ -423,7 +507,7 @@ def measure(args: argparse.Namespace, log=print) -> dict:
     }
     allow_tf32(False)
     model = make_model(encoder, size, device, "sdpa")
-    models = {"reference": model, "ours": model}
+    models: dict = {}
     running: dict[str, Variant] = {}
     for kind, dtype, compiled in specs:
         name = f"{kind} {dtype}" + " compiled" * compiled
@@ -431,9 +515,10 @@ def measure(args: argparse.Namespace, log=print) -> dict:
             record["notes"].append(f"{name}: left out, out of time")
             continue
         try:
-            if kind not in models:
+            if kind in APPROXIMATIONS and kind not in models:
                 models[kind] = make_model(encoder, size, device, "sdpa", APPROXIMATIONS[kind])
-            variant = Variant(compile_model(models[kind]) if compiled else models[kind], kind, dtype, batch)
+            own = models.get(kind, model)
+            variant = Variant(compile_model(own) if compiled else own, kind, dtype, batch)
             variant.prepare(args.warmup)
             # the counter does not see into compiled graphs; the arithmetic is the same
             plain = running[name.removesuffix(" compiled")].entry["matrix_tflop"] if compiled else None
@@ -474,7 +559,7 @@ def _line(name: str, entry: dict, variants: dict) -> str:
     text += f"  {entry['peak_memory_gib']:6.2f} GiB" if "peak_memory_gib" in entry else ""
     text += f"  {entry['matrix_tflop']:.3g} TFLOP  MFU {100 * entry['mfu']:.1f} %"
     for other, baseline in variants.items():
-        if other.startswith("reference"):
+        if other.startswith(("reference", "ours")):
             text += f"  {median_ratio(baseline, entry):.2f}x {other}"
     total = sum(entry["parts"].values())
     shares = (f"{part} {100 * seconds / total:.0f} %" for part, seconds in entry["parts"].items())

@@ -448,6 +448,21 @@ def test_approximate_steps_run_beside_the_exact_one(monkeypatch):
     assert arithmetic == sorted(set(arithmetic), reverse=True)
 
 
+@pytest.mark.slow
+def test_a_saving_undone_costs_time_and_changes_no_loss(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    training_step = load_benchmark("training_step")
+    words = "--size smoke --device cpu --warmup 0 --steps 1 --dtype float32 --gains".split()
+    variants = training_step.measure(training_step.parse(words))["variants"]
+    ours, before, decoding = (variants[f"{kind} float32"] for kind in ("ours", *training_step.SAVINGS[-2:]))
+    assert before["loss"] == decoding["loss"] < ours["loss"]
+    assert before["matrix_tflop"] < decoding["matrix_tflop"] < ours["matrix_tflop"]
+    undone = {name: entry for name, entry in variants.items() if name.startswith("without")}
+    assert len(undone) == 5 and {entry["loss"] for entry in undone.values()} == {ours["loss"]}
+    more = {name for name, entry in undone.items() if entry["matrix_tflop"] > ours["matrix_tflop"]}
+    assert {name.removesuffix(" float32") for name in more} == set(training_step.SAVINGS[1:3])
+
+
 def test_a_pack_unpacks_to_the_same_data_set(tmp_path):
     from safetensors.torch import load_file, save_file
 
