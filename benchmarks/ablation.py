@@ -137,6 +137,14 @@ ROWS = {
     "logits_pooling": Row(
         "the recipe with class scores pooled from the CAM, 40 % of the tokens", {"logits_pooling_share": 0.4}
     ),
+    # cheaper or dearer steps: docs/performance.md
+    "narrow_decoder": Row(
+        "logits_pooling, decoders as wide as the encoder", {"logits_pooling_share": 0.4, "decoder_hidden_size": 192}
+    ),
+    "several_scales": Row(
+        "logits_pooling, CAMs at the authors' four scales with mirrored views",
+        {"logits_pooling_share": 0.4, "cam_scales": [1.0, 0.5, 0.75, 1.5], "cam_flip": True},
+    ),
     "majority": Row("class_prior, three of four votes make a pixel confident", {"confidence_threshold": 0.75}),
     "more_layers": Row("class_prior, three layers of each branch vote", {"confidence_layers": [-1, -2, -3]}),
     "free_fusion": Row("class_prior, confidence may move the fusion further", {"fusion_range": 0.5}),
