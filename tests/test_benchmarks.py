@@ -12,6 +12,7 @@ import torch
 from devkit_utils import write_voc_devkit
 from PIL import Image
 from testing_utils import SynerNetModelTester
+from transformers import AutoConfig, AutoModel
 
 from synernet_hf import SynerNetConfig
 from synernet_hf.data import multi_hot
@@ -589,3 +590,48 @@ def test_checkpoints_are_timed_with_and_without_what_makes_them_durable(monkeypa
     assert 0.9 < record["megabytes"] < 1.1
     assert capsys.readouterr().out.count("\n| ") == 5
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+@pytest.fixture(scope="module")
+def tiny_recipe(tmp_path_factory) -> list[str]:
+    """Words that name a tiny encoder and a recipe for it."""
+    folder = tmp_path_factory.mktemp("encoder")
+    AutoModel.from_config(AutoConfig.for_model(**TINY["--backbone_config"])).save_pretrained(folder)
+    (folder / "recipe.yaml").write_text(json.dumps({"model_config": TINY["--model_config"]}))
+    return ["--backbone", str(folder), "--recipe", str(folder / "recipe.yaml")]
+
+
+def test_evaluation_is_compared_with_passes_of_its_own(tiny_recipe, monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    evaluation = load_benchmark("evaluation")
+    words = ["--dataset", "shapes", "--dataset_options", json.dumps(TINY["--dataset_options"]), "--size", "24"]
+    words += ["--rounds", "1", "--memory_images", "--workers", "1", "--output", str(tmp_path / "figures.json")]
+    assert evaluation.main([*tiny_recipe, *words]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert list(figures["rows"]) == [*list(evaluation.KINDS)[:-1], "plain, several scales, CAMs, 1 workers decode"]
+    assert all(share > 0 for row in figures["rows"].values() for share in row.values())
+    assert figures["largest_difference_of_a_score"] == 0 and "| plain |" in capsys.readouterr().out
+    # it would see another count
+    names = ["background", "cat"]
+    metric = evaluation.MeanIoU(2).update(np.array([[0, 1]]), np.array([[0, 0]]))
+    scored = {"segmentation": {"pixel_accuracy": 1.0, "per_class_iou": {"background": 1.0, "cat": None}}}
+    assert evaluation.largest_difference(scored, {"segmentation": metric}, names) >= 0.5
+    assert evaluation.main([*tiny_recipe, "--dataset", "shapes", "--generated", "2"]) == 0
+    assert 10 < float(capsys.readouterr().out.split()[-1]) < 1e5
+
+
+def test_inference_is_compared_with_bare_encoders(tiny_recipe, monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    inference = load_benchmark("inference")
+    monkeypatch.setattr(inference, "LARGE", (80, 60))
+    words = ["--sides", "24", "--batch_sizes", "2", "--rounds", "1", "--no_onnx", "--no_large"]
+    assert inference.main([*tiny_recipe, *words, "--output", str(tmp_path / "figures.json")]) == 0
+    cases = json.loads((tmp_path / "figures.json").read_text())["cases"]
+    assert [case["multi_scale"] for case in cases] == [False, True]
+    for case in cases:
+        assert list(case["variants"]) == ["limit", "encoders and decoders", "model", "pipeline"]
+        assert case["variants"]["limit"]["share_of_limit"] == 1
+    assert "| 24 | 2 | several, mirrored | pipeline |" in capsys.readouterr().out
+    assert inference.main([*tiny_recipe, "--large_only"]) == 0
+    seconds, before, after = map(float, capsys.readouterr().out.split()[-3:])
+    assert seconds > 0 and 10 < before <= after
