@@ -8,17 +8,34 @@ disk counts: give a folder on the one that runs are written to. The last row is 
 `--resume_from_checkpoint latest` reads before it loads anything.
 """
 
+import argparse
 import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
+from synernet_hf.cli import CommandParser, answer_early
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, help="where to write (default: that of temporary files)")
+    parser.add_argument("--megabytes", type=int, default=350, help="size of the checkpoint (default: 350)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed calls of each (default: 5)")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    # a wrong command line is answered before the imports below, which take seconds
+    answer_early(parse_arguments)
+
 import torch
 from safetensors.torch import save_file
 from side_by_side import median_ratio, save_record, time_in_turns
 
-from synernet_hf.cli import CommandParser
 from synernet_hf.files import digest_file, make_folder, replace_folder
 
 
@@ -55,12 +72,7 @@ def measure(folder: Path, megabytes: int, rounds: int) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    parser = CommandParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, help="where to write (default: that of temporary files)")
-    parser.add_argument("--megabytes", type=int, default=350, help="size of the checkpoint (default: 350)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed calls of each (default: 5)")
-    parser.add_argument("--output", type=Path, help="JSON file")
-    args = parser.parse_args(argv)
+    args = parse_arguments(argv)
     if args.folder is not None:
         make_folder(args.folder)
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:

@@ -4,8 +4,10 @@ import dataclasses
 import enum
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,6 +137,26 @@ def test_values_of_a_wrong_kind_are_refused_in_one_line(words, sentence, capsys)
         CommandParser(Fields).parse_args_into_dataclasses(words.split())
     errors = capsys.readouterr().err
     assert stop.value.code == 2 and errors.startswith(f"error: {sentence}") and errors.count("\n") == 1, errors
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [("SIGINT", 130, "Interrupted"), ("SIGTERM", 143, "Terminated")]
+)
+def test_signals_during_imports_and_work_are_one_line(number, status, word, capsys):
+    def signalled():
+        os.kill(os.getpid(), getattr(signal, number))
+        time.sleep(5)
+
+    before = signal.getsignal(signal.SIGTERM)
+    # a shell's background jobs ignore Ctrl-C
+    interrupted = signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert run_command(signalled) == status
+    with pytest.raises(SystemExit) as stop, needs_extra("train"):
+        signalled()
+    signal.signal(signal.SIGINT, interrupted)
+    assert stop.value.code == status
+    assert capsys.readouterr().err == 2 * f"error: {word}.\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_errors_of_the_package_itself_are_no_missing_extra():

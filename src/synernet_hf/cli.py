@@ -162,15 +162,40 @@ def did_you_mean(word: str, known: Collection[str]) -> str:
 
 
 @contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Makes SIGTERM a `Terminated` inside, in the main thread."""
+
+    def terminate(*_: Any) -> NoReturn:
+        raise Terminated
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
+    try:
+        yield
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
     """
-    Ends the process with one sentence and status 2 if an import inside fails because a package is not installed.
+    Ends the process with one sentence and status 2 if an import inside fails because a package is not installed. Ctrl-C
+    and SIGTERM meanwhile, since imports take seconds, are answered as in [`run_command`].
 
     Args:
         extra (`str`): The optional dependencies of `synernet_hf` that bring the package.
     """
     try:
-        yield
+        with _sigterm_raises():
+            yield
+    except KeyboardInterrupt as error:
+        signalled = error
+
+        def answer() -> NoReturn:
+            raise signalled
+
+        sys.exit(run_command(answer))
     except ModuleNotFoundError as error:
         if (error.name or "synernet_hf").split(".")[0] == "synernet_hf":
             raise
@@ -197,10 +222,6 @@ def _transport_error() -> type[Exception]:
     return HfHubHTTPError.__bases__[0]
 
 
-def _terminate(*_: Any) -> NoReturn:
-    raise Terminated
-
-
 def run_command(command: Callable[..., int | None], *args: Any) -> int:
     """
     Runs a command and prints what it refuses as lines `error: …`, without a traceback. Bars of transformers for loading
@@ -221,10 +242,11 @@ def run_command(command: Callable[..., int | None], *args: Any) -> int:
 
         disable_progress_bar()
         enable_progress_bars()
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
     try:
-        return command(*args) or 0
+        with _sigterm_raises():
+            return command(*args) or 0
+    except KeyboardInterrupt as error:
+        problem, status = error, 143 if isinstance(error, Terminated) else 130
     except OSError as error:
         fails = error.errno in DISK_ERRORS
         problem, status = error, 3 if fails or isinstance(error, DiskError) else 2
@@ -236,11 +258,6 @@ def run_command(command: Callable[..., int | None], *args: Any) -> int:
         problem, status = f"The Hub cannot be reached ({error}): try again with a network.", 2
     except FloatingPointError as error:
         problem, status = error, 1
-    except KeyboardInterrupt as error:
-        problem, status = error, 143 if isinstance(error, Terminated) else 130
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, previous)
     text = str(problem) or ("Terminated." if status == 143 else "Interrupted.")
     # messages of libraries have line breaks within their sentences
     for line in text.splitlines() if isinstance(problem, InvalidArguments) else [one_line(text)]:

@@ -9,7 +9,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -160,11 +159,6 @@ def test_a_run_ends_with_its_launcher_and_not_with_its_shell(tmp_path, monkeypat
     else:
         run(tmp_path / "run")
     assert names(tmp_path / "run") == ["checkpoint-2", "checkpoint-3" if launched else "checkpoint-4"]
-
-
-def test_sigterm_has_a_sentence_and_a_status_in_every_command(capsys):
-    assert run_command(lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5)) == 143
-    assert capsys.readouterr().err == "error: Terminated.\n"
 
 
 def other_process(**changes) -> str:
