@@ -528,7 +528,7 @@ def test_all_ways_to_a_mean_iou_agree(monkeypatch, tmp_path, capsys):
 class SlowlySure:
     """Stands for DenseCRF: makes the likeliest class certain, and leaves out classes like it."""
 
-    def __init__(self, min_probability: float = 0.2):
+    def __init__(self, min_probability: float = 0.2, num_iterations: int = 10):
         self.min_probability = min_probability
 
     def __call__(self, image: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
@@ -542,9 +542,10 @@ def test_a_crf_on_likely_classes_is_compared_with_one_on_all(finished, monkeypat
     monkeypatch.setattr(crf, "DenseCRF", SlowlySure)
     words = [str(finished / "runs" / "class_prior-seed0"), "--max_samples", "3", "--processes", "1"]
     record = saved(crf, words, tmp_path / "crf.json")
-    assert list(record["variants"]) == ["plain", "likely classes", "plain, 1 processes", "likely classes, 1 processes"]
+    ways = ["plain", "likely classes", "likely classes and 5 iterations"]
+    assert list(record["variants"]) == [*ways, *(f"{way}, 1 processes" for way in ways)]
     # what falls below 0.2 everywhere is never the likeliest of six classes
-    assert [entry["equal_pixels"] for entry in record["variants"].values()] == [1.0] * 4
+    assert [entry["equal_pixels"] for entry in record["variants"].values()] == [1.0] * 6
     assert len(set(record["mean_iou"].values())) == 1 and record["num_images"] == 3
     assert 1 <= record["mean_likely_classes"] < record["num_labels"] == 6
     assert "| likely classes |" in capsys.readouterr().out

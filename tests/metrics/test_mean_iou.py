@@ -56,6 +56,35 @@ def test_rows_are_references_and_ignored_pixels_are_left_out_whatever_was_predic
     assert metric.confusion.tolist() == [[0, 1], [0, 1]]
 
 
+@pytest.mark.parametrize("types", [("int64", "uint8"), ("uint8", "int64"), ("int16", "int32"), ("uint64", "int16")])
+@pytest.mark.parametrize("ignore_index", [3, 255, 300, -100])
+@pytest.mark.parametrize("wild", [False, True])
+def test_every_type_of_ids_and_every_ignore_index_gives_the_same_counts(types, ignore_index, wild):
+    generator = np.random.default_rng(0)
+    references = generator.integers(0, 3, (2, 6, 7))
+    predictions = generator.integers(0, 3, (2, 6, 7))
+    expected = np.zeros((3, 3), dtype=np.int64)
+    ignored = generator.random(references.shape) < 0.2
+    for row, column in zip(references[~ignored], predictions[~ignored], strict=True):
+        expected[row, column] += 1
+    if wild:
+        predictions[ignored] = 77
+    references[ignored] = ignore_index
+    if not np.iinfo(types[1]).min <= ignore_index <= np.iinfo(types[1]).max:
+        types = types[0], "int64"
+    metric = MeanIoU(3, ignore_index)
+    # columns first in memory, as transposed masks are
+    metric.update(np.asfortranarray(predictions.astype(types[0])), references.astype(types[1]))
+    np.testing.assert_array_equal(metric.confusion, expected)
+
+
+@pytest.mark.parametrize("stray", [3, 200, 254, 256, -1])
+def test_an_id_between_the_classes_and_the_ignore_index_is_refused(stray):
+    references = np.array([[0, 1, 255], [2, stray, 0]])
+    with pytest.raises(ValueError, match=rf"references hold the ids \[{stray}\]"):
+        MeanIoU(3).update(np.zeros((2, 3), dtype=int), references)
+
+
 def test_absent_classes_are_undefined_and_predicted_absent_classes_count_as_zero():
     scores = MeanIoU(4).update(np.array([[0, 2]]), np.array([[0, 0]])).compute()
     assert scores["per_class_iou"][:1] == [0.5] and scores["per_class_iou"][2] == 0.0

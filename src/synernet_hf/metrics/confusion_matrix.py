@@ -14,6 +14,11 @@ def _as_integer_array(values: "np.ndarray | torch.Tensor", name: str) -> np.ndar
     return array
 
 
+def _largest(ids: np.ndarray) -> int:
+    """The largest id; negative ones count as very large."""
+    return int(ids.view(ids.dtype.str.replace("i", "u")).max(initial=0))
+
+
 def _mean_of_defined(values: np.ndarray, where: np.ndarray) -> float:
     selected = values[where & ~np.isnan(values)]
     return float(selected.mean()) if selected.size else math.nan
@@ -81,19 +86,34 @@ class MeanIoU:
                 f"Predictions have shape {predictions.shape}, references {references.shape}; equal shapes are "
                 "expected: resize the prediction to the size of its mask."
             )
+        # predictions of classes alone, and masks with a small ignore id, which has the last row: nothing to sort out
+        is_small = self.num_labels <= self.ignore_index < max(256, self.num_labels + 1)
+        rows = self.ignore_index + 1 if is_small else self.num_labels
+        if _largest(predictions) >= self.num_labels or _largest(references) >= rows:
+            predictions, references = self._scored(predictions, references)
+        # copied first: arithmetic of mixed types is slower
+        places = references.astype(np.int64).ravel()
+        places *= self.num_labels
+        places += predictions.astype(np.int64, copy=False).ravel()
+        counts = np.bincount(places, minlength=rows * self.num_labels).reshape(rows, self.num_labels)
+        if counts[self.num_labels : -1].any():
+            # it says which ids are neither
+            self._scored(predictions, references)
+        self.confusion += counts[: self.num_labels]
+        return self
+
+    def _scored(self, predictions: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of the pixels that are scored, checked."""
         scored = references != self.ignore_index
-        predictions = predictions[scored].astype(np.int64)
-        references = references[scored].astype(np.int64)
+        predictions, references = predictions[scored], references[scored]
         for name, ids in (("predictions", predictions), ("references", references)):
-            if ids.size and not (0 <= ids.min() and ids.max() < self.num_labels):
-                outside = sorted({int(i) for i in np.unique(ids) if not 0 <= i < self.num_labels})
+            if _largest(ids) >= self.num_labels:
+                outside = [int(i) for i in np.unique(ids) if not 0 <= i < self.num_labels]
                 raise ValueError(
                     f"The {name} hold the ids {outside}; 0 to {self.num_labels - 1} are expected, and "
                     f"{self.ignore_index} in references only: check the class list."
                 )
-        counts = np.bincount(references * self.num_labels + predictions, minlength=self.num_labels**2)
-        self.confusion += counts.reshape(self.num_labels, self.num_labels)
-        return self
+        return predictions, references
 
     def reset(self) -> None:
         """Forget everything counted so far."""
