@@ -59,6 +59,7 @@ class SegmentedImage:
         maps (`torch.Tensor` of shape `(n, h, w)`): Logits of the classes `class_ids`, at the size of `pixel_values`;
             after a CRF its probabilities.
         class_ids (`torch.Tensor` of shape `(n,)`): int64 ids of the classes that the label map may show.
+        largest (`torch.Tensor` of shape `(height, width)`): float32, the value of the chosen class in the resized `maps`.
         refined (`bool`): whether `maps` are probabilities.
     """
 
@@ -66,17 +67,16 @@ class SegmentedImage:
     labels: torch.Tensor | None
     maps: torch.Tensor
     class_ids: torch.Tensor
+    largest: torch.Tensor
     refined: bool = False
 
     def probabilities(self) -> torch.Tensor:
         """Probability of the chosen class of each pixel, `(height, width)` float32."""
-        size = tuple(self.label_map.shape)
-        best, _ = resized_maximum(self.maps, size)
         if self.refined:
-            return best
-        total = torch.zeros_like(best)
-        for _, chunk in resized_chunks(self.maps, size):
-            total += (chunk - best).exp().sum(dim=0)
+            return self.largest
+        total = torch.zeros_like(self.largest)
+        for _, chunk in resized_chunks(self.maps, tuple(self.label_map.shape)):
+            total += (chunk - self.largest).exp_().sum(dim=0)
         return 1 / total
 
     def scores(self, num_labels: int) -> torch.Tensor:
@@ -168,8 +168,9 @@ def _segmented(maps, labels, prepared: PreparedImage, crf) -> SegmentedImage:
         probabilities[class_ids] = maps
         refined = crf(np.asarray(prepared.image), probabilities.cpu().numpy())
         maps = torch.from_numpy(np.asarray(refined, dtype=np.float32)).to(maps.device)[class_ids]
-    _, positions = resized_maximum(maps, prepared.size)
-    return SegmentedImage(class_ids[positions], labels, maps, class_ids, refined=crf is not None)
+    largest, positions = resized_maximum(maps, prepared.size)
+    label_map = positions if labels is None else class_ids[positions]
+    return SegmentedImage(label_map, labels, maps, class_ids, largest, refined=crf is not None)
 
 
 @torch.no_grad()

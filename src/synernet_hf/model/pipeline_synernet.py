@@ -218,9 +218,10 @@ class SynerNetSegmentationPipeline(Pipeline):
         )
         id2label, size = self.model.config.id2label, tuple(segmented.label_map.shape)
         probabilities = segmented.probabilities()
-        segments = _segments(segmented.label_map, id2label)
-        for segment, class_id in zip(segments, segmented.label_map.unique().tolist(), strict=True):
-            segment["score"] = float(probabilities[segmented.label_map == class_id].mean())
+        masks = _class_masks(segmented.label_map)
+        segments = _segments(masks, id2label)
+        for segment, mask in zip(segments, masks.values(), strict=True):
+            segment["score"] = float(probabilities[mask].mean())
         answer = {"segments": segments}
         if return_cams:
             maps = cams["fused_cams"]
@@ -256,14 +257,20 @@ class SynerNetImageSegmentationPipeline(ImageSegmentationPipeline):
     def postprocess(self, model_outputs: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
         segmented = model_outputs["segmented"]
         segmented = segmented[0] if isinstance(segmented, list) else segmented
-        return [{"score": None} | segment for segment in _segments(segmented.label_map, self.model.config.id2label)]
+        masks = _class_masks(segmented.label_map)
+        return [{"score": None} | segment for segment in _segments(masks, self.model.config.id2label)]
 
 
-def _segments(label_map: torch.Tensor, id2label: dict[int, str]) -> list[dict[str, Any]]:
-    """Name and mask of every class of a label map, in the order of the ids."""
-    masks = {class_id: (label_map == class_id).cpu().numpy() for class_id in label_map.unique().tolist()}
+def _class_masks(label_map: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Bool mask of every class of a label map, in the order of the ids."""
+    class_ids = label_map.flatten().bincount().nonzero()[:, 0].tolist()
+    return {class_id: label_map == class_id for class_id in class_ids}
+
+
+def _segments(masks: dict[int, torch.Tensor], id2label: dict[int, str]) -> list[dict[str, Any]]:
+    """Name and image of every mask."""
     return [
-        {"label": id2label[class_id], "mask": Image.fromarray(mask.astype(np.uint8) * 255)}
+        {"label": id2label[class_id], "mask": Image.fromarray(mask.cpu().numpy().astype(np.uint8) * 255)}
         for class_id, mask in masks.items()
     ]
 
