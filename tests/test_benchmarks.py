@@ -636,3 +636,21 @@ def test_inference_is_compared_with_bare_encoders(tiny_recipe, monkeypatch, tmp_
     assert inference.main([*tiny_recipe, "--large_only"]) == 0
     seconds, before, after = map(float, capsys.readouterr().out.split()[-3:])
     assert seconds > 0 and 10 < before <= after
+
+
+def test_starts_are_timed_in_turns(tiny_run_folder, monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    startup = load_benchmark("startup")
+    # stand-ins that take no seconds
+    monkeypatch.setattr(startup, "LIMIT", "import time; time.sleep(0.5)")
+    monkeypatch.setattr(startup, "STATEMENTS", (startup.PYTHON, startup.LIMIT, "import synernet_hf"))
+    words = [str(tiny_run_folder), "--rounds", "1", "--commands", "examples/predict.py"]
+    record = saved(startup, words, tmp_path / "startup.json")
+    rows = record["variants"]
+    assert list(rows) == [*startup.STATEMENTS, "examples/predict.py --help"]
+    assert rows[startup.LIMIT]["ratio_to_limit"] == 1 and rows[startup.PYTHON]["ratio_to_limit"] == 0
+    assert set(record["prediction"]) > {"transformers and torch", "weights", "prediction"}
+    assert "| `import synernet_hf` |" in capsys.readouterr().out
+    assert startup.main(["--rounds", "0"]) == 2
+    with pytest.raises(ChildProcessError, match="no_such_module"):
+        startup.run_python("-c", "import no_such_module")
