@@ -1,4 +1,4 @@
-"""What is imported when: the names of a package at their first use, the registration with the auto classes they need."""
+"""What is imported when: names of a package at their first use, the model once transformers has its auto classes."""
 
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -39,8 +39,10 @@ def lazy_names(package: str, homes: Mapping[str, Collection[str]]) -> tuple[Call
 
 class _AfterTransformers(local):
     """
-    Watches the imports of transformers, without loading anything itself, and imports a module once the auto classes are
-    there. It waits for the end of the outermost import, for until then parts of transformers are half loaded.
+    Watches the imports of transformers, without loading anything itself, and imports a module once the auto classes
+    are there. It waits for the end of the outermost import, for until then parts of transformers are half loaded.
+    Threads that import different parts of transformers for the first time, all at once, can meet them half loaded:
+    import `synernet_hf.model` before they start.
     """
 
     # imports of transformers that this thread is in

@@ -252,7 +252,6 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise InvalidArguments(f"The recipe {path} is not valid YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise InvalidArguments(f"The recipe {path} must be a mapping of settings, got {type(recipe).__name__}.")
-    # not the fields' own types, which the argument parser rewrites
     hints = {name: hint for group in ARGUMENT_CLASSES for name, hint in typing.get_type_hints(group).items()}
     problems = [
         f"The recipe {path} has the unknown setting {key}{did_you_mean(str(key), hints)}"
