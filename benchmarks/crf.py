@@ -3,7 +3,7 @@ DenseCRF on an image's likely classes and in worker processes, against the plain
 
     python benchmarks/crf.py runs/voc_animals --data_dir path/to/VOCdevkit --image_labels labels.npz
 
-The model's multi-scale segmentation of validation images is refined in turns, eight images at a time. Processes
+The model's multi-scale segmentation of validation images is refined in turns, four images at a time. Processes
 take whole images, their transport included. The CRF has ten iterations unless a row says five. A row gives its time per image, how many times as fast as the plain call
 it is (median of the groups), mean IoU, and the share of pixels with the plain call's class. Needs the extra `crf`.
 """
@@ -50,7 +50,7 @@ with needs_extra("train"):
     from synernet_hf.training import load_data
 
 
-GROUP = 8
+GROUP = 4
 
 
 def refine(crf: Callable, groups: list[tuple[np.ndarray, np.ndarray]], pool=None) -> list[np.ndarray]:
