@@ -216,7 +216,9 @@ def test_a_split_in_any_format(model, processor, tmp_path, kind):
     assert joined["image_id"][:] == expected["image_id"][:] and joined["labels"][:] == expected["labels"][:]
 
 
-def test_the_folder_and_its_manifest(model, processor, tmp_path):
+def test_the_folder_and_its_manifest(model, processor, tmp_path, monkeypatch):
+    # five rows in chunks of two
+    monkeypatch.setattr("synernet_hf.pseudo_labels.MANIFEST_CHUNK", 2)
     model.train()
     table = write_pseudo_labels(model, processor, split_of(some_images(), LABELS), tmp_path / "out")
     assert model.training

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,8 @@ LABEL_SOURCES = ("auto", "known", "predicted")
 ORIGIN_FIELDS = ("_name_or_path", "transformers_version", "auto_map")
 SETTINGS_FILE = "pseudo_labels.json"
 MANIFEST_FILE = "manifest.parquet"
+# rows that are dictionaries at once, which need more memory than a table
+MANIFEST_CHUNK = 1000
 MASK_FOLDER = "masks"
 # text chunk of a mask that holds its row of the manifest, so that both appear on disk in one step
 RECORD_KEY = "synernet_hf"
@@ -509,7 +511,15 @@ def _write_mask(path: Path, label_map: np.ndarray, content: dict[str, Any]) -> N
 
 
 def _manifest(output_dir: Path, records: list[dict], id2label: dict[int, str]) -> pa.Table:
-    rows = []
+    return pa.concat_tables(
+        pa.Table.from_pylist(
+            list(_manifest_rows(output_dir, records[start : start + MANIFEST_CHUNK], id2label)), MANIFEST_SCHEMA
+        )
+        for start in range(0, len(records), MANIFEST_CHUNK)
+    ).sort_by([("confidence", "ascending"), ("image_id", "ascending")])
+
+
+def _manifest_rows(output_dir: Path, records: list[dict], id2label: dict[int, str]) -> Iterator[dict[str, Any]]:
     for record in records:
         content = _mask_record(output_dir / record["mask"])
         if content is None:
@@ -519,9 +529,7 @@ def _manifest(output_dir: Path, records: list[dict], id2label: dict[int, str]) -
         row |= {name: record[name] for name in ("image_id", "mask")}
         row["classes"] = [id2label[class_id] for class_id in content["labels"]]
         row["missing_classes"] = [id2label[class_id] for class_id in missing]
-        rows.append(row)
-    rows.sort(key=lambda row: (row["confidence"], row["image_id"]))
-    return pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
+        yield row
 
 
 __all__ = [
