@@ -9,6 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from crf_utils import SlowlySure
 from devkit_utils import write_voc_devkit
 from PIL import Image
 from testing_utils import SynerNetModelTester
@@ -523,17 +524,6 @@ def test_all_ways_to_a_mean_iou_agree(monkeypatch, tmp_path, capsys):
     assert {"evaluate", "ours", "ours through evaluate", "np.bincount", "np.histogram2d"} <= set(variants)
     assert max(entry["difference"] for entry in variants.values()) < 1e-6
     assert "| ours |" in capsys.readouterr().out
-
-
-class SlowlySure:
-    """Stands for DenseCRF: makes the likeliest class certain, and leaves out classes like it."""
-
-    def __init__(self, min_probability: float = 0.2, num_iterations: int = 10):
-        self.min_probability = min_probability
-
-    def __call__(self, image: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-        kept = probabilities.max(axis=(1, 2), keepdims=True) >= self.min_probability
-        return probabilities * kept
 
 
 def test_a_crf_on_likely_classes_is_compared_with_one_on_all(finished, monkeypatch, tmp_path, capsys):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from crf_utils import swap_classes
 from datasets import DatasetDict
 from devkit_utils import write_voc_devkit
 from PIL import Image
@@ -226,11 +227,6 @@ def test_a_split_in_any_format_has_the_same_scores(label_maps, kind):
 def test_max_samples_takes_the_first_images(label_maps):
     split = make_split(label_maps)
     assert score(OracleModel(shift=1), split, max_samples=2) == score(OracleModel(shift=1), split.select(range(2)))
-
-
-def swap_classes(image, probabilities):
-    assert image.dtype == np.uint8 and np.allclose(probabilities.sum(axis=0), 1)
-    return probabilities[[0, 2, 1]]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
