@@ -14,8 +14,9 @@ the training pass alone (`cam_scales` of 1 without mirrored views), and decoders
 `--gains` adds our step with one saving undone at a time, and the step before the gate of the segmentation loss opens.
 
 Each variant's loss is read and its parts are timed first; then whole steps are timed in turns, on weights that do not
-move. MFU is the matrix arithmetic that PyTorch counts in a variant's step (what it runs, not what it could leave out),
-over its time and the rate measured for a large matrix product in the same format.
+move. On one thread of a CPU the seconds are those of the process, which other work on the machine lengthens less than
+those of the wall. MFU is the matrix arithmetic that PyTorch counts in a variant's step (what it runs, not what it could
+leave out), over its time and the rate measured for a large matrix product in the same format.
 """
 
 import argparse
@@ -327,6 +328,16 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
+def counts_process_time(device: torch.device) -> bool:
+    """Whether the seconds are those of the process: on one thread of a CPU."""
+    return device.type == "cpu" and torch.get_num_threads() == 1
+
+
+def clock(device: torch.device) -> float:
+    """Seconds of the process or of the wall."""
+    return time.process_time() if counts_process_time(device) else time.perf_counter()
+
+
 def matmul_rate(device: torch.device, dtype: str, seconds: float = 1.0) -> float:
     """TFLOP/s of a large square matrix product on random data: the best of several."""
     allow_tf32(dtype == "tf32")
@@ -334,11 +345,11 @@ def matmul_rate(device: torch.device, dtype: str, seconds: float = 1.0) -> float
     left, right = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
     best, ends = 0.0, time.perf_counter() + seconds
     while best == 0.0 or time.perf_counter() < ends:
-        started = time.perf_counter()
+        started = clock(device)
         for _ in range(3):
             left @ right
         synchronise(device)
-        best = max(best, 6 * side**3 / (time.perf_counter() - started) / 1e12)
+        best = max(best, 6 * side**3 / (clock(device) - started) / 1e12)
     return best
 
 
@@ -415,13 +426,13 @@ class Variant:
         @contextmanager
         def part(name: str) -> Iterator[None]:
             synchronise(self.device)
-            started = time.perf_counter()
+            started = clock(self.device)
             yield
             synchronise(self.device)
-            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+            seconds[name] = seconds.get(name, 0.0) + clock(self.device) - started
 
         owners = dict(zip(("objective", "model"), rooms(self.model), strict=True)) | {"reference": ReferenceOrder}
-        started = time.perf_counter()
+        started = clock(self.device)
         with ExitStack() as stack:
             for name, places in PARTS.items():
                 for owner, function in (place.split(".") for place in places):
@@ -430,7 +441,7 @@ class Variant:
                         timed = functools.wraps(plain)(part(name)(plain))
                         stack.enter_context(mock.patch.object(owners[owner], function, timed))
             self.step(part)
-        seconds["rest"] = time.perf_counter() - started - sum(seconds.values())
+        seconds["rest"] = clock(self.device) - started - sum(seconds.values())
         return seconds
 
     def time(self) -> None:
@@ -440,9 +451,9 @@ class Variant:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         synchronise(self.device)
-        started = time.perf_counter()
+        started = clock(self.device)
         self.step()
-        self.entry["all_seconds"].append(time.perf_counter() - started)
+        self.entry["all_seconds"].append(clock(self.device) - started)
         if on_gpu:
             # weights and states of the other variants lie there too: only what this one needs counts
             own = sum(tensor.nbytes for tensor in self.model.state_dict().values())
@@ -501,6 +512,7 @@ def measure(args: argparse.Namespace, log=print) -> dict:
         "crop_size": size,
         "batch_size": batch_size,
         "settings": "recipe voc12_authors, all gates open, random weights and images",
+        "clock": "process" if counts_process_time(device) else "wall",
         "matmul_tflops": {dtype: matmul_rate(device, dtype) for dtype in dict.fromkeys(spec[1] for spec in specs)},
         "variants": {},
         "notes": [],
