@@ -101,6 +101,9 @@ ORDERS = {
     # loads the auto classes amid modeling_utils, which the model needs
     "package, base class, config": "import synernet_hf; from transformers import PreTrainedModel, AutoConfig; "
     "assert type(AutoConfig.from_pretrained(FOLDER)) is synernet_hf.SynerNetConfig",
+    # two watchers of imports, of which each asks the other
+    "package, again, config": "import synernet_hf, importlib; importlib.reload(synernet_hf); "
+    "from transformers import AutoConfig; assert type(AutoConfig.from_pretrained(FOLDER)) is synernet_hf.SynerNetConfig",
     "auto class, package": "from transformers import AutoModel; import synernet_hf; "
     "assert type(AutoModel.from_pretrained(FOLDER)) is synernet_hf.SynerNetModel",
     "package, pipeline": "import synernet_hf; from transformers import pipeline; "

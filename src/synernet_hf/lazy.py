@@ -45,17 +45,22 @@ class _AfterTransformers(local):
     import `synernet_hf.model` before they start.
     """
 
-    # imports of transformers that this thread is in
-    depth = 0
+    # imports of transformers that this thread is in, and whether it asks the other finders
+    depth, is_asking = 0, False
 
     def __init__(self, module: str) -> None:
         self.module = module
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> Any:
-        if name.partition(".")[0] != "transformers":
+        # a finder that asks the others too, as a second one of this kind does after a reload, must not come back here
+        if name.partition(".")[0] != "transformers" or self.is_asking:
             return None
-        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
-        spec = next(filter(None, specs), None)
+        self.is_asking = True
+        try:
+            specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+            spec = next(filter(None, specs), None)
+        finally:
+            self.is_asking = False
         # some loaders are shared by several modules
         if spec and spec.loader and not isinstance(spec.loader.exec_module, partial):
             spec.loader.exec_module = partial(self.execute, spec.loader.exec_module)

@@ -378,6 +378,21 @@ def test_skipped_steps_advance_neither_schedule_nor_gates(tmp_path, monkeypatch)
     assert_equal_weights(tmp_path / "straight", tmp_path / "broken")
 
 
+def test_steps_that_a_gradient_scaler_skips_are_noticed(tmp_path, monkeypatch):
+    setup = engine.setup
+
+    def scaled(training_args):
+        accelerator = setup(training_args)
+        # the first scales overflow
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+        return accelerator
+
+    monkeypatch.setattr(engine, "setup", scaled)
+    run(tmp_path / "run")
+    state = state_of(tmp_path / "run" / "checkpoint-4")
+    assert state["step"] == 4 and state["skipped_steps"] > 0
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_loss_of_a_skipped_step_is_not_logged(tmp_path, monkeypatch, accumulation):
     def overflow(original, *args):

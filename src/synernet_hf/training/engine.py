@@ -229,7 +229,8 @@ def build_run(
         parameter_groups(
             model, args.learning_rate, args.weight_decay, args.encoder_lr_multiplier, args.head_lr_multiplier
         ),
-        fused=True,
+        # of a fused step under the scaler of fp16, accelerate does not learn that it was skipped
+        fused=True if accelerator.scaler is None else None,
     )
     multiplier = partial(learning_rate_multiplier, warmup_steps=args.warmup_steps, total_steps=args.max_steps)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
