@@ -15,6 +15,7 @@ import math
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from synernet_hf.cli import answer_early, needs_extra, run_command
@@ -57,7 +58,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from side_by_side import median_ratio, save_record, time_in_turns
+from side_by_side import choose_clock, median_ratio, save_record, time_in_turns
 from torch.nn import functional as F
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
@@ -214,7 +215,9 @@ def measure(args: argparse.Namespace, words: list[str]) -> dict:
         variants[f"{name}: scored"] = lambda kinds=kinds: score(**kinds)
     if args.workers:
         variants["workers"] = lambda: score(args.workers, **kinds)
-    times = time_in_turns(variants, args.rounds)
+    # the process does not see the seconds of its workers
+    clock = time.perf_counter if args.workers else choose_clock()
+    times = time_in_turns(variants, args.rounds, clock)
     rows = {}
     for name in args.kinds:
         bare = times[f"{name}: encoders"]
@@ -233,6 +236,7 @@ def measure(args: argparse.Namespace, words: list[str]) -> dict:
         "num_images": len(split),
         "batches": len(shapes),
         "size": args.size,
+        "clock": clock.__name__,
         "rows": rows,
         "times": times,
         "largest_difference_of_a_score": largest_difference(score(**last), anew, names),

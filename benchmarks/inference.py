@@ -46,7 +46,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from PIL import Image
-from side_by_side import median_ratio, save_record, time_in_turns
+from side_by_side import choose_clock, median_ratio, save_record, time_in_turns
 from transformers import pipeline
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
@@ -123,7 +123,7 @@ def measure(model, side: int, number: int, multi_scale: bool, rounds: int, onnx:
     }
     if onnx and not multi_scale:
         variants["ONNX Runtime"] = onnx_runner(model, pixel_values)
-    times = time_in_turns(variants, rounds)
+    times = time_in_turns(variants, rounds, choose_clock())
     for entry in times.values():
         entry["images_per_second"] = number / entry["seconds"]
         entry["share_of_limit"] = median_ratio(times["limit"], entry)
@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> None:
     if args.large_only:
         return segment_large(args)
     model = build(args.backbone, args.recipe)
-    figures = {"cases": []}
+    figures = {"clock": choose_clock().__name__, "cases": []}
     print("| side | batch | scales | variant | images per second | share of the limit |")
     print("| ---: | ---: | --- | --- | ---: | ---: |", flush=True)
     for side in args.sides:

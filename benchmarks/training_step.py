@@ -69,7 +69,7 @@ if __name__ == "__main__":
 import torch
 import transformers
 from refinement import ConvolvedRefinement
-from side_by_side import median_ratio, save_record
+from side_by_side import choose_clock, median_ratio, save_record
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -328,14 +328,9 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
-def counts_process_time(device: torch.device) -> bool:
-    """Whether the seconds are those of the process: on one thread of a CPU."""
-    return device.type == "cpu" and torch.get_num_threads() == 1
-
-
 def clock(device: torch.device) -> float:
     """Seconds of the process or of the wall."""
-    return time.process_time() if counts_process_time(device) else time.perf_counter()
+    return choose_clock(device.type)()
 
 
 def matmul_rate(device: torch.device, dtype: str, seconds: float = 1.0) -> float:
@@ -512,7 +507,7 @@ def measure(args: argparse.Namespace, log=print) -> dict:
         "crop_size": size,
         "batch_size": batch_size,
         "settings": "recipe voc12_authors, all gates open, random weights and images",
-        "clock": "process" if counts_process_time(device) else "wall",
+        "clock": choose_clock(device.type).__name__,
         "matmul_tflops": {dtype: matmul_rate(device, dtype) for dtype in dict.fromkeys(spec[1] for spec in specs)},
         "variants": {},
         "notes": [],
