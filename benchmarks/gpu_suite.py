@@ -1,9 +1,9 @@
 """
-For a few minutes on a GPU: the table of training steps, then trainings on VOC-Animals side by side.
+For a few minutes on a GPU: the table of training steps, inference, then trainings on VOC-Animals side by side.
 
     python benchmarks/gpu_suite.py OUT --pack pack --minutes 8.5
 
-Parts, in order: `training_step.py` for each line of `TABLE`; a short run of every training of `--runs` (ROW:SEED, rows of
+Parts, in order: `training_step.py` for each line of `TABLE`; `inference.py`; a short run of every training of `--runs` (ROW:SEED, rows of
 `ablation.py`), all at once, which says how long a step takes; then the same trainings with as many steps as the
 time allows, the same for all. OUT/results.jsonl gets one line for every table and training as soon as it is there; OUT/log.txt
 what all processes print. The data come from a folder that `make_pack.py` has made. `--tiny` does the same at small sizes.
@@ -30,6 +30,8 @@ TABLE = [
     "--size tiny --warmup 3 --steps 7".split(),
     "--size base --warmup 2 --steps 4 --dtype bfloat16 --compile".split(),
 ]
+INFERENCE = "--batch_sizes 1 16 --rounds 5 --no_onnx --no_large".split()
+TINY_INFERENCE = "--sides 32 --batch_sizes 1 --rounds 1 --no_onnx --no_large".split()
 TINY_TABLE = ["--size smoke --warmup 0 --steps 1 --dtype float32".split()]
 TINY = "--crop_size 64 --per_device_batch_size 2 --inference_size 64 --max_eval_samples 4".split()
 RATE_STEPS = 40
@@ -111,6 +113,15 @@ class Suite:
                 record = json.loads(path.read_text(encoding="utf-8"))
                 self.write({"part": "training_step", "options": options, **record})
 
+    def inference(self) -> None:
+        """One line of results, if it ends in time."""
+        path = self.args.out / "inference.json"
+        words = [str(HERE / "inference.py"), *(TINY_INFERENCE if self.args.tiny else INFERENCE), "--output", str(path)]
+        words += ["--backbone", str(self.args.out / "data" / "backbone")]
+        self.run_all({path.stem: words}, self.args.inference_seconds)
+        if path.is_file():
+            self.write({"part": "inference", **json.loads(path.read_text(encoding="utf-8"))})
+
     def ablation(self, run: str, max_steps: int, kind: str, factor: float) -> list[str]:
         """The command of one training: its row and seed of the ablation, in a folder of its own."""
         row, _, seed = run.partition(":")
@@ -166,6 +177,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", nargs="+", default=RUNS, help="ROW:SEED of each training")
     parser.add_argument("--max_steps", type=int, default=2000, help="of each training, at most (default: 2000)")
     parser.add_argument("--table_seconds", type=float, default=160, help="for the table of steps (default: 160)")
+    parser.add_argument("--inference_seconds", type=float, default=60, help="for inference, at most (default: 60)")
     parser.add_argument(
         "--image_seconds", type=float, default=0.4, help="to score an image, measured 0.27 on an H200 (default: 0.4)"
     )
@@ -179,6 +191,7 @@ def run(args: argparse.Namespace) -> None:
     record = unpack(args.pack, args.out / "data", os.cpu_count() or 1)
     suite.say("unpacked")
     suite.table()
+    suite.inference()
     suite.train(record["factor"])
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from synernet_hf.cli import CommandParser, answer_early, needs_extra, run_command
@@ -29,6 +30,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     parser.add_argument("--backbone", required=True, help="Hub id or folder of the encoder")
     parser.add_argument("--recipe", type=Path, default=RECIPE, help="whose model fields count (default: voc_animals)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--sides", type=int, nargs="+", default=[224, 448], help="sides of the images in pixels")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4], help="images at once")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each (default: 5)")
@@ -58,20 +60,21 @@ with needs_extra("train"):
     from synernet_hf.training import read_recipe
 
 
-def build(backbone: str, recipe: Path):
-    """The recipe's model with random heads."""
+def build(args: argparse.Namespace):
+    """The recipe's model with random heads, on its device."""
     torch.manual_seed(0)
-    fields = read_recipe(recipe)["model_config"]
+    fields = read_recipe(args.recipe)["model_config"]
     id2label = dict(enumerate(VOC_CLASSES))
-    return SynerNetForWeaklySupervisedSegmentation.from_backbone_pretrained(
-        backbone, id2label=id2label, **fields
-    ).eval()
+    model = SynerNetForWeaklySupervisedSegmentation.from_backbone_pretrained(
+        args.backbone, id2label=id2label, **fields
+    )
+    return model.eval().to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def segmenter_of(model):
     """The pipeline of a model, for images that keep their size."""
     return pipeline(
-        "weakly-supervised-segmentation", model=model, image_processor=SynerNetImageProcessor(), device="cpu"
+        "weakly-supervised-segmentation", model=model, image_processor=SynerNetImageProcessor(), device=model.device
     )
 
 
@@ -87,7 +90,7 @@ def bare_passes(model, side: int, number: int, scales: tuple[float, ...], flip: 
     patch = model.config.patch_size
     for scale in scales:
         grid = -(-int(scale * side) // patch)
-        images = torch.zeros(number * (1 + flip), 3, grid * patch, grid * patch)
+        images = torch.zeros(number * (1 + flip), 3, grid * patch, grid * patch, device=model.device)
         shared_states = model.synernet.shared_states(images)
         for branch in model.synernet.pair:
             tokens = branch.encode(images, shared_states)[0]
@@ -104,8 +107,13 @@ def onnx_runner(model, pixel_values: torch.Tensor):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(str(Path(folder) / "model.onnx"), options)
-    images = pixel_values.numpy()
+    images = pixel_values.cpu().numpy()
     return lambda: session.run(["logits"], {"pixel_values": images})
+
+
+def finished(call: Callable) -> Callable:
+    """A call that waits for the GPU."""
+    return lambda: (call(), torch.cuda.synchronize())
 
 
 def measure(model, side: int, number: int, multi_scale: bool, rounds: int, onnx: bool) -> dict:
@@ -113,7 +121,7 @@ def measure(model, side: int, number: int, multi_scale: bool, rounds: int, onnx:
     scales, flip = (tuple(model.config.inference_scales), True) if multi_scale else ((1.0,), False)
     segmenter = segmenter_of(model)
     images = [noise(side, side, seed) for seed in range(number)]
-    pixel_values = SynerNetImageProcessor()(images, return_tensors="pt")["pixel_values"]
+    pixel_values = SynerNetImageProcessor()(images, return_tensors="pt")["pixel_values"].to(model.device)
     bare = (model, side, number, scales, flip)
     variants = {
         "limit": lambda: bare_passes(*bare, decode=False),
@@ -123,7 +131,9 @@ def measure(model, side: int, number: int, multi_scale: bool, rounds: int, onnx:
     }
     if onnx and not multi_scale:
         variants["ONNX Runtime"] = onnx_runner(model, pixel_values)
-    times = time_in_turns(variants, rounds, choose_clock())
+    if model.device.type == "cuda":
+        variants = {name: finished(call) for name, call in variants.items()}
+    times = time_in_turns(variants, rounds, choose_clock(model.device.type))
     for entry in times.values():
         entry["images_per_second"] = number / entry["seconds"]
         entry["share_of_limit"] = median_ratio(times["limit"], entry)
@@ -132,7 +142,7 @@ def measure(model, side: int, number: int, multi_scale: bool, rounds: int, onnx:
 
 def segment_large(args: argparse.Namespace) -> None:
     """Segments an image of 12 megapixels; prints seconds, peak memory before and after in MiB."""
-    segmenter = segmenter_of(build(args.backbone, args.recipe))
+    segmenter = segmenter_of(build(args))
     image = noise(*LARGE)
     segmenter(noise(64, 64))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
@@ -144,6 +154,7 @@ def segment_large(args: argparse.Namespace) -> None:
 def large_image(args: argparse.Namespace) -> dict[str, float]:
     """What `segment_large` prints, of another process."""
     words = ["--backbone", args.backbone, "--recipe", str(args.recipe), "--large_only"]
+    words += ["--device", args.device] if args.device else []
     done = subprocess.run([sys.executable, __file__, *words], check=True, capture_output=True, text=True)
     names = ("seconds", "peak_memory_mib_before", "peak_memory_mib")
     return dict(zip(names, map(float, done.stdout.split()[-3:]), strict=True))
@@ -153,8 +164,8 @@ def run(args: argparse.Namespace) -> None:
     """Measures, prints and saves."""
     if args.large_only:
         return segment_large(args)
-    model = build(args.backbone, args.recipe)
-    figures = {"clock": choose_clock().__name__, "cases": []}
+    model = build(args)
+    figures = {"device": model.device.type, "clock": choose_clock(model.device.type).__name__, "cases": []}
     print("| side | batch | scales | variant | images per second | share of the limit |")
     print("| ---: | ---: | --- | --- | ---: | ---: |", flush=True)
     for side in args.sides:

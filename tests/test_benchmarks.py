@@ -506,6 +506,12 @@ def test_the_gpu_suite_plans_steps_that_fit_and_trainings_that_the_ablation_take
         words = suite.ablation(run, 7, "run", 0.5)[1:]
         _, _, training_args = ablation.base_arguments(*ablation.parse_options(words))
         assert (training_args.max_steps, list(training_args.scale_range)) == (7, [0.7, 1.4])
+    commands: dict = {}
+    with monkeypatch.context() as patched:
+        patched.setattr(suite, "run_all", lambda words, seconds: commands.update(words))
+        suite.inference()
+    options = load_benchmark("inference").parse_arguments(commands["inference"][1:])
+    assert options.backbone == str(tmp_path / "out" / "data" / "backbone") and not options.large
     suite.run_all({"one": ["-c", "print(3)"], "two": ["-c", "import time; time.sleep(60)"]}, 1.0)
     log = (tmp_path / "out" / "log.txt").read_text()
     assert "one: 0" in log and "two: out of time" in log
