@@ -13,9 +13,16 @@ import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+
+try:
+    import fcntl
+except ModuleNotFoundError:
+    # Windows
+    fcntl = None
 
 
 IMAGE_SUFFIXES = set(".jpg .jpeg .jfif .jpe .jp2 .png .gif .bmp .webp .tif .tiff .pgm .ppm".split())
@@ -159,25 +166,39 @@ def _take(folder: Path) -> str | None:
         "process": _process(pid),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-    aside = path.with_name(f".{LOCK_FILE}.{pid}.tmp")
-    while True:
-        try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(json.dumps(own))
-            # an empty one after a power cut could not be judged
-            _sync(path)
-            return None
-        except FileExistsError:
-            holder = path.read_bytes() if path.exists() else b""
+    with _one_at_a_time(folder):
+        while True:
             problem = folder_in_use(folder)
             if problem is not None:
                 return problem
-            if path.exists():
-                os.replace(path, aside)
-                if aside.read_bytes() != holder:
-                    # another process was faster
-                    os.replace(aside, path)
-                aside.unlink(missing_ok=True)
+            # of a process that has ended
+            path.unlink(missing_ok=True)
+            # a process of another machine may be faster
+            with suppress(FileExistsError):
+                with path.open("x", encoding="utf-8") as file:
+                    file.write(json.dumps(own))
+                # an empty one after a power cut could not be judged
+                _sync(path)
+                return None
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """
+    Lets the processes of this machine in one after another, where the system can: of two that find the lock of an ended
+    process, the second one would remove that of the first.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # some file systems refuse
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def folder_in_use(folder: Path) -> str | None:

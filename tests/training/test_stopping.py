@@ -9,6 +9,8 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from PIL import Image
 from testing_utils import TRAINED_MODEL as MODEL
 from training_utils import DATA, TRAINING, assert_equal_weights, run, snapshot, stop_at
 
+from synernet_hf import files
 from synernet_hf.cli import DiskError, Terminated, run_command
 from synernet_hf.files import LOCK_FILE, FolderInUse, folder_in_use, hold_folder
 from synernet_hf.training import InvalidArguments, engine, stopping
@@ -169,8 +172,6 @@ def other_process(**changes) -> str:
 
 
 def stopping_process(pid: int) -> str | None:
-    from synernet_hf import files
-
     return files._process(pid)
 
 
@@ -228,6 +229,30 @@ def test_locks_that_count_and_those_that_do_not(tmp_path, content, is_held):
             with pytest.raises(ValueError, match="writes into"), hold_folder(tmp_path):
                 pass
         assert not list(tmp_path.iterdir())
+
+
+def test_of_two_that_find_the_lock_of_an_ended_process_one_gets_the_folder(tmp_path, monkeypatch):
+    (tmp_path / LOCK_FILE).write_text(other_process(pid=2**22 + 1))
+    judge, judged, taken = files.folder_in_use, threading.Event(), threading.Event()
+
+    def slow(folder):
+        problem = judge(folder)
+        if problem is None and not judged.is_set():
+            # the other one has time to take it, unless it may not
+            judged.set()
+            taken.wait(0.3)
+        return problem
+
+    def second():
+        judged.wait(5)
+        problem = files._take(tmp_path)
+        taken.set()
+        return problem
+
+    monkeypatch.setattr(files, "folder_in_use", slow)
+    with ThreadPoolExecutor(2) as pool:
+        problems = [future.result() for future in (pool.submit(files._take, tmp_path), pool.submit(second))]
+    assert problems[0] is None and "writes into" in problems[1]
 
 
 def test_a_held_folder_that_stays_empty_is_removed(tmp_path, monkeypatch):
