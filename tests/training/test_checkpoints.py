@@ -110,6 +110,23 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(finished, interrupted, c
     assert not list(interrupted.rglob("*.tmp"))
 
 
+def test_folders_in_a_checkpoint_are_checked_too(tmp_path, monkeypatch):
+    save_state = engine.Accelerator.save_state
+
+    def with_folder(self, folder, **kwargs):
+        save_state(self, folder, **kwargs)
+        (Path(folder) / "shards").mkdir()
+        (Path(folder) / "shards" / "0").write_text("whole")
+
+    # as weights in shards are saved
+    monkeypatch.setattr(engine.Accelerator, "save_state", with_folder)
+    run(tmp_path / "run", save_steps=4)
+    [checkpoint] = list_checkpoints(tmp_path / "run")
+    assert damage(checkpoint) is None
+    (checkpoint / "shards" / "0").write_text("other")
+    assert f"the content of {checkpoint / 'shards' / '0'} is not" in damage(checkpoint)
+
+
 def test_random_states_that_accelerate_does_not_restore_are_refused(interrupted, monkeypatch):
     def refuse(state):
         raise RuntimeError("no such generator")

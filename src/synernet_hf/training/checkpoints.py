@@ -272,8 +272,9 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         files = {
-            path.name: {"size": path.stat().st_size, "sha256": digest_file(path)}
-            for path in sorted(temporary.iterdir())
+            path.relative_to(temporary).as_posix(): {"size": path.stat().st_size, "sha256": digest_file(path)}
+            for path in sorted(temporary.rglob("*"))
+            if path.is_file()
         }
         _write_state(temporary, state, files)
         replace_folder(temporary, folder)
