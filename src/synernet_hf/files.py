@@ -208,7 +208,7 @@ def folder_in_use(folder: Path) -> str | None:
         try:
             holder = json.loads(path.read_text(encoding="utf-8"))
             break
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError):
             # being written, unless it stays like that

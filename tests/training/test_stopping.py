@@ -14,8 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from testing_utils import TRAINED_MODEL as MODEL
 from training_utils import DATA, TRAINING, assert_equal_weights, run, snapshot, stop_at
 
@@ -299,6 +301,24 @@ def test_a_full_disk_has_a_sentence_and_a_status(tmp_path, monkeypatch, capsys):
     assert names(tmp_path / "run") == ["checkpoint-2"]
 
 
+@pytest.mark.parametrize("folder, kept", [("checkpoint-4.tmp", [2]), ("best/model.tmp", [2, 4])])
+def test_a_disk_too_full_for_the_weights_alone(tmp_path, monkeypatch, capsys, folder, kept):
+    """safetensors tells it by an error of its own, and removes its file: smaller files can be written again."""
+    original = safetensors.torch.serialize_file
+
+    def full(tensors, path, **kwargs):
+        if folder in str(path):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        return original(tensors, path, **kwargs)
+
+    monkeypatch.setattr("safetensors.torch.serialize_file", full)
+    assert run_command(run, tmp_path / "run") == 3
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert f"{tmp_path / 'run' / folder} cannot be read or written (No space left on device). Training" in line
+    assert f"stopped after step 4; the last checkpoint is {tmp_path / 'run'}/checkpoint-{kept[-1]} (continue" in line
+    assert names(tmp_path / "run") == [f"checkpoint-{step}" for step in kept]
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_image_that_is_deleted_during_the_training_is_named(tmp_path, monkeypatch, capsys, num_workers):
     folder = tmp_path / "images"
@@ -326,6 +346,9 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_else(tmp_path, 
     def refuse(**_):
         raise OSError(errno.EROFS, "Read-only file system", "somewhere")
 
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidArguments, match=rf"cannot be written .Not a directory: {tmp_path / 'file'}.: choose"):
+        run(tmp_path / "file" / "run")
     monkeypatch.setattr("synernet_hf.files.tempfile.TemporaryFile", refuse)
     with pytest.raises(
         InvalidArguments, match=rf"cannot be written .Read-only file system: {tmp_path}.: choose another"

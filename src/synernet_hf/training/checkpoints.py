@@ -7,7 +7,8 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,22 @@ def check_same_settings(checkpoint: Path, current: Mapping[str, Any]) -> None:
         )
 
 
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Makes `OSError` of what safetensors and torch raise where a file cannot be written into the folder."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
+    except RuntimeError:
+        # torch does not tell which error it was
+        try_writing(folder)
+        raise
+
+
 def save_checkpoint(
     accelerator: Accelerator,
     output_dir: Path,
@@ -261,12 +278,8 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         make_folder(temporary)
     accelerator.wait_for_everyone()
-    try:
+    with _disk_errors(temporary):
         accelerator.save_state(str(temporary))
-    except (RuntimeError, SafetensorError):
-        # torch and safetensors tell that a disk is full by these
-        try_writing(temporary)
-        raise
     if accelerator.is_main_process:
         write_json(temporary / ARGUMENTS_FILE, arguments)
     accelerator.wait_for_everyone()
@@ -361,7 +374,8 @@ def save_model_folder(
     temporary = folder / "model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     make_folder(temporary)
-    model.save_pretrained(temporary)
+    with _disk_errors(temporary):
+        model.save_pretrained(temporary)
     processor.save_pretrained(temporary)
     sync_files(temporary)
     for path in temporary.iterdir():
