@@ -22,6 +22,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--no_check_data", dest="check_data", action="store_false", default=None, help="decode no image beforehand"
     )
     data.add_argument("--max_samples", type=int, help="score the first so many images only")
+    data.add_argument("--num_workers", type=int, help="processes that decode images, and as many for the CRF")
     kinds = parser.add_argument_group("what to score")
     kinds.add_argument("--multi_scale", action="store_true", default=True, help="multi-scale segmentation (default)")
     kinds.add_argument("--no_multi_scale", dest="multi_scale", action="store_false", help="plain segmentation only")
@@ -39,6 +40,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Find mistakes of the command line before anything is loaded."""
     if args.max_samples is not None and args.max_samples < 1:
         raise ValueError(f"--max_samples is {args.max_samples}; a positive number of images is expected.")
+    if args.num_workers is not None and args.num_workers < 0:
+        raise ValueError(f"--num_workers is {args.num_workers}; 0 (none) or more processes are expected.")
     if args.output is not None and args.output.is_dir():
         raise ValueError(f"--output {args.output} is a folder; give the name of a JSON file.")
     if args.output is not None:

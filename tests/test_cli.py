@@ -159,6 +159,16 @@ def test_signals_during_imports_and_work_are_one_line(number, status, word, caps
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize(
+    ("late", "printed"), [("KeyboardInterrupt", "error: Interrupted.\n"), ("ZeroDivisionError", "Traceback (most")]
+)
+def test_an_interruption_of_imports_after_the_early_answer_is_one_line(late, printed):
+    code = f"from synernet_hf.cli import answer_early\nanswer_early(lambda: None)\nraise {late}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode and done.stderr.startswith(printed)
+    assert ("Traceback" in done.stderr) == printed.startswith("Traceback")
+
+
 def test_errors_of_the_package_itself_are_no_missing_extra():
     with pytest.raises(ModuleNotFoundError), needs_extra("train"):
         import synernet_hf.no_such_room  # noqa: F401

@@ -206,6 +206,7 @@ def needs_extra(extra: str) -> Iterator[None]:
 def answer_early(read: Callable[[], Any]) -> None:
     """
     Reads a command line before imports that take seconds, and ends the process where it asks for help or is refused.
+    Ctrl-C during these imports prints one line.
 
     Args:
         read (`Callable[[], Any]`): Reads and checks it, as far as that needs none of these imports.
@@ -213,6 +214,15 @@ def answer_early(read: Callable[[], Any]) -> None:
     status = run_command(lambda: read() and None)
     if status:
         sys.exit(status)
+    hook = sys.excepthook
+
+    def end(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print("error: Interrupted.", file=sys.stderr)
+        else:
+            hook(kind, error, traceback)
+
+    sys.excepthook = end
 
 
 def _transport_error() -> type[Exception]:

@@ -92,6 +92,13 @@ def test_a_missing_recipe_is_named(tmp_path):
         parse_arguments(["--config", str(tmp_path / "nowhere.yaml")])
 
 
+def test_a_recipe_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "image.yaml"
+    path.write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(InvalidArguments, match=r"The recipe .*image\.yaml is not valid YAML: .*utf-8"):
+        parse_arguments(["--config", str(path)])
+
+
 def test_an_unreadable_mapping_is_named():
     with pytest.raises(InvalidArguments, match="`model_config` must be a mapping"):
         parse_arguments(["--model_config", "fixed"])

@@ -360,7 +360,8 @@ def test_evaluate_script_takes_its_data_from_the_run(root, shapes_run, tmp_path,
     assert scores["results"]["background_only"]["num_images"] == 3
     assert results_table(scores["results"], SHAPES_CLASSES[:3]) in capsys.readouterr().out
     assert [path.name for path in output.parent.iterdir()] == ["scores.json"]
-    words = ["--no_cams", "--no_multi_scale", "--max_samples", "1", "--classes", "dots", "--output", str(output)]
+    words = "--no_cams --no_multi_scale --max_samples 1 --num_workers 0 --classes dots --output".split()
+    words.append(str(output))
     assert script.main([str(shapes_run), *words]) == 0
     scores = json.loads(output.read_text())
     assert list(scores["results"]) == ["segmentation"] and scores["results"]["segmentation"]["num_images"] == 1
@@ -373,6 +374,7 @@ def test_evaluate_script_takes_its_data_from_the_run(root, shapes_run, tmp_path,
         (["--classes", "wolf"], "wolf"),
         (["--dataset", "nowhere"], "nowhere"),
         (["--max_samples", "0"], "--max_samples is 0"),
+        (["--num_workers", "-1"], "--num_workers is -1"),
         (["--output", "."], "is a folder"),
     ],
 )

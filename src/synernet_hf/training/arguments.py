@@ -248,7 +248,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise InvalidArguments(f"The recipe {path} does not exist: give `--config` the path of a YAML file.")
     try:
         recipe = yaml.load(path.read_text(encoding="utf-8"), Loader=RecipeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InvalidArguments(f"The recipe {path} is not valid YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise InvalidArguments(f"The recipe {path} must be a mapping of settings, got {type(recipe).__name__}.")
