@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -144,6 +145,31 @@ def test_a_loader_whose_workers_got_the_signal_too_costs_no_step(finished, tmp_p
             run(tmp_path / "run")
     run(tmp_path / "run", resume_from_checkpoint="latest")
     assert_equal_weights(finished, tmp_path / "run")
+
+
+@pytest.mark.parametrize("place", ["train_step", "evaluate_model"])
+def test_workers_of_loaders_outlive_the_signal_of_their_group(tmp_path, monkeypatch, place):
+    original, count, seen = getattr(engine, place), iter(range(10**6)), []
+
+    def signalled(*args, **kwargs):
+        # the first pass of the third step; the evaluation that follows the second one
+        if next(count) == (4 if place == "train_step" else 0):
+            os.kill(os.getpid(), signal.SIGTERM)
+            [worker] = multiprocessing.active_children()
+            # from another process: that of the parent ends it
+            subprocess.run(["kill", str(worker.pid)], check=True)
+            worker.join(0.5)
+            seen.append(worker)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(engine, place, signalled)
+    settings = {"gradient_accumulation_steps": 2, "eval_steps": 2, "save_steps": 4}
+    with pytest.raises(Terminated, match="after step 3; the last checkpoint is .*checkpoint-3 "):
+        run(tmp_path / "run", data={"num_workers": 1}, **settings)
+    assert names(tmp_path / "run") == ["checkpoint-3"]
+    seen[0].terminate()
+    seen[0].join(5)
+    assert not seen[0].is_alive()
 
 
 @pytest.mark.parametrize("launched", [True, False])

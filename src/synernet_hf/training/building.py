@@ -43,6 +43,7 @@ from synernet_hf.training.arguments import (
     value_problems,
 )
 from synernet_hf.training.checkpoints import find_resume_checkpoint
+from synernet_hf.training.stopping import outlive_sigterm
 
 
 # what loaders and configurations raise: missing files and values that do not fit
@@ -378,6 +379,7 @@ def train_loader(
         pin_memory=accelerator.device.type == "cuda",
         # the loader draws a seed when it starts; from the global generator that would shift a resumed run's numbers
         generator=torch.Generator(),
+        worker_init_fn=outlive_sigterm,
     )
 
 

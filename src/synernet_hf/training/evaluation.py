@@ -31,6 +31,7 @@ from synernet_hf.model import (
     segment_images,
 )
 from synernet_hf.model.image_processing_synernet import resized_maximum
+from synernet_hf.training.stopping import outlive_sigterm
 
 
 CAM_KINDS = ("broad_cam", "precise_cam", "fused_cam", "broad_aux_cam", "precise_aux_cam")
@@ -318,7 +319,11 @@ def evaluate_model(
     images = _EvaluationImages(dataset, processor, order, range(first, num_images, step), scorer)
     # a loader draws a seed when it starts; from the global generator that would shift the numbers of a resumed run
     loader = torch.utils.data.DataLoader(
-        images, batch_size=None, num_workers=kinds.get("num_workers", 0), generator=torch.Generator()
+        images,
+        batch_size=None,
+        num_workers=kinds.get("num_workers", 0),
+        generator=torch.Generator(),
+        worker_init_fn=outlive_sigterm,
     )
     # inside a training the bar goes when it is full, so that the training's own stays
     bar = tqdm(loader, desc="evaluate", leave=None, disable=not kinds.get("progress", False) or first > 0)

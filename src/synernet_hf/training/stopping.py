@@ -24,6 +24,20 @@ LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 PARENT = os.getppid()
 
 
+def outlive_sigterm(_: int) -> None:
+    """For workers of loaders: clusters signal them too, whose batches the run still needs; their parent may end them."""
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 class StopRequest:
     """
     Whether a run is to end after the present step, because it got SIGTERM or because its launcher is gone. The
