@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from synernet_hf.cli import CommandParser, answer_early
+from synernet_hf.cli import CommandParser, answer_early, positive
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -23,7 +23,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     parser.add_argument("--folder", type=Path, help="where to write (default: that of temporary files)")
     parser.add_argument("--megabytes", type=int, default=350, help="size of the checkpoint (default: 350)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed calls of each (default: 5)")
+    parser.add_argument("--rounds", type=positive, default=5, help="timed calls of each (default: 5)")
     parser.add_argument("--output", type=Path, help="JSON file")
     return parser.parse_args(argv)
 

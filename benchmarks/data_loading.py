@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from synernet_hf.cli import answer_early, needs_extra, run_command
+from synernet_hf.cli import answer_early, needs_extra, positive, run_command
 
 
 with needs_extra("train"):
@@ -30,8 +30,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = data_parser(description=__doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes to try")
-    parser.add_argument("--num_images", type=int, default=256, help="images of a round")
-    parser.add_argument("--rounds", type=int, default=5, help="repetitions")
+    parser.add_argument("--num_images", type=positive, default=256, help="images of a round")
+    parser.add_argument("--rounds", type=positive, default=5, help="repetitions")
     parser.add_argument("--batch_size", type=int, default=8, help="images of a batch")
     parser.add_argument("--crop_size", type=int, default=448, help="side of the crop in pixels")
     parser.add_argument("--scale_range", type=float, nargs=2, default=[0.5, 2.0], help="rescale factors")

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from synernet_hf.cli import answer_early, needs_extra, run_command
+from synernet_hf.cli import answer_early, needs_extra, positive, run_command
 
 
 with needs_extra("train"):
@@ -41,8 +41,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(dataset="voc2012")
     parser.add_argument("--backbone", required=True, help="Hub id or folder of the encoder")
     parser.add_argument("--size", type=int, default=224, help="shortest side in pixels (default: 224)")
-    parser.add_argument("--num_images", type=int, default=24, help="validation images, spread over the split")
-    parser.add_argument("--rounds", type=int, default=3, help="timed calls of each (default: 3)")
+    parser.add_argument("--num_images", type=positive, default=24, help="validation images, spread over the split")
+    parser.add_argument("--rounds", type=positive, default=3, help="timed calls of each (default: 3)")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS)[:-1], help="what is timed")
     parser.add_argument("--workers", type=int, default=0, help="also the last kind with so many workers that decode")
     parser.add_argument("--memory_images", type=int, nargs="*", default=[100, 1000], help="generated images")

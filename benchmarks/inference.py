@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from synernet_hf.cli import CommandParser, answer_early, needs_extra, run_command
+from synernet_hf.cli import CommandParser, answer_early, needs_extra, positive, run_command
 
 
 RECIPE = Path(__file__).resolve().parents[1] / "examples" / "recipes" / "voc_animals.yaml"
@@ -33,7 +33,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--sides", type=int, nargs="+", default=[224, 448], help="sides of the images in pixels")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4], help="images at once")
-    parser.add_argument("--rounds", type=int, default=5, help="timed calls of each (default: 5)")
+    parser.add_argument("--rounds", type=positive, default=5, help="timed calls of each (default: 5)")
     parser.add_argument("--no_onnx", dest="onnx", action="store_false", help="leave ONNX Runtime out")
     parser.add_argument("--no_large", dest="large", action="store_false", help="leave the 12 megapixels out")
     parser.add_argument("--large_only", action="store_true", help="only print what the 12 megapixels take")

@@ -14,16 +14,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from synernet_hf.cli import CommandParser, answer_early
+from synernet_hf.cli import CommandParser, answer_early, positive
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = CommandParser(description=__doc__)
-    parser.add_argument("--num_images", type=int, default=100, help="images (default: 100)")
+    parser.add_argument("--num_images", type=positive, default=100, help="images (default: 100)")
     parser.add_argument("--size", type=int, nargs=2, default=(375, 500), help="height and width (default: 375 500)")
     parser.add_argument("--num_labels", type=int, default=21, help="classes with background (default: 21)")
-    parser.add_argument("--rounds", type=int, default=3, help="timed calls of each (default: 3)")
+    parser.add_argument("--rounds", type=positive, default=3, help="timed calls of each (default: 3)")
     parser.add_argument("--output", type=Path, help="JSON file")
     return parser.parse_args(argv)
 

@@ -14,7 +14,7 @@ import math
 import sys
 from pathlib import Path
 
-from synernet_hf.cli import CommandParser, answer_early
+from synernet_hf.cli import CommandParser, answer_early, positive
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -22,7 +22,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     parser.add_argument("--size", type=int, default=448, help="side of the images (default: 448)")
     parser.add_argument("--batch_size", type=int, default=8, help="images (default: 8)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed calls of each (default: 5)")
+    parser.add_argument("--rounds", type=positive, default=5, help="timed calls of each (default: 5)")
     parser.add_argument("--output", type=Path, help="JSON file")
     return parser.parse_args(argv)
 

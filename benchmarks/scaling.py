@@ -25,7 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
-from synernet_hf.cli import CommandParser, answer_early, needs_extra, run_command
+from synernet_hf.cli import CommandParser, answer_early, needs_extra, positive, run_command
 
 
 with needs_extra("train"):
@@ -42,7 +42,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)"
     )
     parser.add_argument("--classes", type=int, nargs="+", default=[20, 80, 1000], help="numbers of classes")
-    parser.add_argument("--size", type=int, default=224, help="side of the images where it does not vary (224)")
+    parser.add_argument(
+        "--size", type=int, default=224, help="side of the images where it does not vary (default: 224)"
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 448, 672, 1024], help="sides of images")
     parser.add_argument("--images", type=int, nargs="+", default=[1000, 10000, 100000], help="numbers of images")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes")
@@ -51,7 +53,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--naive_images", type=int, default=1, help="the naive form runs on so many, and twice as many"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="timed calls, of which the shortest counts (default: 3)")
+    parser.add_argument(
+        "--rounds", type=positive, default=3, help="timed calls, of which the shortest counts (default: 3)"
+    )
     parser.add_argument("--figure", type=Path, help="PNG of the curves")
     parser.add_argument("--output", type=Path, help="JSON file")
     return parser.parse_args(argv)

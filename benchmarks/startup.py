@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from synernet_hf.cli import CommandParser, answer_early, run_command
+from synernet_hf.cli import CommandParser, answer_early, positive, run_command
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +58,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     parser.add_argument("model", nargs="?", help="folder of a trained model")
     parser.add_argument("--commands", nargs="*", default=COMMANDS, help="scripts whose --help is timed (default: all)")
-    parser.add_argument("--rounds", type=int, default=5, help="processes of each row (default: 5)")
+    parser.add_argument("--rounds", type=positive, default=5, help="processes of each row (default: 5)")
     parser.add_argument("--output", type=Path, help="JSON file")
     return parser.parse_args(argv)
 

@@ -1,5 +1,6 @@
 """Files are written whole or not at all."""
 
+import errno
 import json
 import math
 import unicodedata
@@ -84,3 +85,13 @@ def test_names_get_files_of_their_own_on_every_system(tmp_path):
     assert all(tmp_path in (tmp_path / path).resolve().parents for path in paths)
     # a name that nothing collides with keeps its path whatever the others are
     assert safe_file_names(["cats/1"], ".png") == ["cats/1.png"]
+
+
+def test_what_a_disk_refuses_without_a_name_gets_that_of_the_file(tmp_path):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left") as error:
+        replace_file(tmp_path / "mask.png", full)
+    assert error.value.filename == str(tmp_path / "mask.png") and error.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 from synernet_hf.files import missing_extra, one_line
 
 
-KINDS = {"int": "a whole number", "float": "a number", "true_or_false": "true or false"}
+KINDS = {"int": "a whole number", "float": "a number", "true_or_false": "true or false", "positive": "1 or more"}
 BOOLEANS = {word: word in "yes true t y 1".split() for word in "yes true t y 1 no false f n 0".split()}
 
 
@@ -55,6 +55,13 @@ def true_or_false(word: str) -> bool:
     if word.lower() not in BOOLEANS:
         raise ValueError(word)
     return BOOLEANS[word.lower()]
+
+
+def positive(word: str) -> int:
+    """Reads a whole number of at least 1; `ValueError` for other words."""
+    if int(word) < 1:
+        raise ValueError(word)
+    return int(word)
 
 
 def _how_to_read(hint: Any, default: Any) -> dict[str, Any]:
@@ -275,4 +282,12 @@ def run_command(command: Callable[..., int | None], *args: Any) -> int:
     return status
 
 
-__all__ = ["CommandParser", "InvalidArguments", "answer_early", "did_you_mean", "needs_extra", "run_command"]
+__all__ = [
+    "CommandParser",
+    "InvalidArguments",
+    "answer_early",
+    "did_you_mean",
+    "needs_extra",
+    "positive",
+    "run_command",
+]

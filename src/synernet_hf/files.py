@@ -56,6 +56,11 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        # a full disk, of which only the number is told
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
