@@ -360,8 +360,8 @@ def loss_of(model, kind: str, dtype: str, batch: dict[str, torch.Tensor]) -> tor
     torch.manual_seed(1)
     device, weights = batch["pixel_values"].device, dict(model.config.loss_weights)
     # as a training does
-    explicit = kind == "reference" or (device.type == "cpu" and dtype == "bfloat16" and kind != "with fused attention")
-    model.set_attn_implementation("eager" if explicit else "sdpa")
+    own = device.type == "cpu" and dtype == "bfloat16" and kind != "with fused attention"
+    model.set_attn_implementation("eager" if kind == "reference" else "synernet_bf16" if own else "sdpa")
     if kind.startswith("before the gate"):
         weights["segmentation"] = 0.0
     with ExitStack() as stack:

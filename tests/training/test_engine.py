@@ -230,6 +230,7 @@ def test_evaluation_under_bf16_is_that_of_the_saved_model(tmp_path, monkeypatch)
         result = original(training_run, batch)
         handle.remove()
         assert set(dtypes) == {torch.bfloat16}
+        assert training_run.bare_model.config._attn_implementation == "synernet_bf16"
         trained.append(training_run.state.step)
         return result
 

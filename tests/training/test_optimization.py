@@ -2,9 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
+from testing_utils import SynerNetModelTester
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation
 from synernet_hf.training import LossWeightSchedule, learning_rate_multiplier, parameter_groups
+from synernet_hf.training.optimization import BF16_ATTENTION, SHORT_SEQUENCE, bf16_attention
 
 
 def test_golden_schedule(root):
@@ -92,3 +96,34 @@ def test_a_model_without_encoder_names_is_refused(tiny_config):
     model = SynerNetForWeaklySupervisedSegmentation(tiny_config)
     with pytest.raises(ValueError, match="Expected encoder parameters"):
         parameter_groups(model.synernet.broad_branch.decode_head, 1e-4, 0.0)
+
+
+@pytest.mark.parametrize("length", [17, SHORT_SEQUENCE + 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_in_bf16_is_that_of_pytorch_but_for_rounding(length, dtype):
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 3, length, 16) for _ in range(3)]
+    results = {}
+    for name, attend in (("ours", bf16_attention), ("fused", sdpa_attention_forward)):
+        states = [state.to(dtype).requires_grad_() for state in exact]
+        output, weights = attend(torch.nn.Module(), *states, None, scaling=0.25, dropout=0.0, is_causal=False)
+        assert weights is None and output.shape == (2, length, 3, 16) and output.dtype == dtype
+        output.square().sum().backward()
+        results[name] = [output.detach(), *(state.grad for state in states)]
+    ours, fused = results.values()
+    explicit = dtype == torch.bfloat16 and length <= SHORT_SEQUENCE
+    assert all(map(torch.equal, ours, fused)) != explicit
+    for one, other in zip(ours, fused, strict=True):
+        torch.testing.assert_close(one.float(), other.float(), atol=0.03, rtol=0.03)
+
+
+def test_a_model_attends_in_bf16_where_it_is_set():
+    tester = SynerNetModelTester()
+    model, pixel_values = tester.model().eval(), tester.inputs()["pixel_values"]
+    with torch.no_grad():
+        logits = model(pixel_values).logits
+        model.set_attn_implementation(BF16_ATTENTION)
+        assert model.synernet.precise_branch.backbone.config._attn_implementation == BF16_ATTENTION
+        assert torch.equal(model(pixel_values).logits, logits)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(model(pixel_values).logits, logits, atol=0.1, rtol=0.1)

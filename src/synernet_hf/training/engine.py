@@ -54,6 +54,7 @@ from synernet_hf.training.checkpoints import (
 )
 from synernet_hf.training.evaluation import evaluate_model
 from synernet_hf.training.optimization import (
+    BF16_ATTENTION,
     PATIENCE,
     LossMeter,
     LossWeightSchedule,
@@ -93,8 +94,6 @@ class TrainingRun:
     # content of `training_args.json`
     record: dict[str, Any]
     state: TrainerState
-    # the model's attention outside of training steps
-    attention: str
     stop: StopRequest
     # of the latest evaluation
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -220,10 +219,12 @@ def build_run(
                 tqdm.write(sentence)
         accelerator.print(f"Continuing from {checkpoint}.")
     model = build_model(model_args, class_names(data.splits))
-    attention = model.config._attn_implementation
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
-        # the fused attention counts in float32 on a CPU, which takes longer: docs/performance.md
-        model.set_attn_implementation("eager")
+    if (
+        model.config._attn_implementation == "sdpa"
+        and accelerator.device.type == "cpu"
+        and accelerator.mixed_precision == "bf16"
+    ):
+        model.set_attn_implementation(BF16_ATTENTION)
     config, args = model.config, training_args
     optimizer = torch.optim.AdamW(
         parameter_groups(
@@ -255,7 +256,6 @@ def build_run(
         training_args=training_args,
         record=record,
         state=state,
-        attention=attention,
         stop=StopRequest(accelerator.num_processes),
     )
     if accelerator.is_main_process:
@@ -457,7 +457,7 @@ def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
     shows_bar = sys.stderr.isatty()
     if accelerator.is_main_process and not shows_bar:
         tqdm.write(f"step {state.step}: evaluating.")
-    with _full_precision(run):
+    with _full_precision(run.bare_model):
         results = evaluate_model(
             run.bare_model,
             run.processor,
@@ -504,7 +504,7 @@ def finish(run: TrainingRun) -> dict[str, dict[str, Any]]:
         used = run.accelerator
         facts = {"steps": state.step, "minutes": state.elapsed_seconds / 60, "hardware": hardware(used)}
         facts |= {"num_processes": used.num_processes, "precision": used.mixed_precision}
-        with _full_precision(run):
+        with _full_precision(run.bare_model):
             write_card(run.output_dir, run.bare_model, run.processor, run.splits, record, results, **facts)
     run.accelerator.wait_for_everyone()
     losses = next((entry for entry in reversed(state.history) if "loss" in entry), {})
@@ -526,18 +526,14 @@ def hardware(accelerator: Accelerator) -> str:
 
 
 @contextmanager
-def _full_precision(run: TrainingRun) -> Iterator[None]:
+def _full_precision(model: torch.nn.Module) -> Iterator[None]:
     """
-    Removes the autocast that accelerate wraps around `forward` under mixed precision, with the attention that belongs
-    to it, and restores both at the end. Outside of `forward` the model computes in float32 anyway, as does a model
-    loaded from the run folder.
+    Removes the autocast that accelerate wraps around `forward` under mixed precision, and restores it at the end.
+    Outside of `forward` the model computes in float32 anyway, as does a model loaded from the run folder.
     """
-    model, attention = run.bare_model, run.bare_model.config._attn_implementation
-    model.set_attn_implementation(run.attention)
     wrapped = model.__dict__.pop("forward", None)
     try:
         yield
     finally:
-        model.set_attn_implementation(attention)
         if wrapped is not None:
             model.forward = wrapped

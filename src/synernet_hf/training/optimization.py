@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from synernet_hf.model import SynerNetConfig
 
@@ -105,6 +107,29 @@ def learning_rate_multiplier(step: int, warmup_steps: int, total_steps: int) -> 
     if step < warmup_steps:
         return 1 - (1 - step / warmup_steps) * (1 - 6e-6)
     return (1 - step / total_steps) ** 0.9
+
+
+# tokens up to which products of matrices attend faster than the fused kernel, which counts in float32
+SHORT_SEQUENCE = 512
+BF16_ATTENTION = "synernet_bf16"
+
+
+def bf16_attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
+    """
+    Attention for bf16 on a CPU: explicit for bf16 tokens of a short sequence, else that of PyTorch. Arguments and result
+    are those of transformers' attention functions.
+    """
+    explicit = query.dtype == torch.bfloat16 and query.shape == key.shape and query.shape[-2] <= SHORT_SEQUENCE
+    if not explicit or attention_mask is not None or dropout:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    weights = ((query * scale) @ key.transpose(-1, -2)).softmax(dim=-1)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(BF16_ATTENTION, bf16_attention)
 
 
 class LossWeightSchedule:
