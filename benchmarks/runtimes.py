@@ -163,7 +163,7 @@ def measure(runtime: Runtime, inputs: list[torch.Tensor], masks: list[np.ndarray
 
 def read_images(args: argparse.Namespace, processor) -> tuple[list[torch.Tensor], list[np.ndarray]]:
     """Pixel values and masks of validation images spread over the split."""
-    split = load_data(read_data_arguments(args), splits=("validation",))["validation"]
+    split = load_data(read_data_arguments(args, args.run), splits=("validation",))["validation"]
     if args.square:
         processor.do_resize, processor.size = True, {"height": args.square, "width": args.square}
     chosen = np.linspace(0, len(split) - 1, min(args.max_samples, len(split))).astype(int).tolist()

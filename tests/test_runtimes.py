@@ -26,12 +26,14 @@ def run(tmp_path):
     SynerNetModelTester(num_classes=20).model().save_pretrained(tmp_path / "run")
     SynerNetImageProcessor().save_pretrained(tmp_path / "run")
     write_voc_devkit(tmp_path)
+    record = {"data_args": {"dataset": "voc2012", "data_dir": str(tmp_path / "VOCdevkit")}}
+    (tmp_path / "run" / "training_args.json").write_text(json.dumps(record), encoding="utf-8")
     return tmp_path / "run"
 
 
 def test_the_table_compares_with_float32(runtimes, run, tmp_path, capsys):
     output = tmp_path / "new" / "rows.json"
-    words = [str(run), "--data_dir", str(tmp_path / "VOCdevkit"), "--output", str(output)]
+    words = [str(run), "--output", str(output)]
     assert runtimes.main([*words, "--runtimes", "precise", "bfloat16", "averaged"]) == 0
     rows = json.loads(output.read_text())
     assert list(rows) == ["float32", "precise", "bfloat16", "averaged"]
