@@ -146,9 +146,16 @@ def hold_folder(
     empty at the end is removed. `FolderInUse`, in all of them, if another process holds it.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    problem = _take(folder) if is_main else None
+    problem = failure = None
+    try:
+        problem = _take(folder) if is_main else None
+    except OSError as error:
+        # told after the others, which wait for a word
+        failure, problem = error, str(error)
     if share is not None:
         problem = share(problem)
+    if failure is not None:
+        raise failure
     if problem is not None:
         raise FolderInUse(problem)
     try:
@@ -180,10 +187,15 @@ def _take(folder: Path) -> str | None:
             path.unlink(missing_ok=True)
             # a process of another machine may be faster
             with suppress(FileExistsError):
-                with path.open("x", encoding="utf-8") as file:
-                    file.write(json.dumps(own))
-                # an empty one after a power cut could not be judged
-                _sync(path)
+                file = path.open("x", encoding="utf-8")
+                try:
+                    with file:
+                        file.write(json.dumps(own))
+                    # an empty one, after a power cut or on a full disk, could not be judged
+                    _sync(path)
+                except OSError:
+                    path.unlink(missing_ok=True)
+                    raise
                 return None
 
 

@@ -283,6 +283,21 @@ def test_of_two_that_find_the_lock_of_an_ended_process_one_gets_the_folder(tmp_p
     assert problems[0] is None and "writes into" in problems[1]
 
 
+def test_a_lock_that_cannot_be_written_is_told_to_all_and_leaves_nothing(monkeypatch, tmp_path):
+    def fails(path):
+        if path.name == LOCK_FILE:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("synernet_hf.files._sync", fails)
+    told = []
+    with pytest.raises(OSError, match="No space left"), hold_folder(tmp_path, share=lambda text: told.append(text)):
+        pytest.fail("the folder is not held")
+    assert len(told) == 1 and "No space left" in told[0] and not any(tmp_path.iterdir())
+    # in another process
+    with pytest.raises(FolderInUse, match="No space left"), hold_folder(tmp_path, False, lambda _: told[0]):
+        pytest.fail("the folder is not held")
+
+
 def test_a_held_folder_that_stays_empty_is_removed(tmp_path, monkeypatch):
     synced, fsync = {}, os.fsync
     monkeypatch.setattr(
