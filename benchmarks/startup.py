@@ -122,8 +122,6 @@ def show(figures: dict[str, Any]) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measures, prints and writes."""
-    if args.rounds < 1:
-        raise ValueError(f"--rounds is {args.rounds}; give at least 1.")
     figures = measure(args)
     show(figures)
     save_record(args.output, figures)

@@ -647,6 +647,8 @@ def test_starts_are_timed_in_turns(tiny_run_folder, monkeypatch, tmp_path, capsy
     assert rows[startup.LIMIT]["ratio_to_limit"] == 1 and rows[startup.PYTHON]["ratio_to_limit"] == 0
     assert set(record["prediction"]) > {"transformers and torch", "weights", "prediction"}
     assert "| `import synernet_hf` |" in capsys.readouterr().out
-    assert startup.main(["--rounds", "0"]) == 2
+    with pytest.raises(SystemExit) as refused:
+        startup.main(["--rounds", "0"])
+    assert refused.value.code == 2
     with pytest.raises(ChildProcessError, match="no_such_module"):
         startup.run_python("-c", "import no_such_module")

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 
@@ -112,7 +112,7 @@ def crf_workers(crf: Callable[[np.ndarray, np.ndarray], np.ndarray], num_workers
         pool = ThreadPoolExecutor(1)
     else:
         try:
-            pickle.dumps(crf)
+            ForkingPickler.dumps(crf)
         except Exception as error:
             raise ValueError(
                 f"{crf!r} cannot be sent to worker processes ({error}); give a function of a module, or num_workers=0."

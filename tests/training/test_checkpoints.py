@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -203,8 +202,12 @@ def test_best_compares_scores_of_the_same_images_and_classes(tmp_path, monkeypat
         return results
 
     monkeypatch.setattr(engine, "evaluate_model", scored)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        stop_at(patch, 3, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        stop_at(patch, 3, interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "run", eval_steps=2)
     results = run(tmp_path / "run", data=changes, eval_steps=2, resume_from_checkpoint="latest")
