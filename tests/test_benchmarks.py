@@ -439,6 +439,7 @@ def test_a_training_step_has_the_loss_of_the_reference_order_of_work(tmp_path, c
     assert "1.00x reference float32" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_approximate_steps_run_beside_the_exact_one(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     training_step = load_benchmark("training_step")

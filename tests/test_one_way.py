@@ -190,7 +190,9 @@ def test_the_script_writes_the_pipelines_label_maps(root, model, folder, kind, t
                 assert np.array_equal(np.asarray(written), label_map), name
 
 
-@pytest.mark.parametrize("kind", PROCESSORS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind == "native" else []) for kind in PROCESSORS]
+)
 def test_the_onnx_graph_gives_the_pipelines_label_maps(model, folder, kind, tmp_path):
     for name in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(name, reason="the onnx extra is not installed")
