@@ -22,14 +22,6 @@ from synernet_hf.training.checkpoints import (
 pytestmark = pytest.mark.resume
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of four steps with checkpoints after two and four."""
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    run(folder)
-    return folder
-
-
 @pytest.fixture
 def interrupted(finished, tmp_path):
     """A copy of it without the final model."""

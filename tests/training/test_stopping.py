@@ -32,14 +32,6 @@ from synernet_hf.training.checkpoints import damage, list_checkpoints
 pytestmark = pytest.mark.resume
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of four steps that nothing ended."""
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    run(folder)
-    return folder
-
-
 @pytest.fixture(autouse=True)
 def handlers():
     """A run leaves the handlers of signals as they were, but for that of ended workers."""

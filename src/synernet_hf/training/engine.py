@@ -406,8 +406,8 @@ def _evaluates(run: TrainingRun) -> bool:
 
 def train_step(run: TrainingRun, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
-    Runs one forward and backward pass on a batch of [`SynerNetDataCollator`],
-    and the optimizer step when enough passes are accumulated. Returns the loss and its active terms, without gradient.
+    Runs one forward and backward pass on a batch of [`SynerNetDataCollator`], and the optimizer step when enough passes
+    are accumulated. Returns the loss and its active terms, without gradient.
     """
     accelerator, args = run.accelerator, run.training_args
     progress = run.state.step / args.max_steps
