@@ -29,6 +29,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     kinds.add_argument("--flip", action="store_true", help="also multi-scale segmentation with mirror")
     kinds.add_argument("--no_cams", dest="cams", action="store_false", help="leave the class activation maps out")
     kinds.add_argument(
+        "--parts", action="store_true", help="also each branch alone, the segmentation given labels, the class scores"
+    )
+    kinds.add_argument(
         "--baselines", action="store_true", help="also a plain single-scale CAM and nothing but background"
     )
     kinds.add_argument("--crf", action="store_true", help="also DenseCRF on the last segmentation (extra `crf`)")
@@ -109,6 +112,7 @@ def evaluate(args: argparse.Namespace) -> None:
         multi_scale=args.multi_scale,
         flip=args.flip,
         cams=args.cams,
+        parts=args.parts,
         baselines=args.baselines,
         crf=crf,
         progress=True,

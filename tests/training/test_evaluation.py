@@ -18,7 +18,14 @@ from synernet_hf.metrics import MeanIoU
 from synernet_hf.model import PreparedImage
 from synernet_hf.model.modeling_synernet import SynerNetCamOutput
 from synernet_hf.model.refinement_synernet import present_classes, select_classes, spread_classes
-from synernet_hf.training.evaluation import CAM_KINDS, evaluate_model, results_table, single_scale_cams
+from synernet_hf.training.evaluation import (
+    CAM_KINDS,
+    PART_KINDS,
+    average_precision,
+    evaluate_model,
+    results_table,
+    single_scale_cams,
+)
 
 
 NAMES = ["background", "cat", "dog"]
@@ -113,6 +120,41 @@ def test_an_oracle_scores_one_everywhere_and_background_only_does_not(label_maps
     assert background_only["per_class_iou"]["background"] == background_only["pixel_accuracy"]
     assert set(model.seen) == {((1.0,), False), (SCALES, False), (SCALES, True)}
     assert model.training
+
+
+class TwoBranchOracle(OracleModel):
+    """Its precise branch is right, its broad branch and the mix are not; without a limit they see class 1 everywhere."""
+
+    def multi_scale_logits(self, pixel_values, scales, flip, branches=None, prior=None, seen=None):
+        right = self.one_hot(pixel_values)
+        wrong = right.roll(1, dims=1)
+        # the mix is right about the classes that an image has
+        return {"precise": right, "broad": wrong}.get(branches, right + 2 * wrong if prior is None else right)
+
+
+def test_the_parts_of_a_segmentation_are_scored(label_maps):
+    split = make_split([*label_maps, np.zeros((4, 6), dtype=int)])
+    results = score(TwoBranchOracle(), split, cams=False, parts=True)
+    assert list(results) == ["segmentation", *PART_KINDS, "classification"]
+    ious = {kind: results[kind]["mean_iou"] for kind in list(results)[:-1]}
+    assert ious["segmentation"] == ious["broad_segmentation"] < 0.5
+    assert ious["precise_segmentation"] == ious["segmentation_given_labels"] == 1
+    expected = {"mean_average_precision": 1.0, "average_precision": {"cat": 1.0, "dog": 1.0}, "num_images": 6}
+    assert results["classification"] == expected
+    # a class that no image has counts in no mean
+    cats = make_split([np.minimum(label_map, 1) for label_map in label_maps])
+    scores = score(TwoBranchOracle(), cats, cams=False, parts=True)["classification"]
+    assert scores["average_precision"]["dog"] is None and scores["mean_average_precision"] == 1.0
+    assert "| class scores " in results_table(results, NAMES) and "dog |" in results_table(results, NAMES)
+    assert "class scores" not in results_table(score(OracleModel(), split), NAMES)
+
+
+def test_average_precision_is_that_of_ranked_images():
+    labels = np.array([True, False, True, False, True])
+    assert average_precision(np.array([0.9, 0.8, 0.7, 0.2, 0.1]), labels) == pytest.approx((1 + 2 / 3 + 3 / 5) / 3)
+    # images of one score have no order
+    assert average_precision(np.array([3.0, 3.0, 2.0, 2.0, 2.0]), labels) == pytest.approx((1 / 2 + 3 / 5 + 3 / 5) / 3)
+    assert np.isnan(average_precision(np.array([1.0]), np.array([False])))
 
 
 def test_scores_come_from_one_matrix_of_the_whole_split(label_maps):
@@ -547,7 +589,7 @@ def test_every_view_is_encoded_once_and_decoded_only_for_the_segmentation(label_
         branch.backbone.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
         branch.decode_head.register_forward_hook(lambda _, inputs, __: decoded.append(len(inputs[0])))
     split = make_split([np.kron(label_maps[0], np.ones((3, 3), dtype=int))])
-    score(model, split, multi_scale=True, flip=True, baselines=True)
+    score(model, split, multi_scale=True, flip=True, baselines=True, parts=True)
     scales, views = len({1.0, *model.config.inference_scales}), 2
     # the CAMs add one scale
     assert sum(encoded) == 2 * (scales * views + 1 + flip)

@@ -140,7 +140,7 @@ def segment_images(
         own, prior = [limits[index] for index in members], None
         if predicted:
             seen = {} if seen is None else seen
-            own = _predicted_labels(model, pixel_values, seen)
+            own = (model.class_scores(pixel_values, seen) > 0).float()
         elif own[0] is not None:
             prior = 0.0
         logits = model.multi_scale_logits(pixel_values, scales, flip, inference_branches, prior, seen)
@@ -148,10 +148,6 @@ def segment_images(
         return [_segmented(*item, crf) for item in zip(logits, own, images, strict=True)]
 
     return _in_equal_batches(model, prepared, run, [limit is None for limit in limits])
-
-
-def _predicted_labels(model: PreTrainedModel, pixel_values: torch.Tensor, seen: dict | None) -> torch.Tensor:
-    return (model.class_scores(pixel_values, seen) > 0).float()
 
 
 def _segmented(maps, labels, prepared: PreparedImage, crf) -> SegmentedImage:
@@ -174,10 +170,15 @@ def _segmented(maps, labels, prepared: PreparedImage, crf) -> SegmentedImage:
 
 
 @torch.no_grad()
+def score_classes(model: PreTrainedModel, processor: SynerNetImageProcessor, images: Sequence[Any]) -> list:
+    """Class scores `(num_labels - 1,)` of each image, unnormalised, as `model.class_scores` gives them."""
+    prepared = _prepared(processor, images)
+    return _in_equal_batches(model, prepared, lambda values, _, seen: model.class_scores(values, seen))
+
+
 def predict_labels(model: PreTrainedModel, processor: SynerNetImageProcessor, images: Sequence[Any]) -> list:
     """Multi-hot labels `(num_labels - 1,)`, float32, that the classifiers see in each image: a logit above 0."""
-    prepared = _prepared(processor, images)
-    return _in_equal_batches(model, prepared, lambda values, _, seen: _predicted_labels(model, values, seen))
+    return [(scores > 0).float() for scores in score_classes(model, processor, images)]
 
 
 @torch.no_grad()
@@ -257,5 +258,6 @@ __all__ = [
     "predict_labels",
     "prepare_image",
     "resize_maps",
+    "score_classes",
     "segment_images",
 ]

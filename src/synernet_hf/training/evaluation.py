@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
 
@@ -31,12 +32,14 @@ from synernet_hf.model import (
     segment_images,
 )
 from synernet_hf.model.image_processing_synernet import resized_maximum
+from synernet_hf.model.inference_synernet import score_classes
 from synernet_hf.training.stopping import outlive_sigterm
 
 
 CAM_KINDS = ("broad_cam", "precise_cam", "fused_cam", "broad_aux_cam", "precise_aux_cam")
 # images of one batch have no more pixels together, unless it is a single one: this bounds the memory
 MAX_BATCH_PIXELS = 2**20
+PART_KINDS = ("broad_segmentation", "precise_segmentation", "segmentation_given_labels")
 BASELINE_KINDS = ("single_scale_cam", "single_scale_cam_predicted", "background_only")
 
 
@@ -49,6 +52,8 @@ class PredictionKinds(TypedDict, total=False):
             elementwise maximum over the scales.
         flip (`bool`, defaults to `False`): Also score that segmentation with the mirror of every scale.
         cams (`bool`, defaults to `True`): Also score the class activation maps, given the true image labels.
+        parts (`bool`, defaults to `False`): Also score the segmentation of each branch alone, the segmentation given the
+            true image labels, and the class scores.
         baselines (`bool`, defaults to `False`): Also score a plain single-scale CAM, once with the true image labels
             and once with those that the classifier predicts, and a prediction of nothing but background.
         crf (`Callable`, *optional*): Post-processing of the last segmentation listed, such as
@@ -64,6 +69,7 @@ class PredictionKinds(TypedDict, total=False):
     multi_scale: bool
     flip: bool
     cams: bool
+    parts: bool
     baselines: bool
     crf: Callable[[np.ndarray, np.ndarray], np.ndarray] | None
     progress: bool
@@ -206,6 +212,7 @@ class _KindScorer:
         self.model = model
         self.processor = processor
         self.cams = kinds.get("cams", True)
+        self.parts = kinds.get("parts", False)
         self.baselines = kinds.get("baselines", False)
         self.crf = kinds.get("crf")
         scales = tuple(model.config.inference_scales)
@@ -215,8 +222,11 @@ class _KindScorer:
         if kinds.get("flip", False):
             self.segmentations["segmentation_multi_scale_flip"] = {"scales": scales, "flip": True}
         refined = [f"{list(self.segmentations)[-1]}_crf"] * (self.crf is not None)
-        self.names = [*self.segmentations, *refined, *CAM_KINDS * self.cams, *BASELINE_KINDS * self.baselines]
-        self.needs_labels = self.cams or self.baselines
+        self.names = [*self.segmentations, *refined, *PART_KINDS * self.parts, *CAM_KINDS * self.cams]
+        self.names += BASELINE_KINDS * self.baselines
+        self.needs_labels = self.cams or self.parts or self.baselines
+        # scores and true labels of each image, `(num_labels - 1,)` each
+        self.class_scores: list[tuple[np.ndarray, np.ndarray]] = []
 
     def __call__(
         self, batch: list[_EvaluationImage], crf_pool: Executor | None
@@ -236,6 +246,16 @@ class _KindScorer:
         if not self.needs_labels:
             return
         labels = [item.labels for item in batch]
+        if self.parts:
+            for kind, branch, given in zip(
+                PART_KINDS, ("broad", "precise", "both"), (None, None, labels), strict=True
+            ):
+                segmented = segment_images(self.model, self.processor, prepared, given, inference_branches=branch)
+                yield kind, [item.label_map for item in segmented]
+            scores = score_classes(self.model, self.processor, prepared)
+            self.class_scores += [
+                (own.float().cpu().numpy(), given.numpy() > 0) for own, given in zip(scores, labels, strict=True)
+            ]
         if self.cams:
             cams = generate_image_cams(self.model, self.processor, prepared, labels, all_classes=False)
             for kind in CAM_KINDS:
@@ -294,12 +314,15 @@ def evaluate_model(
 
     Returns:
         `dict[str, dict]`: By kind (`"segmentation"`, `"segmentation_multi_scale"`, `"segmentation_multi_scale_flip"`,
-        the last of these + `"_crf"`, `"broad_cam"`, `"precise_cam"`, `"fused_cam"`, `"broad_aux_cam"`,
+        the last of these + `"_crf"`, `"broad_segmentation"`, `"precise_segmentation"`, `"segmentation_given_labels"`,
+        `"broad_cam"`, `"precise_cam"`, `"fused_cam"`, `"broad_aux_cam"`,
         `"precise_aux_cam"`, `"single_scale_cam"`, `"single_scale_cam_predicted"`, `"background_only"`, as asked for)
         a dictionary of scores in [0, 1]: `"mean_iou"`, `"recall"` and `"precision"` (means over the metric classes),
         `"foreground_recall"` and `"foreground_precision"` (the same without background), `"mean_iou_present"` (over
         all classes that occur in the masks), `"pixel_accuracy"`, `"per_class_iou"` (by name, `None` for a class that
-        does not occur) and `"num_images"`.
+        does not occur) and `"num_images"`. With `parts` also `"classification"`: `"mean_average_precision"` of the class
+        scores over those metric classes that occur, `"average_precision"` (by name, `None` for a class that does not)
+        and `"num_images"`.
 
     Raises:
         ValueError: If the split is empty or lacks a column, a mask does not fit its image or the class list, the
@@ -354,7 +377,11 @@ def evaluate_model(
     if accelerator is not None:
         for metric in metrics.values():
             metric.reduce(accelerator)
-    return {name: _summary(metric, order.names, class_ids, num_images) for name, metric in metrics.items()}
+    results = {name: _summary(metric, order.names, class_ids, num_images) for name, metric in metrics.items()}
+    if scorer.parts:
+        scored = scorer.class_scores if accelerator is None else gather_object(scorer.class_scores)
+        results["classification"] = _class_summary(scored, order.names, class_ids)
+    return results
 
 
 def _checked(item: _EvaluationImage | ValueError) -> _EvaluationImage:
@@ -381,9 +408,36 @@ def _summary(metric: MeanIoU, class_names: Sequence[str], class_ids: list[int], 
     }
 
 
+def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
+    """
+    Mean over the positive images of the share of positives among the images that score at least as high; NaN without
+    positives. `scores` `(n,)` float, `labels` `(n,)` bool.
+    """
+    reached = scores[labels]
+    if not len(reached):
+        return math.nan
+    at_least = len(scores) - np.searchsorted(np.sort(scores), reached)
+    return float(((len(reached) - np.searchsorted(np.sort(reached), reached)) / at_least).mean())
+
+
+def _class_summary(
+    scored: list[tuple[np.ndarray, np.ndarray]], class_names: Sequence[str], class_ids: list[int]
+) -> dict:
+    scores, labels = map(np.stack, zip(*scored, strict=True))
+    precisions = [average_precision(*columns) for columns in zip(scores.T, labels.T, strict=True)]
+    chosen = [precisions[i - 1] for i in class_ids if i > 0 and not math.isnan(precisions[i - 1])]
+    named = zip(class_names[1:], precisions, strict=True)
+    return {
+        "mean_average_precision": float(np.mean(chosen)) if chosen else math.nan,
+        "average_precision": {name: None if math.isnan(value) else value for name, value in named},
+        "num_images": len(scored),
+    }
+
+
 def results_table(results: dict[str, dict], metric_classes: Sequence[str]) -> str:
     """
-    Writes scores as Markdown tables: the means of every kind of prediction, then the IoU of every metric class.
+    Writes scores as Markdown tables: the means of every kind of prediction, then the IoU of every metric class, then the average precision
+    of each class's scores where they are known.
 
     Args:
         results (`dict[str, dict]`): What [`evaluate_model`] returned.
@@ -392,12 +446,21 @@ def results_table(results: dict[str, dict], metric_classes: Sequence[str]) -> st
     Returns:
         `str`: The tables; scores in percent, `-` where a score is not defined.
     """
+    classification = results.get("classification")
+    results = {kind: values for kind, values in results.items() if kind != "classification"}
     scores = ("mean_iou", "mean_iou_present", "recall", "precision", "foreground_recall", "foreground_precision")
     titles = (f"mIoU ({len(metric_classes)} classes)", "mIoU (all present)", "recall", "precision")
     titles += ("foreground recall", "foreground precision")
     means = {kind: [values[name] for name in scores] for kind, values in results.items()}
     classes = {kind: [values["per_class_iou"][name] for name in metric_classes] for kind, values in results.items()}
-    return _markdown("prediction", titles, means) + "\n\n" + _markdown("IoU", metric_classes, classes)
+    tables = [_markdown("prediction", titles, means), _markdown("IoU", metric_classes, classes)]
+    if classification is not None:
+        precisions = {name: classification["average_precision"].get(name) for name in metric_classes}
+        precisions = {"mean": classification["mean_average_precision"]} | {
+            name: value for name, value in precisions.items() if value is not None
+        }
+        tables.append(_markdown("average precision", list(precisions), {"class scores": list(precisions.values())}))
+    return "\n\n".join(tables)
 
 
 def _markdown(corner: str, titles: Sequence[str], rows: dict[str, list[float | None]]) -> str:
