@@ -4,33 +4,39 @@ What each part of the method is worth: the same recipe trained once per row and 
     python benchmarks/ablation.py --data shapes --output runs/ablation_shapes
 
     python benchmarks/ablation.py --data voc_animals --data_dir path/to/VOCdevkit \
-        --backbone facebook/deit-tiny-patch16-224 --max_steps 600 --crop_size 160 --output runs/ablation_voc_animals
+        --backbone facebook/deit-tiny-patch16-224 --output runs/ablation_voc_animals
 
-The table goes to OUTPUT/ablation.md, everything behind it to OUTPUT/ablation.json, after every finished row and seed.
-The same command continues after an interruption: it keeps finished results and restarts unfinished trainings. Options
-that are not listed go to the recipe as in `examples/train.py`, for example `--num_workers 0`.
+    python benchmarks/ablation.py --tables
+
+Each finished row and seed is a JSON file in benchmarks/results/ablation/TABLE, from which `--tables` makes the tables of
+docs/method.md. A call does what is missing: it keeps what is there, continues an interrupted training from its last
+checkpoint, and passes over what another process is at, so that the same command, started twice, keeps two cores busy.
+Options that are not listed go to the recipe as in `examples/train.py`, for example `--num_workers 0`.
 """
 
 import argparse
 import copy
 import dataclasses
 import json
-import math
 import shutil
-import statistics
+import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from synernet_hf.cli import CommandParser, answer_early, needs_extra, run_command
-from synernet_hf.files import write_json, write_text
+from synernet_hf.files import FolderInUse, finite, hold_folder, write_json
 
 
 with needs_extra("train"):
     from synernet_hf.training import InvalidArguments, parse_arguments, read_recipe
 
 
-RECIPES = Path(__file__).resolve().parents[1] / "examples" / "recipes"
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "examples" / "recipes"
+RESULTS = ROOT / "benchmarks" / "results" / "ablation"
+DOCUMENT = ROOT / "docs" / "method.md"
 DATA = {"shapes": "tiny_cpu.yaml", "voc_animals": "voc_animals.yaml"}
 # set by the ablation itself, row by row
 OWN_SETTINGS = ("output_dir", "seed", "resume_from_checkpoint")
@@ -55,17 +61,6 @@ INSTANCE = {"prototype_contrast_weight": 0.05}
 # half of the authors' weight, and the area read from the branch's own auxiliary CAM throughout, not from the final CAMs
 # that the loss itself shrinks: both to the loss's advantage at small sizes
 SPATIAL = {"spatial_bce_share": 0.2, "coverage_switch": 1.0}
-COLUMNS = {
-    "segmentation mIoU": ("segmentation", "mean_iou"),
-    "fused CAM mIoU": ("fused_cam", "mean_iou"),
-    "B-CAM mIoU": ("broad_cam", "mean_iou"),
-    "P-CAM mIoU": ("precise_cam", "mean_iou"),
-    "B-CAM recall": ("broad_cam", "foreground_recall"),
-    "P-CAM recall": ("precise_cam", "foreground_recall"),
-    "B-CAM precision": ("broad_cam", "foreground_precision"),
-    "P-CAM precision": ("precise_cam", "foreground_precision"),
-    "minutes": ("training", "minutes"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +81,8 @@ class Row:
             Score the precise branch alone. Only for branches that are trained independently.
         scored_with (`dict`, *optional*, defaults to `{}`):
             Fields of `SynerNetConfig` that differ in scoring only.
+        true_masks (`bool`, *optional*, defaults to `False`):
+            Teach the decoders the masks of the training images, not pseudo-labels.
     """
 
     title: str
@@ -94,6 +91,7 @@ class Row:
     trained_as: str | None = None
     single_branch: bool = False
     scored_with: dict[str, Any] = dataclasses.field(default_factory=dict)
+    true_masks: bool = False
 
 
 def _authors_row() -> Row:
@@ -133,6 +131,11 @@ ROWS = {
         "spatial_precise, a fifth of the ambiguous area to the precise branch",
         CROSS | INSTANCE | SPATIAL | {"spatial_bce_branches": ("precise",), "precise_coverage": 0.2},
     ),
+    # the labels of an ensemble of two models that share nothing else
+    "mean_cam": Row(
+        "two single branches, labels of their mean CAM",
+        ALONE | {"cross_supervision": True, "broad_share_in_broad_label": 0.5, "broad_share_in_precise_label": 0.5},
+    ),
     # one setting other than the recipe's
     "logits_pooling": Row(
         "the recipe with class scores pooled from the CAM, 40 % of the tokens", {"logits_pooling_share": 0.4}
@@ -155,14 +158,21 @@ ROWS = {
         ALONE | {"pooling_top_k": 1, "segmentation_weight": 0.1},
         single_branch=True,
     ),
+    # what the same model could learn from perfect labels
+    "ceiling": Row("the recipe as it stands, decoders taught by the true masks", true_masks=True),
 }
 
 
 def parse_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """Reads the ablation's own options; what remains is for the recipe."""
     parser = CommandParser(description=__doc__)
-    parser.add_argument("--data", choices=DATA, required=True, help="data set with its recipe")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the tables and of all runs")
+    parser.add_argument("--data", choices=DATA, help="data set with its recipe")
+    parser.add_argument("--output", type=Path, help="folder of all runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the finished results")
+    parser.add_argument("--tables", action="store_true", help="only make the tables of docs/method.md anew")
+    parser.add_argument(
+        "--tuning", action="store_true", help="train without 300 images of the training list and score these (VOC)"
+    )
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows to do (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of each row (default: 0 1 2)")
     parser.add_argument("--max_eval_samples", type=int, help="score the first so many images only (default: all)")
@@ -172,7 +182,12 @@ def parse_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, li
     recipe.add_argument("--backbone", help="folder or hub id of the pretrained encoder")
     for name in ("max_steps", "crop_size", "per_device_batch_size"):
         recipe.add_argument(f"--{name}", type=int, help=f"{name} of training")
-    return parser.parse_known_args(argv)
+    options, extra = parser.parse_known_args(argv)
+    if options.tables:
+        parser.refuse(extra)
+    elif options.data is None or options.output is None:
+        parser.error("Give --data and --output, or --tables alone.")
+    return options, extra
 
 
 def base_arguments(options: argparse.Namespace, extra: list[str]) -> list:
@@ -186,11 +201,13 @@ def base_arguments(options: argparse.Namespace, extra: list[str]) -> list:
             Further words for the recipe.
 
     Returns:
-        `list`: [`ModelArguments`], [`DataArguments`] and [`SynerNetTrainingArguments`].
+        `list`: [`ModelArguments`], [`DataArguments`] and [`SynerNetTrainingArguments`]; empty with `--tables`.
 
     Raises:
         InvalidArguments: if the recipe cannot be used or a word sets what the ablation sets itself.
     """
+    if options.tables:
+        return []
     taken = [name for name in OWN_SETTINGS if any(word.split("=")[0] == f"--{name}" for word in extra)]
     if taken:
         raise InvalidArguments(
@@ -217,6 +234,10 @@ from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation,
 with needs_extra("train"):
     from synernet_hf.data import class_names
     from synernet_hf.training import evaluate_model, load_data, resolve_precision, train
+
+from ablation_data import cut_tuning_split, taught_by_masks
+from ablation_tables import read_results, tables, write_tables
+from side_by_side import machine
 
 
 MODEL_FIELDS = set(SynerNetConfig.__annotations__) - {"backbone_config"}
@@ -252,7 +273,7 @@ def row_arguments(base: list, row: Row, seed: int, output_dir: Path) -> list:
         model_args.backbone_config |= row.backbone_overrides
     data_args.max_eval_samples = 1
     training_args.output_dir, training_args.seed = str(output_dir), seed
-    training_args.eval_steps = training_args.save_steps = training_args.max_steps
+    training_args.eval_steps = training_args.max_steps
     return [model_args, data_args, training_args]
 
 
@@ -303,14 +324,14 @@ def read_finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None
     if names:
         changes = ", ".join(f"{name} ({saved.get(name)} → {settings.get(name)})" for name in names)
         raise InvalidArguments(
-            f"{path} was made with other settings: {changes}. Give another --output, or remove the file."
+            f"{path} was made with other settings: {changes}. Give another --output or --results, or remove the file."
         )
     return content
 
 
-def trained_run(base: list, name: str, seed: int, output: Path) -> tuple[Path, dict[str, Any]]:
+def trained_run(base: list, name: str, seed: int, output: Path, revision: str) -> tuple[Path, dict[str, Any]]:
     """
-    The finished run of a row that trains; trains it if it is not there.
+    The finished run of a row that trains; trains it if it is not there, from its last checkpoint on if there is one.
 
     Args:
         base (`list`):
@@ -320,28 +341,36 @@ def trained_run(base: list, name: str, seed: int, output: Path) -> tuple[Path, d
         seed (`int`):
             The seed.
         output (`Path`):
-            Folder of the ablation.
+            Folder of the table's runs.
+        revision (`str`):
+            Of the code.
 
     Returns:
-        `tuple[Path, dict]`: folder of the model, and what `train` says under `"training"`.
+        `tuple[Path, dict]`: folder of the model, and `settings`, `revision`, `minutes` and `machine` of its training.
     """
-    folder = output / "runs" / f"{name}-seed{seed}"
-    arguments = row_arguments(base, ROWS[name], seed, folder)
+    folder = output / f"{name}-seed{seed}"
+    model_args, data_args, training_args = arguments = row_arguments(base, ROWS[name], seed, folder)
     settings = settings_of(arguments, None)
     # written last, so that its presence says that the run is whole
     marker = folder / "ablation_run.json"
     finished = read_finished(marker, settings)
     if finished is not None:
-        return folder, finished["training"]
-    if folder.exists():
-        print(f"{folder} was not finished and starts over.", flush=True)
-        shutil.rmtree(folder)
-    training = train(*arguments)["training"]
+        return folder, finished
+    if folder.is_dir() and any(folder.iterdir()):
+        training_args.resume_from_checkpoint = "latest"
+    with taught_by_masks(data_args, training_args) if ROWS[name].true_masks else nullcontext():
+        training = train(model_args, data_args, training_args)["training"]
     # the model in the folder is that of the last step; checkpoints with optimizer states are several times as large
     for path in (folder / "best", *folder.glob("checkpoint-*")):
         shutil.rmtree(path, ignore_errors=True)
-    write_json(marker, {"settings": settings, "training": training})
-    return folder, training
+    used = machine()
+    if torch.accelerator.is_available():
+        used["device"] = torch.get_device_module().get_device_name()
+    precision = {"no": "float32"}.get(settings["mixed_precision"] or "no", settings["mixed_precision"])
+    used = {"device": used["device"], "precision": precision, "torch": used["torch"]}
+    finished = {"settings": settings, "revision": revision, "minutes": training["minutes"], "machine": used}
+    write_json(marker, finished)
+    return folder, finished
 
 
 def score(folder: Path, data_args, row: Row, max_samples: int | None) -> dict[str, dict[str, Any]]:
@@ -359,8 +388,8 @@ def score(folder: Path, data_args, row: Row, max_samples: int | None) -> dict[st
             Number of images; None for all.
 
     Returns:
-        `dict[str, dict]`: see [`evaluate_model`]; for a single branch its CAM is the fused CAM too, and there is no
-        other.
+        `dict[str, dict]`: see [`evaluate_model`], rounded to five digits. For a single branch its CAM is the fused CAM
+        too, and there is no other; class scores, which are means of both branches, are left out.
     """
     splits = load_data(data_args)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
@@ -373,126 +402,92 @@ def score(folder: Path, data_args, row: Row, max_samples: int | None) -> dict[st
         class_names=class_names(splits),
         metric_classes=data_args.metric_classes,
         max_samples=max_samples,
+        multi_scale=True,
+        parts=True,
         progress=True,
     )
     if row.single_branch:
-        results = {kind: scores for kind, scores in results.items() if not kind.startswith("broad")}
+        other = ("broad", "classification")
+        results = {kind: scores for kind, scores in results.items() if not kind.startswith(other)}
         results["fused_cam"] = results["precise_cam"]
-    return results
+    return json.loads(json.dumps(finite(results)), parse_float=lambda digits: round(float(digits), 5))
 
 
-def result_of(base: list, name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """The scores of one row and seed under `"results"`: from its JSON file, or made and written there."""
-    row = ROWS[name]
-    path = options.output / "results" / f"{name}-seed{seed}.json"
-    arguments = row_arguments(base, row, seed, Path())
-    settings = scoring_settings(arguments, row, options)
-    finished = read_finished(path, settings)
-    if finished is not None:
-        print(f"{name}, seed {seed}: finished before.", flush=True)
-        return finished
-    print(f"{name}, seed {seed}: {row.title}", flush=True)
-    folder, training = trained_run(base, row.trained_as or name, seed, options.output)
-    results = score(folder, arguments[1], row, options.max_eval_samples) | {"training": training}
-    write_json(path, {"row": name, "seed": seed, "settings": settings, "results": results})
-    return json.loads(path.read_text(encoding="utf-8"))
+def code_revision() -> str:
+    """The commit, with `-dirty` where the package or the recipes differ from it; `unknown` without git."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        changed = git("status", "--porcelain", "--", "src", "examples/recipes").strip()
+        return git("rev-parse", "--short=12", "HEAD").strip() + "-dirty" * bool(changed)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
-def summarise(finished: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """
-    Means over seeds.
-
-    Args:
-        finished (`dict[str, dict[int, dict]]`):
-            Row → seed → what [`result_of`] returned.
-
-    Returns:
-        `dict`: row → column → `mean`, `std` (of a sample; null for one seed) and the `values` in the order of the
-        seeds; columns a row does not have are left out.
-    """
-    summary: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, by_seed in finished.items():
-        summary[name] = {}
-        for column, (kind, score_name) in COLUMNS.items():
-            values = [content["results"].get(kind, {}).get(score_name) for content in by_seed.values()]
-            if any(value is None or math.isnan(value) for value in values):
-                continue
-            std = statistics.stdev(values) if len(values) > 1 else None
-            summary[name][column] = {"mean": statistics.mean(values), "std": std, "values": values}
-    return summary
+def table_of(base: list, options: argparse.Namespace) -> str:
+    """Name of the table, and of its folder, such as `voc_animals-160px-2000steps-tuning`."""
+    training_args = base[2]
+    name = f"{options.data}-{training_args.crop_size}px-{training_args.max_steps}steps"
+    return name + "-tuning" * options.tuning
 
 
-def table(summary: dict[str, dict[str, dict[str, Any]]], seeds: dict[str, list[int]]) -> str:
-    """
-    The summary as a Markdown table; scores in percent, mean ± standard deviation over seeds.
-
-    Args:
-        summary (`dict`):
-            Of [`summarise`].
-        seeds (`dict[str, list[int]]`):
-            Row → its seeds.
-
-    Returns:
-        `str`: the table, and a line on what its columns are.
-    """
-    lines = [["row", "what", *COLUMNS, "seeds"], ["---", "---", *(["---:"] * (len(COLUMNS) + 1))]]
-    for name, columns in summary.items():
-        cells = []
-        for column in COLUMNS:
-            value, scale = columns.get(column), 1 if column == "minutes" else 100
-            cell = "-" if value is None else f"{scale * value['mean']:.1f}"
-            cells.append(cell if value is None or value["std"] is None else f"{cell} ± {scale * value['std']:.1f}")
-        lines.append([name, ROWS[name].title, *cells, str(len(seeds[name]))])
-    note = (
-        "Percent, mean ± sample standard deviation over seeds; recall and precision are means over the foreground "
-        "classes; minutes are of training. Rows of one branch show it as P-CAM; their minutes are those of two such "
-        "branches trained side by side."
-    )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{note}\n"
+def result_path(base: list, name: str, seed: int, options: argparse.Namespace) -> Path:
+    """File of a row and seed."""
+    return options.results / table_of(base, options) / f"{name}-seed{seed}.json"
 
 
-def write_report(output: Path, finished: dict[str, dict[int, dict[str, Any]]]) -> str:
-    """Writes `ablation.md` and `ablation.json` of everything finished so far; returns the table."""
-    summary = summarise(finished)
-    rows = {
-        name: {
-            "title": ROWS[name].title,
-            "summary": summary[name],
-            "settings": next(iter(by_seed.values()))["settings"],
-            "seeds": {str(seed): content["results"] for seed, content in by_seed.items()},
-        }
-        for name, by_seed in finished.items()
-    }
-    text = table(summary, {name: list(by_seed) for name, by_seed in finished.items()})
-    write_json(output / "ablation.json", {"rows": rows})
-    write_text(output / "ablation.md", text)
-    return text
+def is_finished(base: list, name: str, seed: int, options: argparse.Namespace) -> bool:
+    """Whether the file of a row and seed is there; refuses one of other settings."""
+    settings = scoring_settings(row_arguments(base, ROWS[name], seed, Path()), ROWS[name], options)
+    return read_finished(result_path(base, name, seed, options), settings) is not None
 
 
-def read_all(base: list, options: argparse.Namespace) -> dict[str, dict[int, dict[str, Any]]]:
-    """Everything finished in the output folder, by row in their order and by seed, whichever call has made it."""
-    finished: dict[str, dict[int, dict[str, Any]]] = {}
-    for name, row in ROWS.items():
-        settings = scoring_settings(row_arguments(base, row, 0, Path()), row, options)
-        by_seed = {}
-        for path in (options.output / "results").glob(f"{name}-seed*.json"):
-            by_seed[int(path.stem.removeprefix(f"{name}-seed"))] = read_finished(path, settings)
-        if by_seed:
-            finished[name] = dict(sorted(by_seed.items()))
-    return finished
+def do_result(base: list, name: str, seed: int, options: argparse.Namespace, revision: str) -> bool:
+    """Trains and scores one row and seed and writes its file; false if another process is at it."""
+    row, output = ROWS[name], options.output / table_of(base, options)
+    run = row.trained_as or name
+    try:
+        with hold_folder(output / "claims" / f"{run}-seed{seed}"):
+            if is_finished(base, name, seed, options):
+                return True
+            print(f"{name}, seed {seed}: {row.title}", flush=True)
+            folder, trained = trained_run(base, run, seed, output, revision)
+            arguments = row_arguments(base, row, seed, Path())
+            content = {"data": options.data, "row": name, "seed": seed}
+            content |= {"settings": scoring_settings(arguments, row, options), "revision": trained["revision"]}
+            content["scores"] = score(folder, arguments[1], row, options.max_eval_samples)
+            content |= {"minutes": round(trained["minutes"], 3), "machine": trained["machine"]}
+            path = result_path(base, name, seed, options)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, content)
+            return True
+    except FolderInUse as error:
+        print(f"{name}, seed {seed} is passed over: {error}", flush=True)
+        return False
 
 
 def run_ablation(options: argparse.Namespace, extra: list[str]) -> None:
-    """Does what is missing, seed by seed, so that the table of the first seed is complete early; prints the table."""
-    base = base_arguments(options, extra)
+    """Does what is missing, seed by seed, so that the table of the first seed is complete early; prints the tables."""
+    if options.tables:
+        number = write_tables(DOCUMENT, options.results, list(ROWS))
+        print(f"{DOCUMENT.name} has {number} tables of the ablation.")
+        return
+    base, revision = base_arguments(options, extra), code_revision()
+    if options.tuning:
+        base[1] = cut_tuning_split(base[1], options.output / "tuning_devkit")
+    wanted = [(name, seed) for seed in dict.fromkeys(options.seeds) for name in dict.fromkeys(options.rows)]
     # what is there must fit before hours are spent
-    finished = read_all(base, options)
-    for seed in dict.fromkeys(options.seeds):
-        for name in dict.fromkeys(options.rows):
-            result_of(base, name, seed, options)
-            finished = read_all(base, options)
-            write_report(options.output, finished)
-    print(f"\n{write_report(options.output, finished)}\nWrote {options.output / 'ablation.md'} and ablation.json.")
+    missing = [item for item in wanted if not is_finished(base, *item, options)]
+    print(f"{len(wanted) - len(missing)} of {len(wanted)} rows and seeds were finished before.", flush=True)
+    # again for those that another process was at: it may have been stopped since
+    while any(do_result(base, *item, options, revision) for item in missing):
+        missing = [item for item in wanted if not is_finished(base, *item, options)]
+    found = read_results(options.results / table_of(base, options), list(ROWS))
+    if found:
+        print(f"\n{tables(found)}\n")
+    print(f"Results are in {options.results / table_of(base, options)}, models in {options.output}.")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -127,7 +127,8 @@ class Suite:
         row, _, seed = run.partition(":")
         data = self.args.out / "data"
         words = [str(HERE / "ablation.py"), "--data", "voc_animals", "--rows", row, "--seeds", seed]
-        words += ["--output", str(self.args.out / kind / f"{row}-{seed}"), "--data_dir", str(data)]
+        output = self.args.out / kind / f"{row}-{seed}"
+        words += ["--output", str(output), "--results", str(output / "results"), "--data_dir", str(data)]
         words += ["--image_labels", str(data / "image_labels.npz"), "--backbone", str(data / "backbone")]
         words += ["--max_steps", str(max_steps), "--scale_range", str(0.35 / factor), str(0.7 / factor)]
         words += ["--check_data", "false", "--mixed_precision", "no" if self.args.tiny else "bf16"]
@@ -138,7 +139,7 @@ class Suite:
     def results(self, run: str, kind: str) -> dict | None:
         """What the ablation has written for a training, `None` where it did not finish."""
         name = run.replace(":", "-")
-        found = list((self.args.out / kind / name / "results").glob("*.json"))
+        found = list((self.args.out / kind / name / "results").glob("*/*.json"))
         return json.loads(found[0].read_text(encoding="utf-8")) if found else None
 
     def train(self, factor: float) -> None:
@@ -155,7 +156,7 @@ class Suite:
         if not short:
             self.say("no training came so far as to measure its rate")
             return
-        step = max(60 * content["results"]["training"]["minutes"] / rate_steps for content in short)
+        step = max(60 * content["minutes"] / rate_steps for content in short)
         start = time.monotonic() - started - step * rate_steps
         scoring = args.image_seconds * (4 if args.tiny else 300)
         steps = planned_steps(self.left - 5, step, start + scoring, args.max_steps)
@@ -164,7 +165,7 @@ class Suite:
         for content in at_once("run", steps) if steps else []:
             self.write({"part": "training", "side_by_side": len(args.runs), **content})
             kinds = ("segmentation", "broad_cam", "precise_cam", "fused_cam")
-            scores = ", ".join(f"{kind} {100 * content['results'][kind]['mean_iou']:.1f}" for kind in kinds)
+            scores = ", ".join(f"{kind} {100 * content['scores'][kind]['mean_iou']:.1f}" for kind in kinds)
             self.say(f"{content['row']}, seed {content['seed']}: {scores}")
 
 

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import random
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +14,7 @@ import torch
 from crf_utils import SlowlySure
 from devkit_utils import write_voc_devkit
 from PIL import Image
+from safetensors.torch import load_file
 from testing_utils import SynerNetModelTester
 from transformers import AutoConfig, AutoModel
 
@@ -50,6 +53,17 @@ WORDS = "--data shapes --max_steps 2 --crop_size 32 --per_device_batch_size 2 --
 WORDS += [word for name, value in TINY.items() for word in (name, json.dumps(value))]
 
 
+TABLE = "shapes-32px-2steps"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def beside_benchmarks():
+    """Scripts find the modules beside them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield
+
+
 def load_benchmark(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -71,12 +85,19 @@ def figures() -> ModuleType:
 def finished(ablation, tmp_path_factory) -> Path:
     """Output of an ablation of two rows, one of them a single branch, each with one seed."""
     output = tmp_path_factory.mktemp("ablation")
-    assert ablation.main([*WORDS, "--output", str(output), "--rows", "single", "class_prior", "--seeds", "0"]) == 0
+    words = [*WORDS, *folders(output), "--rows", "single", "class_prior", "--seeds", "0"]
+    assert ablation.main(words) == 0
     return output
 
 
+def folders(output: Path) -> list[str]:
+    return ["--output", str(output), "--results", str(output / "results")]
+
+
 def report(output: Path) -> dict:
-    return json.loads((output / "ablation.json").read_text())["rows"]
+    """Scores by row, of seed 0."""
+    paths = (output / "results" / TABLE).glob("*-seed0.json")
+    return {content["row"]: content["scores"] for content in map(json.loads, map(Path.read_text, paths))}
 
 
 def test_the_rows_are_complete_and_in_the_papers_order(ablation):
@@ -188,19 +209,23 @@ def test_branches_of_single_rows_do_not_know_of_each_other(ablation, name, alone
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True)) == alone
 
 
-def test_the_ablation_writes_a_table(ablation, finished):
-    text = (finished / "ablation.md").read_text()
-    rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert [line.split(" | ")[0] for line in rows] == ["| row", "| ---", "| single", "| class_prior"]
-    assert len({line.count(" | ") for line in rows}) == 1
+def test_the_ablation_keeps_what_was_measured(ablation, finished):
+    contents = {path.stem: json.loads(path.read_text()) for path in (finished / "results" / TABLE).iterdir()}
+    assert set(contents) == {"single-seed0", "class_prior-seed0"}
+    content = contents["class_prior-seed0"]
+    own = ["data", "row", "seed", "settings", "revision", "scores", "minutes", "machine"]
+    assert list(content) == own and content["settings"]["crop_size"] == 32 and content["minutes"] > 0
+    assert set(content["machine"]) == {"device", "precision", "torch"}
+    assert str(finished) not in json.dumps(contents)
     single, default = report(finished)["single"], report(finished)["class_prior"]
-    assert set(default["summary"]) == set(ablation.COLUMNS)
-    assert not any(column.startswith("B-CAM") for column in single["summary"])
-    assert single["seeds"]["0"]["fused_cam"] == single["seeds"]["0"]["precise_cam"]
-    assert default["seeds"]["0"]["segmentation"]["num_images"] == 3
+    assert len({scores["num_images"] for scores in default.values()} | {3}) == 1
+    parts = {"broad_segmentation", "precise_segmentation", "segmentation_given_labels", "classification"}
+    assert parts | {"segmentation_multi_scale", "broad_aux_cam"} <= set(default)
+    assert not any(kind.startswith(("broad", "classification")) for kind in single)
+    assert single["fused_cam"] == single["precise_cam"] and single["segmentation"] == single["precise_segmentation"]
     # models stay for figures, what only training needs goes
     for name in ("two_branches", "class_prior"):
-        run = finished / "runs" / f"{name}-seed0"
+        run = finished / TABLE / f"{name}-seed0"
         assert (run / "model.safetensors").is_file()
         assert not (run / "best").exists() and not list(run.glob("checkpoint-*"))
 
@@ -211,14 +236,45 @@ def test_finished_rows_are_kept(ablation, finished, monkeypatch, capsys):
 
     before = report(finished)
     monkeypatch.setattr(ablation, "train", refuse)
-    words = [*WORDS, "--output", str(finished), "--seeds", "0", "--rows"]
+    words = [*WORDS, *folders(finished), "--seeds", "0", "--rows"]
     # two_branches is the other reading of the run that `single` has left
     assert ablation.main([*words, "single", "class_prior", "two_branches"]) == 0
-    assert capsys.readouterr().out.count("finished before") == 2
+    out = capsys.readouterr().out
+    assert "2 of 3 rows and seeds were finished before" in out
+    rows = [line for line in out.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in rows[2:5]] == [
+        f"| `{name}` (1)" for name in ("single", "two_branches", "class_prior")
+    ]
     after = report(finished)
-    assert list(after) == ["single", "two_branches", "class_prior"]
     assert {name: after[name] for name in before} == before
-    assert after["two_branches"]["seeds"]["0"]["precise_cam"] == before["single"]["seeds"]["0"]["precise_cam"]
+    assert after["two_branches"]["precise_cam"] == before["single"]["precise_cam"]
+    assert after["two_branches"]["precise_segmentation"] == before["single"]["segmentation"]
+
+
+def test_two_processes_share_rows_and_output(ablation, finished, monkeypatch, capsys):
+    from synernet_hf.files import hold_folder
+
+    words = [*WORDS, *folders(finished), "--seeds", "1", "--rows", "single", "two_branches", "class_prior"]
+    done = []
+
+    def fake_train(model_args, data_args, training_args):
+        done.append(Path(training_args.output_dir).name)
+        Path(training_args.output_dir).mkdir(parents=True)
+        return {"training": {"minutes": 1.0}}
+
+    other = report(finished)["class_prior"]
+    monkeypatch.setattr(ablation, "train", fake_train)
+    monkeypatch.setattr(ablation, "score", lambda *arguments: other)
+    with hold_folder(finished / TABLE / "claims" / "two_branches-seed1"):
+        assert ablation.main(words) == 0
+    # both of its readings are left to the other process
+    assert done == ["class_prior-seed1"]
+    assert "single, seed 1 is passed over" in capsys.readouterr().out
+    assert ablation.main(words) == 0
+    assert done == ["class_prior-seed1", "two_branches-seed1"]
+    assert not (finished / TABLE / "claims").exists()
+    for path in [*(finished / "results" / TABLE).glob("*-seed1.json")]:
+        path.unlink()
 
 
 def test_a_row_that_differs_in_scoring_only_is_another_reading_of_the_same_runs(ablation, finished, monkeypatch):
@@ -231,19 +287,19 @@ def test_a_row_that_differs_in_scoring_only_is_another_reading_of_the_same_runs(
         return evaluate_model(model, *arguments, **options)
 
     monkeypatch.setattr(ablation, "evaluate_model", watching)
-    words = [*WORDS, "--output", str(finished), "--seeds", "0", "--rows"]
+    words = [*WORDS, *folders(finished), "--seeds", "0", "--rows"]
     assert ablation.main([*words, "class_token", "class_prior"]) == 0
     assert seen == [0]
-    rows = {name: row["seeds"]["0"] for name, row in report(finished).items()}
+    rows = report(finished)
     assert rows["class_token"]["fused_cam"] == rows["class_prior"]["fused_cam"]
-    saved = json.loads((finished / "results" / "class_token-seed0.json").read_text())["settings"]
-    assert saved["class_prior_weight"] == 0
+    saved = finished / "results" / TABLE / "class_token-seed0.json"
+    assert json.loads(saved.read_text())["settings"]["class_prior_weight"] == 0
     # as it was for the tests that follow
-    (finished / "results" / "class_token-seed0.json").unlink()
+    saved.unlink()
 
 
 def test_other_settings_and_taken_options_are_refused(ablation, finished, tmp_path, capsys):
-    words = [*WORDS, "--output", str(finished), "--rows", "single"]
+    words = [*WORDS, *folders(finished), "--rows", "single"]
     assert ablation.main([*words, "--learning_rate", "1"]) == 2
     error = capsys.readouterr().err
     assert "learning_rate" in error and "single-seed0.json" in error
@@ -252,42 +308,153 @@ def test_other_settings_and_taken_options_are_refused(ablation, finished, tmp_pa
     assert not (tmp_path / "new").exists()
 
 
-def test_a_killed_run_starts_over(ablation, tmp_path, monkeypatch):
-    folder = tmp_path / "runs" / "class_prior-seed0"
-    folder.mkdir(parents=True)
-    (folder / "training_args.json").write_text("{}")
-    options, extra = ablation.parse_options([*WORDS, "--output", str(tmp_path)])
-    base = ablation.base_arguments(options, extra)
-    calls = []
+def test_an_interrupted_run_goes_on(ablation, tmp_path, monkeypatch):
+    base = ablation.base_arguments(*ablation.parse_options([*WORDS, *folders(tmp_path), "--save_steps", "1"]))
+    train = ablation.train
 
-    def fake_train(model_args, data_args, training_args):
-        calls.append(training_args.output_dir)
-        assert not folder.exists()
-        return {"training": {"minutes": 1.0}}
+    def killed(*arguments):
+        train(*arguments)
+        # as after step 1
+        shutil.rmtree(Path(arguments[2].output_dir) / "checkpoint-2")
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(ablation, "train", fake_train)
+    monkeypatch.setattr(ablation, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ablation.trained_run(base, "class_prior", 0, tmp_path, "old")
+    resumed = []
+    monkeypatch.setattr(
+        ablation, "train", lambda *given: resumed.append(given[2].resume_from_checkpoint) or train(*given)
+    )
     for _ in range(2):
-        assert ablation.trained_run(base, "class_prior", 0, tmp_path) == (folder, {"minutes": 1.0})
-    assert calls == [str(folder)]
+        folder, found = ablation.trained_run(base, "class_prior", 0, tmp_path, "new")
+    assert resumed == ["latest"] and found["revision"] == "new" and (folder / "model.safetensors").is_file()
+    assert not list(folder.glob("checkpoint-*"))
 
 
-def test_means_and_deviations(ablation):
-    def content(value: float) -> dict:
-        return {"results": {"segmentation": {"mean_iou": value}, "training": {"minutes": 2.0}}}
+def content_of(row: str, seed: int, value: float) -> dict:
+    """A result whose every score is `value`, of segmentation and classes alone."""
+    scores = {"mean_iou": value, "per_class_iou": {"background": value}, "num_images": 3}
+    scores = {"segmentation": scores, "classification": {"mean_average_precision": value}}
+    machine = {"device": "a processor", "precision": "no", "torch": "2"}
+    content = {"row": row, "seed": seed, "settings": {"steps": 1}, "revision": f"of{seed}", "scores": scores}
+    return content | {"minutes": 2.0, "machine": machine}
 
-    summary = ablation.summarise({"authors": {0: content(0.2), 1: content(0.4)}, "toco": {0: content(0.1)}})
-    assert summary["authors"]["segmentation mIoU"] == {
-        "mean": pytest.approx(0.3),
-        "std": pytest.approx(2**0.5 / 10),
-        "values": [0.2, 0.4],
-    }
-    text = ablation.table(summary, {"authors": [0, 1], "toco": [0]})
-    assert "| 30.0 ± 14.1 | - |" in text
-    assert "| 10.0 | - |" in text
+
+@pytest.fixture
+def ablation_tables() -> ModuleType:
+    return load_benchmark("ablation_tables")
+
+
+def test_tables_in_a_document_are_made_of_the_results(ablation, ablation_tables, tmp_path, monkeypatch, capsys):
+    folder, document = tmp_path / "results" / "one-table", tmp_path / "method.md"
+    folder.mkdir(parents=True)
+    for row, seed, value in (("toco", 0, 0.1), ("class_prior", 1, 0.4), ("class_prior", 0, 0.2), ("ceiling", 0, 0.5)):
+        (folder / f"{row}-seed{seed}.json").write_text(json.dumps(content_of(row, seed, value)))
+    document.write_text("before\n<!-- ablation one-table -->\nold\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(ablation, "DOCUMENT", document)
+    words = ["--tables", "--results", str(tmp_path / "results")]
+    assert ablation.main(words) == 0
+    text = document.read_text()
+    assert "1 tables" in capsys.readouterr().out
+    lines = [line.split(" | ")[:3] for line in text.splitlines() if line.startswith("| `")]
+    # in the order of the rows; the mix alone has a ceiling here
+    assert lines[:3] == [
+        ["| `class_prior` (2)", "30.0 ± 14.1 (60 %)", "-"],
+        ["| `toco` (1)", "10.0 (20 %)", "-"],
+        ["| `ceiling` (1)", "50.0", "-"],
+    ]
+    assert "3 images" in text and "Revision of0, of1." in text and "a processor" in text
+    assert text.startswith("before\n<!-- ablation one-table -->\n\n|")
+    assert text.endswith("\n\n<!-- end -->\nafter\n") and "old" not in text
+    assert ablation_tables.filled(text, tmp_path / "results", list(ablation.ROWS)) == text
+    # seeds of one row belong together
+    other = content_of("class_prior", 2, 0.3) | {"settings": {"steps": 2}}
+    (folder / "class_prior-seed2.json").write_text(json.dumps(other))
+    assert ablation.main(words) == 2
+    assert "differ in steps" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no results for the table none"):
+        ablation_tables.filled("<!-- ablation none -->\n<!-- end -->", tmp_path, [])
+
+
+def test_the_documentation_has_the_tables_of_the_tracked_results(ablation, ablation_tables):
+    text = ablation.DOCUMENT.read_text(encoding="utf-8")
+    assert ablation_tables.filled(text, ablation.RESULTS, list(ablation.ROWS)) == text
+
+
+def test_a_tuning_split_leaves_the_validation_split_alone(ablation, tmp_path, monkeypatch):
+    ablation_data = sys.modules[ablation.cut_tuning_split.__module__]
+    devkit = write_voc_devkit(tmp_path, num_train=6, num_validation=2)
+    words = ["--data", "voc_animals", "--data_dir", str(devkit.root), "--backbone", "some/encoder", "--tuning"]
+    options, extra = ablation.parse_options([*words, *folders(tmp_path / "out")])
+    base = ablation.base_arguments(options, extra)
+    with pytest.raises(InvalidArguments, match="lists 6 images"):
+        ablation.cut_tuning_split(base[1], tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+    monkeypatch.setattr(ablation_data, "TUNING_IMAGES", 2)
+    ids = sorted(devkit.train_ids)
+    random.Random(0).shuffle(ids)
+    for _ in range(2):
+        data_args = ablation.cut_tuning_split(base[1], tmp_path / "cut")
+        splits = ablation.load_data(data_args)
+        assert splits["validation"]["image_id"][:] == sorted(ids[:2]) and "mask" in splits["validation"].column_names
+        assert splits["train"]["image_id"][:] == sorted(ids[2:])
+    assert ablation.table_of(base, options) == "voc_animals-160px-2000steps-tuning"
+    shapes = ablation.base_arguments(*ablation.parse_options([*WORDS, *folders(tmp_path)]))
+    with pytest.raises(InvalidArguments, match="VOC"):
+        ablation.cut_tuning_split(shapes[1], tmp_path / "cut")
+
+
+def test_the_ceiling_learns_from_masks_cropped_as_their_images(ablation, tmp_path, monkeypatch):
+    from synernet_hf.data import TrainTransform
+
+    base = ablation.base_arguments(*ablation.parse_options([*WORDS, *folders(tmp_path)]))
+    _, data_args, training_args = ablation.row_arguments(base, ablation.ROWS["ceiling"], 0, tmp_path / "run")
+    training_args.scale_range = (0.8, 1.6)
+    ablation_data = sys.modules[ablation.taught_by_masks.__module__]
+    stream = ablation_data.MaskStream(data_args, training_args)
+    colours = np.random.default_rng(0).integers(0, 256, (256, 3), dtype=np.uint8)
+    transform = TrainTransform(32, (0.8, 1.6), training_args.flip, training_args.seed)
+    for position in range(6):
+        # an image that shows its mask
+        record = stream.split[position]
+        image = Image.fromarray(colours[np.asarray(record["mask"])])
+        sample = transform(record | {"image": image}, position)
+        mask, box = stream.mask(position, position)
+        assert torch.equal(box, sample["valid_box"])
+        inside = mask != 255
+        assert inside.sum() == (box[1] - box[0]) * (box[3] - box[2])
+        # of the colours of its classes that of a pixel's is the closest
+        classes = torch.from_numpy(np.unique(record["mask"]).astype(np.int64))
+        own = torch.from_numpy(colours.astype(np.float32))[classes][:, :, None, None]
+        closest = classes[(sample["image"] - own).square().sum(dim=1).argmin(dim=0)]
+        assert (closest == mask)[inside].float().mean() > 0.95
+    boxes = torch.stack([stream.mask(*key)[1] for key in next(iter(ablation_data.StreamBatchSampler(8, 2, 4, 0, 3)))])
+    assert stream(3, boxes).shape == (2, 32, 32)
+    with pytest.raises(ValueError, match="not those of its images"):
+        stream(3, boxes + 1)
+
+
+def test_only_the_segmentation_of_the_ceiling_sees_masks(ablation, tmp_path):
+    words = [*WORDS, *folders(tmp_path), "--rows", "class_prior", "ceiling", "--seeds", "0"]
+    weights = {}
+    for start in (0.0, 1.0):
+        output = tmp_path / str(start)
+        model_config = TINY["--model_config"] | {"segmentation_start": start}
+        base = ablation.base_arguments(*ablation.parse_options([*words, "--model_config", json.dumps(model_config)]))
+        for row in ("class_prior", "ceiling"):
+            folder, _ = ablation.trained_run(base, row, 0, output, "")
+            weights[row, start] = load_file(folder / "model.safetensors")
+
+    def differing(start: float) -> set[str]:
+        first, second = weights["class_prior", start], weights["ceiling", start]
+        return {name for name in first if not torch.equal(first[name], second[name])}
+
+    assert not differing(1.0)
+    assert any("decode_head" in name for name in differing(0.0))
 
 
 def test_figures_of_the_split_and_of_a_file(figures, finished, tmp_path, capsys):
-    run = finished / "runs" / "class_prior-seed0"
+    run = finished / TABLE / "class_prior-seed0"
     image = tmp_path / "mine.png"
     pixels = np.random.default_rng(0).integers(0, 256, (30, 46, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(image)
@@ -306,7 +473,7 @@ def test_figures_of_the_split_and_of_a_file(figures, finished, tmp_path, capsys)
 def test_figures_show_what_the_model_sees_in_evaluation(figures, finished):
     from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 
-    run = finished / "runs" / "class_prior-seed0"
+    run = finished / TABLE / "class_prior-seed0"
     model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(run).eval()
     processor = SynerNetImageProcessor.from_pretrained(run, do_resize=True, size={"shortest_edge": 24})
     image = Image.fromarray(np.random.default_rng(2).integers(0, 256, (48, 72, 3), dtype=np.uint8))
@@ -323,7 +490,7 @@ def test_figures_show_what_the_model_sees_in_evaluation(figures, finished):
 def test_what_a_figure_shows(figures, finished):
     from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 
-    run = finished / "runs" / "class_prior-seed0"
+    run = finished / TABLE / "class_prior-seed0"
     model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(run).eval()
     processor = SynerNetImageProcessor.from_pretrained(run)
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 48, 3), dtype=np.uint8))
@@ -364,7 +531,7 @@ def test_unknown_classes_are_refused(figures, tmp_path):
 
 def test_quality_of_pseudo_labels(finished, capsys):
     quality = load_benchmark("pseudo_label_quality")
-    run = finished / "runs" / "class_prior-seed0"
+    run = finished / TABLE / "class_prior-seed0"
     words = [str(run), "--max_samples", "2", "--high", "0.7", "0.5", "--dilations", "1", "1,2", "--size", "32"]
     assert quality.main(words) == 0
     lines = capsys.readouterr().out.strip().splitlines()
@@ -537,7 +704,7 @@ def test_a_crf_on_likely_classes_is_compared_with_one_on_all(finished, monkeypat
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     crf = load_benchmark("crf")
     monkeypatch.setattr(crf, "DenseCRF", SlowlySure)
-    words = [str(finished / "runs" / "class_prior-seed0"), "--max_samples", "3", "--processes", "1"]
+    words = [str(finished / TABLE / "class_prior-seed0"), "--max_samples", "3", "--processes", "1"]
     record = saved(crf, words, tmp_path / "crf.json")
     ways = ["plain", "likely classes", "likely classes and 5 iterations"]
     assert list(record["variants"]) == [*ways, *(f"{way}, 1 processes" for way in ways)]
