@@ -529,30 +529,100 @@ def test_unknown_classes_are_refused(figures, tmp_path):
         figures.read_file(tmp_path / "any.png", ["zebra"], ["background", "cat"])
 
 
-def test_quality_of_pseudo_labels(finished, capsys):
-    quality = load_benchmark("pseudo_label_quality")
+@pytest.fixture(scope="module")
+def quality() -> ModuleType:
+    return load_benchmark("pseudo_label_quality")
+
+
+def test_quality_of_pseudo_labels(quality, finished, tmp_path, capsys):
     run = finished / TABLE / "class_prior-seed0"
-    words = [str(run), "--max_samples", "2", "--high", "0.7", "0.5", "--dilations", "1", "1,2", "--size", "32"]
-    assert quality.main(words) == 0
-    lines = capsys.readouterr().out.strip().splitlines()
-    assert [line.split("|")[1:3] for line in lines[2:]] == [
-        [f" 0.25, {high} ", f" {reach} "] for high in (0.7, 0.5) for reach in ("1", "1, 2")
+    words = [
+        str(run),
+        "--max_samples",
+        "2",
+        "--variants",
+        "fusion",
+        "--set",
+        "low_threshold=0.1",
+        "precise_consensus=true",
     ]
-    assert quality.main([str(run), "--low", "0.8"]) == 2
-    assert "must rise" in capsys.readouterr().err
-    assert quality.main([str(run), "--dilations", "one"]) == 2
-    assert "lists such as 1,2,4" in capsys.readouterr().err
+    record = saved(quality, words, tmp_path / "quality.json")
+    named = "low_threshold 0.1, precise_consensus true"
+    assert list(record["variants"]) == [quality.OWN, 'fusion "fixed"', "cross_supervision false", named]
+    assert (record["size"], record["num_images"], record["run"]) == (32, 2, "class_prior-seed0")
+    assert record["fields"][named] == {"low_threshold": 0.1, "precise_consensus": True}
+    own, other = record["variants"][quality.OWN]["broad"], record["variants"][named]["broad"]
+    assert list(own) == ["mean_iou", "recall", "precision", "decided"] and own["decided"].keys() == {"value"}
+    assert other["decided"]["difference"] == pytest.approx(other["decided"]["value"] - own["decided"]["value"])
+    low, high = other["decided"]["interval"]
+    assert low <= other["decided"]["difference"] <= high
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]) == 2 + 2 * 4
+    for fault, sentence in (("low_threshold=0.8", "does not go with"), ("lowest=1", "has no field lowest")):
+        assert quality.main([str(run), "--set", fault]) == 2
+        assert sentence in capsys.readouterr().err
     assert quality.main([str(finished / "nothing")]) == 2
 
 
-def test_figures_of_pseudo_labels_are_counted_right():
-    quality = load_benchmark("pseudo_label_quality")
+def test_labels_of_variants_are_those_of_training(quality):
+    tester = SynerNetModelTester(precise_consensus=True, broad_propagation_temperature=0.2, cam_scales=(1.0, 0.5))
+    model, pixel_values = tester.model().eval(), tester.inputs()["pixel_values"][:1]
+    labels = torch.zeros(1, model.config.num_labels - 1)
+    classes = [0, model.config.num_labels - 2]
+    labels[0, classes] = 1
+    variants = {name: fields for group in quality.VARIANTS.values() for fields in group for name in [str(fields)]}
+    variants = {"own": {}} | {name: fields for name, fields in variants.items() if "threshold" not in name}
+    variants["thresholds"] = {"low_threshold": 0.3, "high_threshold": 0.4}
+    variants["layers"] = {"confidence_layers": [-1, -2]}
+    encoded = []
+    hook = model.synernet.broad_branch.backbone.register_forward_pre_hook(lambda *_: encoded.append(1))
+    found = quality.taught_labels(model, pixel_values, classes, variants)
+    hook.remove()
+    views, before = len(encoded), model.config.to_dict()
+    different = set()
+    for label, (name, fields) in zip(found, variants.items(), strict=True):
+        for field, value in fields.items():
+            setattr(model.config, field, value)
+        with torch.no_grad():
+            outputs = model(pixel_values, labels=labels, loss_weights={"segmentation": 1.0})
+        assert torch.equal(label[1], outputs.pseudo_labels[0]), name
+        different.add(label.numpy().tobytes())
+        for field in fields:
+            setattr(model.config, field, before[field])
+    assert len(different) > 8
+    # scales 1, 0.5, 0.75 and 1.5 and their mirrors in as few calls as scales and mirrors are first asked for; and the
+    # own two scales of other layers
+    assert views <= 2 + 4 + 2
+
+
+def test_scores_of_pseudo_labels_are_counted_right(quality):
     # rows background, cat, dog; columns the same and undecided
     counts = np.array([[60, 10, 0, 30], [5, 20, 5, 10], [0, 0, 0, 60]])
-    decided, right, precision, background, mean_iou = quality.score(counts)
-    assert (decided, right, background) == pytest.approx((30.0, 20.0, 70.0))
-    assert precision == pytest.approx(100 * 20 / 35)
-    assert mean_iou == pytest.approx(100 * (60 / 75 + 20 / 40) / 2)
+    scores = quality.scores_of(counts, [0, 1, 2])
+    assert scores["mean_iou"] == pytest.approx(100 * (60 / 75 + 20 / 40 + 0 / 5) / 3)
+    assert scores["recall"] == pytest.approx(100 * (20 / 40 + 0) / 2)
+    assert scores["precision"] == pytest.approx(100 * (20 / 30 + 0) / 2)
+    assert scores["decided"] == pytest.approx(50)
+    assert quality.scores_of(counts, [0, 1])["recall"] == pytest.approx(50)
+
+
+def test_intervals_are_of_differences_on_the_same_images(quality):
+    generator = np.random.default_rng(1)
+    first = generator.integers(1, 60, (40, 1, 2, 3, 4))
+    # the second variant is right on one pixel of each class more, everywhere
+    second = first + np.pad(np.eye(3, dtype=int), ((0, 0), (0, 1)))
+    figures = quality.compare(np.concatenate([first, second], axis=1), ["first", "second"], [0, 1, 2])
+    entry = figures["second"]["precise"]["mean_iou"]
+    low, high = entry["interval"]
+    # unpaired it would hold 0: images differ by far more than the variants
+    assert 0 < low < entry["difference"] < high
+    drawn = []
+    for weights in np.random.default_rng(0).multinomial(40, [1 / 40] * 40, quality.RESAMPLES):
+        images = np.repeat(np.arange(40), weights)
+        values = [
+            quality.scores_of(counts[images, 0, 1].sum(axis=0), [0, 1, 2])["recall"] for counts in (first, second)
+        ]
+        drawn.append(values[1] - values[0])
+    assert figures["second"]["precise"]["recall"]["interval"] == pytest.approx(list(np.percentile(drawn, [2.5, 97.5])))
 
 
 def test_the_loader_is_timed_beside_the_bare_work(tmp_path, capsys, monkeypatch):
