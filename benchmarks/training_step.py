@@ -199,7 +199,10 @@ class ReferenceOrder:
         class_ids = pick_instance_classes(label_map, labels)
         ignore = self.config.semantic_loss_ignore_index
         cut = cut_instances(pixel_values, label_map, class_ids, valid_boxes, ignore)
-        return [(branch.projection_head(branch.encode(cut)[0][:, 0]), class_ids) for branch in self.synernet.pair]
+        return [
+            (branch.projection_head(branch.class_token(branch.encode(cut)[0])), class_ids)
+            for branch in self.synernet.pair
+        ]
 
     def losses_of(self, size, outputs, labels, targets, instances, loss_weights) -> torch.Tensor:
         """The weighted sum of the losses."""

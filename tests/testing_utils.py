@@ -7,16 +7,38 @@ from types import ModuleType
 
 import torch
 from transformers import (
+    BeitConfig,
+    CLIPVisionConfig,
+    Data2VecVisionConfig,
     DeiTConfig,
     Dinov2Config,
     Dinov2WithRegistersConfig,
     DINOv3ViTConfig,
+    IJepaConfig,
     PreTrainedConfig,
+    SiglipVisionConfig,
     ViTConfig,
+    ViTMSNConfig,
 )
 
 from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation
 
+
+# Each family of encoders that works, with what the tiny encoder of it has beside the common fields.
+FAMILIES = {
+    "vit": (ViTConfig, {"intermediate_size": 32}),
+    "vit_msn": (ViTMSNConfig, {"intermediate_size": 32}),
+    "deit": (DeiTConfig, {"intermediate_size": 32}),
+    "dinov2": (Dinov2Config, {"mlp_ratio": 2}),
+    "dinov2_with_registers": (Dinov2WithRegistersConfig, {"mlp_ratio": 2, "num_register_tokens": 3}),
+    "dinov3_vit": (DINOv3ViTConfig, {"intermediate_size": 32, "num_register_tokens": 4}),
+    "clip_vision_model": (CLIPVisionConfig, {"intermediate_size": 32}),
+    "siglip_vision_model": (SiglipVisionConfig, {"intermediate_size": 32}),
+    # positions as in the published encoders of both
+    "beit": (BeitConfig, {"intermediate_size": 32, "use_relative_position_bias": True}),
+    "data2vec-vision": (Data2VecVisionConfig, {"intermediate_size": 32, "use_shared_relative_position_bias": True}),
+    "ijepa": (IJepaConfig, {"intermediate_size": 32}),
+}
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -64,8 +86,7 @@ def tiny_backbone_config(family: str = "vit", **overrides) -> PreTrainedConfig:
     A random encoder of 3 narrow layers and patch 8, made for 32-pixel images.
 
     Args:
-        family (`str`, *optional*, defaults to `"vit"`): `"vit"`, `"deit"`, `"dinov2"`, `"dinov2_with_registers"` or
-            `"dinov3_vit"`.
+        family (`str`, *optional*, defaults to `"vit"`): one of `FAMILIES`.
         overrides: fields of the family's config to set.
     """
     fields = {
@@ -75,14 +96,7 @@ def tiny_backbone_config(family: str = "vit", **overrides) -> PreTrainedConfig:
         "image_size": 32,
         "patch_size": 8,
     }
-    by_family = {
-        "vit": (ViTConfig, {"intermediate_size": 32}),
-        "deit": (DeiTConfig, {"intermediate_size": 32}),
-        "dinov2": (Dinov2Config, {"mlp_ratio": 2}),
-        "dinov2_with_registers": (Dinov2WithRegistersConfig, {"mlp_ratio": 2, "num_register_tokens": 3}),
-        "dinov3_vit": (DINOv3ViTConfig, {"intermediate_size": 32, "num_register_tokens": 4}),
-    }
-    config_class, more = by_family[family]
+    config_class, more = FAMILIES[family]
     return config_class(**fields | more | overrides)
 
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from synernet_hf.cli import CommandParser, run_command
 from synernet_hf.files import one_line, replace_file
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation
-from synernet_hf.model.cam_synernet import patch_map
+from synernet_hf.model.encoder_synernet import token_grid
 from synernet_hf.model.modeling_synernet import chosen_branches, lower_unlikely_classes
 from synernet_hf.model_folder import load_model
 
@@ -63,10 +63,10 @@ class SynerNetInferenceGraph(nn.Module):
         for name, branch in self.branches.items():
             share = self.broad_share if name == "broad" else 1 - self.broad_share
             tokens = branch.encode(padded, shared_states)[0]
-            logits = share * branch.decode_head(patch_map(tokens, padded, self.patch_size))
+            logits = share * branch.decode_head(branch.patch_map(tokens, token_grid(padded, self.patch_size)))
             total = logits if total is None else total + logits
             if branch.class_token_head is not None:
-                scores = share * F.logsigmoid(branch.class_token_head(tokens[:, 0]))
+                scores = share * F.logsigmoid(branch.class_token_head(branch.class_token(tokens)))
                 likely = scores if likely is None else likely + scores
         if likely is not None:
             total = lower_unlikely_classes(total, likely, self.class_prior_weight)
@@ -109,7 +109,8 @@ def export_program(
 
     Returns:
         `torch.export.ExportedProgram`: call `program.module()`. PyTorch's guards refuse images of a single patch on a
-        side, for which `module(check_guards=False)` is right too (PyTorch before 2.9 has no guards there).
+        side, and single images of a SigLIP encoder with a class token head, for which `module(check_guards=False)` is
+        right too (PyTorch before 2.9 has no guards there).
     """
     dynamic = torch.export.Dim.DYNAMIC
     graph, example = _graph_and_example(model, inference_branches)

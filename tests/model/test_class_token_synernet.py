@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from testing_utils import ALL_TERMS, SynerNetModelTester
+from testing_utils import ALL_TERMS, FAMILIES, SynerNetModelTester
 from torch.nn import functional as F
 from transformers import pipeline
 
@@ -12,17 +12,14 @@ from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImagePr
 from synernet_hf.model.modeling_synernet import lower_unlikely_classes
 
 
-FAMILIES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
-
-
 def scores_of(model, pixel_values):
-    """Class-token scores of both branches, read from the class token by hand."""
+    """Class-token scores of both branches, from the class tokens."""
     scores = {}
     for name in ("broad", "precise"):
         branch = getattr(model.synernet.pair, name)
         tokens = branch.encode(pixel_values)[0]
         head = branch.class_token_head
-        scores[name] = tokens[:, 0] @ head.weight.T + head.bias
+        scores[name] = branch.class_token(tokens) @ head.weight.T + head.bias
     return scores
 
 

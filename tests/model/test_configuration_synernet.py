@@ -7,7 +7,7 @@ import re
 
 import pytest
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
-from testing_utils import SynerNetModelTester, tiny_backbone_config
+from testing_utils import FAMILIES, SynerNetModelTester, tiny_backbone_config
 from transformers import AutoConfig, ViTConfig
 
 from synernet_hf import SynerNetConfig
@@ -42,7 +42,7 @@ def test_loss_weights_name_every_term():
     }
 
 
-@pytest.mark.parametrize("family", ["vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_field_survives_saving(family, tmp_path):
     config = SynerNetModelTester(family, fusion="fixed", cam_scales=(1.0, 2), high_threshold=0.9).config()
     config.save_pretrained(tmp_path)
@@ -180,7 +180,7 @@ def test_misspelt_fields_of_the_encoder_are_refused(tmp_path):
     assert pretrained_backbone_config(str(tmp_path), {"qkv_bias": False}).qkv_bias is False
 
 
-@pytest.mark.parametrize("family", ["vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_configuration_of_an_encoder_is_read_once(family, tmp_path, monkeypatch):
     saved = tiny_backbone_config(family)
     saved.save_pretrained(tmp_path)

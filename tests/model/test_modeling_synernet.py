@@ -2,18 +2,13 @@
 
 import pytest
 import torch
-from testing_utils import ALL_TERMS, EARLY_TERMS, SynerNetModelTester, tiny_backbone_config
+from testing_utils import ALL_TERMS, EARLY_TERMS, FAMILIES, SynerNetModelTester, tiny_backbone_config
 from torch.nn import functional as F
 
 from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation
 from synernet_hf.model import objective_synernet
 from synernet_hf.model.cam_synernet import crop_to_input
 from synernet_hf.model.objective_synernet import prototype_contrast_terms
-
-
-FAMILIES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
-# class token, and what the family puts beside it
-PREFIX_TOKENS = {"vit": 1, "deit": 2, "dinov2": 1, "dinov2_with_registers": 4, "dinov3_vit": 5}
 
 
 @pytest.fixture(autouse=True)
@@ -52,35 +47,6 @@ def test_outputs_of_every_encoder_family(family):
     assert output.loss is output.loss_dict is output.pseudo_labels is output.hidden_states is output.attentions is None
     torch.testing.assert_close(output.logits, 0.7 * output.broad_logits + 0.3 * output.precise_logits)
     assert not torch.allclose(output.broad_logits, output.precise_logits)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_prefix_tokens_are_left_out_of_the_maps(family):
-    tester = SynerNetModelTester(family)
-    model = tester.model()
-    pixel_values = tester.inputs(1, 32, 48)["pixel_values"]
-    with torch.no_grad():
-        output = model.synernet(pixel_values, output_hidden_states=True).broad
-    states = output.hidden_states[-2]
-    assert states.shape[1] == PREFIX_TOKENS[family] + 4 * 6
-    expected = states[:, PREFIX_TOKENS[family] :].reshape(1, 4, 6, 16).permute(0, 3, 1, 2)
-    assert torch.equal(output.auxiliary_features, expected)
-    assert output.features.shape == (1, 16, 4, 6)
-    assert output.class_token.shape == (1, 16)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_token_map_follows_the_image(family):
-    # patch embedding and position are all that tells tokens apart before the first block
-    tester = SynerNetModelTester(family, auxiliary_layer_index=0)
-    model = tester.model()
-    pixel_values = torch.zeros(1, 3, 32, 48)
-    changed = pixel_values.clone()
-    changed[..., 8:16, 24:32] = 1.0
-    with torch.no_grad():
-        first, second = (model.synernet(values).broad.auxiliary_features for values in (pixel_values, changed))
-    moved = (first - second).abs().amax(dim=1)[0] > 1e-6
-    assert moved.nonzero().tolist() == [[1, 3]]
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -7,13 +7,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from testing_utils import SynerNetModelTester, tiny_backbone_config
+from testing_utils import FAMILIES, SynerNetModelTester, tiny_backbone_config
 from transformers import AutoModel, AutoModelForSemanticSegmentation, ViTForImageClassification
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetModel
-
-
-FAMILIES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
+from synernet_hf.model.encoder_synernet import pooling_arguments
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +64,7 @@ def test_constants_come_back_as_they_were_saved(family, tmp_path):
     saved, back = every_tensor(model), every_tensor(loaded)
     assert set(saved) == set(back)
     not_saved = {name for name in saved if name not in model.state_dict()}
-    assert not_saved == {name for name in saved if name.endswith("rope_embeddings.inv_freq")}
+    assert not_saved == {name for name in saved if name.endswith(("rope_embeddings.inv_freq", "position_ids"))}
     fresh = every_tensor(SynerNetModelTester(family).model())
     for name, value in back.items():
         expected = fresh[name] if name in not_saved else saved[name]
@@ -175,9 +173,11 @@ def test_both_branches_start_from_the_pretrained_encoder(vit_folder, tmp_path):
     assert "goldfish" not in text and "tench" not in text
 
 
-@pytest.mark.parametrize("family", FAMILIES[1:])
-def test_other_families_start_from_a_folder_too(family, tmp_path):
-    encoder = AutoModel.from_config(tiny_backbone_config(family))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_starts_from_a_folder(family, tmp_path):
+    config = tiny_backbone_config(family)
+    encoder = AutoModel.from_config(config, **pooling_arguments(config))
+    fill_with_constants(encoder)
     encoder.save_pretrained(tmp_path)
     model = SynerNetForWeaklySupervisedSegmentation.from_backbone_pretrained(
         tmp_path, num_labels=3, auxiliary_layer_index=-2

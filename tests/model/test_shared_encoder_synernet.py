@@ -2,14 +2,11 @@
 
 import pytest
 import torch
-from testing_utils import ALL_TERMS, SynerNetModelTester, tiny_backbone_config
+from testing_utils import ALL_TERMS, FAMILIES, SynerNetModelTester, tiny_backbone_config
 from transformers import AutoModel
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation
 from synernet_hf.model.encoder_synernet import copy_encoder, encoder_blocks
-
-
-FAMILIES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 
 
 @pytest.fixture(autouse=True)

@@ -20,19 +20,6 @@ class BranchPair(NamedTuple, Generic[T]):
     precise: T
 
 
-def patch_map(tokens: torch.Tensor, pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Tokens `(B, prefix + h·w, D)` of padded images `(B, 3, h·p, w·p)` → `(B, D, h, w)`."""
-    return token_map(tokens, (pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size))
-
-
-def token_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """
-    Tokens `(B, prefix + h·w, D)` of a `grid` (h, w) → `(B, D, h, w)`; prefix tokens (class, distillation, registers)
-    come first in every family.
-    """
-    return tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
-
-
 def propagate_cams(cam_logits: torch.Tensor, features: torch.Tensor, temperature: float) -> torch.Tensor:
     """
     Spreads CAMs over tokens that look alike, however far apart (paper: global attention; formula ours): each token of

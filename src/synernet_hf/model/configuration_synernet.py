@@ -3,7 +3,7 @@
 import functools
 import math
 from collections import Counter
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -36,6 +36,64 @@ OLD_NAMES = {
     "spatial_bce_weight": "spatial_bce_share",
     "confidence_weighting": None,
 }
+
+
+class EncoderFamily(NamedTuple):
+    """What SynerNet needs to know of a family of encoders."""
+
+    # tokens before the patches; registers, which a configuration counts, come on top
+    prefix_tokens: int
+    # "own" is the first of them, "mean" that of the patches, "head" what the pooling head of the encoder makes of them
+    class_token: str = "own"
+    # the final normalisation, and whether the encoder's `last_hidden_state` went through it
+    norm: str = "layernorm"
+    norm_applied: bool = True
+
+
+FAMILIES = {
+    "vit": EncoderFamily(1),
+    "vit_msn": EncoderFamily(1),
+    # and a distillation token
+    "deit": EncoderFamily(2),
+    "dinov2": EncoderFamily(1),
+    "dinov2_with_registers": EncoderFamily(1),
+    "dinov3_vit": EncoderFamily(1, norm="norm"),
+    # the encoder itself normalises the class token alone
+    "clip_vision_model": EncoderFamily(1, norm="post_layernorm", norm_applied=False),
+    "siglip_vision_model": EncoderFamily(0, "head", "post_layernorm"),
+    # their class token is trained without `use_mean_pooling` only; with it, their pooled patches alone are normalised
+    "beit": EncoderFamily(1, "mean", "pooler.layernorm", norm_applied=False),
+    "data2vec-vision": EncoderFamily(1, "mean", "pooler.layernorm", norm_applied=False),
+    "ijepa": EncoderFamily(0, "mean"),
+}
+
+
+def encoder_family(backbone_config: PreTrainedConfig) -> EncoderFamily:
+    """
+    The family of an encoder, with what its configuration changes of it.
+
+    Raises:
+        ValueError: if the family is not one of `FAMILIES`, or patches or the images of pretraining are not square.
+    """
+    family = FAMILIES.get(backbone_config.model_type)
+    if family is None:
+        raise ValueError(
+            f"Encoders of the family {backbone_config.model_type} are not supported, for SynerNet takes images of any "
+            f"size and needs one token per patch; use one of the families {', '.join(FAMILIES)}."
+        )
+    patch_size, image_size = backbone_config.patch_size, backbone_config.image_size
+    sides = [image_size] if isinstance(image_size, int) else image_size
+    if not isinstance(patch_size, int) or len(set(sides)) > 1:
+        raise ValueError(
+            "The encoder needs square patches and square images of pretraining, given as numbers, got patch_size "
+            f"{patch_size} and image_size {image_size}."
+        )
+    if not getattr(backbone_config, "use_mean_pooling", True):
+        family = FAMILIES["vit"]
+    if not getattr(backbone_config, "vision_use_head", True):
+        family = family._replace(class_token="mean")
+    registers = getattr(backbone_config, "num_register_tokens", 0)
+    return family._replace(prefix_tokens=family.prefix_tokens + registers)
 
 
 class SynerNetCustomPipelines(dict):
@@ -110,7 +168,9 @@ class SynerNetConfig(PreTrainedConfig):
 
     Args:
         backbone_config (`PreTrainedConfig` or `dict`, defaults to a ViT-B/16 `ViTConfig`):
-            Configuration of the encoder; each branch has one such encoder. [paper: ViT-B/16]
+            Configuration of the encoder, of one of the families `vit`, `vit_msn`, `deit`, `dinov2`,
+            `dinov2_with_registers`, `dinov3_vit`, `clip_vision_model`, `siglip_vision_model`, `beit`, `data2vec-vision`
+            and `ijepa`; each branch has one such encoder. [paper: ViT-B/16]
         pooling_top_k (`int`, defaults to 5):
             Tokens averaged per channel before the classifier; 1 is max pooling. [authors]
         broad_pooling_top_k (`int`): The same for the broad branch; more tokens widen its CAM. `None` means
@@ -218,7 +278,8 @@ class SynerNetConfig(PreTrainedConfig):
 
     Raises:
         StrictDataclassClassValidationError: if thresholds do not increase, a share is outside [0, 1], a size, scale or
-            dilation is not positive, a weight is negative or not finite, or the ignore index is one of the labels.
+            dilation is not positive, a weight is negative or not finite, the ignore index is one of the labels, or the
+            encoder is of another family or not square.
         StrictDataclassFieldValidationError: if a field has a wrong type.
         ValueError: if a field is given under its old and its new name, or `id2label` has a gap, a name twice or the
             background elsewhere than at 0.
@@ -369,6 +430,10 @@ class SynerNetConfig(PreTrainedConfig):
             "prototype_contrast": self.prototype_contrast_weight,
             "segmentation": self.segmentation_weight,
         }
+
+    def validate_encoder(self):
+        """Part of the strict checks: the encoder is of a family that works."""
+        encoder_family(self.backbone_config)
 
     def validate_thresholds(self):
         """Part of the strict checks: thresholds rise."""

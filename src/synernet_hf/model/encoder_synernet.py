@@ -9,6 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+from .configuration_synernet import encoder_family
 
 
 def closest_name(name: str, known: list[str]) -> str | None:
@@ -32,10 +35,12 @@ def pretrained_backbone_config(name_or_path: str, overrides: dict | None = None)
 
     Raises:
         OSError: if the encoder cannot be found.
-        ValueError: if an override is not a field of the configuration.
+        ValueError: if an override is not a field of the configuration, or for what [`encoder_family`] refuses.
     """
     overrides = overrides or {}
     config = AutoConfig.from_pretrained(name_or_path)
+    # CLIP and SigLIP are mostly saved with their text encoder
+    config = getattr(config, "vision_config", config)
     known = [name for name in config.to_dict() if not name.startswith("_")]
     for name, value in overrides.items():
         if name not in known:
@@ -43,6 +48,7 @@ def pretrained_backbone_config(name_or_path: str, overrides: dict | None = None)
             raise ValueError(f"The configuration of the encoder {name_or_path} has no field {name}: {hint}")
         # not built anew: some families save the names of their last layers, which fewer layers would refuse
         setattr(config, name, value)
+    encoder_family(config)
     return config
 
 
@@ -59,42 +65,89 @@ def pretrained_encoder(name_or_path: str, overrides: dict | None = None) -> nn.M
 
 
 def pooling_arguments(backbone_config: PreTrainedConfig) -> dict[str, bool]:
-    """ViT and DeiT would add a pooling layer that nothing here uses; other families know no such argument."""
+    """Leaves out a pooling layer that nothing here uses, and keeps one that holds the final normalisation."""
+    if backbone_config.model_type in ("beit", "data2vec-vision"):
+        return {"add_pooling_layer": backbone_config.use_mean_pooling}
+    # other families know no such argument, or add none by themselves
     return {"add_pooling_layer": False} if backbone_config.model_type in ("vit", "deit") else {}
 
 
-def part_of_encoder(config: PreTrainedConfig, num_blocks: int) -> nn.Module:
-    """An encoder of `config.backbone_config` with `num_blocks` blocks."""
-    backbone_config = config.backbone_config
-    if num_blocks != backbone_config.num_hidden_layers:
+def part_of_encoder(config: PreTrainedConfig, first: int, last: int) -> nn.Module:
+    """
+    The blocks from `first` to before `last` of an encoder of `config.backbone_config`, with its embeddings if they are
+    the first, with its final normalisation and pooling head if they are the last.
+    """
+    backbone_config, depth = config.backbone_config, config.backbone_config.num_hidden_layers
+    if last - first != depth:
         backbone_config = copy.deepcopy(backbone_config)
-        backbone_config.num_hidden_layers = num_blocks
+        backbone_config.num_hidden_layers = last - first
     # one dtype for encoder and heads, whatever the encoder was saved in
-    return AutoModel.from_config(
+    backbone = AutoModel.from_config(
         backbone_config, dtype=torch.get_default_dtype(), **pooling_arguments(backbone_config)
     )
+    # SigLIP would run its pooling head, which `SynerNetBranch.class_token` runs
+    backbone.use_head = False
+    elsewhere = ["embeddings", "pre_layrnorm"] if first else []
+    elsewhere += ["layernorm", "norm", "post_layernorm", "head", "pooler"] if last < depth else []
+    for name in elsewhere:
+        if getattr(backbone, name, None) is not None:
+            setattr(backbone, name, nn.Identity())
+    if not first:
+        # otherwise installed during the first forward, which `torch.compile(fullgraph=True)` cannot trace
+        maybe_install_capturing_hooks(backbone)
+    return backbone
 
 
 def encoder_blocks(backbone: nn.Module) -> nn.ModuleList:
-    """The blocks of a ViT-family encoder, which each family keeps under another name."""
+    """The blocks of an encoder, which each family keeps under another name."""
     for owner in (backbone, getattr(backbone, "encoder", None), getattr(backbone, "model", None)):
         for name in ("layers", "layer"):
             if isinstance(getattr(owner, name, None), nn.ModuleList):
                 return getattr(owner, name)
-    raise ValueError(
-        f"Sharing blocks needs a ViT-family encoder whose blocks are a module list, got {type(backbone).__name__}; "
-        "set `shared_encoder_layers` to 0."
-    )
+    raise ValueError(f"{type(backbone).__name__} keeps its blocks where no family of encoders does.")
 
 
 def copy_encoder(source: nn.Module, target: nn.Module, first_block: int = 0):
     """Gives `target`, all or a run of the blocks of the encoder `source` from `first_block` on, its weights."""
-    for block, original in zip(encoder_blocks(target), encoder_blocks(source)[first_block:], strict=False):
-        block.load_state_dict(original.state_dict())
-    for name in ("embeddings", "layernorm", "norm"):
-        part = getattr(target, name, None)
-        if part is not None and not isinstance(part, nn.Identity):
-            part.load_state_dict(getattr(source, name).state_dict())
+    saved, blocks = source.state_dict(), encoder_blocks(target)
+    [prefix] = [f"{name}." for name, module in target.named_modules() if module is blocks]
+
+    def name_in_source(name: str) -> str:
+        if not name.startswith(prefix):
+            return name
+        block, rest = name.removeprefix(prefix).split(".", 1)
+        return f"{prefix}{int(block) + first_block}.{rest}"
+
+    target.load_state_dict({name: saved[name_in_source(name)] for name in target.state_dict()})
+
+
+def block_arguments(backbone: nn.Module, tokens: torch.Tensor, pixel_values: torch.Tensor) -> dict:
+    """What an encoder hands to each of its blocks beside the `tokens` of `pixel_values` `(B, 3, H, W)`."""
+    size, config = tuple(pixel_values.shape[-2:]), backbone.config
+    grid = token_grid(pixel_values, config.patch_size)
+    if config.model_type == "data2vec-vision":
+        bias = backbone.encoder.relative_position_bias(grid) if config.use_shared_relative_position_bias else None
+        return {"relative_position_bias": bias, "resolution": size}
+    if config.model_type == "beit":
+        bias = backbone.shared_position_bias(grid) if config.use_shared_relative_position_bias else None
+        return {"attention_mask": bias, "resolution": size}
+    if config.model_type == "dinov3_vit":
+        return {"position_embeddings": backbone.rope_embeddings(pixel_values.to(tokens.dtype))}
+    return {"attention_mask": None}
+
+
+def run_blocks(backbone: nn.Module, tokens: torch.Tensor, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+    """The output `(B, N, D)` of each block of a part of an encoder without embeddings, in order."""
+    arguments, states = block_arguments(backbone, tokens, pixel_values), [tokens]
+    for block in encoder_blocks(backbone):
+        output = block(states[-1], **arguments)
+        states.append(output[0] if isinstance(output, tuple) else output)
+    return states[1:]
+
+
+def token_grid(pixel_values: torch.Tensor, patch_size: int) -> tuple[int, int]:
+    """Rows and columns of tokens of padded images `(B, 3, h·p, w·p)`."""
+    return pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
 
 
 def select_states(
@@ -116,11 +169,6 @@ def with_current_names(model: nn.Module, state_dict: dict[str, torch.Tensor]) ->
     # what saving renames; what it computes anew is not known here, and stays as it is
     current = {name: names.get(id(tensor), name) for name, tensor in revert_weight_conversion(model, own).items()}
     return {current.get(name, name): tensor for name, tensor in state_dict.items()}
-
-
-def norm_name(backbone: nn.Module) -> str:
-    """Name of the final normalisation of an encoder."""
-    return "layernorm" if hasattr(backbone, "layernorm") else "norm"
 
 
 def forward_arguments(backbone: nn.Module) -> dict[str, bool]:

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
-from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .cam_synernet import (
     BranchPair,
@@ -22,21 +21,19 @@ from .cam_synernet import (
     joint_features,
     multi_scale_cams,
     normalize_cams,
-    patch_map,
     propagate_cams,
     read_views,
-    token_map,
 )
-from .configuration_synernet import SynerNetConfig
+from .configuration_synernet import SynerNetConfig, encoder_family
 from .encoder_synernet import (
     check_keywords,
     copy_encoder,
-    encoder_blocks,
     forward_arguments,
-    norm_name,
     part_of_encoder,
     pretrained_encoder,
+    run_blocks,
     select_states,
+    token_grid,
     with_current_names,
 )
 from .objective_synernet import SynerNetObjective, batch_objective
@@ -57,7 +54,8 @@ class SynerNetBranchOutput(ModelOutput):
         logits (`torch.FloatTensor` of shape `(B, K, h, w)`): segmentation logits.
         features, auxiliary_features (`torch.FloatTensor` of shape `(B, D, h, w)`): patch features of the last layer,
             after the final normalisation, and of the auxiliary layer.
-        class_token (`torch.FloatTensor` of shape `(B, D)`): class token after the final normalisation.
+        class_token (`torch.FloatTensor` of shape `(B, D)`): class token after the final normalisation, or what stands
+            for it in a family without one.
         hidden_states (`tuple(torch.FloatTensor)`): embeddings and the output of every block.
         attentions (`tuple(torch.FloatTensor)`, *optional*): attention maps, if asked for.
     """
@@ -248,11 +246,7 @@ class SynerNetSharedEncoder(nn.Module):
 
     def __init__(self, config: SynerNetConfig):
         super().__init__()
-        self.backbone = part_of_encoder(config, config.shared_encoder_layers)
-        # the final normalisation belongs to the branches
-        setattr(self.backbone, norm_name(self.backbone), nn.Identity())
-        # otherwise installed during the first forward, which `torch.compile(fullgraph=True)` cannot trace
-        maybe_install_capturing_hooks(self.backbone)
+        self.backbone = part_of_encoder(config, 0, config.shared_encoder_layers)
         self.backbone_arguments = forward_arguments(self.backbone)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -269,13 +263,9 @@ class SynerNetBranch(nn.Module):
         super().__init__()
         self.auxiliary_layer_index = config.auxiliary_layer_index
         self.additional_cam_layers = config.additional_cam_layers
-        shared = config.shared_encoder_layers
-        self.backbone = part_of_encoder(config, config.backbone_config.num_hidden_layers - shared)
-        if shared:
-            # `_continue` runs the blocks one by one
-            self.backbone.embeddings = nn.Identity()
-        else:
-            maybe_install_capturing_hooks(self.backbone)
+        self.family = encoder_family(config.backbone_config)
+        depth = config.backbone_config.num_hidden_layers
+        self.backbone = part_of_encoder(config, config.shared_encoder_layers, depth)
         self.backbone_arguments = forward_arguments(self.backbone)
         self.cam_head = SynerNetClassActivationHead(config, pooling_top_k)
         self.auxiliary_cam_head = SynerNetClassActivationHead(config, pooling_top_k)
@@ -295,21 +285,24 @@ class SynerNetBranch(nn.Module):
         `(B, 3, H, W)` images, sides multiples of the patch, and the `shared_states` of [`SynerNetSharedEncoder`] → all
         tokens after the final normalisation `(B, N, D)`, the hidden states (embeddings first), attention maps or `None`.
         """
+        norm = self.backbone.get_submodule(self.family.norm)
         if shared_states is not None:
-            return *self._continue(pixel_values, shared_states), None
+            states = (*shared_states, *run_blocks(self.backbone, shared_states[-1], pixel_values))
+            return norm(states[-1]), states, None
         arguments = {"output_attentions": output_attentions, "return_dict": True, **self.backbone_arguments}
         encoded = self.backbone(pixel_values, output_hidden_states=True, **arguments)
-        return encoded.last_hidden_state, encoded.hidden_states, encoded.attentions
+        tokens = encoded.last_hidden_state
+        return tokens if self.family.norm_applied else norm(tokens), encoded.hidden_states, encoded.attentions
 
-    def _continue(self, pixel_values: torch.Tensor, shared_states: tuple[torch.Tensor, ...]):
-        tokens, states = shared_states[-1], list(shared_states)
-        arguments = {}
-        if hasattr(self.backbone, "rope_embeddings"):
-            arguments["position_embeddings"] = self.backbone.rope_embeddings(pixel_values.to(tokens.dtype))
-        for block in encoder_blocks(self.backbone):
-            tokens = block(tokens, **arguments)
-            states.append(tokens)
-        return getattr(self.backbone, norm_name(self.backbone))(tokens), tuple(states)
+    def class_token(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What stands for the image `(B, D)` among the tokens `(B, prefix + h·w, D)` that `encode` gives."""
+        if self.family.class_token == "head":
+            return self.backbone.head(tokens)
+        return tokens[:, 0] if self.family.class_token == "own" else tokens[:, self.family.prefix_tokens :].mean(dim=1)
+
+    def patch_map(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Tokens `(B, prefix + h·w, D)` of any layer and a `grid` (h, w) → `(B, D, h, w)`."""
+        return tokens[:, self.family.prefix_tokens :].transpose(1, 2).unflatten(2, grid)
 
     def view(
         self, pixel_values: torch.Tensor, patch_size: int, shared_states: tuple[torch.Tensor, ...] | None = None
@@ -318,12 +311,13 @@ class SynerNetBranch(nn.Module):
         tokens, hidden_states, _ = self.encode(pixel_values, shared_states)
         layers = (self.auxiliary_layer_index, *self.additional_cam_layers)
         features = (tokens, *map(hidden_states.__getitem__, layers))
-        return BranchView(self, tokens[:, 0], tuple(patch_map(maps, pixel_values, patch_size) for maps in features))
+        grid = token_grid(pixel_values, patch_size)
+        return BranchView(self, self.class_token(tokens), tuple(self.patch_map(maps, grid) for maps in features))
 
     def view_of(self, output: SynerNetBranchOutput) -> BranchView:
         """The result of `view` from the `output` of `forward` for the same images, without gradient."""
         grid = output.features.shape[-2:]
-        earlier = [token_map(output.hidden_states[layer], grid) for layer in self.additional_cam_layers]
+        earlier = [self.patch_map(output.hidden_states[layer], grid) for layer in self.additional_cam_layers]
         features = (output.features, output.auxiliary_features, *earlier)
         return BranchView(self, output.class_token.detach(), tuple(maps.detach() for maps in features))
 
@@ -337,11 +331,13 @@ class SynerNetBranch(nn.Module):
     ) -> SynerNetBranchOutput:
         """`(B, 3, H, W)` images, sides multiples of the patch → everything the branch computes; not `decode`: no logits."""
         tokens, hidden_states, attentions = self.encode(pixel_values, shared_states, output_attentions)
-        features = patch_map(tokens, pixel_values, patch_size)
-        auxiliary = patch_map(hidden_states[self.auxiliary_layer_index], pixel_values, patch_size)
+        grid = token_grid(pixel_values, patch_size)
+        features, auxiliary = (
+            self.patch_map(maps, grid) for maps in (tokens, hidden_states[self.auxiliary_layer_index])
+        )
         scores, cam_logits = self.cam_head(features)
         auxiliary_scores, auxiliary_cam_logits = self.auxiliary_cam_head(auxiliary)
-        class_token = tokens[:, 0]
+        class_token = self.class_token(tokens)
         return SynerNetBranchOutput(
             classification_logits=scores,
             auxiliary_classification_logits=auxiliary_scores,
@@ -540,7 +536,8 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         Builds a SynerNet whose two encoders have the weights of a pretrained ViT; the heads are drawn at random.
 
         Args:
-            name_or_path (`str`): Hub id or folder of a ViT-family model, for example `google/vit-base-patch16-224`.
+            name_or_path (`str`): Hub id or folder of an encoder of one of the families that work, for example
+                `google/vit-base-patch16-224`.
             num_labels (`int`, *optional*): number of labels with background, unless `id2label` is given.
             id2label (`dict[int, str]`, *optional*): label names, 0 the background.
             backbone_overrides (`dict`, *optional*): encoder config fields to change, for example `qkv_bias`; weights
@@ -552,7 +549,8 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             [`SynerNetForWeaklySupervisedSegmentation`]
 
         Raises:
-            ValueError: if neither `num_labels` nor `id2label` is given, or a field of either configuration is unknown.
+            ValueError: if neither `num_labels` nor `id2label` is given, a field of either configuration is unknown, or the
+                encoder is of a family that cannot work.
             OSError: if the encoder cannot be found.
         """
         if id2label is None and num_labels is None:

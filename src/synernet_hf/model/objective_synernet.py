@@ -421,7 +421,7 @@ def _embed_instances(
             made[source] = images, model.shared_states(images), class_ids
         images, shared_states, class_ids = made[source]
         tokens = branch.encode(images, shared_states)[0]
-        instances.append((branch.projection_head(tokens[:, 0]), class_ids))
+        instances.append((branch.projection_head(branch.class_token(tokens)), class_ids))
     return instances
 
 
