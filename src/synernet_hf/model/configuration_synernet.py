@@ -279,7 +279,7 @@ class SynerNetConfig(PreTrainedConfig):
     Raises:
         StrictDataclassClassValidationError: if thresholds do not increase, a share is outside [0, 1], a size, scale or
             dilation is not positive, a weight is negative or not finite, the ignore index is one of the labels, or the
-            encoder is of another family or not square.
+            encoder is of another family or its patches are not square.
         StrictDataclassFieldValidationError: if a field has a wrong type.
         ValueError: if a field is given under its old and its new name, or `id2label` has a gap, a name twice or the
             background elsewhere than at 0.
