@@ -463,8 +463,8 @@ def do_result(base: list, name: str, seed: int, options: argparse.Namespace, rev
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, content)
             return True
-    except FolderInUse as error:
-        print(f"{name}, seed {seed} is passed over: {error}", flush=True)
+    except FolderInUse:
+        print(f"{name}, seed {seed} is passed over: another process is at it.", flush=True)
         return False
 
 

@@ -227,6 +227,27 @@ def test_shards_summed_over_processes_equal_one_process(label_maps):
     assert process(0, lambda counts, reduction: counts + next(remaining)) == single
 
 
+def test_class_scores_of_all_processes_count(label_maps, monkeypatch):
+    split = make_split([*label_maps, label_maps[0] * 0])
+    # a model that takes every image for one of class 1, the more the larger it is
+    monkeypatch.setattr(
+        OracleModel, "class_scores", lambda _, values, seen=None: torch.full((len(values), 2), values[0].numel() / 100)
+    )
+    single = score(OracleModel(), split, parts=True)
+    gathered = []
+
+    def process(index, gather):
+        monkeypatch.setattr("synernet_hf.training.evaluation.gather_object", gather)
+        accelerator = SimpleNamespace(
+            process_index=index, num_processes=2, device="cpu", reduce=lambda counts, **_: counts
+        )
+        return score(OracleModel(), split, parts=True, accelerator=accelerator)
+
+    assert process(1, lambda own: gathered.extend(own) or own)["classification"] != single["classification"]
+    assert process(0, lambda own: [*own, *gathered])["classification"] == single["classification"]
+    assert 0 < single["classification"]["mean_average_precision"] < 1
+
+
 def test_counts_are_summed_as_integers(label_maps):
     """Counts above 2**24, which float32 does not hold, and every kind in the same order on all processes."""
     seen = []
