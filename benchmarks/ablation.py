@@ -478,16 +478,20 @@ def run_ablation(options: argparse.Namespace, extra: list[str]) -> None:
     if options.tuning:
         base[1] = cut_tuning_split(base[1], options.output / "tuning_devkit")
     wanted = [(name, seed) for seed in dict.fromkeys(options.seeds) for name in dict.fromkeys(options.rows)]
-    # what is there must fit before hours are spent
+    # what is there must fit before hours are spent, rows of the same table included
+    folder = options.results / table_of(base, options)
+    for name, by_seed in read_results(folder, list(ROWS)).items():
+        for seed in by_seed:
+            is_finished(base, name, seed, options)
     missing = [item for item in wanted if not is_finished(base, *item, options)]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} rows and seeds were finished before.", flush=True)
     # again for those that another process was at: it may have been stopped since
     while any(do_result(base, *item, options, revision) for item in missing):
         missing = [item for item in wanted if not is_finished(base, *item, options)]
-    found = read_results(options.results / table_of(base, options), list(ROWS))
+    found = read_results(folder, list(ROWS))
     if found:
         print(f"\n{tables(found)}\n")
-    print(f"Results are in {options.results / table_of(base, options)}, models in {options.output}.")
+    print(f"Results are in {folder}, models in {options.output}.")
 
 
 def main(argv: list[str] | None = None) -> int:
