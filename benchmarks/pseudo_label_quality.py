@@ -9,7 +9,8 @@ The weights are those of the run and the images the same for all, so a differenc
 made from image labels, as in training, and compared with the masks of the validation split. A table goes to the screen:
 for each variant and each taught branch the mean IoU over decided pixels, recall, precision and the share of decided
 pixels, in percent, each with its difference from the model's own settings; that of the mean IoU with a 95 % interval
-of a paired bootstrap over images. `--set` names one variant more, by any fields of the configuration.
+of a paired bootstrap over images. Labels that decide less are right more often, so read the mean IoU beside recall and
+the decided share. `--set` names one variant more, by any fields of the configuration.
 """
 
 import argparse
