@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from synernet_hf.data import StreamBatchSampler, TrainTransform
+from synernet_hf.data import StreamBatchSampler, TrainTransform, multi_hot
 from synernet_hf.files import write_text
 from synernet_hf.model import BranchPair
 from synernet_hf.training import InvalidArguments, load_data
@@ -106,12 +106,13 @@ class MaskStream:
         outside[top:bottom, left:right] = False
         return ids.masked_fill(outside, 255), sample["valid_box"]
 
-    def __call__(self, step: int, valid_boxes: torch.Tensor) -> torch.Tensor:
-        """Masks `(B, S, S)` of the batch of a step; `ValueError` if its boxes are not those of the images."""
+    def __call__(self, step: int, valid_boxes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Masks `(B, S, S)` of the batch of a step; `ValueError` if its boxes or labels are not those of the images."""
         size = self.args.per_device_batch_size
         keys = next(iter(StreamBatchSampler(len(self.split), size, step + 1, self.args.seed, step)))
         masks, boxes = map(torch.stack, zip(*(self.mask(*key) for key in keys), strict=True))
-        if not torch.equal(boxes, valid_boxes.cpu()):
+        own = torch.stack([multi_hot(self.split[index]["labels"], labels.shape[1]) for index, _ in keys])
+        if not (torch.equal(boxes, valid_boxes.cpu()) and torch.equal(own, labels.float().cpu())):
             raise ValueError(
                 f"The masks of step {step} are not those of its images. The ceiling runs in one process, without "
                 "accumulation of gradients and with every image of the list."
@@ -134,7 +135,8 @@ def taught_by_masks(data_args, training_args) -> Iterator[None]:
         targets, confidence = make_targets(*args, **kwargs)
         given = signature.bind(*args, **kwargs).arguments
         if given["weights"]["segmentation"]:
-            masks = stream(round(given["progress"] * training_args.max_steps), given["valid_boxes"])
+            step = round(given["progress"] * training_args.max_steps)
+            masks = stream(step, given["valid_boxes"], given["labels"])
             targets = BranchPair(*(own._replace(pseudo_labels=masks) for own in targets))
         return targets, confidence
 

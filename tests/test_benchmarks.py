@@ -429,10 +429,15 @@ def test_the_ceiling_learns_from_masks_cropped_as_their_images(ablation, tmp_pat
         own = torch.from_numpy(colours.astype(np.float32))[classes][:, :, None, None]
         closest = classes[(sample["image"] - own).square().sum(dim=1).argmin(dim=0)]
         assert (closest == mask)[inside].float().mean() > 0.95
-    boxes = torch.stack([stream.mask(*key)[1] for key in next(iter(ablation_data.StreamBatchSampler(8, 2, 4, 0, 3)))])
-    assert stream(3, boxes).shape == (2, 32, 32)
-    with pytest.raises(ValueError, match="not those of its images"):
-        stream(3, boxes + 1)
+    # the batch that the training has at this step
+    keys = next(iter(ablation_data.StreamBatchSampler(8, 2, 4, 0, 3)))
+    stored = ablation.load_data(data_args)["train"]
+    boxes = torch.stack([transform(stored[index], position)["valid_box"] for index, position in keys])
+    labels = torch.stack([multi_hot(stored[index]["labels"], 5) for index, _ in keys])
+    assert stream(3, boxes, labels).shape == (2, 32, 32)
+    for wrong in ((boxes + 1, labels), (boxes, 1 - labels)):
+        with pytest.raises(ValueError, match="not those of its images"):
+            stream(3, *wrong)
 
 
 def test_only_the_segmentation_of_the_ceiling_sees_masks(ablation, tmp_path):
