@@ -7,13 +7,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from testing_utils import SynerNetModelTester
 from transformers import pipeline
 
 from synernet_hf import SynerNetImageProcessor
 from synernet_hf.data import build_split
-from synernet_hf.model import open_image, segment_images
+from synernet_hf.model import (
+    SynerNetPixelAdaptiveRefinement,
+    denormalize,
+    generate_image_cams,
+    open_image,
+    prepare_image,
+    segment_images,
+)
 from synernet_hf.pseudo_labels import PseudoLabeler, PseudoLabelOptions
 from synernet_hf.training import evaluate_model
 from synernet_hf.training.reporting import _panels
@@ -136,10 +144,16 @@ def test_of_an_animation_the_first_frame_counts(tmp_path):
     assert red > 200 and blue == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", PROCESSORS)
-def test_everybody_gives_the_same_label_map(model, folder, kind, dtype):
+@pytest.mark.parametrize(
+    ("kind", "dtype", "refine"),
+    [
+        *((kind, dtype, False) for kind in PROCESSORS for dtype in (torch.float32, torch.bfloat16)),
+        ("resizing", torch.bfloat16, True),
+    ],
+)
+def test_everybody_gives_the_same_label_map(model, folder, kind, dtype, refine):
     model, processor, names = copy.deepcopy(model).to(dtype), processor_of(kind), names_of(kind)
+    model.config.refine_predictions = refine
     expected = answers_of_pipeline(model, processor, folder, names)
     assert [label_map.shape[::-1] for label_map in expected.values()] == [SIZES[name] for name in names]
     assert all(len(np.unique(label_map)) > 1 for label_map in expected.values())
@@ -250,6 +264,76 @@ def test_probabilities_are_those_of_the_softmax(model, folder):
         torch.testing.assert_close(scores.sum(dim=0), torch.ones(41, 60))
         torch.testing.assert_close(segmented.probabilities(), scores.amax(dim=0))
         assert torch.equal(scores.argmax(dim=0), segmented.label_map)
+
+
+@pytest.fixture
+def refining(model):
+    model = copy.deepcopy(model)
+    model.config.refine_predictions = True
+    model.config.refinement_dilations, model.config.refinement_iterations = (1, 2), 3
+    return model
+
+
+def refined_by_hand(model, prepared, maps):
+    """The method's refinement of maps `(n, h, w)`, whose weights sum to 1.01 in each step."""
+    image = denormalize(prepared.pixel_values[None], model.config.image_mean, model.config.image_std)
+    image, small = (F.interpolate(x, size=(20, 30), mode="bilinear") for x in (image, maps[None]))
+    refined = SynerNetPixelAdaptiveRefinement((1, 2), 3)(image, small) / 1.01**3
+    return F.interpolate(refined, size=maps.shape[-2:], mode="bilinear")[0]
+
+
+def test_refined_probabilities_are_those_of_the_image_colours(model, refining, folder):
+    processor = processor_of("native")
+    prepared = prepare_image(processor, folder / "turned.jpg")
+    for labels in (None, [torch.tensor([1.0, 0.0, 1.0])]):
+        [plain] = segment_images(model, processor, [prepared], labels=labels)
+        [segmented] = segment_images(refining, processor, [prepared], labels=labels)
+        expected = refined_by_hand(refining, prepared, plain.scores(model.config.num_labels))
+        assert segmented.refined and not torch.equal(segmented.label_map, plain.label_map)
+        assert torch.equal(segmented.label_map, expected.argmax(dim=0))
+        torch.testing.assert_close(segmented.probabilities(), expected.amax(dim=0))
+        # a class that is nowhere as likely as an even share cannot win and is left out
+        shares = (
+            expected * (plain.scores(model.config.num_labels).amax(dim=(1, 2)) >= 1 / len(plain.maps))[:, None, None]
+        )
+        torch.testing.assert_close(segmented.scores(model.config.num_labels), shares)
+
+
+def test_a_crf_starts_from_the_refined_probabilities(refining, folder):
+    processor, given = processor_of("native"), []
+    [segmented] = segment_images(refining, processor, [folder / "turned.jpg"])
+    segment_images(
+        refining, processor, [folder / "turned.jpg"], crf=lambda image, scores: given.append(scores) or scores
+    )
+    torch.testing.assert_close(torch.from_numpy(given[0]), segmented.scores(refining.config.num_labels))
+
+
+def test_refined_cams_are_those_of_the_image_colours(model, refining, folder):
+    processor = processor_of("native")
+    prepared, labels = prepare_image(processor, folder / "turned.jpg"), torch.tensor([1.0, 0.0, 1.0])
+    for all_classes in (True, False):
+        [plain] = generate_image_cams(model, processor, [prepared], [labels], all_classes=all_classes)
+        [cams] = generate_image_cams(refining, processor, [prepared], [labels], all_classes=all_classes)
+        for name in ("broad_cams", "precise_cams", "broad_aux_cams", "precise_aux_cams", "fused_cams"):
+            torch.testing.assert_close(cams[name], refined_by_hand(refining, prepared, plain[name]))
+            assert not torch.allclose(cams[name], plain[name], atol=1e-3)
+        assert torch.equal(cams["confidence"], plain["confidence"])
+    for options in ({"refine": False}, {"plain": True}):
+        [before], [after] = (
+            generate_image_cams(asked, processor, [prepared], [labels], **options) for asked in (model, refining)
+        )
+        assert torch.equal(before["fused_cams"], after["fused_cams"])
+
+
+def test_a_pseudo_label_is_refined_once(model, refining, folder):
+    model = copy.deepcopy(model)
+    model.config.refinement_dilations, model.config.refinement_iterations = (1, 2), 3
+    options = PseudoLabelOptions("pseudo_label", "known", (1.0,))
+    once, again = (
+        PseudoLabeler(asked, processor_of("native"), options)(open_image(folder / "turned.jpg"), [0, 2])[0]
+        for asked in (model, refining)
+    )
+    assert np.array_equal(once, again)
 
 
 def test_the_bound_is_saved_and_can_be_lifted(folder, tmp_path):

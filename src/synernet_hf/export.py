@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from synernet_hf.cli import CommandParser, run_command
 from synernet_hf.files import one_line, replace_file
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation
+from synernet_hf.model.cam_synernet import chosen_branches, lower_unlikely_classes
 from synernet_hf.model.encoder_synernet import token_grid
-from synernet_hf.model.modeling_synernet import chosen_branches, lower_unlikely_classes
 from synernet_hf.model_folder import load_model
 
 

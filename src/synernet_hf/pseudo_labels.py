@@ -172,9 +172,9 @@ class PseudoLabeler:
         config, options, batch = self.model.config, self.options, PreparedBatch([prepared])
         if labels == "predicted":
             labels = predict_labels(self.model, self.processor, batch)
-        [cams] = generate_image_cams(
-            self.model, self.processor, batch, labels, options.scales, options.flip, all_classes=False
-        )
+        # the label itself is refined below
+        wanted = {"scales": options.scales, "flip": options.flip, "all_classes": False}
+        [cams] = generate_image_cams(self.model, self.processor, batch, labels, refine=False, **wanted)
         pixels = torch.from_numpy(np.array(prepared.image)).to(self.model.device).permute(2, 0, 1).float() / 255
         [label_map] = refine_present(
             pixels[None],

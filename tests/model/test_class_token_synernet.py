@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import pipeline
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
-from synernet_hf.model.modeling_synernet import lower_unlikely_classes
+from synernet_hf.model.cam_synernet import lower_unlikely_classes
 
 
 def scores_of(model, pixel_values):
@@ -161,3 +161,27 @@ def test_the_prior_is_left_out_where_the_classes_are_known():
     # nobody says what is there, or the classifiers do: then they count
     assert names[2] not in labels_of()[0]
     assert names[2] not in labels_of(image_labels="predicted")[0]
+
+
+def test_all_views_together_say_which_classes_there_are():
+    tester = SynerNetModelTester(with_class_token_head=True)
+    model, pixel_values = tester.model(), tester.inputs()["pixel_values"]
+    scales, likely, best = (1.0, 0.75), [], None
+    with torch.no_grad():
+        for scale in scales:
+            for mirrored in (False, True):
+                image = F.interpolate(pixel_values, scale_factor=scale, mode="bilinear")
+                image = image.flip(-1) if mirrored else image
+                scores = scores_of(model, image)
+                likely.append(0.7 * F.logsigmoid(scores["broad"]) + 0.3 * F.logsigmoid(scores["precise"]))
+                logits = model.multi_scale_logits(image, (1.0,), class_prior_weight=0.0)
+                logits = logits.flip(-1) if mirrored else logits
+                logits = F.interpolate(logits, size=pixel_values.shape[-2:], mode="bilinear")
+                best = logits if best is None else torch.maximum(best, logits)
+        expected = lower_unlikely_classes(best, torch.stack(likely).mean(dim=0), model.config.class_prior_weight)
+        found = model.multi_scale_logits(pixel_values, scales, flip=True)
+    # a view of another size is resized to the image once here, from its tokens there
+    assert (found.argmax(dim=1) == expected.argmax(dim=1)).float().mean() > 0.97
+    torch.testing.assert_close(found.mean(dim=(2, 3)), expected.mean(dim=(2, 3)), atol=0.02, rtol=0.02)
+    own = torch.maximum(*(model.multi_scale_logits(pixel_values, (scale,), flip=True) for scale in scales))
+    assert not torch.allclose(found.mean(dim=(2, 3)), own.mean(dim=(2, 3)), atol=0.02, rtol=0.02)

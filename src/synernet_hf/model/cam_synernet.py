@@ -20,6 +20,15 @@ class BranchPair(NamedTuple, Generic[T]):
     precise: T
 
 
+def chosen_branches(inference_branches: str | None) -> tuple[str, ...]:
+    """The branches that `"broad"`, `"precise"`, `"both"` or `None` (both) stands for."""
+    if inference_branches in (None, "both"):
+        return BranchPair._fields
+    if inference_branches not in BranchPair._fields:
+        raise ValueError(f"inference_branches must be 'broad', 'precise' or 'both', got {inference_branches!r}.")
+    return (inference_branches,)
+
+
 def propagate_cams(cam_logits: torch.Tensor, features: torch.Tensor, temperature: float) -> torch.Tensor:
     """
     Spreads CAMs over tokens that look alike, however far apart (paper: global attention; formula ours): each token of
@@ -376,6 +385,15 @@ def fuse_branches(
         adaptive = fusion_shares(*agreement, share, config.fusion_range)
         fused.append(fuse_cams(broad, precise, adaptive, agreed, low, high, UNDECIDED))
     return BranchPair(*fused), confidence
+
+
+def lower_unlikely_classes(logits: torch.Tensor, log_probabilities: torch.Tensor, weight: float) -> torch.Tensor:
+    """
+    Segmentation logits `(B, K, h, w)`, each class but the background lowered by `weight` times the gap between its
+    log-probability in `log_probabilities` `(B, C)` and that of the image's likeliest class (ours).
+    """
+    penalty = weight * (log_probabilities.amax(dim=1, keepdim=True) - log_probabilities)
+    return logits - F.pad(penalty, (1, 0))[..., None, None]
 
 
 __all__ = [

@@ -225,6 +225,8 @@ class SynerNetConfig(PreTrainedConfig):
             minimum over its voting layers (`confidence_layers`). [paper: the branch's coverage objective pushes
             unsupported pixels to the background; formula ours; authors: none]
         inference_scales (`list[float]`, defaults to `(1.0, 1.25, 1.5)`): Scales of multi-scale segmentation. [authors]
+        refine_predictions (`bool`, defaults to `False`): Whether the package's inference (not `forward`) refines
+            probabilities and CAMs by the image's colours, as training refines labels. [ours, measured in docs/method.md]
         broad_share_in_logits (`float`, defaults to 0.7):
             Share of the broad branch in the fused segmentation logits. [authors]
         fusion (`str`, defaults to `"confidence"`): `"confidence"` mixes the branches' CAMs per pixel by
@@ -332,6 +334,7 @@ class SynerNetConfig(PreTrainedConfig):
     precise_propagation_temperature: float | int | None = None
     precise_consensus: bool = False
     inference_scales: list[float | int] | tuple[float | int, ...] = (1.0, 1.25, 1.5)
+    refine_predictions: bool = False
     broad_share_in_logits: float | int = 0.7
     fusion: Literal["confidence", "fixed"] = "confidence"
     broad_share_in_broad_label: float | int = 0.3

@@ -17,7 +17,7 @@ from .image_processing_synernet import (
     resized_chunks,
     resized_maximum,
 )
-from .refinement_synernet import PresentClasses, present_classes
+from .refinement_synernet import PresentClasses, present_classes, refine_maps
 
 
 @dataclass
@@ -57,7 +57,7 @@ class SegmentedImage:
         labels (`torch.Tensor` of shape `(num_labels - 1,)`, *optional*): Multi-hot classes that the label map was
             limited to; `None` without such a limit.
         maps (`torch.Tensor` of shape `(n, h, w)`): Logits of the classes `class_ids`, at the size of `pixel_values`;
-            after a CRF its probabilities.
+            probabilities if `refined`.
         class_ids (`torch.Tensor` of shape `(n,)`): int64 ids of the classes that the label map may show.
         largest (`torch.Tensor` of shape `(height, width)`): float32, the value of the chosen class in the resized `maps`.
         refined (`bool`): whether `maps` are probabilities.
@@ -79,9 +79,12 @@ class SegmentedImage:
             total += (chunk - self.largest).exp_().sum(dim=0)
         return 1 / total
 
-    def scores(self, num_labels: int) -> torch.Tensor:
-        """Probabilities of all classes, `(num_labels, height, width)` float32: as large as that says."""
-        maps = resize_maps(self.maps, tuple(self.label_map.shape))
+    def scores(self, num_labels: int, size: tuple[int, int] | None = None) -> torch.Tensor:
+        """
+        Probabilities of all classes, `(num_labels, height, width)` float32: as large as that says. `size` is that of the
+        label map, unless another height and width are given.
+        """
+        maps = resize_maps(self.maps, tuple(self.label_map.shape) if size is None else size)
         scores = maps.new_zeros(num_labels, *maps.shape[1:])
         scores[self.class_ids] = maps if self.refined else maps.softmax(dim=0)
         return scores
@@ -145,28 +148,41 @@ def segment_images(
             prior = 0.0
         logits = model.multi_scale_logits(pixel_values, scales, flip, inference_branches, prior, seen)
         images = [prepared[index] for index in members]
-        return [_segmented(*item, crf) for item in zip(logits, own, images, strict=True)]
+        segmented = [_segmented(model.config, *item) for item in zip(logits, own, images, strict=True)]
+        if crf is None:
+            return segmented
+        num_labels = model.config.num_labels
+        return [_with_crf(*item, num_labels, crf) for item in zip(segmented, images, strict=True)]
 
     return _in_equal_batches(model, prepared, run, [limit is None for limit in limits])
 
 
-def _segmented(maps, labels, prepared: PreparedImage, crf) -> SegmentedImage:
-    num_labels = len(maps)
+def _segmented(config, maps, labels, prepared: PreparedImage) -> SegmentedImage:
     if labels is None:
-        class_ids = torch.arange(num_labels, device=maps.device)
+        class_ids = torch.arange(len(maps), device=maps.device)
     else:
         labels = labels.to(maps.device)
         class_ids = torch.cat([labels.new_zeros(1, dtype=torch.int64), labels.nonzero()[:, 0] + 1])
         maps = maps[class_ids]
-    if crf is not None:
-        maps = resize_maps(maps, (prepared.image.height, prepared.image.width)).softmax(dim=0)
-        probabilities = maps.new_zeros(num_labels, *maps.shape[1:])
-        probabilities[class_ids] = maps
-        refined = crf(np.asarray(prepared.image), probabilities.cpu().numpy())
-        maps = torch.from_numpy(np.asarray(refined, dtype=np.float32)).to(maps.device)[class_ids]
-    largest, positions = resized_maximum(maps, prepared.size)
+    if config.refine_predictions:
+        maps = maps.softmax(dim=0)
+        # a class below its even share everywhere wins nowhere, and a map of zeros takes no time
+        maps = maps * (maps.amax(dim=(1, 2), keepdim=True) >= 1 / len(maps))
+        maps = refine_maps(config, prepared.pixel_values.to(maps.device), maps)
+    return _decided(maps, class_ids, labels, prepared.size, config.refine_predictions)
+
+
+def _with_crf(segmented: SegmentedImage, prepared: PreparedImage, num_labels: int, crf) -> SegmentedImage:
+    image, class_ids = np.asarray(prepared.image), segmented.class_ids
+    refined = crf(image, segmented.scores(num_labels, image.shape[:2]).cpu().numpy())
+    maps = torch.from_numpy(np.asarray(refined, dtype=np.float32)).to(class_ids.device)[class_ids]
+    return _decided(maps, class_ids, segmented.labels, prepared.size, True)
+
+
+def _decided(maps, class_ids, labels, size: tuple[int, int], refined: bool) -> SegmentedImage:
+    largest, positions = resized_maximum(maps, size)
     label_map = positions if labels is None else class_ids[positions]
-    return SegmentedImage(label_map, labels, maps, class_ids, largest, refined=crf is not None)
+    return SegmentedImage(label_map, labels, maps, class_ids, largest, refined)
 
 
 @torch.no_grad()
@@ -187,10 +203,8 @@ def generate_image_cams(
     processor: SynerNetImageProcessor,
     images: Sequence[Any],
     labels: Sequence[torch.Tensor] | None = None,
-    scales: tuple[float, ...] | None = None,
-    flip: bool | None = None,
-    plain: bool = False,
-    all_classes: bool = True,
+    refine: bool = True,
+    **options: Any,
 ) -> list[dict[str, Any]]:
     """
     Generate the class activation maps of images; those of equal processed size go through the model together.
@@ -199,27 +213,35 @@ def generate_image_cams(
         model, processor, images: As in [`segment_images`].
         labels (`Sequence[torch.Tensor]`, *optional*): Multi-hot rows `(num_labels - 1,)`; the maps of other classes
             are zero. `None` gives the maps of all.
-        scales, flip, plain, all_classes: As in `model.generate_cams`.
+        refine (`bool`, *optional*, defaults to `True`): Refine the maps by the image's colours where
+            `config.refine_predictions` says so; plain ones never are.
+        options: `scales`, `flip`, `plain` and `all_classes` of `model.generate_cams`.
 
     Returns:
         `list[dict]`: Per image the fields of [`SynerNetCamOutput`], without the batch dimension: maps
         `(num_labels - 1, h, w)` and `confidence` `(1, h, w)` at the size of `pixel_values`, to be resized by
-        `processor.post_process_class_activation_maps` or [`resize_maps`]. Without `all_classes` the maps are those of
-        the entry `present`, the [`PresentClasses`] of the image.
+        `processor.post_process_class_activation_maps` or [`resize_maps`]. With `all_classes=False` the maps are those
+        of the entry `present`, the [`PresentClasses`] of the image.
     """
     prepared = _prepared(processor, images)
+    refine = refine and model.config.refine_predictions and not options.get("plain")
 
     def run(pixel_values, members, seen):
         given = None
         if labels is not None:
             given = torch.stack([torch.as_tensor(labels[index], dtype=torch.float32) for index in members])
             given = given.to(pixel_values.device)
-        cams = model.generate_cams(pixel_values, given, scales, flip, plain, all_classes, seen)
+        cams = model.generate_cams(pixel_values, given, seen=seen, **options)
         results = [{name: maps[row] for name, maps in cams.items()} for row in range(len(members))]
-        if given is not None and not all_classes:
+        if given is not None and not options.get("all_classes", True):
             present = present_classes(given)
             for row, result in enumerate(results):
                 result["present"] = PresentClasses(present.ids[row, None], present.mask[row, None])
+        for row, result in enumerate(results if refine else ()):
+            names = [name for name in result if name.endswith("_cams")]
+            pixels = prepared[members[row]].pixel_values.to(pixel_values.device)
+            refined = refine_maps(model.config, pixels, torch.cat([result[name] for name in names]))
+            result |= zip(names, refined.chunk(len(names)), strict=True)
         return results
 
     return _in_equal_batches(model, prepared, run)

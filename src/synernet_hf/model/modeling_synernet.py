@@ -16,9 +16,11 @@ from .cam_synernet import (
     BranchPair,
     BranchView,
     at_input_size,
+    chosen_branches,
     crop_to_input,
     fuse_branches,
     joint_features,
+    lower_unlikely_classes,
     multi_scale_cams,
     normalize_cams,
     propagate_cams,
@@ -353,15 +355,6 @@ class SynerNetBranch(nn.Module):
         )
 
 
-def lower_unlikely_classes(logits: torch.Tensor, log_probabilities: torch.Tensor, weight: float) -> torch.Tensor:
-    """
-    Segmentation logits `(B, K, h, w)`, each class but the background lowered by `weight` times the gap between its
-    log-probability in `log_probabilities` `(B, C)` and that of the image's likeliest class (ours).
-    """
-    penalty = weight * (log_probabilities.amax(dim=1, keepdim=True) - log_probabilities)
-    return logits - F.pad(penalty, (1, 0))[..., None, None]
-
-
 class SynerNetPreTrainedModel(PreTrainedModel):
     """Weight initialisation and loading for every SynerNet model."""
 
@@ -631,7 +624,8 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         seen: dict | None = None,
     ) -> torch.Tensor:
         r"""
-        Segmentation logits at the size of the input: the elementwise maximum over scales (authors' code).
+        Segmentation logits at the size of the input: the elementwise maximum over scales (authors' code). The class prior
+        is that of all views together (ours).
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): normalised images of any size.
@@ -646,14 +640,18 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             `torch.Tensor` of shape `(B, K, H, W)`: float32.
         """
         size, branches = tuple(pixel_values.shape[-2:]), chosen_branches(inference_branches)
-        best = None
+        maps, likely, best = [], [], None
         for scale in self.config.inference_scales if scales is None else scales:
             view_size, views = read_views(self.synernet, pixel_values, scale, flip, branches=branches, seen=seen)
-            for mirrored, view in enumerate(views):
-                logits = crop_to_input(self._mix(view, class_prior_weight).float(), view_size, self.config.patch_size)
-                logits = logits.flip(-1) if mirrored else logits
-                logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-                best = logits if best is None else torch.maximum(best, logits)
+            maps += [(view_size, mirrored, self._mix(view)) for mirrored, view in enumerate(views)]
+            likely += map(self._likely, views)
+        for view_size, mirrored, logits in maps:
+            # all views together say which classes there are: one that is wrong about it would win everywhere
+            logits = self._with_prior(logits, likely, class_prior_weight).float()
+            logits = crop_to_input(logits, view_size, self.config.patch_size)
+            logits = logits.flip(-1) if mirrored else logits
+            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+            best = logits if best is None else torch.maximum(best, logits)
         return best
 
     @can_return_tuple
@@ -720,6 +718,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         asked = (output_hidden_states, output_attentions)
         outputs = self.synernet(pixel_values, branches, *asked, return_dict=True, decode=decode)
         mixed, scores = self._mix(outputs.pair), self._class_scores(outputs.pair)
+        mixed = self._with_prior(mixed, [self._likely(outputs.pair)])
         logits = BranchPair(*(self._at_input(output, "logits", size) for output in outputs.pair))
         objective, cams = SynerNetObjective(), BranchPair(None, None)
         if labels is not None:
@@ -748,19 +747,31 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         maps = None if output is None else output.get(name)
         return None if maps is None else at_input_size(maps, size, self.config.patch_size)
 
-    def _mix(self, pair: BranchPair, prior_weight: float | None = None) -> torch.Tensor | None:
-        """Segmentation logits `(B, K, h, w)` of the branches that ran, mixed; `None` without decoders."""
+    def _shares(self, pair: BranchPair) -> list[tuple[float, SynerNetBranchOutput | BranchView]]:
+        """The branches that ran, each with its share in what they say together."""
         share = self.config.broad_share_in_logits
         ran = [(part, output) for part, output in zip((share, 1 - share), pair, strict=True) if output is not None]
-        ran = [(1.0, ran[0][1])] if len(ran) == 1 else ran
-        if ran[0][1].logits is None:
-            return None
-        logits = sum(share * output.logits for share, output in ran)
+        return [(1.0, ran[0][1])] if len(ran) == 1 else ran
+
+    def _mix(self, pair: BranchPair) -> torch.Tensor | None:
+        """Segmentation logits `(B, K, h, w)` of the branches that ran, mixed; `None` without decoders."""
+        maps = [(share, output.logits) for share, output in self._shares(pair)]
+        return None if maps[0][1] is None else sum(share * logits for share, logits in maps)
+
+    def _likely(self, pair: BranchPair) -> torch.Tensor | None:
+        """Log-probabilities `(B, C)` that the class tokens of the branches that ran give; `None` without their heads."""
         if not self.config.with_class_token_head:
+            return None
+        return sum(share * F.logsigmoid(output.class_token_logits) for share, output in self._shares(pair))
+
+    def _with_prior(
+        self, logits: torch.Tensor | None, likely: list, weight: float | None = None
+    ) -> torch.Tensor | None:
+        """Mixed `logits` with the class prior of the mean of the log-probabilities in `likely`."""
+        if logits is None or likely[0] is None:
             return logits
-        likely = sum(share * F.logsigmoid(output.class_token_logits) for share, output in ran)
-        weight = self.config.class_prior_weight if prior_weight is None else prior_weight
-        return lower_unlikely_classes(logits, likely, weight)
+        weight = self.config.class_prior_weight if weight is None else weight
+        return lower_unlikely_classes(logits, sum(likely) / len(likely), weight)
 
     def _class_scores(self, pair: BranchPair) -> torch.Tensor:
         """Class scores `(B, C)` of the branches that ran, their mean."""
@@ -775,15 +786,6 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
                 f"labels must be multi-hot, one row per image and one column per class without background: {expected}, "
                 f"got {tuple(labels.shape)}."
             )
-
-
-def chosen_branches(inference_branches: str | None) -> tuple[str, ...]:
-    """The branches that `"broad"`, `"precise"`, `"both"` or `None` (both) stands for."""
-    if inference_branches in (None, "both"):
-        return BranchPair._fields
-    if inference_branches not in BranchPair._fields:
-        raise ValueError(f"inference_branches must be 'broad', 'precise' or 'both', got {inference_branches!r}.")
-    return (inference_branches,)
 
 
 __all__ = [

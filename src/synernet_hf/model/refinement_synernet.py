@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -224,6 +224,33 @@ def refine_present(
         decided = decided.masked_fill((high_winner == 0) & (low_winner != 0), ignore_index)
         label_maps.append(ignore_outside(decided, valid_boxes, ignore_index))
     return label_maps
+
+
+@torch.no_grad()
+def refine_maps(config: Any, pixel_values: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """
+    Maps `(n, h, w)` of one image, at least 0, refined by its colours at half their size, as labels are in training, and
+    resized back (ours). A constant map stays as it is.
+
+    Args:
+        config ([`SynerNetConfig`]): dilations and steps of the refinement, mean and deviation of the colours.
+        pixel_values (`torch.Tensor` of shape `(3, h, w)`): the normalised image, on the device of the maps.
+        maps (`torch.Tensor` of shape `(n, h, w)`): CAMs or probabilities.
+
+    Returns:
+        `torch.Tensor` of shape `(n, h, w)`: float32.
+    """
+    image, half = (
+        denormalize(pixel_values, config.image_mean, config.image_std),
+        [max(s // 2, 1) for s in maps.shape[1:]],
+    )
+    image, small = (
+        F.interpolate(x[None].float(), size=half, mode="bilinear", align_corners=False) for x in (image, maps)
+    )
+    refinement = SynerNetPixelAdaptiveRefinement(config.refinement_dilations, config.refinement_iterations)
+    # a pixel's weights sum to 1 + `position_weight`
+    refined = refinement(image, small) / (1 + refinement.position_weight) ** refinement.num_iterations
+    return F.interpolate(refined, size=maps.shape[1:], mode="bilinear", align_corners=False)[0]
 
 
 def ignore_outside(label_map: torch.Tensor, valid_boxes: torch.Tensor | None, ignore_index: int = 255) -> torch.Tensor:

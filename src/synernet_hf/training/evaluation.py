@@ -28,7 +28,6 @@ from synernet_hf.model import (
     generate_image_cams,
     predict_labels,
     prepare_image,
-    resize_maps,
     segment_images,
 )
 from synernet_hf.model.image_processing_synernet import resized_maximum
@@ -151,7 +150,9 @@ def single_scale_cams(model, processor, images: Sequence[PreparedImage], labels:
     branches' final-layer CAMs at scale 1 without mirror, propagation and consensus, and the classes that are `present`.
     Each map is divided by its maximum, as every CAM of the method is (our choice for the mean of two).
     """
-    found = generate_image_cams(model, processor, images, labels, (1.0,), flip=False, plain=True, all_classes=False)
+    found = generate_image_cams(
+        model, processor, images, labels, scales=(1.0,), flip=False, plain=True, all_classes=False
+    )
     means = [(maps["broad_cams"] + maps["precise_cams"]) / 2 for maps in found]
     return [
         {"cams": mean / (mean.amax(dim=(1, 2), keepdim=True) + 1e-5), "present": maps["present"]}
@@ -239,7 +240,7 @@ class _KindScorer:
         if crf_pool is not None:
             images = [np.asarray(item.image) for item in prepared]
             maps = [
-                resize_maps(item.maps, image.shape[:2]).softmax(dim=0).cpu().numpy()
+                item.scores(self.model.config.num_labels, image.shape[:2]).cpu().numpy()
                 for item, image in zip(segmented, images, strict=True)
             ]
             yield f"{name}_crf", [crf_pool.submit(self.crf, *pair) for pair in zip(images, maps, strict=True)]
