@@ -143,6 +143,8 @@ def test_the_authors_row_is_their_recipe_whatever_ours_says(ablation, tmp_path):
         "background_threshold",
         "high_threshold",
         "refinement_dilations",
+        # on equal terms: predictions of all rows are refined
+        "refine_predictions",
         "segmentation_start",
     }
 

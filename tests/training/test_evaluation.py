@@ -70,6 +70,7 @@ class OracleModel(torch.nn.Module):
             broad_propagation_temperature=0.1,
             precise_propagation_temperature=None,
             precise_consensus=False,
+            refine_predictions=False,
         )
 
     def one_hot(self, pixel_values):
