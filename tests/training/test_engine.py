@@ -485,7 +485,10 @@ def test_the_check_of_images_can_be_left_out(tmp_path, monkeypatch, capsys):
         ),
         ({"model": {"model_config": {"cam_scales": "all"}}}, "No model can be made of .*'cam_scales'"),
         ({"model": {"model_config": {"cam_flip": 2}}}, "No model can be made of .*'cam_flip' expected bool, got int"),
-        ({"model": {"backbone_config": {"model_type": "resnet"}}}, "family resnet are not supported.*one of the families vit, "),
+        (
+            {"model": {"backbone_config": {"model_type": "resnet"}}},
+            "family resnet are not supported.*one of the families vit, ",
+        ),
         ({"model": {"model_config": {"num_labels": 3}}}, "`model_config` sets num_labels, but the labels come from"),
         ({"data": {"metric_classes": ["dots", "unicorn"]}}, "`metric_classes` has unknown names unicorn; known are"),
         ({"data": {"dataset": "voc"}}, "Unknown data set 'voc'"),
