@@ -10,6 +10,7 @@ one scale. Last, the pipeline segments an image of 12 megapixels in a process of
 """
 
 import argparse
+import copy
 import resource
 import subprocess
 import sys
@@ -129,6 +130,12 @@ def measure(model, side: int, number: int, multi_scale: bool, rounds: int, onnx:
         "model": lambda: model.multi_scale_logits(pixel_values, scales, flip),
         "pipeline": lambda: segmenter(images, batch_size=number, scales=scales, flip=flip),
     }
+    if model.config.refine_predictions:
+        plain = copy.copy(model)
+        plain.config = copy.deepcopy(model.config)
+        plain.config.refine_predictions = False
+        unrefined = segmenter_of(plain)
+        variants["pipeline, unrefined"] = lambda: unrefined(images, batch_size=number, scales=scales, flip=flip)
     if onnx and not multi_scale:
         variants["ONNX Runtime"] = onnx_runner(model, pixel_values)
     if model.device.type == "cuda":

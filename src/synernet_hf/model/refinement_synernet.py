@@ -240,12 +240,11 @@ def refine_maps(config: Any, pixel_values: torch.Tensor, maps: torch.Tensor) -> 
     Returns:
         `torch.Tensor` of shape `(n, h, w)`: float32.
     """
-    image, half = (
-        denormalize(pixel_values, config.image_mean, config.image_std),
-        [max(s // 2, 1) for s in maps.shape[1:]],
-    )
+    image = denormalize(pixel_values, config.image_mean, config.image_std)
+    half = [max(side // 2, 1) for side in maps.shape[1:]]
     image, small = (
-        F.interpolate(x[None].float(), size=half, mode="bilinear", align_corners=False) for x in (image, maps)
+        F.interpolate(values[None].float(), size=half, mode="bilinear", align_corners=False)
+        for values in (image, maps)
     )
     refinement = SynerNetPixelAdaptiveRefinement(config.refinement_dilations, config.refinement_iterations)
     # a pixel's weights sum to 1 + `position_weight`

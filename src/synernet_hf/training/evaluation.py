@@ -437,8 +437,8 @@ def _class_summary(
 
 def results_table(results: dict[str, dict], metric_classes: Sequence[str]) -> str:
     """
-    Writes scores as Markdown tables: the means of every kind of prediction, then the IoU of every metric class, then the average precision
-    of each class's scores where they are known.
+    Writes scores as Markdown tables: the means of every kind of prediction, the IoU of every metric class, and the
+    average precision of each class's scores where they are known.
 
     Args:
         results (`dict[str, dict]`): What [`evaluate_model`] returned.
