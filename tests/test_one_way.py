@@ -309,7 +309,15 @@ def test_a_crf_starts_from_the_refined_probabilities(refining, folder):
     segment_images(
         refining, processor, [folder / "turned.jpg"], crf=lambda image, scores: given.append(scores) or scores
     )
-    torch.testing.assert_close(torch.from_numpy(given[0]), segmented.scores(refining.config.num_labels))
+    # in an evaluation too
+    split, class_names = split_of(folder, {"turned.jpg": segmented.label_map.numpy()}, refining.config)
+    options = {"class_names": class_names, "cams": False, "multi_scale": False}
+    evaluate_model(
+        refining, processor, split, crf=lambda image, scores: given.append(scores) or scores, num_workers=0, **options
+    )
+    assert len(given) == 2
+    for scores in given:
+        torch.testing.assert_close(torch.from_numpy(scores), segmented.scores(refining.config.num_labels))
 
 
 def test_refined_cams_are_those_of_the_image_colours(model, refining, folder):
