@@ -21,7 +21,6 @@ import json
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +234,7 @@ with needs_extra("train"):
     from synernet_hf.data import class_names
     from synernet_hf.training import evaluate_model, load_data, resolve_precision, train
 
-from ablation_data import cut_tuning_split, taught_by_masks
+from ablation_data import cut_tuning_split, label_quality, labels_against_masks
 from ablation_tables import read_results, tables, write_tables
 from side_by_side import machine
 
@@ -346,7 +345,8 @@ def trained_run(base: list, name: str, seed: int, output: Path, revision: str) -
             Of the code.
 
     Returns:
-        `tuple[Path, dict]`: folder of the model, and `settings`, `revision`, `minutes` and `machine` of its training.
+        `tuple[Path, dict]`: folder of the model, and `settings`, `revision`, `labels` (see [`label_quality`]), `minutes`
+        and `machine` of its training.
     """
     folder = output / f"{name}-seed{seed}"
     model_args, data_args, training_args = arguments = row_arguments(base, ROWS[name], seed, folder)
@@ -358,7 +358,9 @@ def trained_run(base: list, name: str, seed: int, output: Path, revision: str) -
         return folder, finished
     if folder.is_dir() and any(folder.iterdir()):
         training_args.resume_from_checkpoint = "latest"
-    with taught_by_masks(data_args, training_args) if ROWS[name].true_masks else nullcontext():
+    folder.mkdir(parents=True, exist_ok=True)
+    record = folder / "labels.jsonl"
+    with labels_against_masks(data_args, training_args, record, teach=ROWS[name].true_masks):
         training = train(model_args, data_args, training_args)["training"]
     # the model in the folder is that of the last step; checkpoints with optimizer states are several times as large
     for path in (folder / "best", *folder.glob("checkpoint-*")):
@@ -368,7 +370,11 @@ def trained_run(base: list, name: str, seed: int, output: Path, revision: str) -
         used["device"] = torch.get_device_module().get_device_name()
     precision = {"no": "float32"}.get(settings["mixed_precision"] or "no", settings["mixed_precision"])
     used = {"device": used["device"], "precision": precision, "torch": used["torch"]}
-    finished = {"settings": settings, "revision": revision, "minutes": training["minutes"], "machine": used}
+    names = list(SynerNetConfig.from_pretrained(folder).id2label.values())
+    counted = [names.index(name) for name in data_args.metric_classes or names if name != names[0]]
+    labels = label_quality(record, training_args.max_steps, counted, names)
+    finished = {"settings": settings, "revision": revision, "labels": labels}
+    finished |= {"minutes": training["minutes"], "machine": used}
     write_json(marker, finished)
     return folder, finished
 
@@ -410,7 +416,12 @@ def score(folder: Path, data_args, row: Row, max_samples: int | None) -> dict[st
         other = ("broad", "classification")
         results = {kind: scores for kind, scores in results.items() if not kind.startswith(other)}
         results["fused_cam"] = results["precise_cam"]
-    return json.loads(json.dumps(finite(results)), parse_float=lambda digits: round(float(digits), 5))
+    return rounded(finite(results))
+
+
+def rounded(data: Any) -> Any:
+    """JSON data with floats of five digits."""
+    return json.loads(json.dumps(data), parse_float=lambda digits: round(float(digits), 5))
 
 
 def code_revision() -> str:
@@ -458,7 +469,14 @@ def do_result(base: list, name: str, seed: int, options: argparse.Namespace, rev
             content = {"data": options.data, "row": name, "seed": seed}
             content |= {"settings": scoring_settings(arguments, row, options), "revision": trained["revision"]}
             content["scores"] = score(folder, arguments[1], row, options.max_eval_samples)
-            content |= {"minutes": round(trained["minutes"], 3), "machine": trained["machine"]}
+            labels = trained["labels"]
+            if row.single_branch and labels is not None:
+                labels = [{name: tenth[name] for name in ("until", "precise")} for tenth in labels]
+            content |= {
+                "labels": rounded(labels),
+                "minutes": round(trained["minutes"], 3),
+                "machine": trained["machine"],
+            }
             path = result_path(base, name, seed, options)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, content)

@@ -1,12 +1,17 @@
-"""What the ablation does with the data beside the package: a split to choose settings on, and training on true masks."""
+"""
+What the ablation does with the data beside the package: a split to choose settings on, training on true masks, and the
+pseudo-labels of a training compared with them.
+"""
 
 import dataclasses
 import importlib
 import inspect
+import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -115,18 +120,38 @@ class MaskStream:
         if not (torch.equal(boxes, valid_boxes.cpu()) and torch.equal(own, labels.float().cpu())):
             raise ValueError(
                 f"The masks of step {step} are not those of its images. The ceiling runs in one process, without "
-                "accumulation of gradients and with every image of the list."
+                "accumulation of gradients and with every image of the list; so does every row whose training images "
+                "have masks."
             )
         return masks.to(valid_boxes.device)
 
 
+# every so many steps the labels of a batch are compared with its masks
+RECORD_EVERY = 10
+
+
 @contextmanager
-def taught_by_masks(data_args, training_args) -> Iterator[None]:
+def labels_against_masks(data_args, training_args, record: Path, teach: bool) -> Iterator[None]:
     """
-    Replaces the pseudo-labels of a training by the true masks, and nothing else, from the step on at which the
-    segmentation starts. The package opens no mask of a training image, so its objective is patched here.
+    Compares the pseudo-labels of a training with the true masks, and with `teach` replaces them by these and nothing
+    else. The package opens no mask of a training image, so its objective is patched here.
+
+    Args:
+        data_args ([`DataArguments`]), training_args ([`SynerNetTrainingArguments`]): of the training.
+        record (`Path`): JSON lines, see [`label_counts`]; one line each `RECORD_EVERY` steps with labels. A run that
+            goes on adds to it.
+        teach (`bool`): Whether the decoders learn from the masks.
+
+    Raises:
+        InvalidArguments: if the training images have no masks and `teach` needs them.
     """
-    stream = MaskStream(data_args, training_args)
+    try:
+        stream = MaskStream(data_args, training_args)
+    except InvalidArguments:
+        if teach:
+            raise
+        yield
+        return
     objective = importlib.import_module("synernet_hf.model.objective_synernet")
     make_targets = objective.make_targets
     signature = inspect.signature(make_targets)
@@ -134,11 +159,76 @@ def taught_by_masks(data_args, training_args) -> Iterator[None]:
     def with_masks(*args, **kwargs):
         targets, confidence = make_targets(*args, **kwargs)
         given = signature.bind(*args, **kwargs).arguments
-        if given["weights"]["segmentation"]:
-            step = round(given["progress"] * training_args.max_steps)
+        step = round(given["progress"] * training_args.max_steps)
+        if given["weights"]["segmentation"] and (teach or step % RECORD_EVERY == 0):
             masks = stream(step, given["valid_boxes"], given["labels"])
-            targets = BranchPair(*(own._replace(pseudo_labels=masks) for own in targets))
+            if step % RECORD_EVERY == 0:
+                counts = {"step": step} | label_counts(*(own.pseudo_labels for own in targets), masks)
+                with record.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps(counts) + "\n")
+            if teach:
+                targets = BranchPair(*(own._replace(pseudo_labels=masks) for own in targets))
         return targets, confidence
 
     with mock.patch.object(objective, "make_targets", with_masks):
         yield
+
+
+def label_counts(broad: torch.Tensor, precise: torch.Tensor, masks: torch.Tensor) -> dict[str, Any]:
+    """
+    How the labels that teach both branches, `(B, H, W)` int64, meet the masks `(B, H, W)`; 255 is undecided in labels
+    and unknown in masks.
+
+    Returns:
+        `dict`: `broad` and `precise`, per class id (a text) the pixels labelled so and rightly so, labelled so, and of
+        this class, all where the mask is known; `differ`, the foreground pixels of either label where both are decided,
+        and those of them where they differ.
+    """
+    known = masks != 255
+    counts: dict[str, Any] = {}
+    for name, labels in (("broad", broad), ("precise", precise)):
+        counts[name] = {}
+        for class_id in torch.cat([masks[known], labels[known & (labels != 255)]]).unique().tolist():
+            of_class, labelled = masks == class_id, (labels == class_id) & known
+            numbers = (labelled & of_class, labelled, of_class)
+            counts[name][str(class_id)] = [int(number.sum()) for number in numbers]
+    either = (broad != 255) & (precise != 255) & ((broad > 0) | (precise > 0))
+    return counts | {"differ": [int(either.sum()), int((either & (broad != precise)).sum())]}
+
+
+def label_quality(record: Path, max_steps: int, class_ids: Sequence[int], names: Sequence[str]) -> list[dict] | None:
+    """
+    The lines of a record in tenths of the training.
+
+    Args:
+        record (`Path`): Of [`labels_against_masks`].
+        max_steps (`int`): Steps of the training.
+        class_ids (`Sequence[int]`): Foreground classes that count. names (`Sequence[str]`): All classes by id.
+
+    Returns:
+        `list[dict]`, or `None` without a record: per tenth with labels its end as a share of the training, `until`; of
+        each branch `precision` and `recall`, in [0, 1], per class of its labels against the masks and as `mean`; and
+        `differ`, the share of foreground pixels whose two labels differ.
+    """
+    if not record.is_file():
+        return None
+    # a run that went on from a checkpoint has done some steps twice: the later line counts
+    lines = {line["step"]: line for line in map(json.loads, record.read_text(encoding="utf-8").splitlines())}
+    tenths: dict[int, list[dict]] = {}
+    for step, line in sorted(lines.items()):
+        tenths.setdefault(10 * step // max_steps, []).append(line)
+    quality = []
+    for tenth, own in tenths.items():
+        entry: dict[str, Any] = {"until": min(round((tenth + 1) / 10, 1), 1.0)}
+        for branch in BranchPair._fields:
+            sums = {
+                class_id: np.sum([line[branch].get(str(class_id), [0, 0, 0]) for line in own], axis=0)
+                for class_id in class_ids
+            }
+            for name, column in (("precision", 1), ("recall", 2)):
+                shares = {names[i]: counts[0] / counts[column] for i, counts in sums.items() if counts[column]}
+                shares["mean"] = sum(shares.values()) / max(len(shares), 1)
+                entry.setdefault(branch, {})[name] = shares
+        decided, differing = np.sum([line["differ"] for line in own], axis=0)
+        quality.append(entry | {"differ": differing / max(decided, 1)})
+    return quality

@@ -32,6 +32,13 @@ CAMS = {
     "P precision": ("precise_cam", "foreground_precision"),
     "background": ("fused_cam", "per_class_iou", "background"),
 }
+# of the labels that teach the decoders, in the first and in the last tenth of training that has any
+LABELS = {
+    f"{letter} {measure}": (branch, measure, "mean")
+    for measure in ("precision", "recall")
+    for letter, branch in (("B", "broad"), ("P", "precise"))
+}
+LABELS |= {"differ": ("differ",)}
 # columns that masks teach: of CAMs they are no ceiling
 SHARED = ("segmentation", "B alone", "P alone", "several scales", "labels given")
 CEILING = "ceiling"
@@ -66,13 +73,15 @@ def read_results(folder: Path, order: Sequence[str]) -> Results:
     return {row: dict(sorted(found[row].items())) for row in order if row in found}
 
 
-def values_of(by_seed: dict[int, dict[str, Any]], path: Sequence[str]) -> list[float] | None:
-    """One score of every seed, `None` where a seed does not have it."""
+def values_of(by_seed: dict[int, dict[str, Any]], path: Sequence[str | int]) -> list[float] | None:
+    """One number of the content of every seed, `None` where a seed does not have it."""
     values = []
     for content in by_seed.values():
-        value: Any = content["scores"]
+        value: Any = content
         for name in path:
-            value = value.get(name) if value is not None else None
+            # an index into a list, or a key
+            found = value and (isinstance(name, int) or name in value)
+            value = value[name] if found else None
         if value is None or math.isnan(value):
             return None
         values.append(value)
@@ -92,20 +101,28 @@ def _markdown(lines: list[list[str]]) -> str:
 
 
 def tables(results: Results) -> str:
-    """Both tables in Markdown, percent, and what they were measured on."""
-    top = {column: values_of(results.get(CEILING, {}), SCORES[column]) for column in SHARED}
+    """
+    The tables in Markdown, percent, and what they were measured on: segmentation, CAMs, and the labels that taught the
+    decoders in the first and the last tenth of training that has any, against the masks of the training images.
+    """
+    top = {column: values_of(results.get(CEILING, {}), ("scores", *SCORES[column])) for column in SHARED}
     scores, cams = [["row (seeds)", *SCORES]], [["row (seeds)", *CAMS, "minutes"]]
+    labels = [["labels of training (seeds)", *LABELS]]
     for row, by_seed in results.items():
         title, cells = f"`{row}` ({len(by_seed)})", []
         for column, path in SCORES.items():
-            values = values_of(by_seed, path)
+            values = values_of(by_seed, ("scores", *path))
             share = ""
             if values and row != CEILING and top.get(column):
                 share = f" ({100 * statistics.mean(values) / statistics.mean(top[column]):.0f} %)"
             cells.append(_cell(values) + share)
         scores.append([title, *cells])
         minutes = [content["minutes"] for content in by_seed.values()]
-        cams.append([title, *(_cell(values_of(by_seed, path)) for path in CAMS.values()), _cell(minutes, 1)])
+        measured = [_cell(values_of(by_seed, ("scores", *path))) for path in CAMS.values()]
+        cams.append([title, *measured, _cell(minutes, 1)])
+        pairs = [[values_of(by_seed, ("labels", tenth, *path)) for tenth in (0, -1)] for path in LABELS.values()]
+        if row != CEILING and any(first for first, _ in pairs):
+            labels.append([title, *(" → ".join(map(_cell, pair)) if pair[0] else "-" for pair in pairs)])
     contents = [content for by_seed in results.values() for content in by_seed.values()]
     images = {content["scores"]["segmentation"]["num_images"] for content in contents}
     machines = {"{device}, {precision}, torch {torch}".format(**content["machine"]) for content in contents}
@@ -115,7 +132,7 @@ def tables(results: Results) -> str:
         + (", in brackets the share of the ceiling" if top["segmentation"] else "")
         + f". {'; '.join(sorted(machines))}. Revision {', '.join(sorted(revisions))}."
     )
-    return "\n\n".join([_markdown(scores), _markdown(cams), note])
+    return "\n\n".join([*(_markdown(table) for table in (scores, cams, labels) if len(table) > 1), note])
 
 
 def filled(text: str, results: Path, order: Sequence[str]) -> str:

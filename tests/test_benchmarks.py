@@ -215,7 +215,7 @@ def test_the_ablation_keeps_what_was_measured(ablation, finished):
     contents = {path.stem: json.loads(path.read_text()) for path in (finished / "results" / TABLE).iterdir()}
     assert set(contents) == {"single-seed0", "class_prior-seed0"}
     content = contents["class_prior-seed0"]
-    own = ["data", "row", "seed", "settings", "revision", "scores", "minutes", "machine"]
+    own = ["data", "row", "seed", "settings", "revision", "scores", "labels", "minutes", "machine"]
     assert list(content) == own and content["settings"]["crop_size"] == 32 and content["minutes"] > 0
     assert set(content["machine"]) == {"device", "precision", "torch"}
     assert str(finished) not in json.dumps(contents)
@@ -413,7 +413,7 @@ def test_the_ceiling_learns_from_masks_cropped_as_their_images(ablation, tmp_pat
     base = ablation.base_arguments(*ablation.parse_options([*WORDS, *folders(tmp_path)]))
     _, data_args, training_args = ablation.row_arguments(base, ablation.ROWS["ceiling"], 0, tmp_path / "run")
     training_args.scale_range = (0.8, 1.6)
-    ablation_data = sys.modules[ablation.taught_by_masks.__module__]
+    ablation_data = sys.modules[ablation.labels_against_masks.__module__]
     stream = ablation_data.MaskStream(data_args, training_args)
     colours = np.random.default_rng(0).integers(0, 256, (256, 3), dtype=np.uint8)
     transform = TrainTransform(32, (0.8, 1.6), training_args.flip, training_args.seed)
@@ -459,6 +459,45 @@ def test_only_the_segmentation_of_the_ceiling_sees_masks(ablation, tmp_path):
 
     assert not differing(1.0)
     assert any("decode_head" in name for name in differing(0.0))
+
+
+def test_labels_are_compared_with_masks_during_training(ablation, tmp_path, monkeypatch):
+    ablation_data = sys.modules[ablation.labels_against_masks.__module__]
+    monkeypatch.setattr(ablation_data, "RECORD_EVERY", 1)
+    words = [*WORDS, *folders(tmp_path), "--rows", "single", "ceiling", "--seeds", "0", "--max_steps", "4"]
+    assert ablation.main([*words, "--save_steps", "100"]) == 0
+    for row, branches in (("single", {"precise"}), ("ceiling", {"broad", "precise"})):
+        content = json.loads((tmp_path / "results" / "shapes-32px-4steps" / f"{row}-seed0.json").read_text())
+        # the segmentation starts after a quarter: two steps of four have labels
+        assert [tenth["until"] for tenth in content["labels"]] == [0.6, 0.8]
+        for tenth in content["labels"]:
+            assert branches == tenth.keys() - {"until", "differ"}
+            assert all(0 <= tenth[branch][score]["mean"] <= 1 for branch in branches for score in tenth[branch])
+
+
+def test_labels_are_counted_by_class_against_the_masks(ablation, tmp_path):
+    ablation_data = sys.modules[ablation.labels_against_masks.__module__]
+    masks = torch.tensor([[[0, 1, 1, 1, 2, 255]]])
+    broad = torch.tensor([[[3, 1, 1, 0, 255, 2]]])
+    precise = torch.tensor([[[0, 1, 2, 0, 2, 0]]])
+    counts = json.loads(json.dumps(ablation_data.label_counts(broad, precise, masks)))
+    # rightly labelled, labelled, of this class; where the mask is unknown nothing counts
+    assert counts["broad"] == {"0": [0, 1, 1], "1": [2, 2, 3], "2": [0, 0, 1], "3": [0, 1, 0]}
+    assert counts["precise"] == {"0": [1, 2, 1], "1": [1, 1, 3], "2": [1, 2, 1]}
+    assert counts["differ"] == [4, 3]
+    record = tmp_path / "labels.jsonl"
+    assert ablation_data.label_quality(record, 100, [1, 2], ["background", "cat", "dog", "cow"]) is None
+    # step 40 was done again after an interruption
+    lines = [{"step": 40, "broad": {}, "precise": {}, "differ": [9, 9]}, {"step": 40} | counts, {"step": 49} | counts]
+    lines.append({"step": 99} | counts | {"differ": [0, 0]})
+    record.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first, last = ablation_data.label_quality(record, 100, [1, 2, 3], ["background", "cat", "dog", "cow"])
+    assert (first["until"], last["until"]) == (0.5, 1.0)
+    # a class that is not there has no recall
+    assert first["broad"]["recall"] == {"cat": 2 / 3, "dog": 0.0, "mean": 1 / 3}
+    assert first["broad"]["precision"] == {"cat": 1.0, "cow": 0.0, "mean": 0.5}
+    assert first["precise"]["precision"] == {"cat": 1.0, "dog": 0.5, "mean": 0.75}
+    assert (first["differ"], last["differ"]) == (0.75, 0)
 
 
 def test_figures_of_the_split_and_of_a_file(figures, finished, tmp_path, capsys):

@@ -142,12 +142,21 @@ def test_the_parts_of_a_segmentation_are_scored(label_maps):
     assert ious["precise_segmentation"] == ious["segmentation_given_labels"] == 1
     expected = {"mean_average_precision": 1.0, "average_precision": {"cat": 1.0, "dog": 1.0}, "num_images": 6}
     assert results["classification"] == expected
+    # the mix takes each class for the next one
+    confusion = {"background": {"cat": 1.0}, "cat": {"dog": 1.0}, "dog": {"background": 1.0}}
+    assert results["segmentation"]["confusion"] == confusion
+    lines = results_table(results, NAMES[:2]).split("pixels of, taken for")[1].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0][1:] == ["background", "cat", "others"]
+    assert cells[2:] == [["background", "0.0", "100.0", "0.0"], ["cat", "0.0", "0.0", "100.0"]]
     # a class that no image has counts in no mean
     cats = make_split([np.minimum(label_map, 1) for label_map in label_maps])
     scores = score(TwoBranchOracle(), cats, cams=False, parts=True)["classification"]
     assert scores["average_precision"]["dog"] is None and scores["mean_average_precision"] == 1.0
     assert "| class scores " in results_table(results, NAMES) and "dog |" in results_table(results, NAMES)
-    assert "class scores" not in results_table(score(OracleModel(), split), NAMES)
+    assert "others" not in results_table(results, NAMES)
+    table = results_table(score(OracleModel(), split), NAMES)
+    assert "class scores" not in table and "taken for" not in table
 
 
 def test_average_precision_is_that_of_ranked_images():

@@ -323,7 +323,8 @@ def evaluate_model(
         all classes that occur in the masks), `"pixel_accuracy"`, `"per_class_iou"` (by name, `None` for a class that
         does not occur) and `"num_images"`. With `parts` also `"classification"`: `"mean_average_precision"` of the class
         scores over those metric classes that occur, `"average_precision"` (by name, `None` for a class that does not)
-        and `"num_images"`.
+        and `"num_images"`; and the segmentation's scores have `"confusion"`, for each class that occurs the share of
+        its pixels that is taken for each class.
 
     Raises:
         ValueError: If the split is empty or lacks a column, a mask does not fit its image or the class list, the
@@ -380,6 +381,7 @@ def evaluate_model(
             metric.reduce(accelerator)
     results = {name: _summary(metric, order.names, class_ids, num_images) for name, metric in metrics.items()}
     if scorer.parts:
+        results["segmentation"]["confusion"] = _confusion(metrics["segmentation"], order.names)
         scored = scorer.class_scores if accelerator is None else gather_object(scorer.class_scores)
         results["classification"] = _class_summary(scored, order.names, class_ids)
     return results
@@ -406,6 +408,15 @@ def _summary(metric: MeanIoU, class_names: Sequence[str], class_ids: list[int], 
         "pixel_accuracy": overall["pixel_accuracy"],
         "per_class_iou": {name: None if math.isnan(iou) else iou for name, iou in named_ious},
         "num_images": num_images,
+    }
+
+
+def _confusion(metric: MeanIoU, class_names: Sequence[str]) -> dict[str, dict[str, float]]:
+    areas = metric.confusion.sum(axis=1)
+    return {
+        name: {other: float(count / area) for other, count in zip(class_names, counts, strict=True) if count}
+        for name, counts, area in zip(class_names, metric.confusion, areas, strict=True)
+        if area
     }
 
 
@@ -437,8 +448,8 @@ def _class_summary(
 
 def results_table(results: dict[str, dict], metric_classes: Sequence[str]) -> str:
     """
-    Writes scores as Markdown tables: the means of every kind of prediction, the IoU of every metric class, and the
-    average precision of each class's scores where they are known.
+    Writes scores as Markdown tables: the means of every kind of prediction, the IoU of every metric class, and, where
+    they are known, the average precision of each class's scores and what the pixels of each class are taken for.
 
     Args:
         results (`dict[str, dict]`): What [`evaluate_model`] returned.
@@ -461,6 +472,14 @@ def results_table(results: dict[str, dict], metric_classes: Sequence[str]) -> st
             name: value for name, value in precisions.items() if value is not None
         }
         tables.append(_markdown("average precision", list(precisions), {"class scores": list(precisions.values())}))
+    confusion = results.get("segmentation", {}).get("confusion")
+    if confusion is not None:
+        rows = {name: [row.get(other, 0.0) for other in metric_classes] for name, row in confusion.items()}
+        rows = {name: row for name, row in rows.items() if name in metric_classes}
+        others = ["others"] if any(set(confusion[name]) - set(metric_classes) for name in rows) else []
+        for row in rows.values() if others else ():
+            row.append(max(1 - sum(row), 0.0))
+        tables.append(_markdown("pixels of, taken for", [*metric_classes, *others], rows))
     return "\n\n".join(tables)
 
 
