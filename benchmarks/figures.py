@@ -3,6 +3,8 @@ What a trained SynerNet sees in single images, step by step from the layers' CAM
 
     python benchmarks/figures.py runs/voc_animals --images 2007_000123 2008_000345 --data_dir path/to/VOCdevkit
 
+    python benchmarks/figures.py runs/voc_animals --number 12
+
     python benchmarks/figures.py runs/voc_animals --images horse.jpg --labels horse person
 
 One PNG per image goes to RUN/figures (or --output): CAMs of both layers of both branches, the labels they vote for
@@ -29,7 +31,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a trained model")
-    parser.add_argument("--images", nargs="+", required=True, help="ids of the validation split, or image files")
+    chosen = parser.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--images", nargs="+", default=[], help="ids of the validation split, or image files")
+    chosen.add_argument("--number", type=int, help="so many images at equal distances in the validation split")
     parser.add_argument("--labels", nargs="+", help="classes of image files (default: those the model finds)")
     parser.add_argument("--output", type=Path, help="folder of the figures (default: RUN/figures)")
     parser.add_argument("--panel_size", type=int, default=176, help="width and height of a panel in pixels")
@@ -94,21 +98,26 @@ def read_records(args: argparse.Namespace, names: list[str]) -> list[dict[str, A
     The chosen images: files as they are, everything else looked up in the validation split.
 
     Raises:
-        InvalidArguments: if an image is neither, or two would write the same figure.
+        InvalidArguments: if an image is neither, two would write the same figure, or the split has fewer.
     """
     wanted = [name for name in args.images if not Path(name).is_file()]
-    found = {}
-    if wanted:
+    found, images = {}, args.images
+    if wanted or args.number is not None:
         path = args.run / "training_args.json"
         settings = json.loads(path.read_text(encoding="utf-8"))["data_args"] if path.is_file() else {}
         overrides = {name: getattr(args, name) for name in ("data_dir", "image_labels", "validation_split")}
         settings |= {name: value for name, value in overrides.items() if value is not None}
         if settings.get("dataset") is None:
-            raise InvalidArguments(f"{', '.join(wanted)}: no such files, and {path} names no data set with such ids.")
+            asked = f"{', '.join(wanted)}: no such files" if wanted else f"--number {args.number}: no image is given"
+            raise InvalidArguments(f"{asked}, and {path} names no data set with such ids; give --images FILE.")
         try:
             split = load_data(DataArguments(**settings))["validation"]
         except (OSError, ValueError) as error:
             raise InvalidArguments(" ".join(str(error).split())) from error
+        if args.number is not None:
+            if not 1 <= args.number <= len(split):
+                raise InvalidArguments(f"--number is {args.number}; the validation split has {len(split)} images.")
+            images = wanted = [split["image_id"][i * len(split) // args.number] for i in range(args.number)]
         positions = {image_id: position for position, image_id in enumerate(split["image_id"])}
         missing = [name for name in wanted if name not in positions]
         if missing:
@@ -117,7 +126,7 @@ def read_records(args: argparse.Namespace, names: list[str]) -> list[dict[str, A
                 f"{next(iter(positions))}."
             )
         found = {name: split[positions[name]] for name in wanted}
-    records = [found[name] if name in found else read_file(Path(name), args.labels, names) for name in args.images]
+    records = [found[name] if name in found else read_file(Path(name), args.labels, names) for name in images]
     ids = [record["image_id"] for record in records]
     twice = sorted({image_id for image_id in ids if ids.count(image_id) > 1})
     if twice:

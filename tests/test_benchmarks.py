@@ -515,6 +515,13 @@ def test_figures_of_the_split_and_of_a_file(figures, finished, tmp_path, capsys)
         assert np.asarray(figure).std() > 10
     assert figures.main([*words[:2], "validation_999999"]) == 2
     assert "validation_000000" in capsys.readouterr().err
+    # of three images two, the same each time
+    words = [str(run), "--output", str(tmp_path / "even"), "--panel_size", "32", "--number"]
+    assert figures.main([*words, "2"]) == 0
+    ids = ["validation_000000", "validation_000001"]
+    assert [Path(line).stem for line in capsys.readouterr().out.split()] == ids
+    assert figures.main([*words, "4"]) == 2
+    assert "has 3 images" in capsys.readouterr().err
 
 
 def test_figures_show_what_the_model_sees_in_evaluation(figures, finished):
