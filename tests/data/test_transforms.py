@@ -56,6 +56,7 @@ def test_sample_has_the_promised_types_and_shapes():
     assert sample["valid_box"].shape == (4,) and sample["valid_box"].dtype == torch.int64
     assert sample["labels"] == [1, 2]
     assert sample["image_id"] == "one"
+    assert 0 <= sample["draw"] < 2**63
 
 
 def test_same_position_gives_the_same_crop_and_others_differ():
@@ -214,7 +215,7 @@ def test_loader_gives_the_same_batches_for_any_number_of_workers(num_workers):
         num_workers=num_workers,
     )
     batches = list(loader)
-    assert len(batches) == 4 and set(batches[0]) == {"images", "labels", "valid_boxes", "max_labels"}
+    assert len(batches) == 4 and set(batches[0]) == {"images", "labels", "valid_boxes", "max_labels", "draws"}
     for batch, keys in zip(batches, StreamBatchSampler(12, 5, 4, seed=1), strict=True):
         assert batch["images"].shape == (5, 3, 24, 24) and batch["images"].dtype == torch.uint8
         assert batch["labels"].shape == (5, 5) and batch["labels"].dtype == torch.float32
@@ -222,6 +223,7 @@ def test_loader_gives_the_same_batches_for_any_number_of_workers(num_workers):
         assert batch["max_labels"] == max(len(split[key[0]]["labels"]) for key in keys)
         for row, key in enumerate(keys):
             assert (batch["images"][row] == dataset[key]["image"]).all()
+            assert batch["draws"][row] == dataset[key]["draw"]
             assert batch["labels"][row].nonzero()[:, 0].tolist() == split[key[0]]["labels"]
 
 
@@ -272,6 +274,21 @@ def test_photometry_follows_the_global_generator_and_keeps_the_range():
     assert (module(images) == one).all()
     assert not (module(images) == one).all()
     assert one.shape == images.shape and one.dtype == torch.float32 and one.min() >= 0 and one.max() <= 1
+
+
+def test_with_numbers_photometry_is_that_of_each_image_alone():
+    images = torch.randint(0, 256, (6, 3, 24, 24), dtype=torch.uint8)
+    module, draws = PhotometricAugmentation((0, 0, 0), (1, 1, 1)), [2**63 - 1, 0, 1, 2, 3, 4]
+    before = torch.get_rng_state()
+    whole = module(images, draws, step=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    parts = [module(images[rows], draws[rows], step=3) for rows in (slice(0, 2), slice(2, 6))]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-6)
+    assert not torch.equal(module(images, draws, step=4), whole), "the order of changes is that of the step"
+    # independent of each other: one number for all changes would have colour jitter wherever there is grey
+    drawn = module._drawn(images.shape, range(500), 0)
+    jittered, gray = (parameters["batch_prob"] for parameters in drawn[:2])
+    assert 0.7 < jittered[gray > 0].mean() < 0.9
 
 
 # what brings the upright image into the form in which an orientation stores it

@@ -151,6 +151,18 @@ def test_two_steps_and_a_resume_equal_four_steps(tmp_path, monkeypatch, accumula
     assert straight["best_step"] == resumed["best_step"]
 
 
+def test_nothing_is_drawn_from_the_generator_of_the_process(finished, tmp_path, monkeypatch):
+    step = engine.train_step
+
+    def disturbed(run, batch):
+        torch.manual_seed(1000 + run.state.step)
+        return step(run, batch)
+
+    monkeypatch.setattr(engine, "train_step", disturbed)
+    run(tmp_path / "run")
+    assert_equal_weights(finished[0], tmp_path / "run")
+
+
 @pytest.mark.resume
 def test_a_checkpoint_can_be_continued_in_another_folder(finished, tmp_path):
     folder, _ = finished

@@ -71,8 +71,8 @@ class TrainTransform:
 
         `record` holds `image` (undecoded, a path or an image), `image_id` and `labels`. Returns `image` (`(3, S, S)`
         uint8, 0 outside the box), `valid_box` (`(4,)` int64: top, bottom, left, right of the rectangle
-        `[top, bottom) × [left, right)` of real pixels), `labels` (list of class ids) and `image_id`. Raises
-        `ValueError` that names an image which does not decode.
+        `[top, bottom) × [left, right)` of real pixels), `labels` (list of class ids), `image_id` and `draw` (a random
+        `int` from 0 for what is drawn later). Raises `ValueError` that names an image which does not decode.
         """
         rng = np.random.default_rng((self.seed, position))
         try:
@@ -84,6 +84,7 @@ class TrainTransform:
             "valid_box": torch.tensor(valid_box, dtype=torch.int64),
             "labels": record["labels"],
             "image_id": record["image_id"],
+            "draw": int(rng.integers(2**63)),
         }
 
     def _crop(self, image: Image.Image, rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, int, int, int]]:
@@ -207,7 +208,8 @@ class SynerNetDataCollator:
     Stacks B samples of [`TrainTransform`] of one crop size into a batch.
 
     The batch is a `dict`: `images` (`(B, 3, S, S)` uint8), `labels` (`(B, C)` float32 multi-hot), `valid_boxes`
-    (`(B, 4)` int64: top, bottom, left, right) and `max_labels` (`int`: classes of the image that has most).
+    (`(B, 4)` int64: top, bottom, left, right), `max_labels` (`int`: classes of the image that has most) and `draws`
+    (`list[int]`: a random number of each image).
 
     Args:
         num_classes (`int`): Number C of foreground classes.
@@ -216,7 +218,7 @@ class SynerNetDataCollator:
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
 
-    def __call__(self, samples: Sequence[dict]) -> dict[str, torch.Tensor | int]:
+    def __call__(self, samples: Sequence[dict]) -> dict[str, Any]:
         labels = torch.stack([multi_hot(sample["labels"], self.num_classes) for sample in samples])
         return {
             "images": torch.stack([sample["image"] for sample in samples]),
@@ -224,6 +226,8 @@ class SynerNetDataCollator:
             "valid_boxes": torch.stack([sample["valid_box"] for sample in samples]),
             # known here, so that the model need not ask the device
             "max_labels": int(labels.sum(dim=1).max()),
+            # numbers, since colours are drawn on the CPU
+            "draws": [sample["draw"] for sample in samples],
         }
 
 
@@ -231,7 +235,7 @@ class PhotometricAugmentation(nn.Module):
     """
     Colour jitter, greyscale and blur of a batch on its device, then the normalisation that the encoder expects.
 
-    The default probabilities are the authors'; each image draws from torch's global generator.
+    The default probabilities are the authors'.
 
     Args:
         image_mean (`Sequence[float]`): Mean of each channel, for pixels in [0, 1].
@@ -271,17 +275,37 @@ class PhotometricAugmentation(nn.Module):
         self.register_buffer("std", torch.tensor(image_std, dtype=torch.float32).view(1, -1, 1, 1))
 
     @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, draws: Sequence[int] | None = None, step: int = 0) -> torch.Tensor:
         """
         Augments `images` (`(B, 3, H, W)` uint8, H and W at least 7) and normalises them: `(pixel / 255 - mean) / std`,
-        `(B, 3, H, W)` float32. Raises `TypeError` for another dtype.
+        `(B, 3, H, W)` float32. `draws`, a random number per image, decide on its changes, `step` on the order in which
+        all images have theirs; without them torch's global generator does. Raises `TypeError` for another dtype.
         """
         if images.dtype != torch.uint8:
             raise TypeError(f"Images of dtype {images.dtype} were given, but uint8 in 0..255 is expected.")
         pixels = images.float() / 255
-        for step in self.steps:
-            pixels = step(pixels)
+        drawn = [None] * len(self.steps) if draws is None else self._drawn(pixels.shape, draws, step)
+        for change, parameters in zip(self.steps, drawn, strict=True):
+            pixels = change(pixels, params=parameters)
         return (pixels.clamp(0, 1) - self.mean) / self.std
+
+    def _drawn(self, shape: torch.Size, draws: Sequence[int], step: int) -> list[dict[str, torch.Tensor]]:
+        """The parameters of each change, as kornia draws them for a batch, but each image's with its own number."""
+        drawn = []
+        with torch.random.fork_rng(devices=[]):
+            for number in (step, *draws):
+                # the generator of the CPU alone, which kornia draws from
+                torch.default_generator.manual_seed(number)
+                drawn.append([change.forward_parameters(torch.Size((1, *shape[1:]))) for change in self.steps])
+        merged = []
+        for of_step, *of_images in zip(*drawn, strict=True):
+            parameters = {name: torch.cat([own[name] for own in of_images]) for name in of_step}
+            parameters["forward_input_shape"] = torch.tensor(shape)
+            if "order" in parameters:
+                # kornia changes the colours of a batch in one order
+                parameters["order"] = of_step["order"]
+            merged.append(parameters)
+        return merged
 
 
 __all__ = [

@@ -1,7 +1,7 @@
 """SynerNet: two ViT branches, a broad and a precise one, that teach each other segmentation from image-level labels."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -668,6 +668,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         pixel_mask: torch.Tensor | None = None,
         gather_embeddings: Callable | None = None,
         max_labels: int | None = None,
+        draws: Sequence[int] | None = None,
         **kwargs,
     ) -> SynerNetSegmenterOutput:
         r"""
@@ -690,8 +691,8 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
             gather_embeddings (`Callable`, *optional*):
                 Collects embeddings `(n, P)` and class ids `(n,)` from all processes, so that all update the prototypes
                 alike, and returns both and the `slice` of the own rows. `None` uses the own batch alone.
-            max_labels (`int`, *optional*):
-                Classes of the image that has most. `None` reads it off `labels`, which waits for the device.
+            max_labels (`int`, *optional*): Classes of the image that has most; reading it off `labels` waits for the device.
+            draws (`Sequence[int]`, *optional*): A random number from 0 per image, which chooses the class of its instance.
 
         Returns:
             [`SynerNetSegmenterOutput`]
@@ -722,9 +723,9 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         logits = BranchPair(*(self._at_input(output, "logits", size) for output in outputs.pair))
         objective, cams = SynerNetObjective(), BranchPair(None, None)
         if labels is not None:
-            seen = (self.synernet, pixel_values, outputs, logits)
+            seen = (self.synernet, pixel_values, outputs, logits, labels, valid_boxes)
             progress = float(training_progress or 0.0)
-            objective = batch_objective(*seen, labels, valid_boxes, weights, progress, gather_embeddings, max_labels)
+            objective = batch_objective(*seen, weights, progress, gather_embeddings, max_labels, draws)
         if not self.training:
             maps = [self._at_input(output, "cam_logits", size) for output in outputs.pair]
             cams = BranchPair(*(None if cam is None else normalize_cams(cam.detach().relu()) for cam in maps))

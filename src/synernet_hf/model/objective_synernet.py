@@ -262,20 +262,22 @@ def label_tokens(
     return cams_to_pseudo_labels(cams, labels, config.low_threshold, config.high_threshold, boxes, UNDECIDED)
 
 
-def pick_instance_classes(pseudo_labels: torch.Tensor, labels: torch.Tensor, draw: bool = True) -> torch.Tensor:
+def pick_instance_classes(pseudo_labels: torch.Tensor, labels: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """
-    One class per image for instance learning, `(B,)` int64 from 0, -1 for an image without any: drawn from those in its
-    label map `(B, H, W)`, or from its multi-hot labels `(B, C)` if the map holds none (authors' code, which mixes up
-    class ids here). Without `draw` the first one, so that a loss in evaluation mode is the same every time (ours).
+    One class per image for instance learning, `(B,)` int64 from 0, -1 for an image without any: of the n in its label map
+    `(B, H, W)`, or in its multi-hot labels `(B, C)` if the map holds none (authors' code, which mixes up class ids here),
+    number `draws % n`, where `draws` `(B,)` are whole numbers from 0.
     """
     num_classes = labels.shape[1]
     flat = pseudo_labels.flatten(1)
     flat = flat.masked_fill((flat < 0) | (flat > num_classes), 0)
     seen = torch.zeros(labels.shape[0], num_classes + 1, device=labels.device).scatter_(1, flat, 1.0)[:, 1:]
     candidates = torch.where(seen.any(dim=1, keepdim=True), seen, labels.to(seen.dtype))
-    without = ~candidates.any(dim=1)
-    drawn = torch.multinomial(candidates + without[:, None], 1)[:, 0] if draw else candidates.argmax(dim=1)
-    return drawn.masked_fill(without, -1)
+    counts = candidates.count_nonzero(dim=1)
+    wanted = draws.remainder(counts.clamp(min=1))
+    # the first class with more than the wanted number up to it
+    drawn = ((candidates > 0).cumsum(dim=1) > wanted[:, None]).to(torch.uint8).argmax(dim=1)
+    return drawn.masked_fill(counts == 0, -1)
 
 
 def cut_instances(
@@ -318,6 +320,7 @@ def batch_objective(
     progress: float,
     gather_embeddings: Callable | None = None,
     max_labels: int | None = None,
+    draws: Sequence[int] | None = None,
 ) -> SynerNetObjective:
     """
     The loss of a batch. Terms of weight 0 are not computed, nor are the targets that only they need.
@@ -328,7 +331,7 @@ def batch_objective(
         outputs ([`SynerNetModelOutput`]): of `model` for `pixel_values`.
         logits (`BranchPair[torch.Tensor]`): segmentation logits of the branches, `(B, K, H, W)`; `None` without their loss.
         progress (`float`): t/T in [0, 1].
-        labels, valid_boxes, loss_weights, gather_embeddings, max_labels: as for the forward of the task model.
+        labels, valid_boxes, loss_weights, gather_embeddings, max_labels, draws: as for the forward of the task model.
 
     Raises:
         ValueError: if a name in `loss_weights` is unknown.
@@ -342,7 +345,7 @@ def batch_objective(
     targets, confidence = make_targets(*seen, max_labels)
     instances = [None, None]
     if weights["prototype_contrast"] and model.config.with_projection_head:
-        instances = _embed_instances(model, pixel_values, labels, valid_boxes, targets)
+        instances = _embed_instances(model, pixel_values, labels, valid_boxes, targets, draws)
     losses = weighted_losses(model, outputs.pair, logits, labels, targets, instances, weights, gather_embeddings)
     return SynerNetObjective(*losses, confidence, targets.precise.pseudo_labels)
 
@@ -403,10 +406,15 @@ def _branch_losses(
 
 
 def _embed_instances(
-    model, pixel_values, labels, valid_boxes, targets: BranchPair[SynerNetTargets]
+    model, pixel_values, labels, valid_boxes, targets: BranchPair[SynerNetTargets], draws: Sequence[int] | None
 ) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
     """Per branch with instance learning the embeddings `(B, P)` of the cut images and their class ids `(B,)`."""
     config, made, instances = model.config, {}, []
+    if draws is not None:
+        numbers = on_device(list(draws), labels.device)
+    else:
+        # in evaluation mode the first class, so that the loss is the same every time (ours)
+        numbers = torch.randint(2**31 if model.training else 1, labels.shape[:1], device=labels.device)
     for name, branch in model.pair._asdict().items():
         if name not in config.prototype_branches:
             instances.append(None)
@@ -415,7 +423,7 @@ def _embed_instances(
         source = "precise" if config.cross_supervision else name
         if source not in made:
             label_map = getattr(targets, source).pseudo_labels
-            class_ids = pick_instance_classes(label_map, labels, draw=model.training)
+            class_ids = pick_instance_classes(label_map, labels, numbers)
             images = cut_instances(pixel_values, label_map, class_ids, valid_boxes, config.semantic_loss_ignore_index)
             images = model.pad(images.to(model.dtype))
             made[source] = images, model.shared_states(images), class_ids

@@ -193,7 +193,7 @@ def setup(training_args: SynerNetTrainingArguments) -> Accelerator:
             "This device only emulates bf16, many times slower than full precision: --mixed_precision auto takes what is "
             "fast."
         )
-    # every process draws its own random classes and colours; weights are made equal by the distributed wrapper
+    # weights are made equal by the distributed wrapper, and the stream knows all random numbers but those of dropout
     set_seed(training_args.seed, device_specific=True)
     return accelerator
 
@@ -413,13 +413,14 @@ def train_step(run: TrainingRun, batch: dict[str, torch.Tensor]) -> tuple[torch.
     progress = run.state.step / args.max_steps
     with accelerator.accumulate(run.model):
         outputs = run.model(
-            pixel_values=run.augmentation(batch["images"]),
+            pixel_values=run.augmentation(batch["images"], batch["draws"], run.state.step),
             labels=batch["labels"],
             valid_boxes=batch["valid_boxes"],
             loss_weights=run.loss_weights(progress),
             training_progress=progress,
             gather_embeddings=gather_in_rank_order,
             max_labels=batch["max_labels"],
+            draws=batch["draws"],
         )
         accelerator.backward(outputs.loss)
         if accelerator.sync_gradients and args.max_grad_norm is not None:
