@@ -800,7 +800,7 @@ ALONE_SCRIPT = """
 import sys
 import torch
 from testing_utils import ALL_TERMS, SynerNetModelTester
-from synernet_hf.training import gather_in_rank_order
+from synernet_hf.training import gather_in_rank_order, sum_over_processes
 
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
@@ -817,6 +817,21 @@ model = tester.model().train()
 loss = model(**inputs, loss_weights=ALL_TERMS, gather_embeddings=gather_in_rank_order).loss
 loss.backward()
 torch.save({name: buffer for name, buffer in model.named_buffers()}, f"{sys.argv[1]}/buffers{rank}.pt")
+
+def losses_and_gradients(model, rows, **arguments):
+    inputs = {name: tensor[rows] for name, tensor in tester.inputs(8).items()}
+    outputs = model(**inputs, loss_weights=ALL_TERMS, draws=range(8)[rows], **arguments)
+    outputs.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {"loss": outputs.loss.detach(), **outputs.loss_dict, **gradients}
+
+shared = {"gather_embeddings": gather_in_rank_order, "sum_counts": sum_over_processes}
+halves = losses_and_gradients(tester.model().train(), slice(4 * rank, 4 * rank + 4), **shared)
+for tensor in halves.values():
+    torch.distributed.all_reduce(tensor)
+    tensor /= 2
+if rank == 0:
+    torch.save([losses_and_gradients(tester.model().train(), slice(0, 8)), halves], f"{sys.argv[1]}/losses.pt")
 torch.distributed.destroy_process_group()
 """
 
@@ -834,6 +849,16 @@ def test_a_step_of_one_process_alone_waits_for_nobody(root, tmp_path):
     assert any(buffer.any() for buffer in first.values())
     for name, buffer in first.items():
         assert torch.equal(buffer, second[name]), name
+    # eight images in one process, and four in each of two: every loss term, and the mean gradient of every weight
+    whole, halves = torch.load(tmp_path / "losses.pt", weights_only=True)
+    assert whole.keys() == halves.keys() and len([name for name in whole if name.startswith("loss_")]) >= 6
+    for name, tensor in whole.items():
+        if name.endswith("k_proj.bias"):
+            # 0 but for rounding: a softmax does not see what all its inputs share
+            continue
+        difference = (halves[name] - tensor).abs().max() / tensor.abs().max()
+        print(f"1 x 8 and 2 x 4, {name}: relative difference {difference:.1e}")
+        assert difference < 1e-4, name
 
 
 @pytest.mark.distributed
@@ -864,3 +889,14 @@ def test_two_processes_keep_equal_weights_and_prototypes_and_resume(root, tmp_pa
     assert scheduler["last_epoch"] == 4
     record = json.loads((tmp_path / "run" / "training_args.json").read_text())
     assert record["run"]["num_processes"] == 2
+    # one process with batches of twice the size: the same images, crops, colours and classes
+    model = {"model_config": settings["model_config"]}
+    run(tmp_path / "one", model, per_device_batch_size=4, mixed_precision="auto")
+    histories = [state_of(tmp_path / name / "checkpoint-4")["history"] for name in ("one", "run")]
+    for one, two in zip(*histories, strict=True):
+        losses = {name: value for name, value in one.items() if name.startswith("loss")}
+        for name, value in losses.items():
+            print(f"step {one['step']}, {name}: relative difference {abs(two[name] / value - 1):.1e}")
+            # after a step with a loss of its own, rounding has moved weights without a gradient by a whole step
+            exact = record["run"]["mixed_precision"] == "no" and one["step"] <= 2
+            assert two[name] == pytest.approx(value, rel=1e-5 if exact else 0.05)

@@ -669,6 +669,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         gather_embeddings: Callable | None = None,
         max_labels: int | None = None,
         draws: Sequence[int] | None = None,
+        sum_counts: Callable | None = None,
         **kwargs,
     ) -> SynerNetSegmenterOutput:
         r"""
@@ -679,20 +680,19 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
                 Image-level labels, multi-hot over the foreground classes. With them the loss is computed.
             valid_boxes (`torch.LongTensor` of shape `(B, 4)`, *optional*): [top, bottom, left, right) of real pixels.
             loss_weights (`dict[str, float]`, *optional*, defaults to `config.loss_weights`):
-                Weight of each term: `cls`, `cls_aux`, `cls_token`, `spatial_bce` (the share of the spatial term in
-                the classification term of its branches), `patch_contrast`, `prototype_contrast`, `segmentation`.
-                Terms with weight 0 and terms that are not named are not computed.
+                Weights of `cls`, `cls_aux`, `cls_token`, `spatial_bce` (the share of the spatial term in the classification
+                term of its branches), `patch_contrast`, `prototype_contrast`, `segmentation`; 0 or no name: not computed.
             training_progress (`float`, *optional*, defaults to 0): t/T in [0, 1], for the coverage schedule.
-            inference_branches (`str`, *optional*, defaults to `"both"`):
-                `"broad"`, `"precise"` or `"both"`: which branches to run; training needs both.
+            inference_branches (`str`, *optional*, defaults to `"both"`): or `"broad"`, `"precise"`; training needs both.
             output_hidden_states (`bool` or `list[int]`, *optional*): whether to return hidden states, or which of them.
             output_attentions (`bool`, *optional*): whether to return attention maps; they need eager attention.
             pixel_mask (`torch.Tensor` of shape `(B, H, W)`, *optional*): 1 on real pixels, for `valid_boxes`.
-            gather_embeddings (`Callable`, *optional*):
-                Collects embeddings `(n, P)` and class ids `(n,)` from all processes, so that all update the prototypes
-                alike, and returns both and the `slice` of the own rows. `None` uses the own batch alone.
+            gather_embeddings (`Callable`, *optional*): Collects embeddings `(n, P)` and class ids `(n,)` of all processes,
+                which then have equal prototypes; returns both and the `slice` of the own rows. `None`: the own batch alone.
             max_labels (`int`, *optional*): Classes of the image that has most; reading it off `labels` waits for the device.
             draws (`Sequence[int]`, *optional*): A random number from 0 per image, which chooses the class of its instance.
+            sum_counts (`Callable`, *optional*): Sums a tensor of counts over all processes and returns it with their number,
+                so that the losses of all have the mean of one batch of all images. `None`: the own batch alone.
 
         Returns:
             [`SynerNetSegmenterOutput`]
@@ -725,7 +725,7 @@ class SynerNetForWeaklySupervisedSegmentation(SynerNetPreTrainedModel):
         if labels is not None:
             seen = (self.synernet, pixel_values, outputs, logits, labels, valid_boxes)
             progress = float(training_progress or 0.0)
-            objective = batch_objective(*seen, weights, progress, gather_embeddings, max_labels, draws)
+            objective = batch_objective(*seen, weights, progress, gather_embeddings, max_labels, draws, sum_counts)
         if not self.training:
             maps = [self._at_input(output, "cam_logits", size) for output in outputs.pair]
             cams = BranchPair(*(None if cam is None else normalize_cams(cam.detach().relu()) for cam in maps))

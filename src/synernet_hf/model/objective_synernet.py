@@ -63,8 +63,20 @@ def spatial_bce_loss(cam_logits: torch.Tensor, labels: torch.Tensor, area_shares
     return (0.9 * foreground + 0.1 * background).mean()
 
 
+def shared_counts(counts: torch.Tensor, sum_counts: Callable | None, extra: int = 0) -> torch.Tensor:
+    """
+    What sums over the own batch are divided by, so that the mean of these ratios over processes is the ratio of a batch
+    of all images: `counts` of all processes and `extra`, at least 1, divided by the number of processes.
+    """
+    total, processes = (counts, 1) if sum_counts is None else sum_counts(counts)
+    return (total + extra).clamp(min=1) / processes
+
+
 def patch_token_contrast_loss(
-    features: torch.Tensor, token_labels: torch.Tensor, ignore_index: int = 255
+    features: torch.Tensor,
+    token_labels: torch.Tensor,
+    ignore_index: int = 255,
+    sum_counts: Callable | None = None,
 ) -> torch.Tensor:
     """
     Patch-token contrast (ToCo): tokens of one label should look alike, tokens of different labels should not.
@@ -76,6 +88,7 @@ def patch_token_contrast_loss(
         features (`torch.Tensor` of shape `(B, D, h, w)`): patch features.
         token_labels (`torch.Tensor` of shape `(B, h, w)`): int64 label of each token.
         ignore_index (`int`, *optional*, defaults to 255): label of tokens that are left out.
+        sum_counts (`Callable`, *optional*): as for the forward of the task model.
 
     Returns:
         `torch.Tensor`: scalar.
@@ -88,13 +101,14 @@ def patch_token_contrast_loss(
     pairs &= ~torch.eye(labels.shape[1], dtype=torch.bool, device=labels.device)
     equal = labels[:, :, None] == labels[:, None, :]
     same, different = pairs & equal, pairs & ~equal
-    attract = 1 - (similarity * same).sum() / (same.sum() + 1)
-    repel = (similarity * different).sum() / (different.sum() + 1)
+    numbers = shared_counts(torch.stack([same.sum(), different.sum()]), sum_counts, extra=1)
+    attract = 1 - (similarity * same).sum() / numbers[0]
+    repel = (similarity * different).sum() / numbers[1]
     return 0.5 * (attract + repel)
 
 
 def cross_supervised_segmentation_loss(
-    logits: torch.Tensor, pseudo_labels: torch.Tensor, ignore_index: int = 255
+    logits: torch.Tensor, pseudo_labels: torch.Tensor, ignore_index: int = 255, sum_counts: Callable | None = None
 ) -> torch.Tensor:
     """
     Cross-entropy of one branch's segmentation against a pseudo-label made with the other's help.
@@ -106,6 +120,7 @@ def cross_supervised_segmentation_loss(
         logits (`torch.Tensor` of shape `(B, K, h, w)`): resized bilinearly to the label map.
         pseudo_labels (`torch.Tensor` of shape `(B, H, W)`): int64, 0 background, 1..K−1 classes.
         ignore_index (`int`, *optional*, defaults to 255): label of pixels left out.
+        sum_counts (`Callable`, *optional*): as for the forward of the task model.
 
     Returns:
         `torch.Tensor`: scalar.
@@ -115,8 +130,9 @@ def cross_supervised_segmentation_loss(
         logits = F.interpolate(logits, size=pseudo_labels.shape[-2:], mode="bilinear", align_corners=False)
     losses = F.cross_entropy(logits, pseudo_labels, ignore_index=ignore_index, reduction="none")
     background = pseudo_labels == 0
-    foreground = ~background & (pseudo_labels != ignore_index)
-    return 0.5 * sum((losses * group).sum() / group.sum().clamp(min=1) for group in (background, foreground))
+    groups = (background, ~background & (pseudo_labels != ignore_index))
+    numbers = shared_counts(torch.stack([group.sum() for group in groups]), sum_counts)
+    return 0.5 * sum((losses * group).sum() / number for group, number in zip(groups, numbers, strict=True))
 
 
 def prototype_contrast_terms(
@@ -321,6 +337,7 @@ def batch_objective(
     gather_embeddings: Callable | None = None,
     max_labels: int | None = None,
     draws: Sequence[int] | None = None,
+    sum_counts: Callable | None = None,
 ) -> SynerNetObjective:
     """
     The loss of a batch. Terms of weight 0 are not computed, nor are the targets that only they need.
@@ -331,7 +348,7 @@ def batch_objective(
         outputs ([`SynerNetModelOutput`]): of `model` for `pixel_values`.
         logits (`BranchPair[torch.Tensor]`): segmentation logits of the branches, `(B, K, H, W)`; `None` without their loss.
         progress (`float`): t/T in [0, 1].
-        labels, valid_boxes, loss_weights, gather_embeddings, max_labels, draws: as for the forward of the task model.
+        labels, valid_boxes, loss_weights and what follows `progress`: as for the forward of the task model.
 
     Raises:
         ValueError: if a name in `loss_weights` is unknown.
@@ -346,7 +363,8 @@ def batch_objective(
     instances = [None, None]
     if weights["prototype_contrast"] and model.config.with_projection_head:
         instances = _embed_instances(model, pixel_values, labels, valid_boxes, targets, draws)
-    losses = weighted_losses(model, outputs.pair, logits, labels, targets, instances, weights, gather_embeddings)
+    processes = (gather_embeddings, sum_counts)
+    losses = weighted_losses(model, outputs.pair, logits, labels, targets, instances, weights, *processes)
     return SynerNetObjective(*losses, confidence, targets.precise.pseudo_labels)
 
 
@@ -359,6 +377,7 @@ def weighted_losses(
     instances: Sequence[tuple[torch.Tensor, torch.Tensor] | None],
     weights: dict[str, float],
     gather_embeddings: Callable | None = None,
+    sum_counts: Callable | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
     The loss and the `loss_dict` of a batch whose `targets` are known; `outputs` of both branches, `instances` per
@@ -369,9 +388,10 @@ def weighted_losses(
     with torch.autocast(device_type=labels.device.type, enabled=False):
         branches = zip(model.pair, outputs, logits, targets, instances, strict=True)
         for branch, output, branch_logits, target, instance in branches:
-            losses = _branch_losses(model.config, output, branch_logits, labels, target, weights)
+            losses = _branch_losses(model.config, output, branch_logits, labels, target, weights, sum_counts)
             if instance is not None:
-                contrast = _prototype_contrast(model.config, branch.projection_head, *instance, gather_embeddings)
+                processes = (gather_embeddings, sum_counts)
+                contrast = _prototype_contrast(model.config, branch.projection_head, *instance, *processes)
                 losses["prototype_contrast"] = weights["prototype_contrast"] * contrast
             for name, loss in losses.items():
                 terms.setdefault(f"loss_{name}", []).append(loss)
@@ -380,7 +400,13 @@ def weighted_losses(
 
 
 def _branch_losses(
-    config: SynerNetConfig, output, logits: torch.Tensor, labels: torch.Tensor, target: SynerNetTargets, weights
+    config: SynerNetConfig,
+    output,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    target: SynerNetTargets,
+    weights: dict[str, float],
+    sum_counts: Callable | None,
 ) -> dict[str, torch.Tensor]:
     """The weighted active terms of one branch, but for the prototype contrast."""
     losses = {}
@@ -396,11 +422,11 @@ def _branch_losses(
     if weights["cls_token"] and config.with_class_token_head:
         losses["cls_token"] = weights["cls_token"] * classification_loss(output.class_token_logits, labels)
     if weights["patch_contrast"]:
-        contrast = patch_token_contrast_loss(output.features, target.token_labels, UNDECIDED)
+        contrast = patch_token_contrast_loss(output.features, target.token_labels, UNDECIDED, sum_counts)
         losses["patch_contrast"] = weights["patch_contrast"] * contrast
     if weights["segmentation"]:
         ignore_index = config.semantic_loss_ignore_index
-        segmentation = cross_supervised_segmentation_loss(logits, target.pseudo_labels, ignore_index)
+        segmentation = cross_supervised_segmentation_loss(logits, target.pseudo_labels, ignore_index, sum_counts)
         losses["segmentation"] = weights["segmentation"] * segmentation
     return losses
 
@@ -434,7 +460,7 @@ def _embed_instances(
 
 
 def _prototype_contrast(
-    config: SynerNetConfig, head, embeddings: torch.Tensor, class_ids: torch.Tensor, gather_embeddings
+    config: SynerNetConfig, head, embeddings: torch.Tensor, class_ids: torch.Tensor, gather_embeddings, sum_counts
 ) -> torch.Tensor:
     """The prototype contrast of one branch, mean over images that count; in training mode it moves the prototypes."""
     gathered, gathered_ids, own = embeddings, class_ids, slice(None)
@@ -445,7 +471,7 @@ def _prototype_contrast(
     )
     if head.training:
         head.prototypes.copy_(prototypes)
-    return terms[own].sum() / (class_ids >= 0).sum().clamp(min=1)
+    return terms[own].sum() / shared_counts((class_ids >= 0).sum(), sum_counts)
 
 
 __all__ = [

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         learning_rate_multiplier,
         parameter_groups,
         resolve_precision,
+        sum_over_processes,
     )
 
 
@@ -48,6 +49,7 @@ __getattr__, __dir__ = lazy_names(
             "learning_rate_multiplier",
             "parameter_groups",
             "resolve_precision",
+            "sum_over_processes",
         ],
     },
 )
@@ -71,5 +73,6 @@ __all__ = [
     "read_recipe",
     "resolve_precision",
     "results_table",
+    "sum_over_processes",
     "train",
 ]

@@ -64,6 +64,7 @@ from synernet_hf.training.optimization import (
     learning_rate_multiplier,
     parameter_groups,
     resolve_precision,
+    sum_over_processes,
 )
 from synernet_hf.training.reporting import write_card
 from synernet_hf.training.stopping import StopRequest, batches_of, stop_cleanly
@@ -421,6 +422,7 @@ def train_step(run: TrainingRun, batch: dict[str, torch.Tensor]) -> tuple[torch.
             gather_embeddings=gather_in_rank_order,
             max_labels=batch["max_labels"],
             draws=batch["draws"],
+            sum_counts=sum_over_processes,
         )
         accelerator.backward(outputs.loss)
         if accelerator.sync_gradients and args.max_grad_norm is not None:

@@ -217,6 +217,23 @@ def check_finite_weights(model: torch.nn.Module, step: int) -> None:
         )
 
 
+def sum_over_processes(counts: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """
+    Sums counts over all processes, which call it together. The argument `sum_counts` of the model.
+
+    Args:
+        counts (`torch.Tensor`): int64, of any shape.
+
+    Returns:
+        `tuple[torch.Tensor, int]`: the sums, and the number of processes.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return counts, 1
+    total = counts.clone()
+    torch.distributed.all_reduce(total)
+    return total, torch.distributed.get_world_size()
+
+
 def gather_in_rank_order(
     embeddings: torch.Tensor, class_ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, slice]:
