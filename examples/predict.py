@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from synernet_hf.cli import CommandParser, answer_early, run_command
-from synernet_hf.files import IMAGE_SUFFIXES, is_hidden, replace_file
+from synernet_hf.files import IMAGE_SUFFIXES, is_hidden, one_line, replace_file
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -110,7 +110,10 @@ def read_image(path: Path) -> Image.Image:
     try:
         return open_image(path)
     except ValueError as error:
-        raise ValueError(f"The image {path} cannot be decoded; give a valid JPEG, PNG or the like.") from error
+        reason = one_line(error.__cause__ or error)
+        raise ValueError(
+            f"The image {path} cannot be decoded ({reason}); give a valid JPEG, PNG or the like."
+        ) from error
 
 
 def predict(args: argparse.Namespace) -> None:

@@ -145,3 +145,15 @@ def test_figure_has_room_for_every_panel_and_paints_all_of_them():
 def test_bad_input_is_refused_in_a_sentence(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+def test_an_overlay_of_many_rows_is_mixed_as_one_of_few(monkeypatch):
+    generator = np.random.default_rng(0)
+    image = generator.integers(0, 256, (23, 9, 3), dtype=np.uint8)
+    label_map = generator.integers(0, 4, (23, 9))
+    whole = np.asarray(overlay(image, label_map, alpha=0.3))
+    mixed = image * np.float32(0.7) + voc_palette()[label_map] * np.float32(0.3)
+    expected = np.where(label_map[..., None] == 0, image, mixed)
+    assert np.abs(whole - expected).max() < 0.51
+    monkeypatch.setattr("synernet_hf.visualization._ROWS", 5)
+    assert np.array_equal(overlay(image, label_map, alpha=0.3), whole)

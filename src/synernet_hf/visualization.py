@@ -13,6 +13,8 @@ from synernet_hf.model import to_rgb
 # fonts of systems, with more letters than Pillow's own
 _FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "arial.ttf", "msyh.ttc", "PingFang.ttc")
 _NO_LETTER = "\U0010ffff"
+# of an overlay that are mixed at once
+_ROWS = 256
 # colours of the heat map at evenly spaced values from 0 to 1, ever lighter
 _HEAT_COLORS = ((8, 8, 32), (70, 20, 120), (190, 50, 90), (250, 140, 40), (255, 240, 170))
 
@@ -59,8 +61,8 @@ def _as_rgb(image: "Image.Image | np.ndarray") -> Image.Image:
 
 
 def _pixels_under(image: "Image.Image | np.ndarray", drawn: np.ndarray, name: str) -> np.ndarray:
-    """The pixels of an image, float32 `(height, width, 3)`, on which a map of the same size is drawn."""
-    pixels = np.asarray(_as_rgb(image), dtype=np.float32)
+    """The pixels of an image, uint8 `(height, width, 3)`, on which a map of the same size is drawn."""
+    pixels = np.asarray(_as_rgb(image))
     if pixels.shape[:2] != drawn.shape:
         raise ValueError(
             f"The image is {pixels.shape[0]} x {pixels.shape[1]} (height x width), the {name} {drawn.shape[0]} x "
@@ -120,9 +122,13 @@ def overlay(
         raise ValueError(f"`alpha` is {alpha}; an opacity between 0 and 1 is expected.")
     label_map = _checked_label_map(label_map)
     pixels = _pixels_under(image, label_map, "label map")
-    colored = voc_palette()[label_map].astype(np.float32)
-    opacity = np.where(label_map == 0, 0.0, alpha)[..., None]  # (height, width, 1)
-    drawn = Image.fromarray(np.rint(pixels * (1 - opacity) + colored * opacity).astype(np.uint8))
+    drawn, palette = np.empty_like(pixels), voc_palette().astype(np.float32)
+    # a large image takes 90 bytes a pixel as a whole
+    for rows in (slice(start, start + _ROWS) for start in range(0, len(pixels), _ROWS)):
+        opacity = np.where(label_map[rows] == 0, 0.0, alpha)[..., None]  # (rows, width, 1)
+        colored = palette[label_map[rows]]
+        drawn[rows] = np.rint(pixels[rows].astype(np.float32) * (1 - opacity) + colored * opacity)
+    drawn = Image.fromarray(drawn)
     if class_names is None:
         return drawn
     shown = np.unique(label_map[label_map > 0]).tolist()
@@ -153,7 +159,7 @@ def heat_map(values: np.ndarray, image: "Image.Image | np.ndarray | None" = None
     channels = np.asarray(_HEAT_COLORS, dtype=np.float32).T
     heat = np.stack([np.interp(values, stops, channel) for channel in channels], axis=-1)  # (height, width, 3)
     if image is not None:
-        heat = (1 - alpha) * _pixels_under(image, values, "map of values") + alpha * heat
+        heat = (1 - alpha) * _pixels_under(image, values, "map of values").astype(np.float32) + alpha * heat
     return Image.fromarray(np.rint(heat).astype(np.uint8))
 
 

@@ -472,3 +472,13 @@ def test_floats_a_little_beyond_0_and_1_are_clipped():
     image = np.asarray(open_image(beyond))
     assert image.min() == 0 and image.max() == 255
     assert np.array_equal(image, np.asarray(open_image(beyond.clip(0, 1))))
+
+
+@pytest.mark.parametrize("kind", ["path", "bytes", "record"])
+def test_more_pixels_than_pillow_decodes_are_refused_with_their_number(tmp_path, monkeypatch, kind):
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    source = {"path": tmp_path / "a.png", "bytes": content, "record": {"bytes": content, "path": None}}[kind]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"^The image .* cannot be read \(Image size \(2400 pixels\) exceeds limit"):
+        open_image(source)

@@ -7,6 +7,7 @@ from PIL import Image
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.data import class_names, id2label_from, load_shapes
+from synernet_hf.model import generate_image_cams
 from synernet_hf.training.reporting import _panels, write_image_grid
 from synernet_hf.visualization import voc_palette
 
@@ -48,3 +49,21 @@ def test_training_mode_is_restored_when_a_image_fails(tiny_config, tmp_path):
     with pytest.raises(KeyError):
         write_image_grid(tmp_path / "images.png", model, SynerNetImageProcessor(), [{}], 1)
     assert model.training and not list(tmp_path.iterdir())
+
+
+def test_large_images_are_shown_to_the_model_no_larger_than_the_grid_needs(tiny_config, tmp_path, monkeypatch):
+    seen = []
+
+    def record_size(model, processor, batch, *args, **options):
+        seen.extend(item.pixel_values.shape[1] * item.pixel_values.shape[2] for item in batch)
+        return generate_image_cams(model, processor, batch, *args, **options)
+
+    monkeypatch.setattr("synernet_hf.training.reporting.generate_image_cams", record_size)
+    monkeypatch.setattr("synernet_hf.training.reporting.MAX_PIXELS", 40 * 40)
+    record = {"image": Image.new("RGB", (120, 90)), "mask": Image.new("L", (120, 90)), "labels": [0]}
+    model = SynerNetForWeaklySupervisedSegmentation(tiny_config).eval()
+    for max_pixels in (2**20, None, 30 * 30):
+        processor = SynerNetImageProcessor(max_pixels=max_pixels)
+        write_image_grid(tmp_path / "images.png", model, processor, [record], 1)
+        assert processor.max_pixels == max_pixels
+    assert seen[0] == seen[1] and 1200 < seen[0] <= 40 * 40 and seen[2] <= 30 * 30

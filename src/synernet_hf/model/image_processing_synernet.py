@@ -316,8 +316,10 @@ def open_image(source, timeout: float | None = None) -> Image.Image:
     try:
         image = ImageOps.exif_transpose(source) if isinstance(source, Image.Image) else _opened(source, timeout)
     except UNREADABLE as error:
+        # of other errors the libraries tell no more than that
+        reason = f" ({error})" if isinstance(error, Image.DecompressionBombError) else ""
         raise ValueError(
-            f"The image {_name(source)} cannot be read; expected is the path or URL of an image file."
+            f"The image {_name(source)} cannot be read{reason}; expected is the path or URL of an image file."
         ) from error
     try:
         return to_rgb(image)

@@ -1,5 +1,6 @@
 """The model card of a run and the image grid that it shows."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from synernet_hf.visualization import colorize, figure_panels, heat_map, overlay
 
 
 NUM_IMAGES = 4
+# more than the panels show: CAMs at the eight views of a million pixels take a minute
+MAX_PIXELS = 2**18
 
 
 def write_card(
@@ -68,6 +71,8 @@ def write_image_grid(
     num_images: int = NUM_IMAGES,
 ) -> int:
     """Draws the first images of a split with mask, segmentation at one scale and fused CAM; returns their number."""
+    processor = copy.copy(processor)
+    processor.max_pixels = min(processor.max_pixels or MAX_PIXELS, MAX_PIXELS)
     with inference_mode_of(model):
         rows = [_panels(model, processor, split[index]) for index in range(min(num_images, len(split)))]
     # masks of VOC have contours that are not scored
