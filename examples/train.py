@@ -30,6 +30,8 @@ def run(argv: list[str] | None) -> None:
     """Trains, and prints the scores."""
     model_args, data_args, training_args = parse_arguments(argv)
     results = train(model_args, data_args, training_args)
+    if training_args.dry_run:
+        return
     training = results.pop("training")
     print(f"{training['step']} steps in {training['minutes']:.1f} minutes; the run is in {training_args.output_dir}")
     for kind, scores in results.items():

@@ -120,6 +120,8 @@ def test_folders_in_a_checkpoint_are_checked_too(tmp_path, monkeypatch):
 
 def test_random_states_that_accelerate_does_not_restore_are_refused(interrupted, monkeypatch):
     def refuse(state):
+        # a training draws nothing from this generator, whose state would be that of the checkpoint
+        torch.manual_seed(1)
         raise RuntimeError("no such generator")
 
     monkeypatch.setattr(torch, "set_rng_state", refuse)

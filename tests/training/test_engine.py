@@ -291,7 +291,7 @@ def test_the_length_of_a_run_is_told_from_its_first_steps_and_after_the_last_gat
     ],
 )
 def test_durations_are_words(seconds, text):
-    assert engine._duration(seconds) == text
+    assert engine.duration(seconds) == text
 
 
 def test_what_goes_on_is_told_where_no_terminal_is(tmp_path, capsys):

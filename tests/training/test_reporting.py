@@ -1,15 +1,60 @@
-"""The image grid of a model card."""
+"""The plan of a run, and the image grid of a model card."""
+
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from training_utils import run
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.data import class_names, id2label_from, load_shapes
+from synernet_hf.files import hold_folder
 from synernet_hf.model import generate_image_cams
+from synernet_hf.training import InvalidArguments, engine
 from synernet_hf.training.reporting import _panels, write_image_grid
 from synernet_hf.visualization import voc_palette
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    original, seen = engine.train_step, []
+
+    def step(*args):
+        loss, terms = original(*args)
+        seen.append(set(terms))
+        return loss, terms
+
+    monkeypatch.setattr(engine, "train_step", step)
+    settings = {"max_steps": 90, "eval_steps": 40, "save_steps": 30, "save_total_limit": 2, "dry_run": True}
+    settings |= {"gradient_accumulation_steps": 3, "report_to": "tensorboard"}
+    assert run(tmp_path / "new" / "run", **settings) == {}
+    assert list(tmp_path.iterdir()) == []
+    # one step and three that count, of three passes each, with the losses whose gates open late
+    assert len(seen) == 12
+    assert all({"loss_segmentation", "loss_spatial_bce", "loss_prototype_contrast"} <= terms for terms in seen)
+    plan = capsys.readouterr().out
+    for words in (
+        "images       6 to train on, 2 to evaluate on, 0 left out",
+        "steps        90 of 6 images (processes 1, passes 3, 2 in a pass): 90.0 epochs",
+        "evaluations  every 40 steps and after the last: 3",
+        "checkpoints  every 30 steps and after the last: 3, of which 2 are kept",
+        "s a step with all losses",
+    ):
+        assert words in plan, plan
+    splits = load_shapes(6, 2, image_size=32)
+    stripes = sum(0 in labels for labels in splits["train"]["labels"])
+    assert f"classes      stripes {stripes}, checks" in plan
+    with hold_folder(tmp_path / "held"), pytest.raises(InvalidArguments, match="writes into"):
+        run(tmp_path / "held", **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_disk_of_the_plan_is_what_a_run_needs(finished, tmp_path, capsys):
+    run(tmp_path / "run", dry_run=True)
+    needed = float(re.search(r"disk +([\d.]+) MB at most \(([\d.]+) MB a checkpoint\)", capsys.readouterr().out)[2])
+    tensors = [path for path in (finished / "checkpoint-4").iterdir() if path.suffix in (".safetensors", ".bin")]
+    assert needed == pytest.approx(sum(path.stat().st_size for path in tensors) / 1e6, rel=0.3)
 
 
 def test_the_grid_shows_the_first_images_and_leaves_the_model_as_it_was(tiny_config, tmp_path):

@@ -165,6 +165,9 @@ class SynerNetTrainingArguments:
     resume_from_checkpoint: str | None = setting(
         None, "Checkpoint folder, or latest for the newest one of output_dir."
     )
+    dry_run: bool = setting(
+        False, "Check everything, time three steps, print the plan of the run, and write nothing. [ours]"
+    )
     report_to: Literal["tensorboard", "trackio", "none"] = setting(
         "tensorboard", "Where curves go: tensorboard, trackio or none. [ours]"
     )

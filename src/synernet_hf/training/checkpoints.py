@@ -58,7 +58,7 @@ FREE_SETTINGS = {
     # what `mixed_precision` was resolved to is compared
     "training_args": set(
         "output_dir eval_steps save_steps save_total_limit logging_steps resume_from_checkpoint report_to "
-        "mixed_precision".split()
+        "mixed_precision dry_run".split()
     ),
 }
 

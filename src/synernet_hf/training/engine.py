@@ -5,7 +5,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -66,14 +66,12 @@ from synernet_hf.training.optimization import (
     resolve_precision,
     sum_over_processes,
 )
-from synernet_hf.training.reporting import write_card
+from synernet_hf.training.reporting import TIMED_STEPS, describe_plan, duration, write_card
 from synernet_hf.training.stopping import StopRequest, batches_of, stop_cleanly
 
 
 # a gradient scaler halves its scale at each skipped step; no finite gradient needs this many halvings
 MAX_SKIPPED_IN_A_ROW = 100
-# of which the length of a run is estimated
-TIMED_STEPS = 3
 
 
 @dataclass
@@ -130,7 +128,8 @@ def train(
 
     Returns:
         `dict[str, dict]`: the scores of the final weights as [`evaluate_model`] gives them (none without masks), and
-        under `"training"` the step, minutes, and the last logged losses.
+        under `"training"` the step, minutes, and the last logged losses. Nothing after a `dry_run`, which prints the
+        plan of the run and writes no file.
 
     Raises:
         InvalidArguments: with one sentence per problem, before any work and before the output folder is made.
@@ -140,18 +139,28 @@ def train(
     accelerator = setup(training_args)
     # no process may take the folder while another one still looks whether it is free
     accelerator.wait_for_everyone()
-    try:
-        with hold_folder(
+    held = (
+        nullcontext()
+        if training_args.dry_run
+        else hold_folder(
             Path(training_args.output_dir),
             accelerator.is_main_process,
             share=lambda problem: broadcast_object_list([problem])[0],
-        ):
+        )
+    )
+    try:
+        with held:
             data = prepare_data(data_args, accelerator, checkpoint and read_record(checkpoint / ARGUMENTS_FILE))
             run = build_run(model_args, data_args, training_args, accelerator, data, checkpoint)
             _tell_surprises(run)
-            with stop_cleanly(accelerator, run.output_dir, run.state, run.stop):
-                fit(run)
-                results = finish(run)
+            if training_args.dry_run:
+                accelerator.print(describe_plan(run, train_step))
+                results = {}
+            else:
+                open_folder(run, checkpoint)
+                with stop_cleanly(accelerator, run.output_dir, run.state, run.stop):
+                    fit(run)
+                    results = finish(run)
     except (InvalidArguments, FolderInUse):
         # every process gets here; without the wait, one that ends early would abort the others before they report
         accelerator.wait_for_everyone()
@@ -208,8 +217,8 @@ def build_run(
     checkpoint: Path | None = None,
 ) -> TrainingRun:
     """
-    Makes model, optimizer and data stream, restores the checkpoint if there is one, and makes the output folder.
-    `InvalidArguments` if the checkpoint was made with other settings; nothing is written then.
+    Makes model, optimizer and data stream, with the counters of the checkpoint if there is one; writes nothing.
+    `InvalidArguments` if the checkpoint was made with other settings.
     """
     output_dir = Path(training_args.output_dir)
     record = run_record(model_args, data_args, training_args, accelerator, data)
@@ -243,7 +252,7 @@ def build_run(
     done = state.step + state.skipped_steps
     loader = train_loader(data_args, training_args, accelerator, data.splits["train"], done)
     model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
-    run = TrainingRun(
+    return TrainingRun(
         accelerator=accelerator,
         model=model,
         optimizer=optimizer,
@@ -259,21 +268,25 @@ def build_run(
         state=state,
         stop=StopRequest(accelerator.num_processes),
     )
+
+
+def open_folder(run: TrainingRun, checkpoint: Path | None) -> None:
+    """Writes the record of a run, starts its trackers, and restores the checkpoint if there is one."""
+    accelerator, output_dir, report_to = run.accelerator, run.output_dir, run.training_args.report_to
     if accelerator.is_main_process:
-        if checkpoint is not None and state.best_metric is None and (output_dir / "best" / RESULTS_FILE).is_file():
+        if checkpoint is not None and run.state.best_metric is None and (output_dir / "best" / RESULTS_FILE).is_file():
             tqdm.write("Scores are of other validation images or classes than those of best/, which is chosen anew.")
         if checkpoint is None and is_without_checkpoint(output_dir):
             tqdm.write(f"{output_dir}: the run was interrupted before its first checkpoint and starts over.")
         remove_unfinished(output_dir)
-        write_json(output_dir / ARGUMENTS_FILE, record)
-    if training_args.report_to != "none":
+        write_json(output_dir / ARGUMENTS_FILE, run.record)
+    if report_to != "none":
         # TensorBoard's folder, or trackio's project, and the run in it
         name = output_dir.resolve().name
         accelerator.init_trackers(name, init_kwargs={"trackio": {"name": name, "resume": "allow"}})
     if checkpoint is not None:
         # last, because it restores the random states too
         load_checkpoint(accelerator, checkpoint)
-    return run
 
 
 def fit(run: TrainingRun) -> None:
@@ -387,16 +400,9 @@ class _StepClock:
             each, self.seconds = sum(self.seconds) / TIMED_STEPS, None
             if self.run.accelerator.is_main_process and step < total:
                 tqdm.write(
-                    f"{_duration(each * (total - step))} for the remaining {total - step:,} steps at {each:.2g} s a step, "
+                    f"{duration(each * (total - step))} for the remaining {total - step:,} steps at {each:.2g} s a step, "
                     "evaluations not counted."
                 )
-
-
-def _duration(seconds: float) -> str:
-    """Reads such as `About 38 minutes`."""
-    if seconds < 120:
-        return "Less than a minute" if seconds < 60 else "About a minute"
-    return f"About {seconds / 60:.0f} minutes" if seconds < 5400 else f"About {seconds / 3600:.1f} hours"
 
 
 def _evaluates(run: TrainingRun) -> bool:

@@ -1,12 +1,17 @@
-"""The model card of a run and the image grid that it shows."""
+"""The plan of a run before it starts; the model card of a run and the image grid that it shows."""
 
 import copy
-from collections.abc import Mapping
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from PIL import Image
 
 from synernet_hf.data.schema import multi_hot
@@ -23,12 +28,108 @@ from synernet_hf.model import (
 from synernet_hf.model_card import SynerNetModelCardData, generate_model_card
 from synernet_hf.training.checkpoints import CARD_FILE, IMAGES_FILE
 from synernet_hf.training.evaluation import inference_mode_of
+from synernet_hf.training.stopping import batches_of
 from synernet_hf.visualization import colorize, figure_panels, heat_map, overlay, with_legend
+
+
+try:
+    import resource
+except ModuleNotFoundError:
+    # Windows
+    resource = None
 
 
 NUM_IMAGES = 4
 # more than the panels show: CAMs at the eight views of a million pixels take a minute
 MAX_PIXELS = 2**18
+# of which the length of a run is estimated
+TIMED_STEPS = 3
+
+
+def describe_plan(run, train_step: Callable) -> str:
+    """
+    Says what a [`TrainingRun`] will do and need, a line for each fact. Time and memory are those of three steps with all
+    losses. Every process calls this; the weights of the run are of no use afterwards.
+    """
+    args, done, total = run.training_args, run.state.step, run.training_args.max_steps
+    seconds, train = _seconds_of_a_step(run, train_step), run.splits["train"]
+    passes, processes = args.gradient_accumulation_steps, run.accelerator.num_processes
+    images = args.per_device_batch_size * passes * processes
+    counts = Counter(label for labels in train["labels"] for label in labels)
+    classes = (f"{name} {counts[label]:,}" for label, name in enumerate(run.record["class_names"][1:]))
+    left_out = sum(map(len, run.record["skipped"].values()))
+    weights = _bytes_of(run.bare_model.state_dict().values())
+    saved = weights + _bytes_of(value for state in run.optimizer.state.values() for value in state.values())
+    evaluations = f"every {args.eval_steps:,} steps and after the last: {_times(done, total, args.eval_steps):,}"
+    saves = _times(done, total, args.save_steps)
+    kept = saves if args.save_total_limit is None else min(saves, args.save_total_limit)
+    # a checkpoint is written before an older one goes
+    needed = saved * (kept + (kept < saves)) + weights * (1 + run.can_evaluate)
+    existing = next(path for path in (run.output_dir.absolute(), *run.output_dir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    number = sum(parameter.numel() for parameter in run.bare_model.parameters())
+    lines = {
+        "images": f"{len(train):,} to train on, {len(run.splits.get('validation', ())):,} to evaluate on, {left_out:,} left out",
+        "classes": ", ".join(classes),
+        "model": f"{number / 1e6:.2f} million parameters, precision {run.accelerator.mixed_precision}",
+        "steps": f"{total - done:,} of {images} images (processes {processes}, passes {passes}, "
+        f"{args.per_device_batch_size} in a pass): {(total - done) * images / len(train):.1f} epochs",
+        "evaluations": evaluations if run.can_evaluate else "none, without masks",
+        "checkpoints": f"every {args.save_steps:,} steps and after the last: {saves:,}, of which {kept:,} are kept",
+        "time": f"{duration(seconds * (total - done)).lower()} at {seconds:.2g} s a step with all losses, evaluations and "
+        "checkpoints not counted",
+        "memory": _peak_memory(run.accelerator.device),
+        "disk": f"{_size(needed)} at most ({_size(saved)} a checkpoint), {_size(free)} are free",
+    }
+    text = "".join(f"\n  {name:<12} {line}" for name, line in lines.items())
+    return f"The plan of {run.output_dir}, of which nothing was written:{text}"
+
+
+def _seconds_of_a_step(run, train_step: Callable) -> float:
+    """Of the last step of the run, which has all losses: the mean of three, after one that does not count."""
+    done, device, batches = run.state.step, run.accelerator.device, batches_of(run.loader, run.stop)
+    run.model.train()
+    run.state.step, started = run.training_args.max_steps - 1, 0.0
+    for number in range(1 + TIMED_STEPS):
+        started = time.perf_counter() if number == 1 else started
+        for _ in range(run.training_args.gradient_accumulation_steps):
+            train_step(run, next(batches))
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+    run.state.step = done
+    return (time.perf_counter() - started) / TIMED_STEPS
+
+
+def _times(done: int, total: int, every: int) -> int:
+    """How many steps after `done` are multiples of `every` or the last one."""
+    return -(-total // every) - done // every
+
+
+def _bytes_of(values: Iterable[Any]) -> int:
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
+
+
+def _peak_memory(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{_size(torch.cuda.max_memory_allocated(device))} of the device in each process"
+    if resource is None:
+        return "not known on this system"
+    # macOS counts bytes, others kibibytes
+    unit = 1 if sys.platform == "darwin" else 1024
+    return (
+        f"{_size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)} in each process, its loader's not counted"
+    )
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Reads such as `About 38 minutes`."""
+    if seconds < 120:
+        return "Less than a minute" if seconds < 60 else "About a minute"
+    return f"About {seconds / 60:.0f} minutes" if seconds < 5400 else f"About {seconds / 3600:.1f} hours"
 
 
 def write_card(
