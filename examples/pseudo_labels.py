@@ -2,7 +2,9 @@
 Write the pseudo-labels of a whole data set: `accelerate launch examples/pseudo_labels.py RUN --output DIR`.
 
 DIR/masks/IMAGE_ID.png are palette masks (0 background, 255 undecided), DIR/manifest.parquet lists them, the least
-confident image first. The processes share the images; after an interruption the same command keeps what is finished.
+confident image first. The processes share the images; after an interruption the same command keeps what is finished. With
+--num_shards N --shard K (0 to N - 1), on any machine, a command makes every N-th image; the same one without them checks
+the masks of all shards, makes those that are missing, and writes the manifest.
 Without data options, the data set is the one RUN was trained on.
 """
 
@@ -45,6 +47,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--num_threads", type=int, default=1, help="CPU threads of a process; more processes are faster (default: 1)"
     )
+    parser.add_argument("--num_shards", type=int, default=1, help="label the images in so many commands (default: 1)")
+    parser.add_argument("--shard", type=int, help="which of them this command is, from 0")
     return parser.parse_args(argv)
 
 
@@ -82,7 +86,8 @@ NUM_SHOWN = 5
 def label_images(args: argparse.Namespace) -> None:
     """Load the run and the data, write what is missing, and name the images to look at first."""
     check_arguments(args)
-    options = PseudoLabelOptions(args.map, args.label_source, args.scales and tuple(args.scales), args.flip)
+    shards = (args.num_shards, args.shard)
+    options = PseudoLabelOptions(args.map, args.label_source, args.scales and tuple(args.scales), args.flip, *shards)
     model, processor = load_model_folder(args.run)
     data_args = read_data_arguments(args, args.run)
     id2label = None if args.label_source == "predicted" else model.config.id2label
@@ -107,7 +112,12 @@ def label_images(args: argparse.Namespace) -> None:
         on_bad_image=data_args.on_bad_image,
         progress=True,
     )
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and options.shard is not None:
+        print(
+            f"shard {options.shard} of {options.num_shards}: {len(manifest)} masks are in {args.output / 'masks'}; after the "
+            "last shard, the same command without --num_shards and --shard writes the manifest."
+        )
+    elif accelerator.is_main_process:
         print(f"{len(manifest)} of {len(split)} images have a mask in {args.output / 'masks'}")
         print(f"manifest: {args.output / 'manifest.parquet'}; the first images to review:")
         for row in manifest.slice(0, NUM_SHOWN).to_pylist():

@@ -318,6 +318,45 @@ def test_a_folder_that_another_process_writes_into_is_refused(model, processor, 
     assert not (tmp_path / "out" / ".lock").exists()
 
 
+def test_shards_know_nothing_of_each_other_and_give_the_same_bytes(model, processor, tmp_path):
+    split, out = split_of(some_images(), LABELS), tmp_path / "out"
+    write_pseudo_labels(model, processor, split, tmp_path / "whole")
+    masks = out / "masks"
+    masks.mkdir(parents=True)
+    # what killed processes of shard 0 and, perhaps still living, of shard 1 left
+    for name in (".image_2.png.123.tmp", ".image_3.png.124.tmp"):
+        (masks / name).write_bytes(b"half")
+    with hold_folder(out, part=(1, 2)):
+        table = write_pseudo_labels(model, processor, split, out, PseudoLabelOptions(num_shards=2, shard=0))
+        assert sorted(table["image_id"].to_pylist()) == ["image_0", "image_2", "image_4"]
+        assert not (masks / ".image_2.png.123.tmp").exists() and (masks / ".image_3.png.124.tmp").exists()
+        with pytest.raises(ValueError, match="writes into"):
+            write_pseudo_labels(model, processor, split, out)
+    assert not (out / "manifest.parquet").exists()
+    with pytest.raises(FileNotFoundError, match="has finished"):
+        with_pseudo_labels(split, out)
+    # on a machine without a common disk
+    write_pseudo_labels(model, processor, split, tmp_path / "far", PseudoLabelOptions(num_shards=2, shard=1))
+    for path in (tmp_path / "far" / "masks").iterdir():
+        (masks / path.name).write_bytes(path.read_bytes())
+    assert len(list(masks.glob("[!.]*"))) == 5
+    times = {path.name: path.stat().st_mtime_ns for path in masks.glob("[!.]*")}
+    spoiled(masks / "image_1.png", "damaged")
+    (masks / "image_4.png").unlink()
+    write_pseudo_labels(model, processor, split, out)
+    assert contents(out) == contents(tmp_path / "whole")
+    same = [name for name in times if (masks / name).stat().st_mtime_ns == times[name]]
+    assert sorted(same) == ["image_0.png", "image_2.png", "image_3.png"]
+    empty = write_pseudo_labels(model, processor, split, out, PseudoLabelOptions(num_shards=9, shard=8))
+    assert len(empty) == 0 and contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("num_shards", "shard"), [(0, None), (2, None), (2, 2), (2, -1), (1, 1), (0, 0)])
+def test_shards_that_do_not_exist_are_refused(num_shards, shard):
+    with pytest.raises(ValueError, match=f"`shard` is {shard} of {num_shards}; a number from 0"):
+        PseudoLabelOptions(num_shards=num_shards, shard=shard)
+
+
 def test_a_mask_is_made_again_for_other_image_labels(model, processor, tmp_path):
     write_pseudo_labels(model, processor, split_of(some_images(), LABELS), tmp_path / "out")
     changed = [[1], *LABELS[1:]]
@@ -439,7 +478,15 @@ def test_the_scripts_options(shapes_run, tmp_path, capsys):
     assert "1 of 1 images have a mask" in output and "validation_000000: confidence" in output
     settings = json.loads((tmp_path / "out" / "pseudo_labels.json").read_text())
     assert (settings["map"], settings["label_source"]) == ("segmentation", "predicted")
+    shard = ["--output", str(tmp_path / "shard"), "--num_shards", "2", "--shard", "1"]
+    assert run_script(*words, *shard) == 0
+    assert "shard 1 of 2: 1 masks are in" in capsys.readouterr().out
+    assert run_script(*words, "--output", str(tmp_path / "shard")) == 0
+    output = capsys.readouterr()
+    assert "1 of 2 masks were missing or other: validation_000000." in output.out + output.err
+    assert "2 of 2 images have a mask" in output.out
     for more, expected in (
+        (["--num_shards", "2"], "`shard` is None of 2"),
         (["--split", "test"], "--split can be train or validation"),
         (["--dataset", "voc2012"], "needs data_dir"),
         (["--max_samples", "0"], "--max_samples is 0"),

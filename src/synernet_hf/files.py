@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import tempfile
+import threading
 import time
 import unicodedata
 from collections import Counter
@@ -34,6 +35,9 @@ MAX_NAME_BYTES = 200
 TEMPORARY_NAME = re.compile(r"\.(?P<name>.+)\.\d+\.tmp")
 # names the process that writes into a folder
 LOCK_FILE = ".lock"
+# a process touches its lock so often, and is taken for ended by other machines after so long without
+BEAT_SECONDS = 30.0
+SILENCE_SECONDS = 600.0
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
@@ -137,18 +141,24 @@ class FolderInUse(ValueError):
 
 @contextmanager
 def hold_folder(
-    folder: Path, is_main: bool = True, share: Callable[[str | None], str | None] | None = None
+    folder: Path,
+    is_main: bool = True,
+    share: Callable[[str | None], str | None] | None = None,
+    part: tuple[int, int] | None = None,
 ) -> Iterator[None]:
     """
     Makes a folder that no other process writes into meanwhile: the file `.lock` names this process by host, number and
-    start. The lock of a process that ended without removing it, or ran before the machine started, does not count. Of
-    processes that work together the main one holds the folder, and `share` hands them its text. A folder that is still
-    empty at the end is removed. `FolderInUse`, in all of them, if another process holds it.
+    start. The lock of a process that ended without removing it, or ran before the machine started, does not count, nor
+    does that of another machine which was not touched for ten minutes, as this process touches its own. Of processes that
+    work together the main one holds the folder, and `share` hands them its text. With `part` (number, of how many) the
+    holders of the other parts may write too. A folder that is still empty at the end is removed. `FolderInUse`, in all of
+    them, if another process holds it.
     """
+    lock, ended = folder / _lock_name(part), threading.Event()
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     problem = failure = None
     try:
-        problem = _take(folder) if is_main else None
+        problem = _take(folder, part) if is_main else None
     except OSError as error:
         # told after the others, which wait for a word
         failure, problem = error, str(error)
@@ -158,20 +168,41 @@ def hold_folder(
         raise failure
     if problem is not None:
         raise FolderInUse(problem)
+    if is_main:
+        threading.Thread(target=_beat, args=(lock, ended), daemon=True).start()
     try:
         yield
     finally:
+        ended.set()
         if is_main:
-            (folder / LOCK_FILE).unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)
             for parent in made:
                 if parent.is_dir() and not any(parent.iterdir()):
                     parent.rmdir()
 
 
-def _take(folder: Path) -> str | None:
+def _beat(lock: Path, ended: threading.Event) -> None:
+    while not ended.wait(BEAT_SECONDS):
+        with suppress(OSError):
+            os.utime(lock)
+
+
+def _lock_name(part: tuple[int, int] | None) -> str:
+    return LOCK_FILE if part is None else f"{LOCK_FILE}-{part[0]}-of-{part[1]}"
+
+
+def _locks(folder: Path, part: tuple[int, int] | None) -> list[Path]:
+    """The locks in a folder that keep others from it, or from this part of it."""
+    paths = sorted(folder.glob(f"{LOCK_FILE}*"))
+    if part is None:
+        return paths
+    return [path for path in paths if path.name == _lock_name(part) or not path.name.endswith(f"-of-{part[1]}")]
+
+
+def _take(folder: Path, part: tuple[int, int] | None) -> str | None:
     """Writes the lock of a folder, or returns what [`folder_in_use`] says."""
     make_folder(folder)
-    path, pid = folder / LOCK_FILE, os.getpid()
+    path, pid = folder / _lock_name(part), os.getpid()
     own = {
         "host": platform.node(),
         "pid": pid,
@@ -180,11 +211,12 @@ def _take(folder: Path) -> str | None:
     }
     with _one_at_a_time(folder):
         while True:
-            problem = folder_in_use(folder)
+            problem = folder_in_use(folder, part)
             if problem is not None:
                 return problem
-            # of a process that has ended
-            path.unlink(missing_ok=True)
+            # of processes that have ended
+            for ended in _locks(folder, part):
+                ended.unlink(missing_ok=True)
             # a process of another machine may be faster
             with suppress(FileExistsError):
                 file = path.open("x", encoding="utf-8")
@@ -218,9 +250,13 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def folder_in_use(folder: Path) -> str | None:
-    """Says which other process writes into a folder, or returns `None`."""
-    path, holder = folder / LOCK_FILE, None
+def folder_in_use(folder: Path, part: tuple[int, int] | None = None) -> str | None:
+    """Says which other process writes into a folder, or into this part of it, or returns `None`."""
+    return next((problem for path in _locks(folder, part) if (problem := _holder(path)) is not None), None)
+
+
+def _holder(path: Path) -> str | None:
+    folder, holder = path.parent, None
     for _ in range(20):
         try:
             holder = json.loads(path.read_text(encoding="utf-8"))
@@ -232,11 +268,22 @@ def folder_in_use(folder: Path) -> str | None:
             time.sleep(0.05)
     advice = f"wait until it ends, or remove {path} if it does not run any more."
     try:
-        if holder["host"] == platform.node() and _process(holder["pid"]) != holder["process"]:
+        is_here = holder["host"] == platform.node()
+        if _process(holder["pid"]) != holder["process"] if is_here else _silence(path) > SILENCE_SECONDS:
             return None
+        advice += "" if is_here else " Ten minutes after the last sign of another machine its lock does not count."
         return f"Process {holder['pid']} on {holder['host']} writes into {folder} since {holder['started']}: {advice}"
     except (KeyError, TypeError):
         return f"Another process writes into {folder}: {advice}"
+
+
+def _silence(path: Path) -> float:
+    """Seconds since a lock was touched, by the clock of its file system."""
+    try:
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            return os.fstat(file.fileno()).st_mtime - path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _process(pid: int) -> str | None:

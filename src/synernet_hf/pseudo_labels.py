@@ -84,7 +84,7 @@ MANIFEST_SCHEMA = pa.schema(
 @dataclass(frozen=True)
 class PseudoLabelOptions:
     """
-    Which label map to make of an image.
+    Which label map to make of an image, and of which images.
 
     Args:
         map (`str`, *optional*, defaults to `"pseudo_label"`): `"pseudo_label"`: the fused CAM under two background
@@ -97,15 +97,19 @@ class PseudoLabelOptions:
             segmentation `config.inference_scales`.
         flip (`bool`, *optional*): Also see the mirror of every scale. Default: `config.cam_flip`, for a segmentation
             `False`.
+        num_shards (`int`, *optional*, defaults to 1), shard (`int`, *optional*): In how many shares the images are made,
+            and which one, from 0. Default: all images.
 
     Raises:
-        ValueError: A choice is unknown or a scale is not positive.
+        ValueError: A choice is unknown, a scale is not positive, or there is no such shard.
     """
 
     map: str = "pseudo_label"
     label_source: str = "auto"
     scales: tuple[float, ...] | None = None
     flip: bool | None = None
+    num_shards: int = 1
+    shard: int | None = None
 
     def __post_init__(self) -> None:
         for name, value, choices in (("map", self.map, MAPS), ("label_source", self.label_source, LABEL_SOURCES)):
@@ -113,6 +117,8 @@ class PseudoLabelOptions:
                 raise ValueError(f"`{name}` is {value!r}; one of {', '.join(choices)} is expected.")
         if self.scales is not None and not (self.scales and all(0 < scale < float("inf") for scale in self.scales)):
             raise ValueError(f"`scales` is {self.scales}; positive factors such as (1.0, 1.25) are expected.")
+        if self.num_shards < 1 or self.shard not in (range(self.num_shards) if self.num_shards > 1 else (None, 0)):
+            raise ValueError(f"`shard` is {self.shard} of {self.num_shards}; a number from 0 of several is expected.")
 
 
 @dataclass
@@ -150,9 +156,7 @@ class PseudoLabeler:
         """
         prepared = prepare_image(self.processor, image)
         source = _label_source(self.options, label_ids)
-        labels = "predicted"
-        if source == "known":
-            labels = [multi_hot(label_ids, self.model.config.num_labels - 1)]
+        labels = [multi_hot(label_ids, self.model.config.num_labels - 1)] if source == "known" else "predicted"
         make = self._pseudo_label if self.options.map == "pseudo_label" else self._segmentation
         label_map, confidence, labels = make(prepared, labels)
         label_map = label_map.to("cpu", torch.uint8).numpy()
@@ -217,8 +221,9 @@ def write_pseudo_labels(
     The folder holds `masks/IMAGE_ID.png` ([`~synernet_hf.files.safe_file_names`]; VOC palette, 255 = undecided),
     `manifest.parquet` and `pseudo_labels.json` (what made them). A mask belongs to the content and the labels of its
     image: it is made again where they differ, and where its pixels are not those that were written. Every file appears
-    whole or not at all. Files are equal byte for byte for any number of processes and after any
-    interruption, on one kind of device and with the same number of threads per process.
+    whole or not at all. Files are equal byte for byte for any number of processes and after any interruption, on one kind
+    of device and with the same number of threads per process. Shards may be made at once, in one folder or in several, and
+    write no manifest: a call for all images, where all masks are together, checks them, makes what is missing, and does.
 
     Args:
         model ([`SynerNetForWeaklySupervisedSegmentation`]): The model, unwrapped, on its device. Its training mode is
@@ -238,7 +243,7 @@ def write_pseudo_labels(
         `pyarrow.Table`: the manifest, least confident image first: `image_id`, `mask` (path in the folder), `classes`
         (names of the classes it could show), `missing_classes` (those of them it does not show), and `width`,
         `height`, `label_source`, `confidence`, `coverage` and `foreground` as [`PseudoLabeler`] returns them, and
-        `pixels`, the SHA-256 of the label map's bytes.
+        `pixels`, the SHA-256 of the label map's bytes. Of a shard, its own rows.
 
     Raises:
         ValueError: The split lacks a column, is empty, has other classes than the model, or an identifier that is no
@@ -250,14 +255,17 @@ def write_pseudo_labels(
     first, step = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     _check_classes(model, dataset, options)
     dataset = dataset.with_format(None)
-    records = _wanted_records(dataset, options)
+    records = _wanted_records(dataset, options)[options.shard or 0 :: options.num_shards]
+    part = None if options.shard is None else (options.shard, options.num_shards)
     settings = _settings(model, processor, options)
     _check_same_settings(output_dir, settings)
     share = None if accelerator is None else lambda problem: broadcast_object_list([problem])[0]
-    with hold_folder(output_dir, first == 0, share):
+    with hold_folder(output_dir, first == 0, share, part):
         if first == 0:
-            _prepare_folder(output_dir, settings)
+            _prepare_folder(output_dir, settings, None if part is None else {record["mask"] for record in records})
         _wait(accelerator)
+        # another shard may have begun meanwhile
+        _check_same_settings(output_dir, settings)
         labeler = PseudoLabeler(model, processor, options)
         return _write_all(labeler, dataset, records, output_dir, accelerator, on_bad_image, progress)
 
@@ -273,13 +281,13 @@ def _write_all(
 ) -> pa.Table:
     """Makes this process's share of what is missing, then the manifest."""
     model, options = labeler.model, labeler.options
-    settings = _settings_digest(output_dir)
+    settings = hashlib.sha256((output_dir / SETTINGS_FILE).read_bytes()).hexdigest()
     first, step = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     images = dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
-    was_training = model.training
+    was_training, made, share = model.training, [], records[first::step]
     model.eval()
     try:
-        for record in tqdm(records[first::step], desc="pseudo-labels", disable=not progress or first > 0):
+        for record in tqdm(share, desc="pseudo-labels", disable=not progress or first > 0):
             path = output_dir / record["mask"]
             try:
                 image = images[record["index"]]["image"]
@@ -300,9 +308,14 @@ def _write_all(
                 continue
             label_map, found = labeler(image, record["labels"])
             _write_mask(path, label_map, found | made_of)
+            made.append(record["image_id"])
     finally:
         model.train(was_training)
+    if progress and first == 0 and 0 < len(made) < len(share):
+        tqdm.write(f"{len(made)} of {len(share)} masks were missing or other: {name_some(made)}.")
     _wait(accelerator)
+    if options.shard is not None:
+        return _manifest(output_dir, records, model.config.id2label)
     if first == 0:
         rows = _manifest(output_dir, records, model.config.id2label)
         replace_file(output_dir / MANIFEST_FILE, lambda path: pq.write_table(rows, path))
@@ -358,8 +371,7 @@ def with_pseudo_labels(dataset: datasets.Dataset, folder: str | Path, min_confid
         raise ValueError(
             f"{folder / MANIFEST_FILE} cannot be read ({one_line(error)}): examples/pseudo_labels.py makes it anew."
         ) from error
-    rows = table.to_pylist()
-    rows = {row["image_id"]: row for row in rows if row["confidence"] >= min_confidence}
+    rows = {row["image_id"]: row for row in table.to_pylist() if row["confidence"] >= min_confidence}
     chosen = [index for index, image_id in enumerate(map(str, dataset["image_id"])) if image_id in rows]
     if not chosen:
         raise ValueError(
@@ -435,10 +447,6 @@ def _pixel_digest(label_map: np.ndarray) -> str:
     return hashlib.sha256(label_map.tobytes()).hexdigest()
 
 
-def _settings_digest(output_dir: Path) -> str:
-    return hashlib.sha256((output_dir / SETTINGS_FILE).read_bytes()).hexdigest()
-
-
 def _is_current(content: dict[str, Any] | None, record: dict, made_of: dict, options: PseudoLabelOptions) -> bool:
     """Whether a mask was made of this file with these settings, for these image labels."""
     if content is None or any(content.get(name) != digest for name, digest in made_of.items()):
@@ -480,13 +488,12 @@ def _check_same_settings(output_dir: Path, settings: dict[str, Any]) -> None:
         earlier = earlier if isinstance(earlier, dict) else {}
     except ValueError:
         # missing or damaged: each mask knows what made it
-        own = {MASK_FOLDER, MANIFEST_FILE, SETTINGS_FILE, LOCK_FILE}
-        names = [entry.name for entry in output_dir.iterdir()] if output_dir.is_dir() else []
+        own = {MASK_FOLDER, MANIFEST_FILE, SETTINGS_FILE}
+        names = [path.name for path in output_dir.glob("*") if not path.name.startswith(LOCK_FILE)]
         foreign = [name for name in names if name not in own and not TEMPORARY_NAME.fullmatch(name)]
         if foreign:
-            raise ValueError(
-                f"{output_dir} holds other things ({name_some(sorted(foreign))}); give a new folder."
-            ) from None
+            names = name_some(sorted(foreign))
+            raise ValueError(f"{output_dir} holds other things ({names}); give a new folder.") from None
         return
     other = [name for name, value in settings.items() if earlier.get(name) != value]
     if other:
@@ -496,10 +503,12 @@ def _check_same_settings(output_dir: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _prepare_folder(output_dir: Path, settings: dict[str, Any]) -> None:
+def _prepare_folder(output_dir: Path, settings: dict[str, Any], masks: set[str] | None) -> None:
+    """Removes half-written files, of these `masks` alone if others may be being written, and writes the settings."""
     (output_dir / MASK_FOLDER).mkdir(parents=True, exist_ok=True)
     for path in output_dir.rglob(".*.tmp"):
-        if TEMPORARY_NAME.fullmatch(path.name):
+        name = TEMPORARY_NAME.fullmatch(path.name)
+        if name and (masks is None or path.with_name(name["name"]).relative_to(output_dir).as_posix() in masks):
             path.unlink(missing_ok=True)
     write_json(output_dir / SETTINGS_FILE, settings)
 
@@ -515,7 +524,7 @@ def _manifest(output_dir: Path, records: list[dict], id2label: dict[int, str]) -
         pa.Table.from_pylist(
             list(_manifest_rows(output_dir, records[start : start + MANIFEST_CHUNK], id2label)), MANIFEST_SCHEMA
         )
-        for start in range(0, len(records), MANIFEST_CHUNK)
+        for start in range(0, max(len(records), 1), MANIFEST_CHUNK)
     ).sort_by([("confidence", "ascending"), ("image_id", "ascending")])
 
 
@@ -524,11 +533,10 @@ def _manifest_rows(output_dir: Path, records: list[dict], id2label: dict[int, st
         content = _mask_record(output_dir / record["mask"])
         if content is None:
             continue
-        missing = [class_id for class_id in content["labels"] if class_id not in content["found"]]
         row = {name: content[name] for name in MANIFEST_SCHEMA.names if name in content}
         row |= {name: record[name] for name in ("image_id", "mask")}
         row["classes"] = [id2label[class_id] for class_id in content["labels"]]
-        row["missing_classes"] = [id2label[class_id] for class_id in missing]
+        row["missing_classes"] = [id2label[label] for label in content["labels"] if label not in content["found"]]
         yield row
 
 

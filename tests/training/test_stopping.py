@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -251,12 +252,48 @@ def test_locks_that_count_and_those_that_do_not(tmp_path, content, is_held):
         assert not list(tmp_path.iterdir())
 
 
+def test_the_lock_of_another_machine_counts_as_long_as_it_is_touched(tmp_path, monkeypatch):
+    lock = tmp_path / LOCK_FILE
+    lock.write_text(other_process(host="elsewhere"))
+    assert "Ten minutes after the last sign of another machine" in folder_in_use(tmp_path)
+    old = time.time() - files.SILENCE_SECONDS - 60
+    os.utime(lock, (old, old))
+    assert folder_in_use(tmp_path) is None
+    monkeypatch.setattr(files, "BEAT_SECONDS", 0.01)
+    with hold_folder(tmp_path):
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+        os.utime(lock, (old, old))
+        deadline = time.monotonic() + 20
+        while lock.stat().st_mtime < old + 60 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        # as another machine sees it
+        assert files._silence(lock) < files.SILENCE_SECONDS
+    assert not list(tmp_path.iterdir())
+
+
+def test_parts_of_a_folder_are_held_beside_each_other_and_not_beside_the_whole(tmp_path):
+    with hold_folder(tmp_path, part=(0, 2)):
+        for part in (None, (0, 2), (0, 3)):
+            with pytest.raises(FolderInUse, match="writes into"), hold_folder(tmp_path, part=part):
+                pytest.fail("the folder is not held")
+        with hold_folder(tmp_path, part=(1, 2)):
+            assert len(list(tmp_path.iterdir())) == 2
+    with hold_folder(tmp_path), pytest.raises(FolderInUse), hold_folder(tmp_path, part=(0, 2)):
+        pytest.fail("the folder is not held")
+    # what killed processes left
+    for name in (".lock-0-of-2", ".lock-2-of-5"):
+        (tmp_path / name).write_text(other_process(pid=2**22 + 1))
+    with hold_folder(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
+    assert not list(tmp_path.iterdir())
+
+
 def test_of_two_that_find_the_lock_of_an_ended_process_one_gets_the_folder(tmp_path, monkeypatch):
     (tmp_path / LOCK_FILE).write_text(other_process(pid=2**22 + 1))
     judge, judged, taken = files.folder_in_use, threading.Event(), threading.Event()
 
-    def slow(folder):
-        problem = judge(folder)
+    def slow(*folder):
+        problem = judge(*folder)
         if problem is None and not judged.is_set():
             # the other one has time to take it, unless it may not
             judged.set()
@@ -265,13 +302,13 @@ def test_of_two_that_find_the_lock_of_an_ended_process_one_gets_the_folder(tmp_p
 
     def second():
         judged.wait(5)
-        problem = files._take(tmp_path)
+        problem = files._take(tmp_path, None)
         taken.set()
         return problem
 
     monkeypatch.setattr(files, "folder_in_use", slow)
     with ThreadPoolExecutor(2) as pool:
-        problems = [future.result() for future in (pool.submit(files._take, tmp_path), pool.submit(second))]
+        problems = [future.result() for future in (pool.submit(files._take, tmp_path, None), pool.submit(second))]
     assert problems[0] is None and "writes into" in problems[1]
 
 
