@@ -1,11 +1,18 @@
 """Recipes and the command line: what wins, and what is refused."""
 
 import dataclasses
+import typing
 
 import pytest
 
-from synernet_hf.training import InvalidArguments, SynerNetTrainingArguments, parse_arguments, read_recipe
-from synernet_hf.training.arguments import ARGUMENT_CLASSES
+from synernet_hf.training import (
+    DataArguments,
+    InvalidArguments,
+    SynerNetTrainingArguments,
+    parse_arguments,
+    read_recipe,
+)
+from synernet_hf.training.arguments import ARGUMENT_CLASSES, RANGES, value_problems
 
 
 def write_recipe(tmp_path, text: str) -> str:
@@ -65,11 +72,39 @@ def test_mappings_and_lists_come_from_recipe_and_command_line(tmp_path):
         ("dataset: 3\n", "`dataset` in the recipe .* must be text"),
         ("- max_steps\n", "must be a mapping of settings, got list"),
         ("max_steps: [1\n", "is not valid YAML"),
+        ("scale_range: [a, b]\n", "`scale_range` in the recipe .* must be a list of numbers, got \\['a', 'b'\\]"),
+        ("scale_range: [[1], null]\n", "`scale_range` in the recipe .* must be a list of numbers"),
+        ("scale_range: [0.5, .inf]\n", "`scale_range` in the recipe .* must be a list of numbers"),
+        ("metric_classes: [cat, [dog]]\n", "`metric_classes` in the recipe .* must be a list of texts"),
+        ("learning_rate: .nan\n", "`learning_rate` in the recipe .* must be a number, got nan"),
+        ("max_steps: 10\nseed: 1\nmax_steps: 20\n", "is not valid YAML: line 3, the key max_steps stands twice"),
+        ("model_config:\n  fusion: a\n  fusion: b\n", "line 3, the key fusion stands twice"),
+        ("model_config: {a: &a [x, x], b: [*a, *a]}\n", "line 1, aliases are not read"),
+        ("model_config: &a {a: *a}\n", "line 1, aliases are not read"),
+        ("data_dir: !!python/object/apply:os.getcwd []\n", "line 1, could not determine a constructor"),
+        ("? [a, b]\n: 1\n", "line 1, found unhashable key"),
     ],
 )
 def test_a_recipe_with_a_mistake_is_refused_in_one_sentence(tmp_path, text, sentence):
-    with pytest.raises(InvalidArguments, match=sentence):
+    with pytest.raises(InvalidArguments, match=sentence) as caught:
         parse_arguments(["--config", write_recipe(tmp_path, text)])
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (f"model_config: {'[' * 100_000}\n", "it is nested more than 32 levels deep"),
+        (f"seed: {'9' * 5000}\n", "is not valid YAML: Exceeds the limit"),
+        (f"dataset: [{'x' * 5000}]\n", "`dataset` in the recipe .* must be text, got \\['x{77}…\\.$"),
+        (f"# {'x' * 1_000_000}\n", "has 1,000,003 bytes, too many for a recipe"),
+    ],
+    ids=["deep", "digits", "wide", "large"],
+)
+def test_a_bomb_of_a_recipe_is_refused_in_one_sentence(tmp_path, text, sentence):
+    with pytest.raises(InvalidArguments, match=sentence) as caught:
+        parse_arguments(["--config", write_recipe(tmp_path, text)])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 def test_numbers_in_mappings_stay_numbers(tmp_path):
@@ -150,6 +185,27 @@ def test_all_problems_of_the_values_are_found_together():
     for name in ("output_dir", "max_steps", "learning_rate", "blur", "scale_range", "save_total_limit"):
         assert text.count(f"`{name}`") == 1
     assert SynerNetTrainingArguments(output_dir="run", report_to="none").problems() == []
+
+
+@pytest.mark.parametrize("group", [DataArguments, SynerNetTrainingArguments])
+def test_every_number_has_a_range_and_what_is_outside_is_refused(group):
+    hints = typing.get_type_hints(group)
+    numbers = [name for name, hint in hints.items() if {int, float, list[float]} & {hint, *typing.get_args(hint)}]
+    ranges = {name: (low, high) for low, high, names in RANGES for name in names.split()}
+    assert set(numbers) == set(ranges) & set(hints) and numbers
+    good = {"output_dir": "run", "report_to": "none"} if group is SynerNetTrainingArguments else {}
+    for name in numbers:
+        low, high = ranges[name]
+        is_list = isinstance(getattr(group(), name), list)
+        for value in (low, high):
+            assert value_problems(group(**good | {name: [value, value] if is_list else value})) == [], name
+        below = -1e-9 if low == 0 and float in (hints[name], *typing.get_args(hints[name])) else low - 1
+        for value in (below, high + 1, -(10**30), 10**30, float("inf"), float("nan"), "1", True, [[1]]):
+            [problem] = value_problems(group(**good | {name: [value, value] if is_list else value}))
+            assert problem.startswith(f"`{name}` must be ") and len(problem) < 150
+    assert [
+        name for name in numbers if f"`{name}`" not in str(value_problems(group(**dict.fromkeys(numbers, -2))))
+    ] == []
 
 
 @pytest.mark.parametrize("name", ["voc12", "voc12_authors", "voc_animals", "tiny_cpu", "own_images", "own_images_cpu"])

@@ -4,6 +4,7 @@ import json
 import os
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -51,9 +52,8 @@ def parse_json(text: str, reduce: Callable[[dict[str, Any]], Any] | None = None)
     def unique(pairs: list[tuple[str, Any]]) -> Any:
         found = dict(pairs)
         if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            repeated = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"the key {repeated!r} stands twice in one object")
+            [(repeated, _)] = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"the key {repeated[:80]!r} stands twice in one object")
         return found if reduce is None else reduce(found)
 
     try:

@@ -17,15 +17,42 @@ from typing import Any, Literal
 import yaml
 
 from synernet_hf.cli import CommandParser, InvalidArguments, did_you_mean
-from synernet_hf.files import read_json
+from synernet_hf.files import one_line, read_json
 
 
 # the record of a run's settings, in its folder and in each checkpoint
 ARGUMENTS_FILE = "training_args.json"
+MAX_RECIPE_BYTES = 1_000_000
+MAX_DEPTH = 32
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Safe YAML that reads 6e-5 as a number, as JSON and YAML 1.2 do and PyYAML's YAML 1.1 does not."""
+    """
+    Safe YAML that reads 6e-5 as a number, as JSON and YAML 1.2 do and PyYAML's YAML 1.1 does not, and refuses what a
+    recipe does not need: equal keys, aliases and deep nesting.
+    """
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Reads a value and those in it."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="aliases are not read", problem_mark=self.peek_event().start_mark)
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {MAX_DEPTH} levels deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Makes a `dict`."""
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
 
 
 RecipeLoader.add_implicit_resolver(
@@ -39,11 +66,16 @@ def _read_mapping(value: dict[str, Any] | str | None, name: str) -> dict[str, An
         return value
     try:
         mapping = yaml.load(value, Loader=RecipeLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         mapping = None
     if not isinstance(mapping, dict):
-        raise InvalidArguments(f"`{name}` must be a mapping such as '{{\"key\": 1}}', got {value!r}.")
+        raise InvalidArguments(f"`{name}` must be a mapping such as '{{\"key\": 1}}', got {_shown(value)}.")
     return mapping
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def documented(group: type) -> type:
@@ -180,9 +212,6 @@ class SynerNetTrainingArguments:
         None, "Shortest edge, in pixels, at evaluation and inference (default: the image's own size)."
     )
 
-    def __post_init__(self):
-        self.scale_range = [float(value) for value in self.scale_range]
-
     @property
     def warmup_steps(self) -> int:
         """Optimizer steps with a rising rate, an `int`."""
@@ -192,44 +221,49 @@ class SynerNetTrainingArguments:
         """Returns a `list[str]` with one sentence per problem that shows without looking at data or model."""
         found = [] if self.output_dir else ["`output_dir` is missing: name a folder for the run."]
         found += value_problems(self)
-        if len(self.scale_range) != 2 or not 0 < self.scale_range[0] <= self.scale_range[1]:
-            found.append(f"`scale_range` must be two rising positive numbers, got {self.scale_range}.")
+        is_range = "`scale_range`" in " ".join(found) or len(self.scale_range) == 2
+        if not is_range or self.scale_range[0] > self.scale_range[-1]:
+            found.append(f"`scale_range` must be two rising numbers, got {_shown(self.scale_range)}.")
         if self.report_to in ("tensorboard", "trackio") and importlib.util.find_spec(self.report_to) is None:
             found.append(f"`report_to={self.report_to}` needs the package {self.report_to}: install it or pass none.")
         return found
 
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, SynerNetTrainingArguments)
-# limits of values, and the settings that they apply to
-LIMITS = (
-    (
-        "be at least 1",
-        lambda value: value >= 1,
-        "max_steps crop_size per_device_batch_size gradient_accumulation_steps eval_steps save_steps logging_steps "
-        "save_total_limit inference_size max_eval_samples",
-    ),
-    (
-        "be positive",
-        lambda value: 0 < value < math.inf,
-        "learning_rate encoder_lr_multiplier head_lr_multiplier max_grad_norm",
-    ),
-    ("not be negative", lambda value: 0 <= value < math.inf, "weight_decay num_workers"),
-    ("lie in [0, 1]", lambda value: 0 <= value <= 1, "warmup_ratio color_jitter grayscale blur"),
+# smallest and largest value of every setting that is a number or a list of them
+POSITIVE = math.ulp(0.0)
+RANGES = (
+    (1, 10**9, "max_steps eval_steps save_steps logging_steps save_total_limit max_eval_samples"),
+    (1, 2**16, "per_device_batch_size gradient_accumulation_steps"),
+    (1, 2**14, "crop_size inference_size"),
+    (0, 512, "num_workers"),
+    # a process adds its number
+    (0, 2**31, "seed"),
+    (POSITIVE, 10, "learning_rate"),
+    (POSITIVE, 1000, "scale_range"),
+    (POSITIVE, 10**6, "encoder_lr_multiplier head_lr_multiplier max_grad_norm"),
+    (0, 1000, "weight_decay"),
+    (0, 1, "warmup_ratio color_jitter grayscale blur"),
 )
 KINDS = ((dict, "a mapping"), (list, "a list"), (bool, "true or false"), (int, "a whole number"), (float, "a number"))
 
 
 def value_problems(group: DataArguments | SynerNetTrainingArguments) -> list[str]:
-    """One sentence per value that is outside of its limits or not one of its choices."""
+    """One sentence per value of a wrong kind, outside of its range or not one of its choices."""
     found, values = [], vars(group)
-    for wanted, holds, names in LIMITS:
-        given = [(name, values[name]) for name in names.split() if values.get(name) is not None]
-        found += [f"`{name}` must {wanted}, got {value}." for name, value in given if not holds(value)]
+    ranges = {name: (low, high) for low, high, names in RANGES for name in names.split()}
     for name, hint in typing.get_type_hints(type(group)).items():
+        value, wanted = values[name], _wrong_kind(hint, values[name])
+        if wanted is None and name in ranges and value is not None:
+            low, high = ranges[name]
+            if not all(low <= item <= high for item in (value if isinstance(value, list) else [value])):
+                wanted = f"above 0 and at most {high:,}" if low == POSITIVE else f"from {low:,} to {high:,}"
         for choices in [part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is Literal]:
             *others, last = typing.get_args(choices)
-            if values[name] not in (None, *others, last):
-                found.append(f"`{name}` must be {', '.join(others)} or {last}, got {values[name]!r}.")
+            if value not in (None, *others, last):
+                wanted = f"{', '.join(others)} or {last}"
+        if wanted is not None:
+            found.append(f"`{name}` must be {wanted}, got {_shown(value)}.")
     return found
 
 
@@ -249,17 +283,21 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise InvalidArguments(f"The recipe {path} does not exist: give `--config` the path of a YAML file.")
+    if path.stat().st_size > MAX_RECIPE_BYTES:
+        raise InvalidArguments(f"{path} has {path.stat().st_size:,} bytes, too many for a recipe: give a YAML file.")
     try:
         recipe = yaml.load(path.read_text(encoding="utf-8"), Loader=RecipeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidArguments(f"The recipe {path} is not valid YAML: {error}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        fault = one_line(error) if mark is None else f"line {mark.line + 1}, {error.problem}"
+        raise InvalidArguments(f"The recipe {path} is not valid YAML: {fault}.") from error
     if not isinstance(recipe, dict):
         raise InvalidArguments(f"The recipe {path} must be a mapping of settings, got {type(recipe).__name__}.")
     hints = {name: hint for group in ARGUMENT_CLASSES for name, hint in typing.get_type_hints(group).items()}
     problems = [
         f"The recipe {path} has the unknown setting {key}{did_you_mean(str(key), hints)}"
         if key not in hints
-        else f"`{key}` in the recipe {path} must be {wanted}, got {value!r}."
+        else f"`{key}` in the recipe {path} must be {wanted}, got {_shown(value)}."
         for key, value in recipe.items()
         if (wanted := key not in hints or _wrong_kind(hints[key], value))
     ]
@@ -275,7 +313,12 @@ def _wrong_kind(hint: Any, value: Any) -> str | None:
     if value is None:
         return None if type(None) in kinds else "a value"
     kind, wanted = next((pair for pair in KINDS if pair[0] in kinds), (str, "text"))
-    fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    accepted = {float: (int, float), list: (list, tuple), str: (str, Path)}.get(kind, kind)
+    fits = isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
+    if kind is list and fits:
+        [inner] = typing.get_args(next(part for part in parts if typing.get_origin(part) is list))
+        fits = not any(_wrong_kind(inner, item) for item in value)
+        wanted = "a list of numbers" if inner is float else "a list of texts"
     return None if fits and (kind is not float or math.isfinite(value)) else wanted
 
 
