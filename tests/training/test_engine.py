@@ -505,7 +505,7 @@ def test_the_check_of_images_can_be_left_out(tmp_path, monkeypatch, capsys):
         ({"data": {"metric_classes": ["dots", "unicorn"]}}, "`metric_classes` has unknown names unicorn; known are"),
         ({"data": {"dataset": "voc"}}, "Unknown data set 'voc'"),
         ({"data": {"dataset_options": {"num_trian": 3}}}, "num_trian"),
-        ({"data": {"max_eval_samples": 0}}, "`max_eval_samples` must be at least 1"),
+        ({"data": {"max_eval_samples": 0}}, "`max_eval_samples` must be from 1 to"),
         ({"data": {"dataset": "voc2012", "data_dir": "nowhere", "dataset_options": {}}}, "nowhere"),
         ({"resume_from_checkpoint": "latest"}, "holds no checkpoint to resume from"),
         ({"resume_from_checkpoint": "nowhere/checkpoint-2"}, "is not a checkpoint of a run"),
@@ -528,7 +528,7 @@ def test_all_problems_are_told_at_once(tmp_path):
             resume_from_checkpoint="latest",
         )
     text = str(error.value)
-    assert "`learning_rate` must be positive" in text
+    assert "`learning_rate` must be above 0" in text
     assert "smaller than a patch" in text
     assert "unicorn" in text
     assert "no checkpoint" in text

@@ -306,8 +306,7 @@ def validate_arguments(
     if not problems:
         return checkpoint
     try:
-        # not of what is yet to be generated, which takes a while
-        problems += [] if data_args.dataset == "shapes" else data_problems(load_data(data_args), data_args)
+        problems += data_problems(load_data(data_args), data_args)
     except INPUT_ERRORS as error:
         problems.append(one_line(error))
     raise InvalidArguments("\n".join(problems))
