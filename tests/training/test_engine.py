@@ -477,7 +477,7 @@ def test_the_check_of_images_can_be_left_out(tmp_path, monkeypatch, capsys):
         ({"crop_size": 7}, "`crop_size` is 7, smaller than a patch of 8 pixels"),
         ({"output_dir": None}, "`output_dir` is missing"),
         ({"mixed_precision": "int8"}, "`mixed_precision` must be no, fp16, bf16 or auto, got 'int8'"),
-        ({"max_steps": 0}, "`max_steps` must be at least 1, got 0"),
+        ({"max_steps": 0}, "`max_steps` must be from 1 to 1,000,000,000, got 0"),
         ({"model": {"backbone": "folder"}}, "Give either `backbone` .* or `backbone_config` .* got both"),
         ({"model": {"backbone_config": None}}, "Give either `backbone` .* or `backbone_config` .* got neither"),
         ({"model": {"backbone_config": None, "backbone": "./nowhere"}}, r"The encoder \./nowhere: no such folder"),
