@@ -111,7 +111,7 @@ def read_records(args: argparse.Namespace, names: list[str]) -> list[dict[str, A
             asked = f"{', '.join(wanted)}: no such files" if wanted else f"--number {args.number}: no image is given"
             raise InvalidArguments(f"{asked}, and {path} names no data set with such ids; give --images FILE.")
         try:
-            split = load_data(DataArguments(**settings))["validation"]
+            split = load_data(DataArguments(**settings), splits=("validation",))["validation"]
         except (OSError, ValueError) as error:
             raise InvalidArguments(" ".join(str(error).split())) from error
         if args.number is not None:
