@@ -21,12 +21,12 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from testing_utils import TRAINED_MODEL as MODEL
-from training_utils import DATA, TRAINING, assert_equal_weights, run, snapshot, stop_at
+from training_utils import DATA, TRAINING, assert_equal_weights, run, snapshot, state_of, stop_at
 
 from synernet_hf import files
 from synernet_hf.cli import DiskError, Terminated, run_command
 from synernet_hf.files import LOCK_FILE, FolderInUse, folder_in_use, hold_folder
-from synernet_hf.training import InvalidArguments, engine, stopping
+from synernet_hf.training import InvalidArguments, engine, evaluation, stopping
 from synernet_hf.training.checkpoints import damage, list_checkpoints
 
 
@@ -107,20 +107,27 @@ def test_a_save_that_sigterm_meets_is_finished(tmp_path, monkeypatch):
     assert names(tmp_path / "run") == ["checkpoint-1"] and not evaluated
 
 
-@pytest.mark.parametrize(("save_steps", "step"), [(1, 1), (3, 2)])
-def test_sigterm_in_an_evaluation_ends_at_once_where_nothing_is_lost(tmp_path, monkeypatch, save_steps, step):
-    evaluate_model, evaluated = engine.evaluate_model, []
+@pytest.mark.parametrize("save_steps", [1, 3])
+def test_sigterm_in_an_evaluation_ends_it_and_loses_nothing(finished, tmp_path, monkeypatch, save_steps):
+    scorer, scored = evaluation._KindScorer.__call__, []
 
     def signalled(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
-        evaluated.append(1)
-        return evaluate_model(*args, **kwargs)
+        scored.append(1)
+        return scorer(*args, **kwargs)
 
-    monkeypatch.setattr(engine, "evaluate_model", signalled)
-    with pytest.raises(Terminated, match=f"after step {step}; the last checkpoint is .*checkpoint-{step} "):
-        run(tmp_path / "run", save_steps=save_steps, eval_steps=1)
-    assert names(tmp_path / "run") == [f"checkpoint-{step}"]
-    assert evaluated == [1] * (step - 1)
+    data = {"dataset_options": DATA["dataset_options"] | {"num_validation": 6}}
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation._KindScorer, "__call__", signalled)
+        with pytest.raises(Terminated, match="after step 1; the last checkpoint is .*checkpoint-1 "):
+            run(tmp_path / "run", data=data, save_steps=save_steps, eval_steps=1)
+    assert names(tmp_path / "run") == ["checkpoint-1"]
+    # one batch, after which the step is saved, or none where it was
+    assert len(scored) == (save_steps > 1)
+    run(tmp_path / "run", data=data, save_steps=4, eval_steps=1, resume_from_checkpoint="latest")
+    assert_equal_weights(finished, tmp_path / "run")
+    history = state_of(tmp_path / "run" / "checkpoint-4")["history"]
+    assert [entry["step"] for entry in history if "loss" not in entry] == [1, 2, 3, 4]
 
 
 def test_a_loader_whose_workers_got_the_signal_too_costs_no_step(finished, tmp_path, monkeypatch):
@@ -140,8 +147,8 @@ def test_a_loader_whose_workers_got_the_signal_too_costs_no_step(finished, tmp_p
     assert_equal_weights(finished, tmp_path / "run")
 
 
-@pytest.mark.parametrize("place", ["train_step", "evaluate_model"])
-def test_workers_of_loaders_outlive_the_signal_of_their_group(tmp_path, monkeypatch, place):
+@pytest.mark.parametrize(("place", "step"), [("train_step", 3), ("evaluate_model", 2)])
+def test_workers_of_loaders_outlive_the_signal_of_their_group(tmp_path, monkeypatch, place, step):
     original, count, seen = getattr(engine, place), iter(range(10**6)), []
 
     def signalled(*args, **kwargs):
@@ -157,9 +164,9 @@ def test_workers_of_loaders_outlive_the_signal_of_their_group(tmp_path, monkeypa
 
     monkeypatch.setattr(engine, place, signalled)
     settings = {"gradient_accumulation_steps": 2, "eval_steps": 2, "save_steps": 4}
-    with pytest.raises(Terminated, match="after step 3; the last checkpoint is .*checkpoint-3 "):
+    with pytest.raises(Terminated, match=f"after step {step}; the last checkpoint is .*checkpoint-{step} "):
         run(tmp_path / "run", data={"num_workers": 1}, **settings)
-    assert names(tmp_path / "run") == ["checkpoint-3"]
+    assert names(tmp_path / "run") == [f"checkpoint-{step}"]
     seen[0].terminate()
     seen[0].join(5)
     assert not seen[0].is_alive()

@@ -1,7 +1,6 @@
 """The only training loop: validate_arguments → setup → prepare_data → build_run → fit → finish."""
 
 import math
-import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -66,7 +65,7 @@ from synernet_hf.training.optimization import (
     resolve_precision,
     sum_over_processes,
 )
-from synernet_hf.training.reporting import TIMED_STEPS, describe_plan, duration, write_card
+from synernet_hf.training.reporting import TIMED_STEPS, describe_plan, duration, hardware, write_card
 from synernet_hf.training.stopping import StopRequest, batches_of, stop_cleanly
 
 
@@ -350,7 +349,9 @@ def fit(run: TrainingRun) -> None:
             if evaluates:
                 # with a checkpoint of this step nothing is lost by ending at once
                 run.stop.deferred = not saves
-                evaluate(run)
+                if not evaluate(run):
+                    save(run)
+                    raise Terminated
                 run.stop.deferred = True
             if saves or evaluates:
                 clock.restart()
@@ -459,7 +460,8 @@ def log(run: TrainingRun, means: dict[str, float], bar: tqdm) -> None:
 def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
     """
     Scores the current weights on the validation split in float32, whatever the precision of the training, and saves
-    them as `best/` if they are better than all earlier ones. Every process calls this.
+    them as `best/` if they are better than all earlier ones. Every process calls this. Returns nothing where a run that
+    would lose steps by it is to end.
     """
     accelerator, state = run.accelerator, run.state
     started = time.perf_counter()
@@ -477,8 +479,11 @@ def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
             accelerator=accelerator,
             num_workers=run.data_args.num_workers,
             progress=shows_bar,
+            stop=run.stop if run.stop.deferred else None,
         )
     run.model.train()
+    if not results:
+        return results
     scores = {f"{kind}/mean_iou": values["mean_iou"] for kind, values in results.items()}
     if not state.is_evaluated:
         state.history.append({"step": state.step, **scores})
@@ -524,14 +529,6 @@ def finish(run: TrainingRun) -> dict[str, dict[str, Any]]:
         "losses": {name: value for name, value in losses.items() if name.startswith("loss")},
     }
     return {**results, "training": training}
-
-
-def hardware(accelerator: Accelerator) -> str:
-    """Names the hardware of a run, such as `2 × NVIDIA A100` or `cpu (x86_64, 2 threads)`."""
-    count = f"{accelerator.num_processes} × " if accelerator.num_processes > 1 else ""
-    if accelerator.device.type == "cuda":
-        return count + torch.cuda.get_device_name(accelerator.device)
-    return f"{count}{accelerator.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from synernet_hf.model import (
 )
 from synernet_hf.model.image_processing_synernet import resized_maximum
 from synernet_hf.model.inference_synernet import score_classes
-from synernet_hf.training.stopping import outlive_sigterm
+from synernet_hf.training.stopping import StopRequest, outlive_sigterm
 
 
 CAM_KINDS = ("broad_cam", "precise_cam", "fused_cam", "broad_aux_cam", "precise_aux_cam")
@@ -63,6 +63,7 @@ class PredictionKinds(TypedDict, total=False):
         batch_size (`int`, defaults to 4): Largest number of images, of equal processed size and with a million pixels
             together, that go through the model at once. The scores do not depend on it.
         num_workers (`int`, defaults to 0): Worker processes that decode and process images; 0 uses this process.
+        stop (`StopRequest`, *optional*): Of a training. Where it says so, nothing is returned and scoring ends early.
     """
 
     multi_scale: bool
@@ -74,6 +75,7 @@ class PredictionKinds(TypedDict, total=False):
     progress: bool
     batch_size: int
     num_workers: int
+    stop: StopRequest | None
 
 
 @contextmanager
@@ -352,7 +354,7 @@ def evaluate_model(
     )
     # inside a training the bar goes when it is full, so that the training's own stays
     bar = tqdm(loader, desc="evaluate", leave=None, disable=not kinds.get("progress", False) or first > 0)
-    workers = kinds.get("num_workers", 0)
+    workers, stop = kinds.get("num_workers", 0), kinds.get("stop")
     waiting: deque[tuple[str, Future, _EvaluationImage]] = deque()
 
     def finish(number: int) -> None:
@@ -375,7 +377,11 @@ def evaluate_model(
                         metrics[name].update(label_map, item.mask)
             # what a CRF has not come to yet keeps its probabilities
             finish(2 * workers)
+            if stop is not None and stop.signalled_at is not None:
+                break
         finish(0)
+    if stop is not None and stop.agreed(now=True):
+        return {}
     if accelerator is not None:
         for metric in metrics.values():
             metric.reduce(accelerator)

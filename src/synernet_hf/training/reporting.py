@@ -1,6 +1,7 @@
 """The plan of a run before it starts; the model card of a run and the image grid that it shows."""
 
 import copy
+import platform
 import shutil
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from synernet_hf.data.schema import multi_hot
@@ -130,6 +132,14 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return "Less than a minute" if seconds < 60 else "About a minute"
     return f"About {seconds / 60:.0f} minutes" if seconds < 5400 else f"About {seconds / 3600:.1f} hours"
+
+
+def hardware(accelerator: Accelerator) -> str:
+    """Names the hardware of a run, such as `2 × NVIDIA A100` or `cpu (x86_64, 2 threads)`."""
+    count = f"{accelerator.num_processes} × " if accelerator.num_processes > 1 else ""
+    if accelerator.device.type == "cuda":
+        return count + torch.cuda.get_device_name(accelerator.device)
+    return f"{count}{accelerator.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def write_card(
