@@ -151,6 +151,13 @@ def test_two_steps_and_a_resume_equal_four_steps(tmp_path, monkeypatch, accumula
     assert straight["best_step"] == resumed["best_step"]
 
 
+def test_the_disk_of_the_plan_is_what_a_run_needs(finished, tmp_path, capsys):
+    run(tmp_path / "run", dry_run=True)
+    needed = float(re.search(r"disk +([\d.]+) MB at most \(([\d.]+) MB a checkpoint\)", capsys.readouterr().out)[2])
+    tensors = [path for path in (finished[0] / "checkpoint-4").iterdir() if path.suffix in (".safetensors", ".bin")]
+    assert needed == pytest.approx(sum(path.stat().st_size for path in tensors) / 1e6, rel=0.3)
+
+
 def test_nothing_is_drawn_from_the_generator_of_the_process(finished, tmp_path, monkeypatch):
     step = engine.train_step
 

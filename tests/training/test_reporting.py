@@ -1,7 +1,5 @@
 """The plan of a run, and the image grid of a model card."""
 
-import re
-
 import numpy as np
 import pytest
 import torch
@@ -48,13 +46,6 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path, monkeypatch, caps
     with hold_folder(tmp_path / "held"), pytest.raises(InvalidArguments, match="writes into"):
         run(tmp_path / "held", **settings)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_disk_of_the_plan_is_what_a_run_needs(finished, tmp_path, capsys):
-    run(tmp_path / "run", dry_run=True)
-    needed = float(re.search(r"disk +([\d.]+) MB at most \(([\d.]+) MB a checkpoint\)", capsys.readouterr().out)[2])
-    tensors = [path for path in (finished / "checkpoint-4").iterdir() if path.suffix in (".safetensors", ".bin")]
-    assert needed == pytest.approx(sum(path.stat().st_size for path in tensors) / 1e6, rel=0.3)
 
 
 def test_the_grid_shows_the_first_images_and_leaves_the_model_as_it_was(tiny_config, tmp_path):
