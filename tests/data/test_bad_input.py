@@ -1,10 +1,16 @@
 """Images, masks and tables as they come in bulk: each is handled as one would expect, or named in one sentence."""
 
 import logging
+import os
+import socket
+import tempfile
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from devkit_utils import save_images
 from PIL import Image
 
 from synernet_hf.data import (
@@ -14,6 +20,7 @@ from synernet_hf.data import (
     load_image_labels,
     load_voc2012,
 )
+from synernet_hf.data.files import ImageIndex
 from synernet_hf.model import to_rgb
 
 
@@ -249,3 +256,74 @@ def test_tables_with_a_mistake(tmp_path, text, sentence):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=sentence):
         load_image_labels(tmp_path)
+
+
+@pytest.mark.parametrize("absolute", [False, True], ids=["dots", "absolute"])
+@pytest.mark.parametrize("column", ["file_name", "mask"])
+def test_paths_that_lead_out_of_a_tables_folder_are_refused_unless_they_are_allowed(tmp_path, column, absolute):
+    root = write_table(tmp_path / "data", [])
+    Image.new("L", (8, 8)).save(tmp_path / "secret.png")
+    for name in "ab":
+        Image.new("L", (8, 8)).save(root / f"{name}.png")
+    (root / "sub").mkdir()
+    outside = str(tmp_path / "secret.png") if absolute else "sub/../../secret.png"
+    row = f"{outside},cat,val,b.png" if column == "file_name" else f"a.png,cat,val,{outside}"
+    write_table(root, ["b.png,cat,train,", row], "file_name,labels,split,mask")
+    with pytest.raises(
+        ValueError, match=r"labels.csv, row 3, names '.*secret.png', which lies outside of .*: move it"
+    ):
+        load_image_labels(root)
+    loaded = load_image_labels(root, allow_outside=True)["validation"].with_format(None)
+    cell = loaded.cast_column("image", datasets.Image(decode=False)).cast_column("mask", datasets.Image(decode=False))
+    read = cell[0]["image" if column == "file_name" else "mask"]["path"]
+    assert Path(read).resolve() == tmp_path / "secret.png"
+    # a link to the folder itself leads nowhere else
+    (tmp_path / "link").symlink_to(root, target_is_directory=True)
+    write_table(root, [f"{root / 'a.png'},cat"])
+    assert load_image_labels(tmp_path / "link")["train"]["image_id"][:] == ["a"]
+    # a cell that is no path at all
+    write_table(root, ["a.png,cat", f"{'x' * 5000},cat"])
+    with pytest.raises(FileNotFoundError, match="row 3: there is no image x"):
+        load_image_labels(root)
+
+
+def test_class_folders_that_are_links_are_followed_and_named(tmp_path, caplog):
+    root, pool = tmp_path / "pets", tmp_path / "pool"
+    save_images(root, "cat/1.jpg")
+    save_images(pool, "2.jpg")
+    (root / "dog").symlink_to(pool, target_is_directory=True)
+    loaded = load_image_labels(root)
+    assert loaded["train"]["image_id"][:] == ["1", "2"] and loaded["train"]["labels"][:] == [[0], [1]]
+    assert caplog.text.count(f"of the folders that are links, dog leads to {pool}.") == 1
+    caplog.clear()
+    # two classes of the same images, and a circle
+    (root / "hound").symlink_to(root / "dog", target_is_directory=True)
+    (root / "cat" / "all").symlink_to(root, target_is_directory=True)
+    assert load_image_labels(root)["train"]["labels"][:] == [[0], [1]]
+    assert "hound is left out, the same folder as dog" in caplog.text and "cat/all is left out" in caplog.text
+    # inside of the folder there is nothing to tell
+    for link in ("dog", "hound", "cat/all"):
+        (root / link).unlink()
+    save_images(root, ".pool/2.jpg")
+    (root / "dog").symlink_to(root / ".pool", target_is_directory=True)
+    caplog.clear()
+    assert load_image_labels(root)["train"]["labels"][:] == [[0], [1]] and "links" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+def test_what_is_no_file_is_refused_unopened(tmp_path, kind):
+    root = tmp_path / "data"
+    save_images(root, "cat/1.jpg")
+    path = root / "cat" / "2.jpg"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        # its address has a limit that paths of tests exceed
+        path.symlink_to(Path(tempfile.mkdtemp()) / "s")
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path.readlink()))
+    for loading in (lambda: load_image_labels(root), lambda: ImageIndex(root)):
+        with pytest.raises(ValueError, match=r"cat/2.jpg is a named pipe, a device, a socket or a folder, no image"):
+            loading()

@@ -76,8 +76,10 @@ def test_hidden_and_system_files_are_no_images(tmp_path):
     save_images(tmp_path, "a.jpg", "__MACOSX/b.jpg", ".git/c.jpg", "@eaDir/d.jpg", "._a.jpg", "Masks/a.png")
     assert ImageIndex(tmp_path).paths == ["a.jpg"]
     assert ImageIndex(tmp_path, with_masks=True).paths == ["a.jpg", "Masks/a.png"]
-    # a file that is named by its path is taken where it lies
-    assert ImageIndex(tmp_path / "Masks").find("../a.jpg")
+    # a file that is named by its path is taken where it lies, if it may lie there
+    assert ImageIndex(tmp_path / "Masks", allow_outside=True).find("../a.jpg")
+    with pytest.raises(ValueError, match="names '../a.jpg', which lies outside of .*Masks: move it there, or have"):
+        ImageIndex(tmp_path / "Masks").find("../a.jpg")
 
 
 @pytest.mark.parametrize("mask", ["masks/more/a.PNG", "masks/a.png", "Masks/A.png", "masks/more/a.tif"])

@@ -97,32 +97,47 @@ class ImageIndex:
         folder (`Path`): The folder; hidden and system files are left out.
         left_out (`Iterable[str]`, *optional*): Paths below the folder that are not images, such as masks.
         with_masks (`bool`, *optional*, defaults to `False`): Includes the subfolders `masks`.
+        allow_outside (`bool`, *optional*, defaults to `False`): Also finds files whose paths lead out of the folder.
 
     Attributes:
         paths (`list[str]`): below the folder, file names in alphabetical order.
+        links (`list[str]`): what to tell about folders that are links: those that lead out of the folder, and those
+            left out because the folder was entered before.
+
+    Raises:
+        ValueError: An image is a named pipe, a device or a socket.
     """
 
-    def __init__(self, folder: Path, left_out: Iterable[str] = (), with_masks: bool = False) -> None:
+    def __init__(
+        self, folder: Path, left_out: Iterable[str] = (), with_masks: bool = False, allow_outside: bool = False
+    ) -> None:
         self.folder = folder
+        self.allow_outside = allow_outside
         self.paths: list[str] = []
+        self.links: list[str] = []
         self._by_key: dict[str, list[str]] = {}
         self._claimed: dict[str, str] = {}
         left_out = {_clean(path).casefold() for path in left_out}
-        entered: set[str] = set()
+        entered: dict[str, str] = {}
         for parent, folders, files in os.walk(folder, followlinks=True):
             # links are followed, but not in circles
-            is_new = os.path.realpath(parent) not in entered
-            entered.add(os.path.realpath(parent))
+            real, below = os.path.realpath(parent), Path(parent).relative_to(folder).as_posix()
+            is_new = real not in entered
+            if not is_new:
+                self.links.append(f"{below} is left out, the same folder as {entered[real]}")
+            elif os.path.islink(parent) and entered and not self._holds(real):
+                self.links.append(f"{below} leads to {real}")
+            entered.setdefault(real, below)
             folders[:] = sorted(
                 name
                 for name in folders
                 if is_new and not is_hidden(name) and (with_masks or name.lower() != MASK_FOLDER)
             )
-            below = Path(parent).relative_to(folder).as_posix()
             for file in sorted(files) if is_new else ():
                 path = file if below == "." else f"{below}/{file}"
                 is_image = not is_hidden(file) and os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
                 if is_image and _clean(path).casefold() not in left_out:
+                    _check_kind(os.path.join(folder, path))
                     self.paths.append(path)
                     for key in {name.casefold() for name in _spellings(path)}:
                         self._by_key.setdefault(key, []).append(path)
@@ -133,15 +148,23 @@ class ImageIndex:
         is none. Folders before the folder's own name are left out, as in paths of another computer, and so is all but
         the name in a URL, with the prefix that Label Studio gives to what is uploaded.
 
-        Raises `ValueError` if several images have that name. The message is a predicate: the caller says where.
+        Raises `ValueError` if several images have that name, or if it leads out of the folder. The message is a
+        predicate: the caller says where.
         """
         name = _clean(name)
         if Path(name).is_absolute():
             inside = _clean(os.path.relpath(name, self.folder))
             name = name if inside.startswith("../") else inside
-        found = self._lookup(name)
-        if found is None and (self.folder / name).is_file():
-            return str(self.folder / name)
+        found, file = self._lookup(name), os.path.join(self.folder, name)
+        # false for a name that is too long for one
+        if found is None and os.path.isfile(file):
+            is_outside = (name.startswith("../") or Path(name).is_absolute()) and not self._holds(file)
+            if is_outside and not self.allow_outside:
+                raise ValueError(
+                    f"names {name!r}, which lies outside of {self.folder}: move it there, or have a table's files taken "
+                    "from anywhere with dataset_options '{\"allow_outside\": true}'"
+                )
+            return file
         parts = name.split("/")
         for cut in range(1, len(parts)):
             # a bare name in a folder without subfolders may come from any folder, but from one only
@@ -188,6 +211,10 @@ class ImageIndex:
                 return str(self._masks.folder / masks[0])
         return None
 
+    def _holds(self, path: str) -> bool:
+        """Whether a file or folder lies below the folder, where links lead."""
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.folder))
+
     @cached_property
     def _masks(self) -> "ImageIndex | None":
         folder = find_folder(self.folder, MASK_FOLDER)
@@ -219,6 +246,12 @@ class ImageIndex:
         ]
         same = [path for path, names in spelled if name in names]
         return same or [path for path, names in spelled if name.casefold() in [other.casefold() for other in names]]
+
+
+def _check_kind(path: str) -> None:
+    """Refuses what never ends or blocks when it is read; a broken link is told as a missing file later."""
+    if not os.path.isfile(path) and os.path.exists(path):
+        raise ValueError(f"{path} is a named pipe, a device, a socket or a folder, no image: take it out.")
 
 
 def find_folder(parent: Path, name: str) -> Path | None:

@@ -164,7 +164,7 @@ def read_table(
     Returns splits by the value of the column `split`; `""` is the key where there is none, or with `ignore_splits`.
     Raises `ValueError` that names file and row for what cannot be read or is ambiguous.
     """
-    rows = _read_rows(path)
+    rows, allow_outside = _read_rows(path), (columns := dict(columns)).pop("allow_outside", False)
     headers = list(dict.fromkeys(key for _, row in rows for key in row))
     named = [name for name in headers if name and not name.startswith("Unnamed: ")]
     # pandas writes its index without a name: row numbers, or images where no other column names them
@@ -196,8 +196,8 @@ def read_table(
     unseen = usual_name(headers, ("confidence",)) if label_column and label_column.lower() == "labelname" else None
     root = root or path.parent
     masks = [_text(row.get(mask_column)) for _, row in rows]
-    index, seen, splits = ImageIndex(root, left_out=filter(None, masks)), {}, {}
-    all_files = ImageIndex(root, with_masks=True) if any(masks) else index
+    index, seen, splits = ImageIndex(root, filter(None, masks), allow_outside=allow_outside), {}, {}
+    all_files = ImageIndex(root, with_masks=True, allow_outside=allow_outside) if any(masks) else index
     for (number, row), mask in zip(rows, masks, strict=True):
         split = "" if ignore_splits else _text(row.get(split_column)).lower()
         images = splits.setdefault(split, LabelledImages(label_column=label_column))
@@ -484,6 +484,8 @@ def read_class_folders(folder: Path) -> LabelledImages:
             f"{len(loose)} images lie in {folder} itself ({name_some(loose)}): add a table ({TABLE_NAMES[0]}), or "
             "put every image into the subfolder of its class."
         )
+    if index.links:
+        logger.warning("%s: of the folders that are links, %s.", folder, name_some(index.links))
     names = [path.split("/")[0] for path in index.paths]
     inner = {path.split("/")[1] for path in index.paths} if all(path.count("/") > 1 for path in index.paths) else set()
     if inner and (len(set(names)) == 1 or (len(inner) > 1 and all(map(split_meaning, inner)))):

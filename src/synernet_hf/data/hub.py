@@ -49,17 +49,19 @@ ID_COLUMNS = ("image_id", "id", "file_name", "filename")
 
 class ColumnNames(TypedDict, total=False):
     """
-    Which columns of a table or data set to take, where they do not have a usual name.
+    Which columns of a table or data set to take, where they do not have a usual name, and which of its files.
 
     Attributes:
         image_column (`str`, *optional*): Images, or in a table their files (`image`, `file_name`).
         label_column (`str`, *optional*): Labels (`labels`, `label`, `class`).
         mask_column (`str`, *optional*): Masks of the images to evaluate on, or in a table their files (`mask`).
+        allow_outside (`bool`, *optional*, defaults to `False`): Whether paths in a table may lead out of its folder.
     """
 
     image_column: str | None
     label_column: str | None
     mask_column: str | None
+    allow_outside: bool
 
 
 def load_image_labels(
@@ -105,7 +107,7 @@ def load_image_labels(
             out.
         splits (`Sequence[str]`, *optional*, defaults to `("train", "validation")`): The splits that are needed. With a
             class list, files that only the others need may be missing.
-        columns ([`ColumnNames`]): `image_column`, `label_column` and `mask_column`.
+        columns ([`ColumnNames`]): `image_column`, `label_column`, `mask_column` and `allow_outside`.
 
     Returns:
         `datasets.DatasetDict` or `datasets.IterableDatasetDict`: `train` (`image`, `image_id`, `labels`) and
@@ -154,6 +156,7 @@ def load_image_labels(
                 images = {name: images[name] for name in splits if name in images} or images
             built = build_splits(images, path, class_names, on_bad_image, skipped)
         return as_streams(built) if streaming else built
+    columns.pop("allow_outside", None)
     loaded = load_columns(data_dir, dict(columns), class_names, wanted, streaming)
     return datasets.IterableDatasetDict(loaded) if streaming else datasets.DatasetDict(loaded)
 
