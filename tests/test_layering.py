@@ -21,14 +21,15 @@ MAX_LOOP_LINES = 120
 MAX_ARGUMENTS = 8
 
 # Per room: which other rooms of the package it may import, and which third-party roots.
-DATA_LIBRARIES = {"torch", "datasets", "PIL", "numpy", "kornia", "pycocotools", "evaluate", "tqdm"}
+DATA_LIBRARIES = {"torch", "datasets", "PIL", "numpy", "kornia", "pycocotools", "evaluate"}
 ROOMS = {
     "__init__": ({"lazy", "model"}, set()),
     "lazy": (set(), set()),
     "model": (set(), {"torch", "numpy", "PIL", "transformers", "huggingface_hub", "safetensors"}),
     "files": (set(), set()),
+    "progress": (set(), {"tqdm"}),
     "cli": ({"files"}, {"transformers", "huggingface_hub"}),
-    "data": ({"files", "model"}, DATA_LIBRARIES | {"huggingface_hub"}),
+    "data": ({"files", "model", "progress"}, DATA_LIBRARIES | {"huggingface_hub"}),
     "metrics": (set(), DATA_LIBRARIES),
     "visualization": ({"model"}, DATA_LIBRARIES),
     "crf": (set(), {"numpy", "PIL", "pydensecrf"}),
@@ -38,13 +39,13 @@ ROOMS = {
         {"torch", "numpy", "onnxruntime", "torchao"},
     ),
     "pseudo_labels": (
-        {"model", "data", "files", "visualization"},
-        {"torch", "numpy", "PIL", "datasets", "pyarrow", "accelerate", "tqdm"},
+        {"model", "data", "files", "progress", "visualization"},
+        {"torch", "numpy", "PIL", "datasets", "pyarrow", "accelerate"},
     ),
     "model_card": ({"files"}, {"huggingface_hub", "yaml", "jinja2"}),
     "training": (
-        {"cli", "files", "lazy", "model", "data", "metrics", "crf", "model_card", "visualization"},
-        DATA_LIBRARIES | {"accelerate", "transformers", "huggingface_hub", "safetensors", "tqdm", "yaml"},
+        {"cli", "files", "lazy", "model", "data", "metrics", "crf", "model_card", "progress", "visualization"},
+        DATA_LIBRARIES | {"accelerate", "transformers", "huggingface_hub", "safetensors", "yaml"},
     ),
 }
 # Inside model/: files that import no other file of the folder, and what the others may build on.

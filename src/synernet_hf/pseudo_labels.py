@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
-from tqdm.auto import tqdm
 
 from synernet_hf.files import (
     LOCK_FILE,
@@ -50,6 +49,7 @@ from synernet_hf.model import (
     segment_images,
 )
 from synernet_hf.model.refinement_synernet import refine_present
+from synernet_hf.progress import progress_bar, write_message
 from synernet_hf.visualization import palette_image
 
 
@@ -287,7 +287,7 @@ def _write_all(
     was_training, made, share = model.training, [], records[first::step]
     model.eval()
     try:
-        for record in tqdm(share, desc="pseudo-labels", disable=not progress or first > 0):
+        for record in progress_bar(share, desc="pseudo-labels", disable=not progress or first > 0):
             path = output_dir / record["mask"]
             try:
                 image = images[record["index"]]["image"]
@@ -303,7 +303,7 @@ def _write_all(
                         f"{fault}: repair it, or leave such images out (on_bad_image='skip', on the command line "
                         "--on_bad_image skip)."
                     ) from error
-                tqdm.write(f"{fault}: it gets no mask.")
+                write_message(f"{fault}: it gets no mask.")
                 path.unlink(missing_ok=True)
                 continue
             label_map, found = labeler(image, record["labels"])
@@ -312,7 +312,7 @@ def _write_all(
     finally:
         model.train(was_training)
     if progress and first == 0 and 0 < len(made) < len(share):
-        tqdm.write(f"{len(made)} of {len(share)} masks were missing or other: {name_some(made)}.")
+        write_message(f"{len(made)} of {len(share)} masks were missing or other: {name_some(made)}.")
     _wait(accelerator)
     if options.shard is not None:
         return _manifest(output_dir, records, model.config.id2label)

@@ -3,10 +3,7 @@
 import hashlib
 import logging
 import re
-import sys
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +12,6 @@ from typing import Any
 import datasets
 import numpy as np
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from synernet_hf.data.coco import PolygonMask
 from synernet_hf.data.schema import (
@@ -28,12 +24,12 @@ from synernet_hf.data.schema import (
 )
 from synernet_hf.data.transforms import ORIENTATION_TAG, TRANSPOSED_ORIENTATIONS, open_stored
 from synernet_hf.model import to_rgb
+from synernet_hf.progress import progress_bar
 
 
 logger = logging.getLogger(__name__)
 
 FEW_IMAGES = 10
-SECONDS_BETWEEN_LINES = 10
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
@@ -374,20 +370,8 @@ def _scan(split: datasets.Dataset, split_name: str, num_labels: int, num_threads
         split = split.cast_column("mask", kind(decode=False))
     with ThreadPoolExecutor(num_threads) as pool:
         scans = pool.map(lambda index: _scan_record(split[index], num_labels), range(len(split)))
-        return list(_with_progress(scans, len(split), f"checking the split {split_name!r}"))
-
-
-def _with_progress(scans: Iterable[RecordScan], total: int, text: str) -> Iterator[RecordScan]:
-    """Shows the progress of a long check: a bar on a terminal, else a line every ten seconds."""
-    if sys.stderr.isatty():
-        yield from tqdm(scans, text, total, leave=False, delay=1)
-        return
-    said = time.monotonic()
-    for number, scan in enumerate(scans, start=1):
-        if time.monotonic() - said >= SECONDS_BETWEEN_LINES:
-            said = time.monotonic()
-            print(f"{text}: {number:,} of {total:,} records", file=sys.stderr, flush=True)
-        yield scan
+        text = f"checking the split {split_name!r}"
+        return list(progress_bar(scans, text, len(split), leave=False, delay=1))
 
 
 def _scan_record(record: dict, num_labels: int) -> RecordScan:

@@ -15,12 +15,12 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from synernet_hf.cli import Terminated
 from synernet_hf.data import PhotometricAugmentation, class_names
 from synernet_hf.files import FolderInUse, finite, hold_folder, write_json
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+from synernet_hf.progress import progress_bar, write_message
 from synernet_hf.training.arguments import (
     ARGUMENTS_FILE,
     DataArguments,
@@ -225,7 +225,7 @@ def build_run(
         check_same_settings(checkpoint, record)
         if training_args.resume_from_checkpoint == "latest" and accelerator.is_main_process:
             for sentence in passed_over(output_dir, checkpoint):
-                tqdm.write(sentence)
+                write_message(sentence)
         accelerator.print(f"Continuing from {checkpoint}.")
     model = build_model(model_args, class_names(data.splits))
     if (
@@ -274,9 +274,11 @@ def open_folder(run: TrainingRun, checkpoint: Path | None) -> None:
     accelerator, output_dir, report_to = run.accelerator, run.output_dir, run.training_args.report_to
     if accelerator.is_main_process:
         if checkpoint is not None and run.state.best_metric is None and (output_dir / "best" / RESULTS_FILE).is_file():
-            tqdm.write("Scores are of other validation images or classes than those of best/, which is chosen anew.")
+            write_message(
+                "Scores are of other validation images or classes than those of best/, which is chosen anew."
+            )
         if checkpoint is None and is_without_checkpoint(output_dir):
-            tqdm.write(f"{output_dir}: the run was interrupted before its first checkpoint and starts over.")
+            write_message(f"{output_dir}: the run was interrupted before its first checkpoint and starts over.")
         remove_unfinished(output_dir)
         write_json(output_dir / ARGUMENTS_FILE, run.record)
     if report_to != "none":
@@ -298,7 +300,7 @@ def fit(run: TrainingRun) -> None:
     # `passes`: those of the present step, which count once the step is known not to be skipped
     meter, passes, skipped_in_a_row = LossMeter(), [], 0
     started = time.perf_counter() - state.elapsed_seconds
-    bar = tqdm(
+    bar = progress_bar(
         total=args.max_steps,
         initial=state.step,
         desc="train",
@@ -400,7 +402,7 @@ class _StepClock:
         if len(self.seconds) == TIMED_STEPS:
             each, self.seconds = sum(self.seconds) / TIMED_STEPS, None
             if self.run.accelerator.is_main_process and step < total:
-                tqdm.write(
+                write_message(
                     f"{duration(each * (total - step))} for the remaining {total - step:,} steps at {each:.2g} s a step, "
                     "evaluations not counted."
                 )
@@ -442,7 +444,7 @@ def train_step(run: TrainingRun, batch: dict[str, torch.Tensor]) -> tuple[torch.
     return outputs.loss.detach(), outputs.loss_dict
 
 
-def log(run: TrainingRun, means: dict[str, float], bar: tqdm) -> None:
+def log(run: TrainingRun, means: dict[str, float], bar: Any) -> None:
     """Writes the mean losses since the last log to the bar, the tracker and the run's history."""
     # the groups already hold the rates of the next step; the log gets that of the last one
     args = run.training_args
@@ -465,9 +467,8 @@ def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
     """
     accelerator, state = run.accelerator, run.state
     started = time.perf_counter()
-    shows_bar = sys.stderr.isatty()
-    if accelerator.is_main_process and not shows_bar:
-        tqdm.write(f"step {state.step}: evaluating.")
+    if accelerator.is_main_process and not sys.stderr.isatty():
+        write_message(f"step {state.step}: evaluating.")
     with _full_precision(run.bare_model):
         results = evaluate_model(
             run.bare_model,
@@ -478,7 +479,7 @@ def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
             max_samples=run.data_args.max_eval_samples,
             accelerator=accelerator,
             num_workers=run.data_args.num_workers,
-            progress=shows_bar,
+            progress=True,
             stop=run.stop if run.stop.deferred else None,
         )
     run.model.train()
@@ -490,7 +491,7 @@ def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
     accelerator.log({f"eval/{name}": value for name, value in scores.items()}, step=state.step)
     if accelerator.is_main_process:
         listing = ", ".join(f"{kind} {100 * values['mean_iou']:.1f}" for kind, values in results.items())
-        tqdm.write(f"step {state.step}: mean IoU on {results['segmentation']['num_images']} images: {listing}")
+        write_message(f"step {state.step}: mean IoU on {results['segmentation']['num_images']} images: {listing}")
     metric = results["segmentation"]["mean_iou"]
     if not math.isnan(metric) and (state.best_metric is None or metric > state.best_metric):
         state.best_metric, state.best_step = metric, state.step

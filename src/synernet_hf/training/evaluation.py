@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
-from tqdm.auto import tqdm
 
 from synernet_hf.crf import crf_workers
 from synernet_hf.data.checks import mask_ids
@@ -32,6 +31,7 @@ from synernet_hf.model import (
 )
 from synernet_hf.model.image_processing_synernet import resized_maximum
 from synernet_hf.model.inference_synernet import score_classes
+from synernet_hf.progress import progress_bar
 from synernet_hf.training.stopping import StopRequest, outlive_sigterm
 
 
@@ -353,7 +353,7 @@ def evaluate_model(
         worker_init_fn=outlive_sigterm,
     )
     # inside a training the bar goes when it is full, so that the training's own stays
-    bar = tqdm(loader, desc="evaluate", leave=None, disable=not kinds.get("progress", False) or first > 0)
+    bar = progress_bar(loader, desc="evaluate", leave=None, disable=not kinds.get("progress", False) or first > 0)
     workers, stop = kinds.get("num_workers", 0), kinds.get("stop")
     waiting: deque[tuple[str, Future, _EvaluationImage]] = deque()
 
