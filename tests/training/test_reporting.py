@@ -26,14 +26,14 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path, monkeypatch, caps
     monkeypatch.setattr(engine, "train_step", step)
     settings = {"max_steps": 90, "eval_steps": 40, "save_steps": 30, "save_total_limit": 2, "dry_run": True}
     settings |= {"gradient_accumulation_steps": 3, "report_to": "tensorboard"}
-    assert run(tmp_path / "new" / "run", **settings) == {}
+    assert run(tmp_path / "new" / "run", data={"max_eval_samples": 1}, **settings) == {}
     assert list(tmp_path.iterdir()) == []
     # one step and three that count, of three passes each, with the losses whose gates open late
     assert len(seen) == 12
     assert all({"loss_segmentation", "loss_spatial_bce", "loss_prototype_contrast"} <= terms for terms in seen)
     plan = capsys.readouterr().out
     for words in (
-        "images       6 to train on, 2 to evaluate on, 0 left out",
+        "images       6 to train on, 1 to evaluate on, 0 left out",
         "steps        90 of 6 images (processes 1, passes 3, 2 in a pass): 90.0 epochs",
         "evaluations  every 40 steps and after the last: 3",
         "checkpoints  every 30 steps and after the last: 3, of which 2 are kept",

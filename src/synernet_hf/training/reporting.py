@@ -60,6 +60,7 @@ def describe_plan(run, train_step: Callable) -> str:
     counts = Counter(label for labels in train["labels"] for label in labels)
     classes = (f"{name} {counts[label]:,}" for label, name in enumerate(run.record["class_names"][1:]))
     left_out = sum(map(len, run.record["skipped"].values()))
+    scored = (run.record["scored_on"] or {"num_images": 0})["num_images"]
     weights = _bytes_of(run.bare_model.state_dict().values())
     saved = weights + _bytes_of(value for state in run.optimizer.state.values() for value in state.values())
     evaluations = f"every {args.eval_steps:,} steps and after the last: {_times(done, total, args.eval_steps):,}"
@@ -71,7 +72,7 @@ def describe_plan(run, train_step: Callable) -> str:
     free = shutil.disk_usage(existing).free
     number = sum(parameter.numel() for parameter in run.bare_model.parameters())
     lines = {
-        "images": f"{len(train):,} to train on, {len(run.splits.get('validation', ())):,} to evaluate on, {left_out:,} left out",
+        "images": f"{len(train):,} to train on, {scored:,} to evaluate on, {left_out:,} left out",
         "classes": ", ".join(classes),
         "model": f"{number / 1e6:.2f} million parameters, precision {run.accelerator.mixed_precision}",
         "steps": f"{total - done:,} of {images} images (processes {processes}, passes {passes}, "
@@ -84,7 +85,7 @@ def describe_plan(run, train_step: Callable) -> str:
         "disk": f"{_size(needed)} at most ({_size(saved)} a checkpoint), {_size(free)} are free",
     }
     text = "".join(f"\n  {name:<12} {line}" for name, line in lines.items())
-    return f"The plan of {run.output_dir}, of which nothing was written:{text}"
+    return f"The plan of {run.output_dir} (nothing was written):{text}"
 
 
 def _seconds_of_a_step(run, train_step: Callable) -> float:
@@ -118,9 +119,7 @@ def _peak_memory(device: torch.device) -> str:
         return "not known on this system"
     # macOS counts bytes, others kibibytes
     unit = 1 if sys.platform == "darwin" else 1024
-    return (
-        f"{_size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)} in each process, its loader's not counted"
-    )
+    return f"{_size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)} in each process, without its workers"
 
 
 def _size(count: float) -> str:
