@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from synernet_hf.cli import answer_early, needs_extra, run_command
+from synernet_hf.files import is_hub_id
 
 
 with needs_extra("train"):
@@ -45,10 +46,27 @@ def read_own_options() -> None:
     source = Path(importlib.util.find_spec("transformers").origin).with_name("training_args.py")
     names = re.findall(r"^    (\w+): ", source.read_text(encoding="utf-8"), re.MULTILINE)
     parser.further_options = [f"--{name}" for name in names]
-    options = {word: word.split("=")[0].replace("-", "_").removeprefix("__") for word in parser.parse_known_args()[1]}
+    known, words = parser.parse_known_args()
+    options = {word: word.split("=")[0].replace("-", "_").removeprefix("__") for word in words}
     parser.refuse(
         [word for word, name in options.items() if name.removeprefix("no_") not in names and word[:2] == "--"]
     )
+    check_model(known)
+
+
+def check_model(args: Any) -> None:
+    """Find what is wrong with the model's options without loading anything."""
+    if (args.model is None) == (args.model_config is None):
+        raise ValueError("Give either --model, a folder or Hub id, or --model_config, a configuration as JSON.")
+    if args.model is not None and not Path(args.model).is_dir() and not is_hub_id(args.model):
+        raise ValueError(f"--model {args.model}: no such folder; give the folder or the Hub id owner/name of a model.")
+    if args.model_config is not None:
+        try:
+            settings = json.loads(args.model_config)
+        except (ValueError, RecursionError):
+            settings = None
+        if not isinstance(settings, dict) or "model_type" not in settings:
+            raise ValueError(f"--model_config must be JSON with a model_type, got {args.model_config[:80]!r}.")
 
 
 if __name__ == "__main__":
@@ -105,8 +123,6 @@ def build_model(args: SegmenterArguments, names: list[str]) -> PreTrainedModel:
     """A pretrained model with a new head for these classes, or one of random weights."""
     id2label = id2label_from(names)
     labels = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
-    if (args.model is None) == (args.model_config is None):
-        raise ValueError("Give either --model, a folder or Hub id, or --model_config, a configuration as JSON.")
     if args.model is not None:
         return AutoModelForSemanticSegmentation.from_pretrained(args.model, ignore_mismatched_sizes=True, **labels)
     settings = json.loads(args.model_config)
@@ -156,6 +172,7 @@ class Scores:
 
 def train(data_args: Any, args: SegmenterArguments, training_args: TrainingArguments) -> None:
     """Join images and pseudo-labels, train, score, save."""
+    check_model(args)
     data_args = read_data_arguments(data_args)
     data_args.check_data = args.check_data
     splits = check_on_main_process(load_data(data_args), data_args, PartialState())

@@ -65,6 +65,8 @@ def test_package_help_and_misspelt_options_import_neither_torch_nor_transformers
         ("examples/prepare_data.py", "--num_threads", "0"),
         ("examples/pseudo_labels.py", "run", "--output", "out", "--map", "waffle"),
         ("examples/train_on_pseudo_labels.py", "--pseudo_labels", "x", "--output_dir", "out", "--max_step", "3"),
+        ("examples/train_on_pseudo_labels.py", "--pseudo_labels", "x", "--output_dir", "out", "--model", "./nowhere"),
+        ("src/synernet_hf/export.py", "model", "--onnx", "out", "--tolerance", "much"),
         ("benchmarks/ablation.py", "--data", "shapes", "--output", "out", "--seed", "3"),
         ("benchmarks/metric.py", "--num_images", "0"),
         ("benchmarks/refinement.py", "--rounds", "0"),

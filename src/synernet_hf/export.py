@@ -8,13 +8,36 @@ The graph takes `pixel_values`, float32 `(batch, 3, height, width)`, normalised,
 """
 
 import argparse
+import sys
+from pathlib import Path
+
+from synernet_hf.cli import CommandParser, answer_early, run_command
+
+
+TOLERANCE = 1e-4
+
+
+def _parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("model", help="folder of a trained model, or its name on the Hub")
+    parser.add_argument("--onnx", type=Path, required=True, metavar="OUT", help="the ONNX file to write")
+    parser.add_argument(
+        "--inference_branches", choices=("both", "broad", "precise"), default="both", help="encoders in the graph"
+    )
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="largest difference of a logit accepted")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    # a wrong command line is answered before the imports below, which take seconds
+    answer_early(_parse_arguments)
+
 import copy
 import importlib.util
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -22,7 +45,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from synernet_hf.cli import CommandParser, run_command
 from synernet_hf.files import one_line, replace_file
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation
 from synernet_hf.model.cam_synernet import chosen_branches, lower_unlikely_classes
@@ -30,7 +52,6 @@ from synernet_hf.model.encoder_synernet import token_grid
 from synernet_hf.model_folder import load_model
 
 
-TOLERANCE = 1e-4
 # an ONNX file is one protocol buffer message, which ends at 2 GiB
 MAX_ONNX_BYTES = 2_000_000_000
 
@@ -250,14 +271,7 @@ def _export(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status: 2 for a mistake in what was given, 1 if the graph is not right."""
-    parser = CommandParser(description=__doc__)
-    parser.add_argument("model", help="folder of a trained model, or its name on the Hub")
-    parser.add_argument("--onnx", type=Path, required=True, metavar="OUT", help="the ONNX file to write")
-    parser.add_argument(
-        "--inference_branches", choices=("both", "broad", "precise"), default="both", help="encoders in the graph"
-    )
-    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="largest difference of a logit accepted")
-    return run_command(_export, parser.parse_args(argv))
+    return run_command(_export, _parse_arguments(argv))
 
 
 __all__ = ["SynerNetInferenceGraph", "export_onnx", "export_program", "quantize_weights"]

@@ -214,6 +214,39 @@ def test_wrong_options_are_refused_in_a_sentence(segmenter, images):
         segmenter({"image": images[0], "labels": [1, 2]}, image_labels="known")
     with pytest.raises(ValueError, match="`crf` is True; a function"):
         segmenter(images[0], crf=True)
+    for value in ("a", ["a"], None, [[1.0, 2.0]], [[1], [2, 3]], {}, [None], [float("nan")], [float("inf")], []):
+        if value is not None:
+            with pytest.raises(ValueError, match="^`scales` is .*positive scale is expected"):
+                segmenter(images[0], scales=value)
+    for name in ("flip", "return_cams", "return_confidence", "return_scores"):
+        for value in ("yes", 2, [True], np.ones(2)):
+            with pytest.raises(ValueError, match=f"^`{name}` is .*; True or False is expected"):
+                segmenter(images[0], **{name: value})
+    for value in (7, 1.5, [["cat"]], [None], [{}], [0.5]):
+        with pytest.raises(ValueError, match="^(Got the image labels|The image labels)"):
+            segmenter(images[0], image_labels=value)
+    with pytest.raises(
+        TypeError, match="^weakly-supervised-segmentation has no option threshold; it has scales, flip"
+    ):
+        segmenter(images[0], threshold=0.5)
+
+
+@pytest.mark.parametrize("task", ["weakly-supervised-segmentation", "image-segmentation"])
+@pytest.mark.parametrize("absolute", [False, True], ids=["dots", "absolute"])
+def test_a_folder_whose_index_names_weights_elsewhere_is_refused(segmenter, tmp_path, task, absolute):
+    folder = tmp_path / "model"
+    segmenter.model.save_pretrained(folder, max_shard_size="20KB")
+    segmenter.image_processor.save_pretrained(folder)
+    pipeline(task, model=str(folder))
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    first = next(iter(index["weight_map"].values()))
+    (folder / first).rename(tmp_path / "secret.safetensors")
+    elsewhere = str(tmp_path / "secret.safetensors") if absolute else "../secret.safetensors"
+    index["weight_map"] = {key: elsewhere if name == first else name for key, name in index["weight_map"].items()}
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index.json is refused: it names '.*secret.safetensors', which is not a"):
+        pipeline(task, model=str(folder))
 
 
 @pytest.mark.parametrize("with_pipeline_code", [False, True])

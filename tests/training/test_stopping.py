@@ -398,8 +398,18 @@ def test_a_disk_too_full_for_the_weights_alone(tmp_path, monkeypatch, capsys, fo
     assert names(tmp_path / "run") == [f"checkpoint-{step}" for step in kept]
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_image_that_is_deleted_during_the_training_is_named(tmp_path, monkeypatch, capsys, num_workers):
+@pytest.mark.parametrize(
+    ("num_workers", "content", "status", "fault"),
+    [
+        (0, None, 3, r"cannot be read \(No such file or directory: .*png\)"),
+        (1, None, 3, r"cannot be read \(No such file or directory: .*png\)"),
+        # a wrong image is no fault of the disk
+        (1, b"none", 2, "does not decode: cannot identify image file .*png'"),
+    ],
+)
+def test_an_image_that_is_deleted_or_damaged_during_the_training_is_named(
+    tmp_path, monkeypatch, capsys, num_workers, content, status, fault
+):
     folder = tmp_path / "images"
     for name in ("cat", "dog"):
         (folder / name).mkdir(parents=True)
@@ -408,16 +418,16 @@ def test_an_image_that_is_deleted_during_the_training_is_named(tmp_path, monkeyp
 
     def deleted(original, *args):
         for path in folder.rglob("*.png"):
-            path.unlink()
+            path.unlink() if content is None else path.write_bytes(content)
         return original(*args)
 
     stop_at(monkeypatch, 2, deleted)
     data = {"dataset": "image_folder", "data_dir": str(folder), "dataset_options": {}, "num_workers": num_workers}
     # workers are some batches ahead
-    assert run_command(lambda: run(tmp_path / "run", None, data, max_steps=16) and 0) == 3
+    assert run_command(lambda: run(tmp_path / "run", None, data, max_steps=16) and 0) == status
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in errors[0]
-    assert re.search(rf"error: The image (cat|dog)__\d does not decode: .*{folder}.*\.png", errors[0])
+    assert re.search(rf"error: The image (cat|dog)__\d {fault}[.] Training stopped", errors[0]), errors
     assert re.search(r"Training stopped after step \d+; the last checkpoint is .*checkpoint-\d+ .continue", errors[0])
 
 

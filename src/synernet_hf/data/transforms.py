@@ -72,12 +72,17 @@ class TrainTransform:
         `record` holds `image` (undecoded, a path or an image), `image_id` and `labels`. Returns `image` (`(3, S, S)`
         uint8, 0 outside the box), `valid_box` (`(4,)` int64: top, bottom, left, right of the rectangle
         `[top, bottom) × [left, right)` of real pixels), `labels` (list of class ids), `image_id` and `draw` (a random
-        `int` from 0 for what is drawn later). Raises `ValueError` that names an image which does not decode.
+        `int` from 0 for what is drawn later). Raises `ValueError` that names an image which does not decode, `OSError` for
+        one that the disk does not give.
         """
         rng = np.random.default_rng((self.seed, position))
         try:
             crop, valid_box = self._crop(open_stored(record["image"]), rng)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                # of the system, not of the image
+                fault = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+                raise OSError(f"The image {record['image_id']} cannot be read ({fault})") from error
             raise ValueError(f"The image {record['image_id']} does not decode: {error}") from error
         return {
             "image": torch.from_numpy(crop),

@@ -1,7 +1,9 @@
 """The pipeline task `weakly-supervised-segmentation`: images in, one mask per class out."""
 
+import json
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import GeneratorType
 from typing import Any
 from unicodedata import normalize
@@ -20,6 +22,8 @@ from .inference_synernet import PreparedBatch, generate_image_cams, prepare_imag
 TASK = "weakly-supervised-segmentation"
 # where the image labels of an image come from, unless they are named: from its record, or from the classifiers
 LABEL_SOURCES = ("known", "predicted")
+OPTIONS = "scales flip image_labels crf return_cams return_confidence return_scores timeout".split()
+INDEX = "model.safetensors.index.json"
 
 
 class SynerNetSegmentationPipeline(Pipeline):
@@ -47,6 +51,10 @@ class SynerNetSegmentationPipeline(Pipeline):
     # looked for by default, which asks whether to run a saved folder's code even where this package is installed
     _load_video_processor = False
 
+    def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any):
+        _refuse_foreign_weights(model)
+        super().__init__(model, *args, **kwargs)
+
     def _sanitize_parameters(
         self,
         scales: float | tuple[float, ...] | list[float] | None = None,
@@ -57,10 +65,18 @@ class SynerNetSegmentationPipeline(Pipeline):
         return_confidence: bool | None = None,
         return_scores: bool | None = None,
         timeout: float | None = None,
+        **unknown: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        if unknown:
+            raise TypeError(f"{TASK} has no option {', '.join(unknown)}; it has {', '.join(OPTIONS)}.")
         if scales is not None:
-            given, scales = scales, tuple(np.atleast_1d(scales).tolist())
-            if not scales or not min(scales) > 0:
+            given = scales
+            try:
+                values = np.atleast_1d(np.asarray(scales, dtype=np.float64))
+            except (TypeError, ValueError):
+                values = np.zeros(0)
+            scales = tuple(values.tolist()) if values.ndim == 1 else ()
+            if not scales or not all(0 < scale < float("inf") for scale in scales):
                 raise ValueError(f"`scales` is {given}; at least one positive scale is expected, such as (1.0,).")
         if crf is not None and not callable(crf):
             raise ValueError(
@@ -71,6 +87,9 @@ class SynerNetSegmentationPipeline(Pipeline):
         if image_labels is not None and is_name:
             image_labels = self._multi_hot(image_labels)
         maps = {"return_cams": return_cams, "return_confidence": return_confidence}
+        for name, value in (maps | {"flip": flip, "return_scores": return_scores}).items():
+            if not isinstance(value, bool | np.bool_ | None):
+                raise ValueError(f"`{name}` is {value!r}; True or False is expected.")
         acts = (
             {"image_labels": image_labels, "timeout": timeout},
             {"scales": scales, "flip": flip, "crf": crf, **maps},
@@ -94,7 +113,10 @@ class SynerNetSegmentationPipeline(Pipeline):
             )
         if isinstance(image_labels, dict):
             image_labels = [name for name, is_present in image_labels.items() if is_present]
-        values = image_labels.tolist() if isinstance(image_labels, np.ndarray | torch.Tensor) else list(image_labels)
+        values = image_labels.tolist() if isinstance(image_labels, np.ndarray | torch.Tensor) else image_labels
+        # other kinds of several values are lists too, and all else is refused below
+        values = list(values) if isinstance(values, Iterable) else [values]
+        values = [value if isinstance(value, str | int | float) else repr(value) for value in values]
         is_vector = len(values) == config.num_labels - 1 and set(values) <= {0, 1}
         if is_vector and (len(set(values)) < len(values) or all(isinstance(value, bool) for value in values)):
             values = [index for index, is_present in enumerate(values) if is_present]
@@ -113,7 +135,7 @@ class SynerNetSegmentationPipeline(Pipeline):
                 "the classes without background."
             )
         vector = torch.zeros(config.num_labels - 1)
-        vector[values] = 1
+        vector[[int(value) for value in values]] = 1
         return vector
 
     def __call__(self, inputs: Any, **kwargs: Any) -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
@@ -248,6 +270,10 @@ class SynerNetImageSegmentationPipeline(ImageSegmentationPipeline):
             return ImageSegmentationPipeline(model, *args, **kwargs)
         return super().__new__(cls)
 
+    def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any):
+        _refuse_foreign_weights(model)
+        super().__init__(model, *args, **kwargs)
+
     def preprocess(self, image: Any, subtask: str | None = None, timeout: float | None = None) -> dict[str, list]:
         return {"prepared": [prepare_image(self.image_processor, image, timeout)]}
 
@@ -259,6 +285,18 @@ class SynerNetImageSegmentationPipeline(ImageSegmentationPipeline):
         segmented = segmented[0] if isinstance(segmented, list) else segmented
         masks = _class_masks(segmented.label_map)
         return [{"score": None} | segment for segment in _segments(masks, self.model.config.id2label)]
+
+
+def _refuse_foreign_weights(model: PreTrainedModel) -> None:
+    """`ValueError` if the index in the model's folder names weights elsewhere, which `from_pretrained` follows."""
+    index = Path(str(model.name_or_path)) / INDEX
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        foreign = sorted(
+            name for name in names if name != PurePosixPath(name).name or name != PureWindowsPath(name).name
+        )
+        if foreign:
+            raise ValueError(f"{index} is refused: it names {foreign[0][:200]!r}, which is not a file of the folder.")
 
 
 def _class_masks(label_map: torch.Tensor) -> dict[int, torch.Tensor]:

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from synernet_hf.crf import crf_workers
-from synernet_hf.data.checks import mask_ids
+from synernet_hf.data.checks import DECODING_ERRORS, mask_ids
 from synernet_hf.data.schema import multi_hot
 from synernet_hf.metrics import MeanIoU
 from synernet_hf.model import (
@@ -180,8 +180,12 @@ class _EvaluationImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.positions)
 
-    def __getitem__(self, index: int) -> _EvaluationImage | ValueError:
-        record = self.dataset[self.positions[index]]
+    def __getitem__(self, index: int) -> _EvaluationImage | Exception:
+        try:
+            record = self.dataset[self.positions[index]]
+        except DECODING_ERRORS as error:
+            kind = OSError if isinstance(error, OSError) and error.errno is not None else ValueError
+            return kind(f"Record {self.positions[index]} of the split to evaluate on cannot be read ({error})")
         try:
             mask = torch.from_numpy(self.order.mask(record))
             prepared = prepare_image(self.processor, record["image"])
@@ -393,8 +397,8 @@ def evaluate_model(
     return results
 
 
-def _checked(item: _EvaluationImage | ValueError) -> _EvaluationImage:
-    if isinstance(item, ValueError):
+def _checked(item: _EvaluationImage | Exception) -> _EvaluationImage:
+    if isinstance(item, Exception):
         raise item
     return item
 

@@ -1,6 +1,7 @@
 """Ends a run in order: at SIGTERM, without its launcher, at Ctrl-C, and when the disk fails."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -92,8 +93,9 @@ def batches_of(loader: DataLoader, stop: StopRequest) -> Iterator[dict[str, torc
         if stop.signalled_at is None:
             raise
     except (OSError, ValueError) as error:
-        # from a worker the message is a traceback, whose last line names the error
-        raise DiskError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+        # from a worker the message is a traceback, whose last line names the error; a wrong image is no fault of the disk
+        kind, line = DiskError if isinstance(error, OSError) else ValueError, str(error).strip().splitlines()[-1]
+        raise kind(re.sub(r"^\w*Error: ", "", line)) from error
 
 
 @contextmanager
@@ -106,7 +108,7 @@ def stop_cleanly(accelerator: Accelerator, output_dir: Path, state: TrainerState
     previous = signal.signal(signal.SIGTERM, stop.on_signal) if in_main_thread else None
     try:
         yield
-    except (KeyboardInterrupt, FloatingPointError, OSError, RuntimeError) as error:
+    except (KeyboardInterrupt, FloatingPointError, OSError, RuntimeError, ValueError) as error:
         if stop.signalled_at is not None and isinstance(error, RuntimeError):
             # of loaders whose workers got the signal too
             error = Terminated()
@@ -126,6 +128,10 @@ def stop_cleanly(accelerator: Accelerator, output_dir: Path, state: TrainerState
         way_on = f"{last} ({'continue' if checkpoints else 'start over'} with --resume_from_checkpoint latest)."
         if isinstance(error, OSError):
             raise DiskError(f"{_fault(error)}. Training stopped after step {state.step}; {way_on}") from error
+        if isinstance(error, ValueError):
+            raise ValueError(
+                f"{one_line(error).rstrip('.')}. Training stopped after step {state.step}; {way_on}"
+            ) from error
         word = "Terminated" if isinstance(error, Terminated) else "Interrupted"
         raise type(error)(f"{word} after step {state.step}; {way_on}") from error
     finally:
