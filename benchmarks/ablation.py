@@ -408,7 +408,6 @@ def score(folder: Path, data_args, row: Row, max_samples: int | None) -> dict[st
         class_names=class_names(splits),
         metric_classes=data_args.metric_classes,
         max_samples=max_samples,
-        multi_scale=True,
         parts=True,
         progress=True,
     )

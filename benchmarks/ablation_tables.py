@@ -15,7 +15,6 @@ SCORES = {
     "segmentation": ("segmentation", "mean_iou"),
     "B alone": ("broad_segmentation", "mean_iou"),
     "P alone": ("precise_segmentation", "mean_iou"),
-    "several scales": ("segmentation_multi_scale", "mean_iou"),
     "labels given": ("segmentation_given_labels", "mean_iou"),
     "fused CAM": ("fused_cam", "mean_iou"),
     "class AP": ("classification", "mean_average_precision"),
@@ -40,7 +39,7 @@ LABELS = {
 }
 LABELS |= {"differ": ("differ",)}
 # columns that masks teach: of CAMs they are no ceiling
-SHARED = ("segmentation", "B alone", "P alone", "several scales", "labels given")
+SHARED = ("segmentation", "B alone", "P alone", "labels given")
 CEILING = "ceiling"
 MARKED = re.compile(r"(<!-- ablation (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # row -> seed -> content of its file

@@ -222,7 +222,7 @@ def test_the_ablation_keeps_what_was_measured(ablation, finished):
     single, default = report(finished)["single"], report(finished)["class_prior"]
     assert len({scores["num_images"] for scores in default.values()} | {3}) == 1
     parts = {"broad_segmentation", "precise_segmentation", "segmentation_given_labels", "classification"}
-    assert parts | {"segmentation_multi_scale", "broad_aux_cam"} <= set(default)
+    assert parts | {"broad_aux_cam"} <= set(default)
     assert not any(kind.startswith(("broad", "classification")) for kind in single)
     assert single["fused_cam"] == single["precise_cam"] and single["segmentation"] == single["precise_segmentation"]
     # models stay for figures, what only training needs goes
