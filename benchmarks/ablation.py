@@ -370,9 +370,11 @@ def trained_run(base: list, name: str, seed: int, output: Path, revision: str) -
         used["device"] = torch.get_device_module().get_device_name()
     precision = {"no": "float32"}.get(settings["mixed_precision"] or "no", settings["mixed_precision"])
     used = {"device": used["device"], "precision": precision, "torch": used["torch"]}
-    names = list(SynerNetConfig.from_pretrained(folder).id2label.values())
-    counted = [names.index(name) for name in data_args.metric_classes or names if name != names[0]]
-    labels = label_quality(record, training_args.max_steps, counted, names)
+    labels = None
+    if record.is_file():
+        names = list(SynerNetConfig.from_pretrained(folder).id2label.values())
+        counted = [names.index(name) for name in data_args.metric_classes or names if name != names[0]]
+        labels = label_quality(record, training_args.max_steps, counted, names)
     finished = {"settings": settings, "revision": revision, "labels": labels}
     finished |= {"minutes": training["minutes"], "machine": used}
     write_json(marker, finished)

@@ -196,7 +196,7 @@ def label_counts(broad: torch.Tensor, precise: torch.Tensor, masks: torch.Tensor
     return counts | {"differ": [int(either.sum()), int((either & (broad != precise)).sum())]}
 
 
-def label_quality(record: Path, max_steps: int, class_ids: Sequence[int], names: Sequence[str]) -> list[dict] | None:
+def label_quality(record: Path, max_steps: int, class_ids: Sequence[int], names: Sequence[str]) -> list[dict]:
     """
     The lines of a record in tenths of the training.
 
@@ -206,12 +206,10 @@ def label_quality(record: Path, max_steps: int, class_ids: Sequence[int], names:
         class_ids (`Sequence[int]`): Foreground classes that count. names (`Sequence[str]`): All classes by id.
 
     Returns:
-        `list[dict]`, or `None` without a record: per tenth with labels its end as a share of the training, `until`; of
-        each branch `precision` and `recall`, in [0, 1], per class of its labels against the masks and as `mean`; and
-        `differ`, the share of foreground pixels whose two labels differ.
+        `list[dict]`: per tenth with labels its end as a share of the training, `until`; of each branch `precision` and
+        `recall`, in [0, 1], per class of its labels against the masks and as `mean`; and `differ`, the share of
+        foreground pixels whose two labels differ.
     """
-    if not record.is_file():
-        return None
     # a run that went on from a checkpoint has done some steps twice: the later line counts
     lines = {line["step"]: line for line in map(json.loads, record.read_text(encoding="utf-8").splitlines())}
     tenths: dict[int, list[dict]] = {}

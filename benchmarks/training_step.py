@@ -196,7 +196,8 @@ class ReferenceOrder:
 
     def instances_of(self, pixel_values, label_map, labels, valid_boxes) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Per branch the embeddings and class ids of the cut images."""
-        class_ids = pick_instance_classes(label_map, labels)
+        draws = torch.randint(2**31, labels.shape[:1], device=labels.device)
+        class_ids = pick_instance_classes(label_map, labels, draws)
         ignore = self.config.semantic_loss_ignore_index
         cut = cut_instances(pixel_values, label_map, class_ids, valid_boxes, ignore)
         return [
