@@ -1,5 +1,6 @@
 import importlib.util
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from crf_utils import swap_classes
 from datasets import DatasetDict
+from datasets import Image as ImageFeature
 from devkit_utils import write_voc_devkit
 from PIL import Image
 from safetensors.torch import save_file
@@ -664,3 +666,16 @@ def test_a_model_of_half_precision_is_scored(tiny_config, label_maps):
     model = SynerNetForWeaklySupervisedSegmentation(tiny_config).to(torch.bfloat16).eval()
     results = score(model, make_split(label_maps), multi_scale=True, baselines=True)
     assert all(0 <= values["pixel_accuracy"] <= 1 for values in results.values())
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(("content", "error"), [(b"none", ValueError), (None, OSError)])
+def test_an_image_that_cannot_be_read_is_told_from_a_worker_too(label_maps, tmp_path, num_workers, content, error):
+    split = make_split(label_maps)
+    paths = [str(tmp_path / f"{index}.png") for index in range(len(split))]
+    for path, image in zip(paths, split["image"], strict=True):
+        image.save(path)
+    split = split.remove_columns("image").add_column("image", paths).cast_column("image", ImageFeature())
+    Path(paths[1]).unlink() if content is None else Path(paths[1]).write_bytes(content)
+    with pytest.raises(error, match="^Record 1 of the split to evaluate on cannot be read .*1[.]png"):
+        score(OracleModel(), split, num_workers=num_workers)
