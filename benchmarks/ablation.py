@@ -358,7 +358,6 @@ def trained_run(base: list, name: str, seed: int, output: Path, revision: str) -
         return folder, finished
     if folder.is_dir() and any(folder.iterdir()):
         training_args.resume_from_checkpoint = "latest"
-    folder.mkdir(parents=True, exist_ok=True)
     record = folder / "labels.jsonl"
     with labels_against_masks(data_args, training_args, record, teach=ROWS[name].true_masks):
         training = train(model_args, data_args, training_args)["training"]
