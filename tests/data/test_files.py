@@ -5,7 +5,7 @@ import unicodedata
 import pytest
 from devkit_utils import save_images
 
-from synernet_hf.data.files import ImageIndex, read_text, unique_ids
+from synernet_hf.data.files import ImageIndex, parse_json, read_text, unique_ids
 from synernet_hf.data.schema import background_first, choose_splits, split_meaning
 
 
@@ -127,3 +127,21 @@ def test_the_background_is_recognised_under_other_names_and_places(names, caplog
     assert caplog.text.count("the background: it becomes id 0") == (names != ["cat", "dog"])
     caplog.clear()
     assert background_first(["background", "cat"], "pets") == ["background", "cat"] and not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        # comparing every key with every other one would take minutes
+        (
+            "{" + ", ".join(f'"{number}": 0' for number in [*range(100_000), 99_999]) + "}",
+            "the key '99999' stands twice",
+        ),
+        ("[" * 100_000, "it is nested too deeply"),
+        ("9" * 5000, "Exceeds the limit"),
+    ],
+    ids=["keys", "depth", "digits"],
+)
+def test_json_bombs_are_refused_in_a_sentence(text, fault):
+    with pytest.raises(ValueError, match=f"^{fault}"):
+        parse_json(text)
