@@ -136,6 +136,10 @@ ROWS = {
         ALONE | {"cross_supervision": True, "broad_share_in_broad_label": 0.5, "broad_share_in_precise_label": 0.5},
     ),
     # one setting other than the recipe's
+    "swapped": Row(
+        "the recipe, each branch learns from the other's CAM",
+        {"broad_share_in_broad_label": 0.0, "broad_share_in_precise_label": 1.0},
+    ),
     "logits_pooling": Row(
         "the recipe with class scores pooled from the CAM, 40 % of the tokens", {"logits_pooling_share": 0.4}
     ),
