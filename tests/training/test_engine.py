@@ -807,6 +807,9 @@ ALONE_SCRIPT = """
 import sys
 import torch
 from testing_utils import ALL_TERMS, SynerNetModelTester
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from synernet_hf.training import gather_in_rank_order, sum_over_processes
 
 torch.distributed.init_process_group("gloo")
@@ -830,6 +833,7 @@ def losses_and_gradients(model, rows, **arguments):
     outputs = model(**inputs, loss_weights=ALL_TERMS, draws=range(8)[rows], **arguments)
     outputs.loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    gradients = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in gradients.items()}
     return {"loss": outputs.loss.detach(), **outputs.loss_dict, **gradients}
 
 shared = {"gather_embeddings": gather_in_rank_order, "sum_counts": sum_over_processes}
@@ -837,8 +841,21 @@ halves = losses_and_gradients(tester.model().train(), slice(4 * rank, 4 * rank +
 for tensor in halves.values():
     torch.distributed.all_reduce(tensor)
     tensor /= 2
+# every layer's weights cut in two, as by FSDP2
+sharded_model, mesh = tester.model().train(), init_device_mesh("cpu", (2,))
+for module in [*sharded_model.modules()]:
+    if type(module).__name__ == "ViTLayer":
+        fully_shard(module, mesh=mesh)
+fully_shard(sharded_model, mesh=mesh)
+assert all(isinstance(parameter, DTensor) for parameter in sharded_model.parameters())
+sharded = losses_and_gradients(sharded_model, slice(4 * rank, 4 * rank + 4), **shared)
+for name, tensor in sharded.items():
+    if name.startswith("loss"):
+        torch.distributed.all_reduce(tensor)
+        tensor /= 2
 if rank == 0:
-    torch.save([losses_and_gradients(tester.model().train(), slice(0, 8)), halves], f"{sys.argv[1]}/losses.pt")
+    whole = losses_and_gradients(tester.model().train(), slice(0, 8))
+    torch.save([whole, halves, sharded], f"{sys.argv[1]}/losses.pt")
 torch.distributed.destroy_process_group()
 """
 
@@ -856,16 +873,19 @@ def test_a_step_of_one_process_alone_waits_for_nobody(root, tmp_path):
     assert any(buffer.any() for buffer in first.values())
     for name, buffer in first.items():
         assert torch.equal(buffer, second[name]), name
-    # eight images in one process, and four in each of two: every loss term, and the mean gradient of every weight
-    whole, halves = torch.load(tmp_path / "losses.pt", weights_only=True)
-    assert whole.keys() == halves.keys() and len([name for name in whole if name.startswith("loss_")]) >= 6
+    # eight images in one process, and four in each of two, whose weights are whole or in shards: every loss term, and the
+    # mean gradient of every weight
+    whole, halves, sharded = torch.load(tmp_path / "losses.pt", weights_only=True)
+    assert whole.keys() == halves.keys() == sharded.keys()
+    assert len([name for name in whole if name.startswith("loss_")]) >= 6
     for name, tensor in whole.items():
         if name.endswith("k_proj.bias"):
             # 0 but for rounding: a softmax does not see what all its inputs share
             continue
-        difference = (halves[name] - tensor).abs().max() / tensor.abs().max()
-        print(f"1 x 8 and 2 x 4, {name}: relative difference {difference:.1e}")
-        assert difference < 1e-4, name
+        for kind, other in (("2 x 4", halves), ("2 x 4 with shards", sharded)):
+            difference = (other[name] - tensor).abs().max() / tensor.abs().max()
+            print(f"1 x 8 and {kind}, {name}: relative difference {difference:.1e}")
+            assert difference < 1e-4, (kind, name)
 
 
 @pytest.mark.distributed
