@@ -3,8 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -58,12 +57,14 @@ from synernet_hf.training.optimization import (
     LossMeter,
     LossWeightSchedule,
     check_finite_weights,
+    fill_sharded_state,
     gather_in_rank_order,
     is_slow_in_bf16,
     learning_rate_multiplier,
     parameter_groups,
     resolve_precision,
     sum_over_processes,
+    whole_model,
 )
 from synernet_hf.training.reporting import TIMED_STEPS, describe_plan, duration, hardware, write_card
 from synernet_hf.training.stopping import StopRequest, batches_of, stop_cleanly
@@ -202,8 +203,8 @@ def setup(training_args: SynerNetTrainingArguments) -> Accelerator:
             "This device only emulates bf16, many times slower than full precision: --mixed_precision auto takes what is "
             "fast."
         )
-    # weights are made equal by the distributed wrapper, and the stream knows all random numbers but those of dropout
-    set_seed(training_args.seed, device_specific=True)
+    # equal heads on all processes: DDP would make them equal, shards of different ones would be put together
+    set_seed(training_args.seed)
     return accelerator
 
 
@@ -228,6 +229,8 @@ def build_run(
                 write_message(sentence)
         accelerator.print(f"Continuing from {checkpoint}.")
     model = build_model(model_args, class_names(data.splits))
+    # the stream knows all random numbers but those of dropout
+    set_seed(training_args.seed, device_specific=True)
     if (
         model.config._attn_implementation == "sdpa"
         and accelerator.device.type == "cpu"
@@ -370,6 +373,7 @@ def fit(run: TrainingRun) -> None:
 def save(run: TrainingRun) -> None:
     """Saves a checkpoint of finite weights; every process calls this."""
     check_finite_weights(run.model, run.state.step)
+    fill_sharded_state(run.optimizer)
     save_checkpoint(run.accelerator, run.output_dir, run.state, run.record, run.training_args.save_total_limit)
 
 
@@ -469,9 +473,9 @@ def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
     started = time.perf_counter()
     if accelerator.is_main_process and not sys.stderr.isatty():
         write_message(f"step {state.step}: evaluating.")
-    with _full_precision(run.bare_model):
+    with whole_model(accelerator, run.model) as model:
         results = evaluate_model(
-            run.bare_model,
+            model,
             run.processor,
             run.splits["validation"],
             class_names=run.record["class_names"],
@@ -495,10 +499,11 @@ def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
     metric = results["segmentation"]["mean_iou"]
     if not math.isnan(metric) and (state.best_metric is None or metric > state.best_metric):
         state.best_metric, state.best_step = metric, state.step
-        if accelerator.is_main_process:
-            best = {"step": state.step, "scored_on": run.record["scored_on"], **results}
-            extra = [(RESULTS_FILE, best), (ARGUMENTS_FILE, run.record)]
-            save_model_folder(run.output_dir / "best", run.bare_model, run.processor, extra)
+        with whole_model(accelerator, run.model) as model:
+            if accelerator.is_main_process:
+                best = {"step": state.step, "scored_on": run.record["scored_on"], **results}
+                extra = [(RESULTS_FILE, best), (ARGUMENTS_FILE, run.record)]
+                save_model_folder(run.output_dir / "best", model, run.processor, extra)
     state.elapsed_seconds += time.perf_counter() - started
     checkpoint = run.output_dir / f"checkpoint-{state.step}"
     if accelerator.is_main_process and checkpoint.is_dir():
@@ -513,14 +518,14 @@ def finish(run: TrainingRun) -> dict[str, dict[str, Any]]:
     state, record = run.state, run.record
     # a run that is resumed after its last step has nothing from `fit`
     results = run.results or (evaluate(run) if run.can_evaluate else {})
-    if run.accelerator.is_main_process:
-        files = [(RESULTS_FILE, {"step": state.step, **results})] if results else []
-        save_model_folder(run.output_dir, run.bare_model, run.processor, [*files, (ARGUMENTS_FILE, record)])
-        used = run.accelerator
-        facts = {"steps": state.step, "minutes": state.elapsed_seconds / 60, "hardware": hardware(used)}
-        facts |= {"num_processes": used.num_processes, "precision": used.mixed_precision}
-        with _full_precision(run.bare_model):
-            write_card(run.output_dir, run.bare_model, run.processor, run.splits, record, results, **facts)
+    with whole_model(run.accelerator, run.model) as model:
+        if run.accelerator.is_main_process:
+            files = [(RESULTS_FILE, {"step": state.step, **results})] if results else []
+            save_model_folder(run.output_dir, model, run.processor, [*files, (ARGUMENTS_FILE, record)])
+            used = run.accelerator
+            facts = {"steps": state.step, "minutes": state.elapsed_seconds / 60, "hardware": hardware(used)}
+            facts |= {"num_processes": used.num_processes, "precision": used.mixed_precision}
+            write_card(run.output_dir, model, run.processor, run.splits, record, results, **facts)
     run.accelerator.wait_for_everyone()
     losses = next((entry for entry in reversed(state.history) if "loss" in entry), {})
     training = {
@@ -530,17 +535,3 @@ def finish(run: TrainingRun) -> dict[str, dict[str, Any]]:
         "losses": {name: value for name, value in losses.items() if name.startswith("loss")},
     }
     return {**results, "training": training}
-
-
-@contextmanager
-def _full_precision(model: torch.nn.Module) -> Iterator[None]:
-    """
-    Removes the autocast that accelerate wraps around `forward` under mixed precision, and restores it at the end.
-    Outside of `forward` the model computes in float32 anyway, as does a model loaded from the run folder.
-    """
-    wrapped = model.__dict__.pop("forward", None)
-    try:
-        yield
-    finally:
-        if wrapped is not None:
-            model.forward = wrapped

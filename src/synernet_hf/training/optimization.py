@@ -1,7 +1,10 @@
 """How a run computes: precision, parameter groups, learning rate, loss weights, finite values, gathering."""
 
+import copy
 import itertools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -9,10 +12,11 @@ import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from synernet_hf.model import SynerNetConfig
+from synernet_hf.model import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation
 
 
 # how long processes wait for each other: the main process checks the data alone, the others must not give up
@@ -205,16 +209,60 @@ class LossMeter:
 def check_finite_weights(model: torch.nn.Module, step: int) -> None:
     """
     Checks every parameter and buffer: a finite loss may have had a gradient that is not, and training must be able to
-    continue from each checkpoint. `FloatingPointError` names the first one with NaN or infinite values.
+    continue from each checkpoint. `FloatingPointError` names the first one with NaN or infinite values. Every process
+    calls this, since weights may be in shards.
     """
     tensors = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
-    finite = torch.stack([tensor.detach().isfinite().all() for tensor in tensors.values()]).tolist()
+    sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    own = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values())
+    finite = torch.stack([tensor.detach().isfinite().all() for tensor in own]).int()
+    if sharded:
+        torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+    finite = finite.tolist()
     if not all(finite):
-        name = list(tensors)[finite.index(False)].removeprefix("module.")
+        name = list(tensors)[finite.index(0)].removeprefix("module.")
         raise FloatingPointError(
             f"The weights are not finite after step {step} ({name}): try a smaller learning_rate, bf16 or full "
             "precision."
         )
+
+
+def fill_sharded_state(optimizer: torch.optim.Optimizer) -> None:
+    """
+    Gives parameters in shards (FSDP2) that have had no gradient yet, such as those of a decoder before its gate, the
+    state with which AdamW begins: torch loads the state of such an optimizer for all parameters or for none.
+    """
+    for parameter in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
+        if isinstance(parameter, DTensor) and parameter.requires_grad and not optimizer.state.get(parameter):
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+@contextmanager
+def whole_model(accelerator: Accelerator, model: nn.Module) -> Iterator[SynerNetForWeaklySupervisedSegmentation]:
+    """
+    The model to score and to save, without its distributed wrapper, in float32: accelerate wraps an autocast around
+    `forward` under mixed precision, which is removed and put back at the end. Where weights are in shards (FSDP2) it is a
+    copy with all of them. Every process calls this.
+    """
+    bare = accelerator.unwrap_model(model)
+    state = bare.state_dict()
+    if any(isinstance(tensor, DTensor) for tensor in state.values()):
+        whole = SynerNetForWeaklySupervisedSegmentation(copy.deepcopy(bare.config)).to(accelerator.device)
+        whole.load_state_dict(
+            {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in state.items()}
+        )
+        yield whole.train(bare.training)
+        return
+    wrapped = bare.__dict__.pop("forward", None)
+    try:
+        yield bare
+    finally:
+        if wrapped is not None:
+            bare.forward = wrapped
 
 
 def sum_over_processes(counts: torch.Tensor) -> tuple[torch.Tensor, int]:
