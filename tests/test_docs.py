@@ -35,7 +35,16 @@ SHORTER = {
     },
 }
 # Options of accelerate, torchrun and transformers' Trainer.
-FOREIGN_OPTIONS = {"--cpu", "--logdir", "--multi_gpu", "--nproc_per_node", "--num_processes", "--project", "--quiet"}
+FOREIGN_OPTIONS = {
+    "--config_file",
+    "--cpu",
+    "--logdir",
+    "--multi_gpu",
+    "--nproc_per_node",
+    "--num_processes",
+    "--project",
+    "--quiet",
+}
 FOREIGN_OPTIONS |= {"--per_device_train_batch_size"}
 FOLDERS = ("benchmarks", "examples", "scripts")
 SCRIPTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py") if "__main__" in path.read_text())
