@@ -982,7 +982,9 @@ def test_a_run_in_shards_is_the_run_of_whole_weights_and_resumes(root, tmp_path)
         for name, value in one.items():
             print(f"step {one['step']}, {name}: {value} whole, {two[name]} in shards")
             # a step of Adam is as large for a gradient of rounding as for any other
-            assert two[name] == pytest.approx(value, rel=1e-5 if one["step"] <= 2 else 0.05, abs=0.01 * ("iou" in name))
+            assert two[name] == pytest.approx(
+                value, rel=1e-5 if one["step"] <= 2 else 0.05, abs=0.01 * ("iou" in name)
+            )
     assert_equal_weights(tmp_path / "shards", tmp_path / "resumed")
     # whole weights, as every other run leaves them
     model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(tmp_path / "shards")
