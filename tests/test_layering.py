@@ -24,6 +24,11 @@ MAX_ARGUMENTS = 8
 DATA_LIBRARIES = {"torch", "datasets", "PIL", "numpy", "kornia", "pycocotools", "evaluate"}
 ROOMS = {
     "__init__": ({"lazy", "model"}, set()),
+    "__main__": ({"commands"}, set()),
+    "commands": (
+        set("cli crf data export files model model_card model_folder pseudo_labels training visualization".split()),
+        DATA_LIBRARIES | {"accelerate", "huggingface_hub"},
+    ),
     "lazy": (set(), set()),
     "model": (set(), {"torch", "numpy", "PIL", "transformers", "huggingface_hub", "safetensors"}),
     "files": (set(), set()),
@@ -180,12 +185,13 @@ PUBLIC_MODULES = {
     *(
         f"synernet_hf.{name}"
         for name in (
-            "cli crf data export files metrics model model_card model_folder pseudo_labels training visualization".split()
+            "cli commands crf data export files metrics model model_card model_folder pseudo_labels training visualization".split()
         )
     ),
 }
 ROOT = SOURCE.parents[1]
 SCRIPTS = sorted(path for folder in ("examples", "scripts", "benchmarks") for path in (ROOT / folder).glob("*.py"))
+SCRIPTS += sorted((SOURCE / "commands").glob("[a-z]*.py"))
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.relative_to(ROOT).as_posix())

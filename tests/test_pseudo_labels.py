@@ -19,6 +19,7 @@ from PIL import Image, PngImagePlugin
 from testing_utils import SynerNetModelTester
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+from synernet_hf.commands import main
 from synernet_hf.data import build_split, class_names, load_shapes
 from synernet_hf.files import hold_folder
 from synernet_hf.pseudo_labels import (
@@ -90,8 +91,8 @@ def start_script(*words: str, processes: int = 1) -> subprocess.Popen:
 
 
 def run_script(*words: str) -> int:
-    """`examples/pseudo_labels.py` in this process."""
-    return runpy.run_path(str(SCRIPT))["main"](list(words))
+    """`synernet pseudo-labels` in this process."""
+    return main(["pseudo-labels", *words])
 
 
 def test_a_mask_is_the_refined_fused_map(model, processor):

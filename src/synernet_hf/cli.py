@@ -239,11 +239,19 @@ def _transport_error() -> type[Exception]:
     return HfHubHTTPError.__bases__[0]
 
 
+def quiet_libraries() -> None:
+    """Hides the bars of transformers for loading and saving, which take no time; those of downloads are shown."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    enable_progress_bars()
+
+
 def run_command(command: Callable[..., int | None], *args: Any) -> int:
     """
-    Runs a command and prints what it refuses as lines `error: …`, without a traceback. Bars of transformers for loading
-    and saving, which take no time, are not shown; those of downloads are. A command that only reads its arguments is
-    run without importing either.
+    Runs a command and prints what it refuses as lines `error: …`, without a traceback. Where transformers is imported
+    already, [`quiet_libraries`] comes first.
 
     Args:
         command (`Callable`): Does the work; returns an exit status or `None`.
@@ -254,11 +262,7 @@ def run_command(command: Callable[..., int | None], *args: Any) -> int:
         143 ended by SIGTERM.
     """
     if "transformers" in sys.modules:
-        from huggingface_hub.utils import enable_progress_bars
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
-        enable_progress_bars()
+        quiet_libraries()
     try:
         with _sigterm_raises():
             return command(*args) or 0
@@ -289,5 +293,6 @@ __all__ = [
     "did_you_mean",
     "needs_extra",
     "positive",
+    "quiet_libraries",
     "run_command",
 ]
