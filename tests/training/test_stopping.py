@@ -8,12 +8,14 @@ import platform
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -453,6 +455,127 @@ def test_what_a_disk_refuses_has_a_status_of_its_own_in_every_command(capsys):
     assert capsys.readouterr().err == "error: out/scores.json cannot be written or read (No space left on device).\n"
     assert run_command(full, errno.ENOENT) == 2
     assert issubclass(DiskError, OSError)
+
+
+class Counts:
+    """A store of counts in place of torch's: of `dead` processes they stand still, and a frozen one never answers."""
+
+    def __init__(self, *dead: int, frozen: bool = False):
+        self.port, self.dead, self.frozen, self.counts = 1, {str(rank) for rank in dead}, frozen, {}
+
+    def __call__(self, *args, **kwargs):
+        return self
+
+    def add(self, name, number):
+        if self.frozen:
+            threading.Event().wait()
+        for other in {"0", "1", "2"} - self.dead if number else ():
+            self.counts[other] = self.counts.get(other, 0) + number
+        return self.counts.get(name, 0)
+
+
+@pytest.mark.parametrize(
+    ("rank", "store", "silent"),
+    [(0, Counts(1), 1), (0, Counts(2), 2), (1, Counts(2), 2), (1, Counts(frozen=True), 0), (0, Counts(), None)],
+)
+def test_a_process_without_a_sign_of_life_is_named(tmp_path, monkeypatch, capsys, rank, store, silent):
+    left, over = [], threading.Event()
+    folder = tmp_path / "run"
+    (folder / "checkpoint-2").mkdir(parents=True)
+    (folder / LOCK_FILE).touch()
+
+    def leave(status):
+        left.append(status)
+        over.set()
+        threading.Event().wait()
+
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setattr(torch.distributed, "TCPStore", store)
+    monkeypatch.setattr(stopping, "broadcast_object_list", lambda objects: objects)
+    monkeypatch.setattr(stopping, "gather_object", lambda objects: ["a", "b", "c"])
+    monkeypatch.setattr(stopping, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(stopping.os, "_exit", leave)
+    with stopping.watch_processes(SimpleNamespace(num_processes=3, process_index=rank), folder):
+        while silent is None and store.counts.get("0", 0) < 2 * stopping.SILENT_LOOKS:
+            time.sleep(0.01)
+        assert silent is None or over.wait(30)
+    if silent is None:
+        assert not left
+        return
+    assert left == [stopping.SILENCE_STATUS]
+    assert f"error: Process {silent} of 3, on {'abc'[silent]}, gave no sign of life" in capsys.readouterr().err
+    # who does not hold the folder leaves the lock
+    assert (folder / LOCK_FILE).exists() == (rank != 0)
+
+
+def test_a_machine_that_does_not_see_the_folder_is_told_so(tmp_path, monkeypatch):
+    main, other = (SimpleNamespace(is_main_process=rank == 0, process_index=rank, num_processes=2) for rank in (0, 1))
+    monkeypatch.setattr(stopping, "SHARING_SECONDS", 0)
+    with stopping.hold_run_folder(main, tmp_path / "shared"):
+        text = (tmp_path / "shared" / LOCK_FILE).read_text()
+        monkeypatch.setattr(
+            stopping, "broadcast_object_list", lambda objects: objects if len(objects) == 1 else ["a", text]
+        )
+        with stopping.hold_run_folder(other, tmp_path / "shared"):
+            pass
+        # what another run left there
+        (tmp_path / "own").mkdir()
+        (tmp_path / "own" / LOCK_FILE).write_text(other_process(pid=2**22 + 1))
+        for name in ("own", "none"):
+            with (
+                pytest.raises(
+                    InvalidArguments, match=rf"Process 1 on .* does not see .*{name}/{LOCK_FILE}.*on a wrote"
+                ),
+                stopping.hold_run_folder(other, tmp_path / name),
+            ):
+                pytest.fail("the folder is not shared")
+
+
+FROZEN_SCRIPT = """
+import os, signal, sys
+from synernet_hf.cli import run_command
+from synernet_hf.training import engine, parse_arguments, stopping
+
+train_step, stopping.BEAT_SECONDS = engine.train_step, 0.3
+
+def freezing(run, batch):
+    if run.state.step == 3 and run.accelerator.process_index == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return train_step(run, batch)
+
+engine.train_step = freezing
+sys.exit(run_command(lambda: engine.train(*parse_arguments(sys.argv[1:])) and None))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_frozen_process_ends_the_run(root, tmp_path):
+    (tmp_path / "script.py").write_text(FROZEN_SCRIPT)
+    settings = MODEL | DATA | TRAINING | {"output_dir": str(tmp_path / "run"), "num_workers": 0}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
+    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, str(tmp_path / "script.py"), "--config", str(tmp_path / "recipe.yaml")]
+    processes = [
+        subprocess.Popen(
+            command, env=environment | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in "01"
+    ]
+    try:
+        _, printed = processes[0].communicate(timeout=300)
+        assert processes[1].poll() is None
+    finally:
+        processes[1].kill()
+        processes[1].communicate()
+    print(printed.splitlines()[-1])
+    assert processes[0].returncode == stopping.SILENCE_STATUS
+    assert re.search(r"error: Process 1 of 2, on .*; the last checkpoint is .*checkpoint-2 .continue with", printed)
+    assert names(tmp_path / "run") == ["checkpoint-2"]
 
 
 RANK_SCRIPT = """

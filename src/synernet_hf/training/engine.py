@@ -12,12 +12,12 @@ from typing import Any
 import datasets
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from torch.utils.data import DataLoader
 
 from synernet_hf.cli import Terminated
 from synernet_hf.data import PhotometricAugmentation, class_names
-from synernet_hf.files import FolderInUse, finite, hold_folder, write_json
+from synernet_hf.files import FolderInUse, finite, write_json
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.progress import progress_bar, write_message
 from synernet_hf.training.arguments import (
@@ -67,7 +67,7 @@ from synernet_hf.training.optimization import (
     whole_model,
 )
 from synernet_hf.training.reporting import TIMED_STEPS, describe_plan, duration, hardware, write_card
-from synernet_hf.training.stopping import StopRequest, batches_of, stop_cleanly
+from synernet_hf.training.stopping import StopRequest, batches_of, hold_run_folder, stop_cleanly, watch_processes
 
 
 # a gradient scaler halves its scale at each skipped step; no finite gradient needs this many halvings
@@ -139,17 +139,10 @@ def train(
     accelerator = setup(training_args)
     # no process may take the folder while another one still looks whether it is free
     accelerator.wait_for_everyone()
-    held = (
-        nullcontext()
-        if training_args.dry_run
-        else hold_folder(
-            Path(training_args.output_dir),
-            accelerator.is_main_process,
-            share=lambda problem: broadcast_object_list([problem])[0],
-        )
-    )
+    output_dir = Path(training_args.output_dir)
+    held = nullcontext() if training_args.dry_run else hold_run_folder(accelerator, output_dir)
     try:
-        with held:
+        with watch_processes(accelerator, output_dir), held:
             data = prepare_data(data_args, accelerator, checkpoint and read_record(checkpoint / ARGUMENTS_FILE))
             run = build_run(model_args, data_args, training_args, accelerator, data, checkpoint)
             _tell_surprises(run)
