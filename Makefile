@@ -17,7 +17,6 @@ endif
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-DOCUMENTED := .cli .data .metrics .model .training .visualization .crf .export .model_folder
 SOURCES := src tests examples $(wildcard scripts benchmarks metrics)
 
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
@@ -86,9 +85,10 @@ style: $(STAMP) ## format the code with ruff
 	@$(PY) -m ruff check --fix $(SOURCES)
 	@$(PY) -m ruff format $(SOURCES)
 
-docs: $(STAMP) ## write the reference of the public names to site/ (installs the docs extra)
+docs: $(STAMP) ## write the documentation as a web site to site/ (installs the docs extra); warnings end it
 	@$(PIP) -c constraints.txt -e ".[docs]"
-	@$(PY) -m pdoc --output-directory site synernet_hf $(addprefix synernet_hf,$(DOCUMENTED))
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --clean
+	@echo "Open site/index.html."
 
 clean: ## remove caches and builds (.venv and runs/ stay)
 	@rm -rf build dist site .pytest_cache .ruff_cache .hypothesis

@@ -8,13 +8,14 @@ import posixpath
 import re
 from pathlib import Path
 
+import griffe
 from mkdocs.structure.files import File, Files
 
 
 ROOT = Path(__file__).resolve().parents[1]
 # pages for readers of the repository, under the same path on the site
 PAGES = ("examples/README.md", "benchmarks/README.md", "CHANGELOG.md", "CONTRIBUTING.md")
-LINK = re.compile(r"(\]\()([^)\s#:]+)(#[\w-]+)?(?=\))")
+LINK = re.compile(r"\[([^\]]*)\]\(([^)\s#:]+)(#[\w-]+)?\)")
 CODE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 
 
@@ -76,8 +77,22 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
     def on_site(match: re.Match) -> str:
         path = target_of(uri, match[2])
         if (ROOT / path).is_dir():
-            return f"{match[1]}{posixpath.relpath('index.md', posixpath.dirname(uri) or '.')}"
-        return match[1] + posixpath.relpath(uri_of(path), posixpath.dirname(uri) or ".") + (match[3] or "")
+            return match[1]
+        return f"[{match[1]}]({posixpath.relpath(uri_of(path), posixpath.dirname(uri) or '.')}{match[3] or ''})"
 
     markdown = LINK.sub(on_site, markdown)
     return markdown + reference() if uri == "api.md" else markdown
+
+
+class PlainTypes(griffe.Extension):
+    """Docstrings write types as transformers does, in backticks; the site sets them in code by itself."""
+
+    def on_object(self, *, obj: griffe.Object, **_) -> None:
+        """Takes the backticks of types and the brackets of names off a docstring."""
+        if obj.docstring is not None:
+            text = re.sub(r"\[(`~?[\w.]+`)\]", r"\1", obj.docstring.value)
+            obj.docstring.value = re.sub(r"^(\s+[*\w, ]+) \((.*)\):", self._plain, text, flags=re.MULTILINE)
+
+    @staticmethod
+    def _plain(match: re.Match) -> str:
+        return f"{match[1]} ({match[2].replace('`', '').replace('*optional*', 'optional')}):"

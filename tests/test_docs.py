@@ -38,6 +38,7 @@ SHORTER = {
 FOREIGN_OPTIONS = {
     "--config_file",
     "--cpu",
+    "--local-rank",
     "--logdir",
     "--multi_gpu",
     "--nproc_per_node",
@@ -252,6 +253,15 @@ def all_options() -> set[str]:
 def test_named_options_exist(page, all_options):
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8")))
     assert named <= all_options, f"{page_name(page)} names options that no script has: {named - all_options}"
+
+
+def test_the_site_has_every_page():
+    named = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")}
+    assert pages <= set(named)
+    for name in set(named) - pages:
+        assert (ROOT / name).is_file()
+    assert len(named) == len(set(named))
 
 
 def test_readme_says_how_to_test_and_try():
