@@ -177,6 +177,34 @@ def test_python_blocks_run(page, reader_folder, monkeypatch):
     assert not shorter, f"{page_name(page)} has no {list(shorter)}"
 
 
+# what makes the first notebook short enough for a test
+SHORTER_CELLS = {
+    "num_train=600": "num_train=40",
+    '"--max_steps", "400"': '"--max_steps", "1", "--per_device_batch_size", "4"',
+    "range(50)": "range(4)",
+}
+
+
+def test_notebooks_run(tmp_path, monkeypatch):
+    """The second one looks into the model that the first one trains."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    folder, shorter = ROOT / "examples" / "notebooks", dict(SHORTER_CELLS)
+    assert {path.stem for path in folder.glob("*.ipynb")} == {"own_images", "looking_inside"}
+    for notebook in ("own_images", "looking_inside"):
+        names: dict = {"__name__": "__main__"}
+        cells = json.loads((folder / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+        for number, cell in enumerate(cells, start=1):
+            code = "".join(cell["source"])
+            for long in [long for long in shorter if long in code]:
+                code = code.replace(long, shorter.pop(long))
+            if cell["cell_type"] == "code":
+                exec(compile(code, f"{notebook}, cell {number}", "exec"), names)
+        if notebook == "own_images":
+            Path("runs", "demo").symlink_to(tmp_path / "runs" / "my_images")
+    assert not shorter, f"own_images has no {list(shorter)}"
+
+
 def commands_of(page: Path) -> list[list[str]]:
     """Words of the commands in blocks and in the text that run a script of ours."""
     text = page.read_text(encoding="utf-8")
