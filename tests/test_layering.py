@@ -26,7 +26,9 @@ ROOMS = {
     "__init__": ({"lazy", "model"}, set()),
     "__main__": ({"commands"}, set()),
     "commands": (
-        set("cli crf data export files model model_card model_folder pseudo_labels training visualization".split()),
+        set(
+            "cli crf data export files model model_card model_folder pseudo_labels review training visualization".split()
+        ),
         DATA_LIBRARIES | {"accelerate", "huggingface_hub"},
     ),
     "lazy": (set(), set()),
@@ -43,8 +45,15 @@ ROOMS = {
         {"cli", "model", "model_folder", "files"},
         {"torch", "numpy", "onnxruntime", "torchao"},
     ),
+    "mask_encodings": (set(), {"numpy"}),
+    "mask_formats": ({"data", "files", "mask_encodings", "visualization"}, {"numpy", "PIL", "pycocotools", "yaml"}),
+    "pseudo_label_files": ({"files", "visualization"}, {"numpy", "PIL", "pyarrow"}),
+    "review": (
+        {"data", "files", "mask_formats", "model", "pseudo_label_files", "visualization"},
+        {"datasets", "numpy", "PIL"},
+    ),
     "pseudo_labels": (
-        {"model", "data", "files", "progress", "visualization"},
+        {"model", "data", "files", "progress", "pseudo_label_files", "visualization"},
         {"torch", "numpy", "PIL", "datasets", "pyarrow", "accelerate"},
     ),
     "model_card": ({"files"}, {"huggingface_hub", "yaml", "jinja2"}),
@@ -185,7 +194,7 @@ PUBLIC_MODULES = {
     *(
         f"synernet_hf.{name}"
         for name in (
-            "cli commands crf data export files metrics model model_card model_folder pseudo_labels training visualization".split()
+            "cli commands crf data export files mask_formats metrics model model_card model_folder pseudo_labels review training visualization".split()
         )
     ),
 }

@@ -22,6 +22,7 @@ from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImagePr
 from synernet_hf.commands import main
 from synernet_hf.data import build_split, class_names, load_shapes
 from synernet_hf.files import hold_folder
+from synernet_hf.pseudo_label_files import REVIEW_FILES
 from synernet_hf.pseudo_labels import (
     PseudoLabeler,
     PseudoLabelOptions,
@@ -34,6 +35,7 @@ from synernet_hf.visualization import voc_palette
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "pseudo_labels.py"
 NAMES = ["background", "class 1", "class 2", "class 3"]
+OWN_FILES = {"masks", "manifest.parquet", "pseudo_labels.json"}
 SHAPES = '{"num_train": 40, "num_validation": 2, "image_size": 32}'
 
 
@@ -219,13 +221,15 @@ def test_a_split_in_any_format(model, processor, tmp_path, kind):
 
 def test_the_folder_and_its_manifest(model, processor, tmp_path, monkeypatch):
     # five rows in chunks of two
-    monkeypatch.setattr("synernet_hf.pseudo_labels.MANIFEST_CHUNK", 2)
+    monkeypatch.setattr("synernet_hf.pseudo_label_files.MANIFEST_CHUNK", 2)
     model.train()
     table = write_pseudo_labels(model, processor, split_of(some_images(), LABELS), tmp_path / "out")
     assert model.training
     model.eval()
     assert pq.read_table(tmp_path / "out" / "manifest.parquet").equals(table)
     rows = table.to_pylist()
+    # images that are in memory have no file
+    assert all(row["file_name"] == f"{row['image_id']}.png" for row in rows)
     assert sorted(row["image_id"] for row in rows) == [f"image_{index}" for index in range(5)]
     assert [row["confidence"] for row in rows] == sorted(row["confidence"] for row in rows)
     for row in rows:
@@ -457,7 +461,7 @@ def test_one_process_two_processes_and_a_killed_one_give_the_same_bytes(shapes_r
     assert run_script(*words, str(tmp_path / "one")) == 0
     assert "40 of 40 images have a mask" in capsys.readouterr().out
     whole = contents(tmp_path / "one")
-    assert len(whole) == 42
+    assert len(whole) == 43 and "report.html" in whole
     masks = tmp_path / "killed" / "masks"
     deadline = time.monotonic() + 240
     while len(list(masks.glob("[!.]*.png"))) < 3 and killed.poll() is None and time.monotonic() < deadline:
@@ -474,7 +478,9 @@ def test_one_process_two_processes_and_a_killed_one_give_the_same_bytes(shapes_r
 
 def test_the_scripts_options(shapes_run, tmp_path, capsys):
     words = [str(shapes_run), "--split", "validation", "--map", "segmentation", "--label_source", "predicted"]
-    assert run_script(*words, "--output", str(tmp_path / "out"), "--max_samples", "1") == 0
+    formats = ["--format", "coco", "yolo", "labelstudio", "cvat"]
+    assert run_script(*words, "--output", str(tmp_path / "out"), "--max_samples", "1", *formats) == 0
+    assert set(REVIEW_FILES) == {path.name for path in (tmp_path / "out").iterdir()} - OWN_FILES
     output = capsys.readouterr().out
     assert "1 of 1 images have a mask" in output and "validation_000000: confidence" in output
     settings = json.loads((tmp_path / "out" / "pseudo_labels.json").read_text())

@@ -32,9 +32,11 @@ PUBLIC_NAMES = {
     ],
     "synernet_hf.export": ["export_onnx", "export_program", "quantize_weights"],
     "synernet_hf.files": ["read_json", "replace_file", "write_json", "write_text"],
+    "synernet_hf.mask_formats": ["MaskRecord", "read_masks", "write_masks"],
     "synernet_hf.metrics": ["MeanIoU"],
     "synernet_hf.model_folder": ["check_model_folder", "load_model", "load_model_folder"],
     "synernet_hf.pseudo_labels": ["PseudoLabelOptions", "with_pseudo_labels", "write_pseudo_labels"],
+    "synernet_hf.review": ["export_masks", "import_masks", "write_report"],
     "synernet_hf.training": [
         "DataArguments",
         "DataSourceArguments",

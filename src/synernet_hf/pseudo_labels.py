@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from synernet_hf.files import (
     LOCK_FILE,
     TEMPORARY_NAME,
     hold_folder,
     missing_extra,
-    one_line,
     read_json,
-    replace_file,
     safe_file_names,
     write_json,
 )
@@ -50,35 +48,24 @@ from synernet_hf.model import (
 )
 from synernet_hf.model.refinement_synernet import refine_present
 from synernet_hf.progress import progress_bar, write_message
-from synernet_hf.visualization import palette_image
+from synernet_hf.pseudo_label_files import (
+    MANIFEST_FILE,
+    MASK_FOLDER,
+    REVIEW_FILES,
+    SETTINGS_FILE,
+    build_manifest,
+    file_names,
+    mask_record,
+    read_manifest,
+    write_manifest,
+    write_mask,
+)
 
 
 MAPS = ("pseudo_label", "segmentation")
 LABEL_SOURCES = ("auto", "known", "predicted")
 # fields of a configuration that say where it came from
 ORIGIN_FIELDS = ("_name_or_path", "transformers_version", "auto_map")
-SETTINGS_FILE = "pseudo_labels.json"
-MANIFEST_FILE = "manifest.parquet"
-# rows that are dictionaries at once, which need more memory than a table
-MANIFEST_CHUNK = 1000
-MASK_FOLDER = "masks"
-# text chunk of a mask that holds its row of the manifest, so that both appear on disk in one step
-RECORD_KEY = "synernet_hf"
-MANIFEST_SCHEMA = pa.schema(
-    [
-        ("image_id", pa.string()),
-        ("mask", pa.string()),
-        ("width", pa.int64()),
-        ("height", pa.int64()),
-        ("classes", pa.list_(pa.string())),
-        ("missing_classes", pa.list_(pa.string())),
-        ("label_source", pa.string()),
-        ("confidence", pa.float64()),
-        ("coverage", pa.float64()),
-        ("foreground", pa.float64()),
-        ("pixels", pa.string()),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -240,8 +227,8 @@ def write_pseudo_labels(
         progress (`bool`, *optional*, defaults to `False`): Show a progress bar on the first process.
 
     Returns:
-        `pyarrow.Table`: the manifest, least confident image first: `image_id`, `mask` (path in the folder), `classes`
-        (names of the classes it could show), `missing_classes` (those of them it does not show), and `width`,
+        `pyarrow.Table`: the manifest, least confident image first: `image_id`, `mask` (path in the folder), `file_name`
+        (of the image, below the folder that all are in), `classes` (names of the classes it could show), `missing_classes` (those of them it does not show), and `width`,
         `height`, `label_source`, `confidence`, `coverage` and `foreground` as [`PseudoLabeler`] returns them, and
         `pixels`, the SHA-256 of the label map's bytes. Of a shard, its own rows.
 
@@ -293,7 +280,7 @@ def _write_all(
                 image = images[record["index"]]["image"]
                 content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
                 made_of = {"image": hashlib.sha256(content).hexdigest(), "settings": settings}
-                if _is_current(_mask_record(path), record, made_of, options):
+                if _is_current(mask_record(path), record, made_of, options):
                     continue
                 image = open_image(content)
             except DECODING_ERRORS as error:
@@ -307,7 +294,7 @@ def _write_all(
                 path.unlink(missing_ok=True)
                 continue
             label_map, found = labeler(image, record["labels"])
-            _write_mask(path, label_map, found | made_of)
+            write_mask(path, label_map, found | made_of)
             made.append(record["image_id"])
     finally:
         model.train(was_training)
@@ -315,10 +302,15 @@ def _write_all(
         write_message(f"{len(made)} of {len(share)} masks were missing or other: {name_some(made)}.")
     _wait(accelerator)
     if options.shard is not None:
-        return _manifest(output_dir, records, model.config.id2label)
+        return build_manifest(output_dir, records, model.config.id2label)
     if first == 0:
-        rows = _manifest(output_dir, records, model.config.id2label)
-        replace_file(output_dir / MANIFEST_FILE, lambda path: pq.write_table(rows, path))
+        paths = (image["path"] for batch in images.iter(100) for image in batch["image"])
+        for record, name in zip(
+            records, file_names(zip((record["mask"] for record in records), paths, strict=True)), strict=True
+        ):
+            record["file_name"] = name
+        rows = build_manifest(output_dir, records, model.config.id2label)
+        write_manifest(output_dir, rows)
     _wait(accelerator)
     manifest = pq.read_table(output_dir / MANIFEST_FILE)
     if len(manifest) == 0:
@@ -341,23 +333,11 @@ def with_pseudo_labels(dataset: datasets.Dataset, folder: str | Path, min_confid
         of the manifest where the records have none.
 
     Raises:
-        FileNotFoundError: The folder has no manifest.
+        FileNotFoundError: The folder has no manifest or settings.
         ValueError: No record is left, or the records carry another class list than the masks.
     """
-    folder = Path(folder)
-    for name in (MANIFEST_FILE, SETTINGS_FILE):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"There is no {folder / name}: give a folder that examples/pseudo_labels.py has finished."
-            )
     dataset = dataset.with_format(None)
-    try:
-        id2label = read_json(folder / SETTINGS_FILE)["id2label"]
-        names = [id2label[str(class_id)] for class_id in range(len(id2label))]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{folder / SETTINGS_FILE} does not say what the ids in the masks mean: make them anew."
-        ) from error
+    names, rows = read_manifest(Path(folder))
     if "labels" in dataset.column_names:
         given = class_names(datasets.DatasetDict(split=dataset))
         if given != names:
@@ -365,13 +345,7 @@ def with_pseudo_labels(dataset: datasets.Dataset, folder: str | Path, min_confid
                 f"The data set's classes ({name_some(given)}) are not those of the masks in {folder} "
                 f"({name_some(names)}), in this order: load it with the masks' class list (class_names)."
             )
-    try:
-        table = pq.read_table(folder / MANIFEST_FILE, columns=["image_id", "mask", "confidence", "classes"])
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder / MANIFEST_FILE} cannot be read ({one_line(error)}): examples/pseudo_labels.py makes it anew."
-        ) from error
-    rows = {row["image_id"]: row for row in table.to_pylist() if row["confidence"] >= min_confidence}
+    rows = {row["image_id"]: row for row in rows if row["confidence"] >= min_confidence}
     chosen = [index for index, image_id in enumerate(map(str, dataset["image_id"])) if image_id in rows]
     if not chosen:
         raise ValueError(
@@ -384,7 +358,7 @@ def with_pseudo_labels(dataset: datasets.Dataset, folder: str | Path, min_confid
     if "labels" not in dataset.column_names:
         labels = [[names.index(name) - 1 for name in row["classes"]] for row in rows]
         dataset = dataset.add_column("labels", labels, feature=record_features(names)["labels"])
-    paths = [{"path": str(folder / row["mask"]), "bytes": None} for row in rows]
+    paths = [{"path": str(Path(folder) / row["mask"]), "bytes": None} for row in rows]
     return dataset.add_column("mask", paths, feature=datasets.Image())
 
 
@@ -432,21 +406,6 @@ def _wanted_records(dataset: datasets.Dataset, options: PseudoLabelOptions) -> l
     ]
 
 
-def _mask_record(path: Path) -> dict[str, Any] | None:
-    """The manifest row of a finished mask; `None` where there is none, or another one than was written."""
-    try:
-        with Image.open(path) as mask:
-            content = json.loads(mask.info[RECORD_KEY])
-            return content if content["pixels"] == _pixel_digest(np.asarray(mask)) else None
-    except (OSError, KeyError, TypeError, ValueError, SyntaxError):
-        # damaged PNG files are a SyntaxError
-        return None
-
-
-def _pixel_digest(label_map: np.ndarray) -> str:
-    return hashlib.sha256(label_map.tobytes()).hexdigest()
-
-
 def _is_current(content: dict[str, Any] | None, record: dict, made_of: dict, options: PseudoLabelOptions) -> bool:
     """Whether a mask was made of this file with these settings, for these image labels."""
     if content is None or any(content.get(name) != digest for name, digest in made_of.items()):
@@ -488,7 +447,7 @@ def _check_same_settings(output_dir: Path, settings: dict[str, Any]) -> None:
         earlier = earlier if isinstance(earlier, dict) else {}
     except ValueError:
         # missing or damaged: each mask knows what made it
-        own = {MASK_FOLDER, MANIFEST_FILE, SETTINGS_FILE}
+        own = {MASK_FOLDER, MANIFEST_FILE, SETTINGS_FILE, *REVIEW_FILES}
         names = [path.name for path in output_dir.glob("*") if not path.name.startswith(LOCK_FILE)]
         foreign = [name for name in names if name not in own and not TEMPORARY_NAME.fullmatch(name)]
         if foreign:
@@ -511,33 +470,6 @@ def _prepare_folder(output_dir: Path, settings: dict[str, Any], masks: set[str] 
         if name and (masks is None or path.with_name(name["name"]).relative_to(output_dir).as_posix() in masks):
             path.unlink(missing_ok=True)
     write_json(output_dir / SETTINGS_FILE, settings)
-
-
-def _write_mask(path: Path, label_map: np.ndarray, content: dict[str, Any]) -> None:
-    text = PngImagePlugin.PngInfo()
-    text.add_text(RECORD_KEY, json.dumps(content | {"pixels": _pixel_digest(label_map)}, sort_keys=True))
-    replace_file(path, lambda temporary: palette_image(label_map).save(temporary, format="PNG", pnginfo=text))
-
-
-def _manifest(output_dir: Path, records: list[dict], id2label: dict[int, str]) -> pa.Table:
-    return pa.concat_tables(
-        pa.Table.from_pylist(
-            list(_manifest_rows(output_dir, records[start : start + MANIFEST_CHUNK], id2label)), MANIFEST_SCHEMA
-        )
-        for start in range(0, max(len(records), 1), MANIFEST_CHUNK)
-    ).sort_by([("confidence", "ascending"), ("image_id", "ascending")])
-
-
-def _manifest_rows(output_dir: Path, records: list[dict], id2label: dict[int, str]) -> Iterator[dict[str, Any]]:
-    for record in records:
-        content = _mask_record(output_dir / record["mask"])
-        if content is None:
-            continue
-        row = {name: content[name] for name in MANIFEST_SCHEMA.names if name in content}
-        row |= {name: record[name] for name in ("image_id", "mask")}
-        row["classes"] = [id2label[class_id] for class_id in content["labels"]]
-        row["missing_classes"] = [id2label[label] for label in content["labels"] if label not in content["found"]]
-        yield row
 
 
 __all__ = [

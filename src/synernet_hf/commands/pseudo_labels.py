@@ -1,8 +1,9 @@
 """
-Write the pseudo-labels of a whole data set, for any segmentation model.
+Write the pseudo-labels of a whole data set, for any segmentation model, or read corrected ones back.
 
 DIR/masks/IMAGE_ID.png are palette masks (0 background, 255 undecided), DIR/manifest.parquet lists them, the least
-confident image first. The processes share the images; after an interruption the same command keeps what is finished. With
+confident image first, and DIR/report.html shows these. --format writes the masks for annotation tools and trainers as
+well; `synernet pseudo-labels DIR --from EXPORT --output NEW` reads what was corrected there into a new folder. The processes share the images; after an interruption the same command keeps what is finished. With
 --num_shards N --shard K (0 to N - 1), on any machine, a command makes every N-th image; the same one without them checks
 the masks of all shards, makes those that are missing, and writes the manifest.
 Without data options, the data set is the one RUN was trained on. Several devices: `accelerate launch -m synernet_hf
@@ -11,20 +12,37 @@ pseudo-labels RUN --output DIR`.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from synernet_hf.cli import CommandParser
 from synernet_hf.training import data_parser, read_data_arguments
 
 
 SPLITS = ("train", "validation")
+FORMATS = ("png", "coco", "yolo", "labelstudio", "cvat")
 NUM_SHOWN = 5
 
 
 def make_parser() -> CommandParser:
     """Data options that are not on the command line are None."""
     parser = data_parser(description=__doc__)
-    parser.add_argument("run", help="folder or Hub id of a trained model, such as runs/voc_animals")
+    parser.add_argument(
+        "run", help="folder or Hub id of a trained model; with --from, the pseudo-labels that were corrected"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the masks and their manifest")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        nargs="+",
+        default=["png"],
+        help="also write coco.json, yolo/, label_studio.json or cvat.zip (default: png alone, which is always written)",
+    )
+    parser.add_argument(
+        "--from",
+        dest="corrected",
+        type=Path,
+        help="read corrected masks: an export of COCO, YOLO, Label Studio or CVAT, or a folder of PNG masks",
+    )
     parser.add_argument("--split", default="train", help="split to label (default: train)")
     parser.add_argument("--max_samples", type=int, help="label the first so many images only")
     parser.add_argument(
@@ -60,11 +78,18 @@ def read(argv: list[str]) -> argparse.Namespace:
         raise ValueError(f"There is no split {args.split!r}; --split can be {' or '.join(SPLITS)}.")
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"--output {args.output} is a file; give a folder.")
+    if args.corrected is not None and not args.corrected.exists():
+        raise FileNotFoundError(
+            f"--from {args.corrected}: no such file or folder; give the export of corrected masks."
+        )
     return args
 
 
 def run(args: argparse.Namespace) -> None:
     """Load the run and the data, write what is missing, and name the images to look at first."""
+    if args.corrected is not None:
+        return read_corrected(args)
+
     import datasets
     import torch
     from accelerate import Accelerator
@@ -105,6 +130,8 @@ def run(args: argparse.Namespace) -> None:
             "last shard, the same command without --num_shards and --shard writes the manifest."
         )
     elif accelerator.is_main_process:
+        for path in write_for_review(args, split):
+            print(f"written: {path}")
         print(f"{len(manifest)} of {len(split)} images have a mask in {args.output / 'masks'}")
         print(f"manifest: {args.output / 'manifest.parquet'}; the first images to review:")
         for row in manifest.slice(0, NUM_SHOWN).to_pylist():
@@ -114,6 +141,22 @@ def run(args: argparse.Namespace) -> None:
                 f"classes {', '.join(row['classes']) or 'none'}{missing}"
             )
     accelerator.end_training()
+
+
+def write_for_review(args: argparse.Namespace, split: Any) -> list[Path]:
+    """Write the page of the least confident images and the further formats."""
+    from synernet_hf.review import export_masks, write_report
+
+    formats = [kind for kind in dict.fromkeys(args.format) if kind != "png"]
+    return [*export_masks(args.output, formats), write_report(args.output, split)]
+
+
+def read_corrected(args: argparse.Namespace) -> None:
+    """Make a folder of pseudo-labels with the corrected masks."""
+    from synernet_hf.review import import_masks
+
+    found, changed = import_masks(args.corrected, args.run, args.output)
+    print(f"{found} masks read, {changed} of which differ from {args.run}; all pseudo-labels are in {args.output}")
 
 
 __all__ = ["make_parser", "read", "run"]
