@@ -38,7 +38,7 @@ ROOMS = {
     "cli": ({"files"}, {"transformers", "huggingface_hub"}),
     "data": ({"files", "model", "progress"}, DATA_LIBRARIES | {"huggingface_hub"}),
     "metrics": (set(), DATA_LIBRARIES),
-    "visualization": ({"model"}, DATA_LIBRARIES),
+    "visualization": ({"files", "model"}, DATA_LIBRARIES | {"matplotlib"}),
     "crf": (set(), {"numpy", "PIL", "pydensecrf"}),
     "model_folder": ({"model", "files"}, {"torch", "huggingface_hub", "safetensors"}),
     "export": (

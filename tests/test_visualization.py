@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -5,10 +7,13 @@ from PIL import Image
 from synernet_hf import visualization
 from synernet_hf.visualization import (
     colorize,
+    confusion_chart,
+    curves,
     figure_panels,
     heat_map,
     overlay,
     palette_image,
+    score_bars,
     voc_palette,
     with_legend,
 )
@@ -157,3 +162,50 @@ def test_an_overlay_of_many_rows_is_mixed_as_one_of_few(monkeypatch):
     assert np.abs(whole - expected).max() < 0.51
     monkeypatch.setattr("synernet_hf.visualization._ROWS", 5)
     assert np.array_equal(overlay(image, label_map, alpha=0.3), whole)
+
+
+# matplotlib's first two colours, and the lightest one of its map "viridis"
+BLUE, ORANGE, YELLOW = (31, 119, 180), (255, 127, 14), (253, 231, 36)
+
+
+def area_of(image: Image.Image, color: tuple[int, int, int]) -> int:
+    return int((np.asarray(image).astype(int) == color).all(axis=-1).sum())
+
+
+def test_bars_are_as_high_as_scores():
+    full = score_bars({"segmentation": {"cat": 1.0, "dog": 1.0}})
+    half = score_bars({"segmentation": {"cat": 0.5, "dog": 0.5}})
+    gap = score_bars({"segmentation": {"cat": 1.0, "dog": None}})
+    assert full.mode == "RGB" and full.size == half.size == gap.size
+    assert 0.4 < area_of(half, BLUE) / area_of(full, BLUE) < 0.65
+    assert 0.4 < area_of(gap, BLUE) / area_of(full, BLUE) < 0.7
+    two = score_bars({"segmentation": {"cat": 1.0, "dog": 1.0}, "fused_cam": {"cat": 1.0}})
+    assert area_of(two, ORANGE) > 1000
+    assert score_bars({"segmentation": dict.fromkeys("abcdefghij", 0.5)}).width > 2 * full.width
+    with pytest.raises(ValueError, match="no score"):
+        score_bars({})
+
+
+def test_a_confusion_chart_shows_shares():
+    right = confusion_chart({"cat": {"cat": 1.0}, "dog": {"dog": 1.0}})
+    mixed = confusion_chart({"cat": {"cat": 0.5, "dog": 0.5}, "dog": {"dog": 1.0}})
+    assert right.mode == "RGB"
+    assert 0.45 < area_of(mixed, YELLOW) / area_of(right, YELLOW) < 0.55
+    # pixels taken for a class without a row of its own
+    assert confusion_chart({"cat": {"cat": 0.5, "others": 0.5}}).width > confusion_chart({"cat": {"cat": 1.0}}).width
+    with pytest.raises(ValueError, match="no confusion"):
+        confusion_chart({})
+
+
+def test_curves_show_every_series():
+    image = curves({"loss": [(0, 2.0), (100, 1.0)], "mIoU": [(0, 0.0), (100, 0.5)], "empty": []})
+    assert area_of(image, BLUE) > 100 and area_of(image, ORANGE) > 100
+    assert area_of(curves({"loss": [(0, 2.0), (100, 1.0)]}), ORANGE) == 0
+    with pytest.raises(ValueError, match="no point"):
+        curves({"loss": []})
+
+
+def test_charts_need_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ModuleNotFoundError, match="extra `train`"):
+        curves({"loss": [(0, 1.0)]})

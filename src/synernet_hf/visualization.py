@@ -1,12 +1,13 @@
-"""Colours, overlays and caption figures made with numpy and PIL alone."""
+"""Colours, overlays, captioned figures, and charts of scores (these need matplotlib, extra `train`)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from unicodedata import normalize
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from synernet_hf.files import missing_extra
 from synernet_hf.model import to_rgb
 
 
@@ -258,6 +259,116 @@ def figure_panels(
     return figure
 
 
+def score_bars(scores: Mapping[str, Mapping[str, float | None]], title: str = "IoU") -> Image.Image:
+    """
+    Draws a bar for each class and kind of prediction.
+
+    Args:
+        scores (`Mapping[str, Mapping[str, float or None]]`): For each kind of prediction, in the order of the legend, its
+            scores in [0, 1] by class, such as `per_class_iou` of [`evaluate_model`]. None leaves a gap.
+        title (`str`, *optional*, defaults to `"IoU"`): Name of the axis.
+
+    Returns:
+        `PIL.Image.Image`: RGB chart on white, wider for more classes.
+
+    Raises:
+        ValueError: If there is no score.
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    classes = list(dict.fromkeys(name for by_class in scores.values() for name in by_class))
+    if not classes:
+        raise ValueError("Got no score; at least one kind of prediction with one class is expected.")
+    width = 0.8 / len(scores)
+
+    def draw(axes) -> None:
+        for number, (kind, by_class) in enumerate(scores.items()):
+            drawn = [(place, by_class[name]) for place, name in enumerate(classes) if by_class.get(name) is not None]
+            places = [place + (number + 0.5) * width - 0.4 for place, _ in drawn]
+            axes.bar(places, [100 * value for _, value in drawn], width, label=kind)
+        axes.set_xticks(range(len(classes)), classes, rotation=45 if len(classes) > 8 else 0)
+        axes.set(ylabel=f"{title}, percent", ylim=(0, 100))
+        axes.grid(axis="y", alpha=0.3)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(scores), frameon=False)
+
+    return _chart(draw, (2 + 0.7 * len(classes), 3.6))
+
+
+def confusion_chart(confusion: Mapping[str, Mapping[str, float]]) -> Image.Image:
+    """
+    Draws what the pixels of each class are taken for, in percent.
+
+    Args:
+        confusion (`Mapping[str, Mapping[str, float]]`): Shares in [0, 1] by true and predicted class, such as
+            `confusion` of [`evaluate_model`] with `parts`; shares that are missing are 0.
+
+    Returns:
+        `PIL.Image.Image`: RGB chart on white: a row for each true class.
+
+    Raises:
+        ValueError: If there is no class.
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    if not confusion:
+        raise ValueError("Got no confusion matrix; at least one class is expected.")
+    classes = list(dict.fromkeys([*confusion, *(other for row in confusion.values() for other in row)]))
+    shares = np.array([[100 * row.get(other, 0.0) for other in classes] for row in confusion.values()])
+
+    def draw(axes) -> None:
+        axes.imshow(shares, cmap="viridis", vmin=0, vmax=100)
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(confusion)), confusion)
+        axes.set(xlabel="taken for", ylabel="pixels of")
+        for (row, column), share in np.ndenumerate(shares):
+            if share >= 0.5:
+                color = "black" if share > 60 else "white"
+                axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=color, fontsize=8)
+
+    return _chart(draw, (2 + 0.4 * len(classes), 1.6 + 0.4 * len(confusion)))
+
+
+def curves(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str = "step") -> Image.Image:
+    """
+    Draws curves, such as losses or scores over the steps of a training.
+
+    Args:
+        series (`Mapping[str, Sequence[tuple[float, float]]]`): Points `(x, y)` of each curve by its name.
+        xlabel (`str`, *optional*, defaults to `"step"`): Name of the horizontal axis.
+
+    Returns:
+        `PIL.Image.Image`: RGB chart on white.
+
+    Raises:
+        ValueError: If there is no point.
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    if not any(series.values()):
+        raise ValueError("Got no point; at least one curve with one point is expected.")
+
+    def draw(axes) -> None:
+        for name, points in series.items():
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else "")
+        axes.set(xlabel=xlabel)
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+    return _chart(draw, (8, 4))
+
+
+def _chart(draw: Callable[..., None], size: tuple[float, float]) -> Image.Image:
+    """A chart of one pair of axes, of a size in inches of 100 pixels; no window, no global state of matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise missing_extra("train", error) from error
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    draw(figure.add_subplot())
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
 def _fitted(image: Image.Image, width: int, height: int) -> Image.Image:
     scale = min(width / image.width, height / image.height)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -272,4 +383,15 @@ def _shortened(text: str, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont", 
     return text + "…"
 
 
-__all__ = ["colorize", "figure_panels", "heat_map", "overlay", "palette_image", "voc_palette", "with_legend"]
+__all__ = [
+    "colorize",
+    "confusion_chart",
+    "curves",
+    "figure_panels",
+    "heat_map",
+    "overlay",
+    "palette_image",
+    "score_bars",
+    "voc_palette",
+    "with_legend",
+]
