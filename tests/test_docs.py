@@ -40,11 +40,19 @@ FOREIGN_OPTIONS = {
     "--cpu",
     "--local-rank",
     "--logdir",
+    "--machine_rank",
+    "--main_process_ip",
+    "--main_process_port",
     "--multi_gpu",
+    "--nnodes",
     "--nproc_per_node",
+    "--num_machines",
     "--num_processes",
     "--project",
     "--quiet",
+    "--rdzv_backend",
+    "--rdzv_endpoint",
+    "--rdzv_id",
 }
 FOREIGN_OPTIONS |= {"--per_device_train_batch_size"}
 FOLDERS = ("benchmarks", "examples", "scripts")
@@ -290,6 +298,14 @@ def test_the_site_has_every_page():
     for name in set(named) - pages:
         assert (ROOT / name).is_file()
     assert len(named) == len(set(named))
+
+
+def test_tests_named_beside_promises_exist():
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)`", page))
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(named) > 8
+    assert not named - set(re.findall(r"^def (test_\w+)", sources, re.MULTILINE))
 
 
 def test_readme_says_how_to_test_and_try():

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -930,10 +931,67 @@ def test_two_processes_keep_equal_weights_and_prototypes_and_resume(root, tmp_pa
             assert two[name] == pytest.approx(value, rel=1e-5 if exact else 0.05)
 
 
+def test_deepspeed_is_refused_before_accelerate_looks_for_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(InvalidArguments, match="DeepSpeed takes over .*fsdp2.yaml instead"):
+        run(tmp_path / "run")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_machines_train_as_one_does_with_two_processes(root, tmp_path):
+    """Each machine is a launcher of its own; they meet on the loopback."""
+    settings = MODEL | DATA | TRAINING | {"num_workers": 0}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    accelerate += ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--mixed_precision", "no"]
+    ports = []
+    for _ in range(2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(str(free.getsockname()[1]))
+    meeting = [
+        "--nnodes",
+        "2",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_id",
+        "run",
+        "--rdzv_endpoint",
+        f"127.0.0.1:{ports[0]}",
+    ]
+    launchers = {
+        "one": [[*torchrun, "--standalone", "--nproc_per_node", "2"]],
+        "torchrun": [[*torchrun, "--nproc_per_node", "1", *meeting]] * 2,
+        "accelerate": [[*accelerate, "--main_process_port", ports[1], "--machine_rank", rank] for rank in "01"],
+    }
+    for name, commands in launchers.items():
+        words = [str(root / "examples" / "train.py"), "--config", str(tmp_path / "recipe.yaml")]
+        words += ["--output_dir", str(tmp_path / name)]
+        machines = [
+            subprocess.Popen(command + words, env=environment, stderr=subprocess.PIPE, text=True)
+            for command in commands
+        ]
+        try:
+            for machine in machines:
+                _, printed = machine.communicate(timeout=300)
+                assert machine.returncode == 0, printed
+        finally:
+            for machine in machines:
+                machine.kill()
+        assert_equal_weights(tmp_path / "one", tmp_path / name)
+        assert state_of(tmp_path / name / "checkpoint-4")["step"] == 4
+        print(f"{name}: {len(commands)} launchers, weights bit-equal")
+        assert json.loads((tmp_path / name / "training_args.json").read_text())["run"]["num_processes"] == 2
+        assert (tmp_path / name / "checkpoint-4" / "random_states_1.pkl").is_file()
+
+
 SHARDED_SCRIPT = """
 import sys
 import torch
-import yaml
 import yaml
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType

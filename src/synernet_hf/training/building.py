@@ -15,7 +15,7 @@ import datasets
 import torch
 import transformers
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import RepositoryNotFoundError, StrictDataclassError
 from torch.utils.data import DataLoader
@@ -292,6 +292,11 @@ def validate_arguments(
     """
     problems, checkpoint = training_args.problems() + value_problems(data_args), None
     problems += _model_problems(model_args, training_args.crop_size)
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        problems.append(
+            "DeepSpeed takes over step, clipping and checkpoints, which are this loop's own: give accelerate "
+            "examples/accelerate/fsdp2.yaml instead, which puts weights, gradients and optimizer into shards as well."
+        )
     if training_args.output_dir:
         try:
             checkpoint = find_resume_checkpoint(Path(training_args.output_dir), training_args.resume_from_checkpoint)
