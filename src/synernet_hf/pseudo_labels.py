@@ -346,7 +346,7 @@ def with_pseudo_labels(dataset: datasets.Dataset, folder: str | Path, min_confid
                 f"({name_some(names)}), in this order: load it with the masks' class list (class_names)."
             )
     rows = {row["image_id"]: row for row in rows if row["confidence"] >= min_confidence}
-    chosen = [index for index, image_id in enumerate(map(str, dataset["image_id"])) if image_id in rows]
+    chosen = [index for index, image_id in enumerate(map(str, dataset["image_id"][:])) if image_id in rows]
     if not chosen:
         raise ValueError(
             f"None of the {len(dataset)} images has a pseudo-label in {folder} with a confidence of {min_confidence} "
@@ -354,7 +354,7 @@ def with_pseudo_labels(dataset: datasets.Dataset, folder: str | Path, min_confid
         )
     dataset = dataset.remove_columns("mask") if "mask" in dataset.column_names else dataset
     dataset = dataset.select(chosen)
-    rows = [rows[str(image_id)] for image_id in dataset["image_id"]]
+    rows = [rows[str(image_id)] for image_id in dataset["image_id"][:]]
     if "labels" not in dataset.column_names:
         labels = [[names.index(name) - 1 for name in row["classes"]] for row in rows]
         dataset = dataset.add_column("labels", labels, feature=record_features(names)["labels"])
@@ -388,7 +388,7 @@ def _check_classes(model, dataset: datasets.Dataset, options: PseudoLabelOptions
 
 def _wanted_records(dataset: datasets.Dataset, options: PseudoLabelOptions) -> list[dict[str, Any]]:
     """What is known of each image before it is opened: `index`, `image_id`, `mask` (path), `labels`."""
-    image_ids, labels = list(map(str, dataset["image_id"])), [None] * len(dataset)
+    image_ids, labels = list(map(str, dataset["image_id"][:])), [None] * len(dataset)
     if options.label_source != "predicted" and "labels" in dataset.column_names:
         labels = dataset["labels"][:]
     places: dict[str, int] = {}

@@ -241,3 +241,16 @@ def test_the_reason_is_told_where_every_record_is_left_out(devkit):
     sentence = "The split 'train' is empty after all 6 records were left out: the image .* does not decode"
     with pytest.raises(ValueError, match=sentence):
         check_dataset(loaded, "skip")
+
+
+def test_records_are_read_a_few_at_once(tmp_path, monkeypatch):
+    paths = [tmp_path / f"{index}.png" for index in range(40)]
+    for index, path in enumerate(paths):
+        Image.new("RGB", (3, 2)).save(path) if index != 21 else path.write_bytes(b"no image")
+    split = build_split([str(path) for path in paths], [path.stem for path in paths], [[0]] * 40, NAMES)
+    asked, original = [], datasets.Dataset.__getitem__
+    monkeypatch.setattr(datasets.Dataset, "__getitem__", lambda split, key: asked.append(key) or original(split, key))
+    left_out = {}
+    kept = check_dataset(datasets.DatasetDict(train=split), "skip", left_out=left_out)
+    assert left_out == {"train": [21]} and len(kept["train"]) == 39
+    assert len(asked) < 10 and not any(isinstance(key, int) for key in asked)

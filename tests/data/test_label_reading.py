@@ -12,6 +12,7 @@ from PIL import Image
 
 from synernet_hf.data import class_names, load_image_labels
 from synernet_hf.data.files import unique_ids
+from synernet_hf.data.labels import LabelReader, read_labels
 
 
 INTEGERS = datasets.List(datasets.Value("int64"))
@@ -272,3 +273,21 @@ def test_streamed_records_keep_their_identifiers(tmp_path):
     datasets.DatasetDict(train=datasets.Dataset.from_dict(rows, features=features)).save_to_disk(tmp_path / "saved")
     streamed = load_image_labels(tmp_path / "saved", class_names=["background", "cat"], streaming=True)
     assert [record["image_id"] for record in streamed["train"]] == ["x", "y", "train_000002"]
+
+
+def test_equal_cells_are_read_once_and_the_first_one_is_named(monkeypatch):
+    read, ids = [], LabelReader.ids
+    monkeypatch.setattr(
+        LabelReader, "ids", lambda reader, cells, place, names: read.append(place) or ids(reader, cells, place, names)
+    )
+    splits = {
+        name: [([cell], f"{name}, row {row}") for row, cell in enumerate(["cat", ["cat"], "dog;cat", "cat"] * 3, 2)]
+        for name in ("train", "validation")
+    }
+    labels, names = read_labels(splits, "labels", None, "the table")
+    assert names == ["background", "cat", "dog"]
+    assert labels == dict.fromkeys(splits, [[0], [0], [0, 1], [0]] * 3)
+    assert read == ["train, row 2", "train, row 3", "train, row 4"]
+    splits["validation"][5:7] = [(["cow"], "validation, row 7"), (["cow"], "validation, row 8")]
+    with pytest.raises(ValueError, match="^validation, row 7: .*'cow'"):
+        read_labels(splits, "labels", None, "the table")

@@ -1,6 +1,7 @@
 """Checks of a data set and the report on it: one scan of the records serves to check, to skip and to report."""
 
 import hashlib
+import itertools
 import logging
 import re
 from collections import Counter
@@ -30,10 +31,12 @@ from synernet_hf.progress import progress_bar
 logger = logging.getLogger(__name__)
 
 FEW_IMAGES = 10
+# read together, bytes of images stored in tables among them
+RECORDS_AT_ONCE = 16
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-@dataclass
+@dataclass(slots=True)
 class RecordScan:
     """
     Findings on one record: the `complaint` about it in one phrase, SHA-256 and size of the file, width and height of
@@ -217,7 +220,7 @@ def check_dataset(
                 f"{name_some(list(bad.values()))}. Repair them."
             )
         shown = [scan.shown for scan in scans if scan.shown is not None]
-        if shown and not any(shown) and any(split.with_format(None)["labels"]):
+        if shown and not any(shown) and any(split.with_format(None)["labels"][:]):
             logger.warning(
                 "The masks of the split %r show no class, although the labels name some, so that scores say nothing: 0 "
                 "is the background and %d is not scored; a class needs an id from 1 to %d in a mask.",
@@ -263,7 +266,7 @@ def inspect_dataset(dataset_dict: datasets.DatasetDict, num_threads: int = 2) ->
         split = split.with_format(None)
         report = splits[split_name] = _label_report(split, names[1:])
         scans = _scan(split, split_name, len(names), num_threads)
-        for image_id, scan in zip(split["image_id"], scans, strict=True):
+        for image_id, scan in zip(split["image_id"][:], scans, strict=True):
             if scan.digest is not None:
                 places.setdefault(scan.digest, []).append(f"{split_name}/{image_id}")
             if scan.fault:
@@ -347,9 +350,9 @@ def _check_labels(dataset_dict: datasets.DatasetDict) -> None:
 def _label_report(split: datasets.Dataset, names: list[str]) -> SplitReport:
     """Report on the identifiers and labels of a split; `names` are those of the foreground classes."""
     table = split.with_format(None).select_columns(["image_id", "labels"])[:]
-    counts, unlabelled, bad = [0] * len(names), [], []
+    counts, unlabelled, bad, known = [0] * len(names), [], [], set(range(len(names)))
     for image_id, ids in zip(table["image_id"], table["labels"], strict=True):
-        if ids is None or None in ids or sorted(set(ids)) != ids or not set(ids) <= set(range(len(names))):
+        if ids is None or None in ids or sorted(set(ids)) != ids or not known.issuperset(ids):
             bad.append(image_id)
         elif not ids:
             unlabelled.append(image_id)
@@ -368,8 +371,17 @@ def _scan(split: datasets.Dataset, split_name: str, num_labels: int, num_threads
     if "mask" in columns:
         kind = PolygonMask if isinstance(split.features["mask"], PolygonMask) else datasets.Image
         split = split.cast_column("mask", kind(decode=False))
+
+    def scan(start: int) -> list[RecordScan]:
+        # a few at once take a fraction of the time of as many single ones
+        found = split[start : start + RECORDS_AT_ONCE]
+        return [
+            _scan_record(dict(zip(found, cells, strict=True)), num_labels)
+            for cells in zip(*found.values(), strict=True)
+        ]
+
     with ThreadPoolExecutor(num_threads) as pool:
-        scans = pool.map(lambda index: _scan_record(split[index], num_labels), range(len(split)))
+        scans = itertools.chain.from_iterable(pool.map(scan, range(0, len(split), RECORDS_AT_ONCE)))
         text = f"checking the split {split_name!r}"
         return list(progress_bar(scans, text, len(split), leave=False, delay=1))
 

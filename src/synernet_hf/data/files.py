@@ -112,6 +112,8 @@ class ImageIndex:
         self, folder: Path, left_out: Iterable[str] = (), with_masks: bool = False, allow_outside: bool = False
     ) -> None:
         self.folder = folder
+        # quicker than a Path for each file
+        self._start = str(folder / "_")[:-1]
         self.allow_outside = allow_outside
         self.paths: list[str] = []
         self.links: list[str] = []
@@ -135,11 +137,13 @@ class ImageIndex:
             )
             for file in sorted(files) if is_new else ():
                 path = file if below == "." else f"{below}/{file}"
-                is_image = not is_hidden(file) and os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
-                if is_image and _clean(path).casefold() not in left_out:
-                    _check_kind(os.path.join(folder, path))
+                if is_hidden(file) or os.path.splitext(file)[1].lower() not in IMAGE_SUFFIXES:
+                    continue
+                names = [name.casefold() for name in _spellings(path)]
+                if names[0] not in left_out:
+                    _check_kind(os.path.join(parent, file))
                     self.paths.append(path)
-                    for key in {name.casefold() for name in _spellings(path)}:
+                    for key in set(names):
                         self._by_key.setdefault(key, []).append(path)
 
     def find(self, name: str) -> str | None:
@@ -152,13 +156,16 @@ class ImageIndex:
         predicate: the caller says where.
         """
         name = _clean(name)
-        if Path(name).is_absolute():
+        if os.path.isabs(name):
             inside = _clean(os.path.relpath(name, self.folder))
             name = name if inside.startswith("../") else inside
-        found, file = self._lookup(name), os.path.join(self.folder, name)
+        found = self._lookup(name)
+        if found is not None:
+            return self._start + found.replace("/", os.sep)
+        file = os.path.join(self.folder, name)
         # false for a name that is too long for one
-        if found is None and os.path.isfile(file):
-            is_outside = (name.startswith("../") or Path(name).is_absolute()) and not self._holds(file)
+        if os.path.isfile(file):
+            is_outside = (name.startswith("../") or os.path.isabs(name)) and not self._holds(file)
             if is_outside and not self.allow_outside:
                 raise ValueError(
                     f"names {name!r}, which lies outside of {self.folder}: move it there, or have a table's files taken "
@@ -226,6 +233,8 @@ class ImageIndex:
 
     def _lookup(self, name: str) -> str | None:
         found = self._by_key.get(name.casefold(), [])
+        if len(found) == 1:
+            return found[0]
         # the same path comes before a name in other folders, the same case before another one
         for kept in (
             [path for path in found if _clean(path) == name],

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -223,9 +224,8 @@ def read_table(
         logger.info("%s does not name %d of the images below %s.", path, unused, root)
     if len(splits) > 1 and "" in splits:
         logger.warning("%s: %d images without a split are not used.", path, len(splits.pop("").paths))
-    tops = {
-        Path(found).relative_to(index.folder).parts[0] for found in seen if Path(found).is_relative_to(index.folder)
-    }
+    parents = map(Path, {os.path.dirname(found) for found in seen})
+    tops = {top for path in parents if path.is_relative_to(root) for top in path.relative_to(root).parts[:1]}
     if set(splits) == {""} and not ignore_splits and len(set(map(split_meaning, tops)) - {None}) > 1:
         raise ValueError(
             f"{path} has no column 'split', but names images in {name_some(sorted(tops))}: add it, or one table for each."

@@ -3,6 +3,7 @@
 import ast
 import csv
 import io
+import itertools
 import json
 import logging
 import posixpath
@@ -135,8 +136,13 @@ class LabelReader:
         if self.vector_length is not None:
             return ["background", *(f"class_{index}" for index in range(1, self.vector_length + 1))]
         counts: Counter[str] = Counter()
+        # images with equal cells are read once
+        read: dict[str, set[str]] = {}
         for cells, place in images:
-            counts.update({name for cell in cells for name in self.names(cell, place)})
+            key = repr(cells)
+            if key not in read:
+                read[key] = {name for cell in cells for name in self.names(cell, place)}
+            counts.update(read[key])
         if not counts:
             raise ValueError("No image has a label: fill in the labels, or check which column holds them.")
         for name, other in likely_misspelt(counts):
@@ -213,7 +219,12 @@ def read_labels(
     }
     reader.settle(cell for images in plain.values() for cells, _ in images for cell in cells)
     names = class_names or reader.infer_class_names(next(iter(plain.values())), source)
-    return {name: [reader.ids(*image, names) for image in images] for name, images in plain.items()}, list(names)
+    read: dict[str, list[int]] = {}
+    for cells, place in itertools.chain.from_iterable(plain.values()):
+        key = repr(cells)
+        if key not in read:
+            read[key] = reader.ids(cells, place, names)
+    return {split: [read[repr(cells)] for cells, _ in images] for split, images in plain.items()}, list(names)
 
 
 def _vector_length(cells: Iterable[Any]) -> int | None:

@@ -4,6 +4,7 @@ import difflib
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 from unicodedata import normalize
 
@@ -67,11 +68,13 @@ def id2label_from(names: Sequence[str]) -> dict[int, str]:
     return dict(enumerate(names))
 
 
+@lru_cache(2**16)
 def clean_label(text: str) -> str:
     """A label in one Unicode form, without spaces and marks around it, so that two spellings of it are one class."""
     return re.sub(r"^[\s\ufeff\u200b]+|[\s\ufeff\u200b]+$", "", normalize("NFC", text))
 
 
+@lru_cache(2**16)
 def is_background(name: str) -> bool:
     """Whether a label is a usual spelling of the background: `Background`, `_background_`, `__background__`."""
     return re.sub(r"[\W_]+", "", name).lower() == "background"

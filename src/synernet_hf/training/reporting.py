@@ -57,7 +57,7 @@ def describe_plan(run, train_step: Callable) -> str:
     seconds, train = _seconds_of_a_step(run, train_step), run.splits["train"]
     passes, processes = args.gradient_accumulation_steps, run.accelerator.num_processes
     images = args.per_device_batch_size * passes * processes
-    counts = Counter(label for labels in train["labels"] for label in labels)
+    counts = Counter(label for labels in train["labels"][:] for label in labels)
     classes = (f"{name} {counts[label]:,}" for label, name in enumerate(run.record["class_names"][1:]))
     left_out = sum(map(len, run.record["skipped"].values()))
     scored = (run.record["scored_on"] or {"num_images": 0})["num_images"]
