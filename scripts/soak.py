@@ -189,7 +189,8 @@ class Soak:
 
         if self.ends(self.start(folder), saves if in_save else lambda: time.monotonic() > moment):
             return None
-        return ", ".join(sorted(path.name for path in folder.glob("checkpoint-*"))) or "no checkpoint"
+        left = [path.name for path in folder.glob("checkpoint-*")]
+        return ", ".join(sorted(left, key=lambda name: (len(name), name))) or "no checkpoint"
 
     def damage(self, folder: Path, number: int) -> str:
         """Damages the newest checkpoint."""
