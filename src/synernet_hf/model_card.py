@@ -62,7 +62,7 @@ class SynerNetModelCardData:
         model_name (`str`): Title of the card.
         settings (`Mapping[str, Any]`): All arguments of the run as one flat mapping, as in a recipe.
         class_names (`Sequence[str]`): Class names, background first.
-        num_train, steps, num_processes (`int`): Training images, optimizer steps done, processes.
+        num_train, steps, num_processes (`int`): Training images (`None` of a stream), optimizer steps done, processes.
         minutes (`float`): Time of the training loop.
         precision (`str`): Mixed precision as it was used: `"no"`, `"fp16"` or `"bf16"`.
         hardware (`str`): What it ran on.
@@ -76,7 +76,7 @@ class SynerNetModelCardData:
     model_name: str
     settings: Mapping[str, Any]
     class_names: Sequence[str]
-    num_train: int
+    num_train: int | None
     steps: int
     minutes: float
     num_processes: int

@@ -188,8 +188,6 @@ def test_the_checks_give_the_records_to_use_and_say_what_they_leave_out(devkit):
     assert list(skipped) == ["train"] and str(broken) in skipped["train"][0]
     with pytest.raises(ValueError, match="on_bad_image is 'drop'"):
         check_dataset(loaded, "drop")
-    with pytest.raises(ValueError, match="Streamed data cannot be shuffled"):
-        check_dataset(load_voc2012(devkit.root, streaming=True))
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy", "pandas"])

@@ -24,6 +24,7 @@ from testing_utils import TRAINED_MODEL as MODEL
 from training_utils import DATA, TRAINING, assert_equal_weights, run, snapshot, state_of, stop_at, weights
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+from synernet_hf.data import load_shapes, streams, write_parquet
 from synernet_hf.training import (
     DataArguments,
     InvalidArguments,
@@ -1048,3 +1049,26 @@ def test_a_run_in_shards_is_the_run_of_whole_weights_and_resumes(root, tmp_path)
     model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(tmp_path / "shards")
     assert weights(tmp_path / "shards").keys() == weights(tmp_path / "whole").keys()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.resume
+def test_a_stream_is_resumed_where_it_was(tmp_path, monkeypatch, capsys):
+    shapes = load_shapes(num_train=10, num_validation=2, image_size=32)
+    write_parquet(shapes, tmp_path / "data", images_per_file=4)
+    data = {"dataset": "hub", "data_dir": str(tmp_path / "data"), "dataset_options": {"streaming": True}}
+    monkeypatch.setattr(streams, "BLOCK_SIZE", 3)
+    results = run(tmp_path / "straight", data=data)
+    assert results["segmentation"]["num_images"] == 2
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "broken", data=data)
+    # workers make crops of what this process has read
+    run(tmp_path / "broken", data=data | {"num_workers": 1}, resume_from_checkpoint="latest")
+    assert_equal_weights(tmp_path / "straight", tmp_path / "broken")
+    straight, resumed = (state_of(tmp_path / name / "checkpoint-4") for name in ("straight", "broken"))
+    assert straight["places"] == resumed["places"] == [[0, 1, 3, 2]]
+    assert "streamed training images" in (tmp_path / "straight" / "README.md").read_text()
+    capsys.readouterr()
+    run(tmp_path / "plan", data=data, dry_run=True)
+    assert "a stream to train on, 2 to evaluate on" in capsys.readouterr().out

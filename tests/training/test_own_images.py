@@ -247,8 +247,10 @@ def test_streamed_data_and_data_without_a_training_split_are_refused(tmp_path):
     table.write_text("\n".join(line for line in table.read_text().splitlines() if ",train" not in line) + "\n")
     with pytest.raises(InvalidArguments, match="no split to train on, only validation"):
         run(tmp_path / "run", data)
-    with pytest.raises(InvalidArguments, match="Streamed data cannot be shuffled"):
-        run(tmp_path / "run", data, dataset_options={"streaming": True})
+    with pytest.raises(InvalidArguments, match="Streamed data is not read beforehand"):
+        run(
+            tmp_path / "run", write_images(tmp_path / "more"), on_bad_image="skip", dataset_options={"streaming": True}
+        )
 
 
 def test_a_run_without_a_validation_split_says_so(tmp_path, capsys):

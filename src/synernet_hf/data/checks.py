@@ -23,6 +23,7 @@ from synernet_hf.data.schema import (
     name_some,
     note_skipped,
 )
+from synernet_hf.data.streams import NUM_SAMPLED, first_records, is_stream
 from synernet_hf.data.transforms import ORIENTATION_TAG, TRANSPOSED_ORIENTATIONS, open_stored
 from synernet_hf.model import to_rgb
 from synernet_hf.progress import progress_bar
@@ -176,7 +177,7 @@ def check_dataset(
     """
     Checks that every record can be used.
 
-    The `mask` column of a split named `train` is not touched.
+    The `mask` column of a split named `train` is not touched. Of a stream the first 64 records are checked.
 
     Args:
         dataset_dict (`datasets.DatasetDict`): What a loader of this package returned.
@@ -192,14 +193,26 @@ def check_dataset(
         `datasets.DatasetDict`: the records to use.
 
     Raises:
-        ValueError: No split, an empty split, a stream, labels that are missing or hold other ids than those of the
+        ValueError: No split, an empty split, a stream with `"skip"`, labels that are missing or hold other ids than those of the
             class list, no label in the training split, an image that does not decode, or, outside the training split,
             a mask that is missing, does not decode, is not a palette or greyscale image, has another size than its image
             (both turned as their EXIF orientation says), or holds an id that is neither a class nor 255.
     """
     check_on_bad_image(on_bad_image)
-    if isinstance(dataset_dict, datasets.IterableDatasetDict):
-        raise ValueError("Streamed data cannot be shuffled and checked: leave `streaming` out of `dataset_options`.")
+    if any(map(is_stream, dataset_dict.values())):
+        if on_bad_image == "skip":
+            raise ValueError(
+                "Streamed data is not read beforehand, so no record can be left out of it: take unusable images out, or "
+                "leave out on_bad_image='skip' (--on_bad_image skip)."
+            )
+        held, _ = datasets.DatasetDict(), class_names(dataset_dict)
+        for name, split in dataset_dict.items():
+            if is_stream(split):
+                # not called "train", of which all classes are expected
+                name, split = f"{name} (first {NUM_SAMPLED} records)", first_records(split, NUM_SAMPLED)
+            held[name] = split
+        check_dataset(held, decode_images=decode_images, num_threads=num_threads)
+        return dataset_dict
     _check_labels(dataset_dict)
     if not decode_images:
         return dataset_dict

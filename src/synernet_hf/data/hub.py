@@ -44,7 +44,8 @@ from synernet_hf.files import is_hub_id, one_line, replace_file
 
 logger = logging.getLogger(__name__)
 
-ID_COLUMNS = ("image_id", "id", "file_name", "filename")
+# the last one is that of WebDataset
+ID_COLUMNS = ("image_id", "id", "file_name", "filename", "__key__")
 
 
 class ColumnNames(TypedDict, total=False):
@@ -102,7 +103,7 @@ def load_image_labels(
         on_bad_image (`str`, *optional*, defaults to `"raise"`): What to do about images that a table or list names but
             that do not exist: `"raise"`, or `"skip"` to leave them out, log them and list them in `skipped`.
         streaming (`bool`, *optional*, defaults to `False`): Returns an `IterableDatasetDict`; a Hub or parquet data
-            set is read during the iteration. Not for training, which draws images at random.
+            set is read during the iteration.
         skipped (`dict[str, list[str]]`, *optional*): Receives, by split, a phrase for each record that is left
             out.
         splits (`Sequence[str]`, *optional*, defaults to `("train", "validation")`): The splits that are needed. With a
@@ -177,7 +178,8 @@ def check_source(source: str | Path, may_be_id: bool = True) -> None:
 
 def _holds_columns(folder: Path) -> bool:
     saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    return saved or (next(folder.rglob("*.parquet"), None) is not None and not find_tables(folder))
+    shards = (path for path in folder.rglob("*") if path.suffix in (".parquet", ".tar"))
+    return saved or (next(shards, None) is not None and not find_tables(folder))
 
 
 def open_dataset(source: str | Path, streaming: bool = False) -> dict[str, Any]:
@@ -400,6 +402,10 @@ def _stream(
         image_id = f"{split_name}_{index:06d}" if image_id is None else str(image_id)
         return {new: row[old] for old, new in renamed.items()} | {"image_id": image_id, "labels": ids}
 
+    image = next(iter(renamed))
+    if isinstance(split.features[image], datasets.Image):
+        # passes as it is stored
+        split = split.cast_column(image, datasets.Image(decode=False))
     features = record_features(names, with_mask="mask" in renamed.values())
     return split.map(record, with_indices=True, remove_columns=split.column_names, features=features)
 

@@ -143,7 +143,8 @@ class TrainDataset(Dataset):
     The training stream: `dataset[(index, position)]` is the sample at `position`, made of the record at `index`.
 
     Args:
-        dataset (`datasets.Dataset`): A training split. A `mask` column is dropped unread.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): A training split. A `mask` column is dropped unread.
+            Of a stream, keys hold the record instead of its index.
         transform ([`TrainTransform`]): Called as `transform(record, position)`.
     """
 
@@ -155,9 +156,9 @@ class TrainDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: tuple[int | dict, int]) -> dict[str, Any]:
         index, position = key
-        return self.transform(self.dataset[int(index)], int(position))
+        return self.transform(index if isinstance(index, dict) else self.dataset[int(index)], int(position))
 
 
 class StreamBatchSampler(Sampler[list[tuple[int, int]]]):

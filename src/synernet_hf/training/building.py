@@ -31,6 +31,7 @@ from synernet_hf.data import (
     id2label_from,
     load_wsss_dataset,
 )
+from synernet_hf.data.streams import ENDLESS, NUM_SAMPLED, StreamedBatchSampler, first_records, is_stream
 from synernet_hf.files import is_hub_id, one_line, try_writing
 from synernet_hf.model import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.model.encoder_synernet import pretrained_backbone_config
@@ -48,8 +49,6 @@ from synernet_hf.training.stopping import outlive_sigterm
 
 # what loaders and configurations raise: missing files and values that do not fit
 INPUT_ERRORS = (OSError, ValueError, TypeError)
-# batches of the training stream: the loop ends it
-ENDLESS = 2**48
 MODEL_FIELDS = set(SynerNetConfig.__annotations__) - {"backbone_config"}
 
 
@@ -71,7 +70,8 @@ def load_data(
             that only the others need may be missing.
 
     Returns:
-        `datasets.DatasetDict`: splits `train` and `validation`, as far as they exist.
+        `datasets.DatasetDict`: splits `train` and `validation`, as far as they exist. With the option `streaming` the
+        first is a stream and the second in memory, of `max_eval_samples` images.
 
     Raises:
         ValueError: if the name or an option is unknown, or the data is inconsistent.
@@ -80,7 +80,7 @@ def load_data(
     options = data_args.loader_options() | ({} if data_args.dataset == "shapes" else {"splits": tuple(splits)})
     if id2label is not None and data_args.dataset not in ("voc2012", "coco2014", "shapes"):
         options = {"class_names": [id2label[label] for label in sorted(id2label)]} | options
-    return load_wsss_dataset(
+    loaded = load_wsss_dataset(
         data_args.dataset,
         data_dir=data_args.data_dir,
         image_labels=data_args.image_labels,
@@ -89,6 +89,12 @@ def load_data(
         dataset_options=options,
         skipped=skipped,
     )
+    if isinstance(loaded, datasets.IterableDatasetDict):
+        loaded = datasets.DatasetDict({name: loaded[name] for name in splits if name in loaded})
+        if "validation" in loaded:
+            limit = getattr(data_args, "max_eval_samples", None)
+            loaded["validation"] = first_records(loaded["validation"], limit)
+    return loaded
 
 
 class RunData(NamedTuple):
@@ -160,16 +166,19 @@ def check_on_main_process(
     """
     problem, bad = None, {}
     if accelerator.is_main_process:
-        number, started = sum(len(split) for split in splits.values()), time.perf_counter()
+        counted = [NUM_SAMPLED if is_stream(split) else len(split) for split in splits.values()]
+        number, started = f"{sum(counted):,}", time.perf_counter()
+        if any(map(is_stream, splits.values())):
+            number = f"at most {number}"
         if data_args.check_data:
-            print(f"Checking {number:,} images (--no_check_data skips this).", flush=True)
+            print(f"Checking {number} images (--no_check_data skips this).", flush=True)
         try:
             check_dataset(splits, data_args.on_bad_image, data_args.check_data, skipped=skipped, left_out=bad)
         except INPUT_ERRORS as error:
             problem = one_line(error)
         else:
             if data_args.check_data:
-                print(f"Checked {number:,} images in {time.perf_counter() - started:.1f} s.", flush=True)
+                print(f"Checked {number} images in {time.perf_counter() - started:.1f} s.", flush=True)
     problem, bad = broadcast_object_list([problem, bad])
     if problem is not None:
         # a process that ends early would abort the others before they say why
@@ -193,6 +202,8 @@ def _fingerprint(splits: Mapping[str, datasets.Dataset], source: str = "") -> st
     """A digest of source, identifiers and labels."""
     digest = hashlib.sha256(source.encode())
     for name, split in splits.items():
+        if is_stream(split):
+            split = first_records(split.select_columns(["image_id", "labels"]), NUM_SAMPLED)
         digest.update(f"{name} {sorted(split.column_names)};".encode())
         # as whole columns: a column that is not cut is read row by row
         for image_id, labels in zip(split["image_id"][:], split["labels"][:], strict=True):
@@ -359,26 +370,29 @@ def train_loader(
     data_args: DataArguments,
     training_args: SynerNetTrainingArguments,
     accelerator: Accelerator,
-    split: datasets.Dataset,
+    split: datasets.Dataset | datasets.IterableDataset,
     step: int,
+    places: Sequence[Sequence[int]] | None = None,
 ) -> DataLoader:
     """
-    Makes the stream of training batches from `step` on. It has no end, because steps that a gradient scaler skips use
-    up batches too. Order, crops and mirrors depend on the position alone, so a resumed run repeats nothing.
+    Makes the stream of training batches from `step` on, in data that is streamed from the places of all processes. It has
+    no end, because steps that a gradient scaler skips use up batches too. Order, crops and mirrors depend on the position
+    alone, so a resumed run repeats nothing.
     """
-    batches_per_step = training_args.gradient_accumulation_steps * accelerator.num_processes
-    sampler = StreamBatchSampler(
-        len(split),
-        training_args.per_device_batch_size,
-        num_batches=ENDLESS,
-        seed=training_args.seed,
-        start_batch=step * batches_per_step,
-    )
+    passes, batch_size = step * training_args.gradient_accumulation_steps, training_args.per_device_batch_size
     transform = TrainTransform(
         training_args.crop_size, tuple(training_args.scale_range), flip=training_args.flip, seed=training_args.seed
     )
+    dataset = TrainDataset(split, transform)
+    if is_stream(split):
+        rank, count = accelerator.process_index, accelerator.num_processes
+        place = None if places is None else places[rank]
+        sampler = StreamedBatchSampler(dataset.dataset, batch_size, training_args.seed, rank, count, passes, place)
+    else:
+        start = passes * accelerator.num_processes
+        sampler = StreamBatchSampler(len(split), batch_size, ENDLESS, training_args.seed, start)
     return DataLoader(
-        TrainDataset(split, transform),
+        dataset,
         batch_sampler=sampler,
         collate_fn=SynerNetDataCollator(len(class_names({"train": split})) - 1),
         num_workers=data_args.num_workers,
@@ -421,7 +435,7 @@ def run_record(
         "run": {
             "backbone_name": Path(model_args.backbone).name if model_args.backbone else None,
             "data_fingerprint": _fingerprint({"train": train_split.select_columns(["image_id", "labels"])}),
-            "num_train": len(train_split),
+            "num_train": None if is_stream(train_split) else len(train_split),
             "num_processes": accelerator.num_processes,
             "mixed_precision": accelerator.mixed_precision,
         },

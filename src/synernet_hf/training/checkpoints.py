@@ -76,6 +76,8 @@ class TrainerState:
     # highest mean IoU of the segmentation, in [0, 1]
     best_metric: float | None = None
     best_step: int | None = None
+    # in a stream, of each process
+    places: list[list[int]] | None = None
     # what was logged, oldest first; each entry has its `step`
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -315,7 +317,7 @@ def read_state(checkpoint: Path, output_dir: Path, scored_on: Mapping[str, Any] 
     or classes than that folder was scored on.
     """
     record = read_record(checkpoint / STATE_FILE)
-    state = TrainerState(**{item.name: record[item.name] for item in fields(TrainerState)})
+    state = TrainerState(**{item.name: record[item.name] for item in fields(TrainerState) if item.name in record})
     state.best_metric = state.best_step = None
     results = output_dir / "best" / RESULTS_FILE
     if results.is_file():

@@ -12,11 +12,12 @@ from typing import Any
 import datasets
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from torch.utils.data import DataLoader
 
 from synernet_hf.cli import Terminated
-from synernet_hf.data import PhotometricAugmentation, class_names
+from synernet_hf.data import PhotometricAugmentation, StreamBatchSampler, class_names
+from synernet_hf.data.streams import StreamedBatchSampler
 from synernet_hf.files import FolderInUse, finite, write_json
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.progress import progress_bar, write_message
@@ -84,6 +85,8 @@ class TrainingRun:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     # the rest of the training stream, this process's share
     loader: DataLoader
+    # of the batches of all processes
+    sampler: StreamBatchSampler | StreamedBatchSampler
     augmentation: PhotometricAugmentation
     loss_weights: LossWeightSchedule
     processor: SynerNetImageProcessor
@@ -245,7 +248,8 @@ def build_run(
     ).to(accelerator.device)
     state = TrainerState() if checkpoint is None else read_state(checkpoint, output_dir, finite(record["scored_on"]))
     done = state.step + state.skipped_steps
-    loader = train_loader(data_args, training_args, accelerator, data.splits["train"], done)
+    loader = train_loader(data_args, training_args, accelerator, data.splits["train"], done, state.places)
+    sampler = loader.batch_sampler
     model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
     return TrainingRun(
         accelerator=accelerator,
@@ -253,6 +257,7 @@ def build_run(
         optimizer=optimizer,
         scheduler=scheduler,
         loader=loader,
+        sampler=sampler,
         augmentation=augmentation,
         loss_weights=LossWeightSchedule(config),
         processor=make_processor(config, training_args.inference_size),
@@ -367,6 +372,9 @@ def save(run: TrainingRun) -> None:
     """Saves a checkpoint of finite weights; every process calls this."""
     check_finite_weights(run.model, run.state.step)
     fill_sharded_state(run.optimizer)
+    if isinstance(run.sampler, StreamedBatchSampler):
+        passes = (run.state.step + run.state.skipped_steps) * run.training_args.gradient_accumulation_steps
+        run.state.places = gather_object([run.sampler.place_at(passes)])
     save_checkpoint(run.accelerator, run.output_dir, run.state, run.record, run.training_args.save_total_limit)
 
 

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from synernet_hf.data.schema import multi_hot
+from synernet_hf.data.streams import is_stream
 from synernet_hf.files import replace_file, write_text
 from synernet_hf.model import (
     PreparedBatch,
@@ -57,8 +58,9 @@ def describe_plan(run, train_step: Callable) -> str:
     seconds, train = _seconds_of_a_step(run, train_step), run.splits["train"]
     passes, processes = args.gradient_accumulation_steps, run.accelerator.num_processes
     images = args.per_device_batch_size * passes * processes
-    counts = Counter(label for labels in train["labels"][:] for label in labels)
-    classes = (f"{name} {counts[label]:,}" for label, name in enumerate(run.record["class_names"][1:]))
+    streamed, names = is_stream(train), run.record["class_names"][1:]
+    counts = Counter() if streamed else Counter(label for labels in train["labels"][:] for label in labels)
+    classes = names if streamed else (f"{name} {counts[label]:,}" for label, name in enumerate(names))
     left_out = sum(map(len, run.record["skipped"].values()))
     scored = (run.record["scored_on"] or {"num_images": 0})["num_images"]
     weights = _bytes_of(run.bare_model.state_dict().values())
@@ -72,11 +74,12 @@ def describe_plan(run, train_step: Callable) -> str:
     free = shutil.disk_usage(existing).free
     number = sum(parameter.numel() for parameter in run.bare_model.parameters())
     lines = {
-        "images": f"{len(train):,} to train on, {scored:,} to evaluate on, {left_out:,} left out",
+        "images": f"{'a stream' if streamed else f'{len(train):,}'} to train on, {scored:,} to evaluate on, {left_out:,} left out",
         "classes": ", ".join(classes),
         "model": f"{number / 1e6:.2f} million parameters, precision {run.accelerator.mixed_precision}",
         "steps": f"{total - done:,} of {images} images (processes {processes}, passes {passes}, "
-        f"{args.per_device_batch_size} in a pass): {(total - done) * images / len(train):.1f} epochs",
+        f"{args.per_device_batch_size} in a pass)"
+        + ("" if streamed else f": {(total - done) * images / len(train):.1f} epochs"),
         "evaluations": evaluations if run.can_evaluate else "none, without masks",
         "checkpoints": f"every {args.save_steps:,} steps and after the last: {saves:,}, of which {kept:,} are kept",
         "time": f"{duration(seconds * (total - done)).lower()} at {seconds:.2g} s a step with all losses, evaluations and "
