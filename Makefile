@@ -65,7 +65,7 @@ $(STAMP): pyproject.toml constraints.txt
 	echo "The set-up took $$((SECONDS - start)) s."
 
 demo: $(STAMP) ## train on generated images, evaluate, predict, draw a figure (minutes on a CPU)
-	@$(PY) examples/demo.py
+	@$(PY) -m synernet_hf demo
 
 hub: $(STAMP) ## start a hub on this machine, to try pushing and loading without network (PORT=8808)
 	@$(PY) tests/hub_server.py --port $(or $(PORT),8808)

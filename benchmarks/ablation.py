@@ -11,7 +11,7 @@ What each part of the method is worth: the same recipe trained once per row and 
 Each finished row and seed is a JSON file in benchmarks/results/ablation/TABLE, from which `--tables` makes the tables of
 docs/method.md. A call does what is missing: it keeps what is there, continues an interrupted training from its last
 checkpoint, and passes over what another process is at, so that the same command, started twice, keeps two cores busy.
-Options that are not listed go to the recipe as in `examples/train.py`, for example `--num_workers 0`.
+Options that are not listed go to the recipe as in `synernet train`, for example `--num_workers 0`.
 """
 
 import argparse
@@ -33,7 +33,7 @@ with needs_extra("train"):
 
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = ROOT / "examples" / "recipes"
+RECIPES = ROOT / "src" / "synernet_hf" / "recipes"
 RESULTS = ROOT / "benchmarks" / "results" / "ablation"
 DOCUMENT = ROOT / "docs" / "method.md"
 DATA = {"shapes": "tiny_cpu.yaml", "voc_animals": "voc_animals.yaml"}
@@ -429,13 +429,13 @@ def rounded(data: Any) -> Any:
 
 
 def code_revision() -> str:
-    """The commit, with `-dirty` where the package or the recipes differ from it; `unknown` without git."""
+    """The commit, with `-dirty` where the package differs from it; `unknown` without git."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout
 
     try:
-        changed = git("status", "--porcelain", "--", "src", "examples/recipes").strip()
+        changed = git("status", "--porcelain", "--", "src").strip()
         return git("rev-parse", "--short=12", "HEAD").strip() + "-dirty" * bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

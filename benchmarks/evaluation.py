@@ -25,7 +25,7 @@ with needs_extra("train"):
     from synernet_hf.training import data_parser, read_data_arguments
 
 
-RECIPE = Path(__file__).resolve().parents[1] / "examples" / "recipes" / "voc_animals.yaml"
+RECIPE = Path(__file__).resolve().parents[1] / "src" / "synernet_hf" / "recipes" / "voc_animals.yaml"
 KINDS = {
     "plain": {"cams": False},
     "several scales": {"cams": False, "multi_scale": True},

@@ -22,7 +22,7 @@ from pathlib import Path
 from synernet_hf.cli import CommandParser, answer_early, needs_extra, positive, run_command
 
 
-RECIPE = Path(__file__).resolve().parents[1] / "examples" / "recipes" / "voc_animals.yaml"
+RECIPE = Path(__file__).resolve().parents[1] / "src" / "synernet_hf" / "recipes" / "voc_animals.yaml"
 LARGE = (4000, 3000)
 
 

@@ -82,7 +82,7 @@ with needs_extra("train"):
     from synernet_hf.pseudo_labels import PseudoLabeler, write_pseudo_labels
 
 
-RECIPE = Path(__file__).resolve().parents[1] / "examples" / "recipes" / "coco14.yaml"
+RECIPE = Path(__file__).resolve().parents[1] / "src" / "synernet_hf" / "recipes" / "coco14.yaml"
 
 
 def make_model(num_classes: int) -> SynerNetForWeaklySupervisedSegmentation:

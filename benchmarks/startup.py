@@ -37,16 +37,18 @@ STATEMENTS = (
 )
 # runs in a process that says how long its parts take
 PREDICTION = """
-import json, runpy, sys, time
-script, model, image, output = sys.argv[1:]
+import json, sys, time
+model, image, output = sys.argv[1:]
 marks = [time.perf_counter()]
 from transformers import PreTrainedModel
 marks.append(time.perf_counter())
-names = runpy.run_path(script)
+import synernet_hf.visualization
+from synernet_hf.commands import main
+from synernet_hf.model_folder import load_model_folder
 marks.append(time.perf_counter())
-names["load_model_folder"](model)
+load_model_folder(model)
 marks.append(time.perf_counter())
-names["main"]([model, image, "--output_dir", output])
+main(["predict", model, image, "--output_dir", output])
 marks.append(time.perf_counter())
 base, ours, weights, rest = (after - before for before, after in zip(marks, marks[1:]))
 print(json.dumps({"transformers and torch": base, "other imports": ours, "weights": weights, "prediction": rest - weights}))
@@ -85,7 +87,7 @@ def time_prediction(model: str, rounds: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         image = Path(name) / "image.png"
         Image.effect_mandelbrot((500, 375), (-2, -1.5, 1, 1.5), 100).convert("RGB").save(image)
-        words = ["-c", PREDICTION, str(ROOT / "examples" / "predict.py"), str(Path(model).resolve()), str(image), name]
+        words = ["-c", PREDICTION, str(Path(model).resolve()), str(image), name]
         for _ in range(rounds):
             started = time.perf_counter()
             parts = json.loads(run_python(*words).splitlines()[-1])

@@ -94,7 +94,7 @@ with needs_extra("train"):
     from synernet_hf.training import parameter_groups
 
 
-RECIPE = Path(__file__).resolve().parents[1] / "examples" / "recipes" / "voc12_authors.yaml"
+RECIPE = Path(__file__).resolve().parents[1] / "src" / "synernet_hf" / "recipes" / "voc12_authors.yaml"
 NUM_CLASSES = 20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "tf32": torch.float32}
 PROGRESS = 0.75

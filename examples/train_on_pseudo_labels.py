@@ -28,7 +28,7 @@ with needs_extra("train"):
 class SegmenterArguments:
     """What is trained, and on which masks."""
 
-    pseudo_labels: str = field(metadata={"help": "Folder that examples/pseudo_labels.py wrote."})
+    pseudo_labels: str = field(metadata={"help": "Folder that `synernet pseudo-labels` wrote."})
     model: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of a model or encoder, such as nvidia/mit-b0."}
     )

@@ -3,7 +3,7 @@
     python scripts/convert_timm_vit_to_hf.py deit_small_patch16_224.pth weights/deit-small-patch16-224
 
 The folder can be given to `SynerNetForWeaklySupervisedSegmentation.from_backbone_pretrained` or to `--backbone` of
-`examples/train.py`.
+`synernet train`.
 """
 
 import argparse

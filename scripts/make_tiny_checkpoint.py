@@ -2,7 +2,7 @@
 
     python scripts/make_tiny_checkpoint.py runs/tiny
 
-The folder holds model, config and image processor, about 300 kB; `examples/predict.py` reads it like any other. What
+The folder holds model, config and image processor, about 300 kB; `synernet predict` reads it like any other. What
 it predicts is meaningless.
 """
 

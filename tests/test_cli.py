@@ -14,6 +14,7 @@ from typing import Any, Literal
 import pytest
 
 from synernet_hf.cli import CommandParser, InvalidArguments, needs_extra, run_command
+from synernet_hf.commands import main
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,8 +41,8 @@ def test_a_misspelt_option_is_one_line_in_every_command(path, capsys, monkeypatc
 @pytest.mark.parametrize(
     ("script", "words", "meant"),
     [
-        ("examples/demo.py", ["--num_image", "3"], "--num_images"),
-        ("examples/demo.py", ["--max_step", "3"], "--max_steps"),
+        ("demo", ["--num_image", "3"], "--num_images"),
+        ("demo", ["--max_step", "3"], "--max_steps"),
         ("benchmarks/ablation.py", ["--data", "shapes", "--output", "out", "--row", "full"], "--rows"),
         ("benchmarks/ablation.py", ["--data", "shapes", "--output", "out", "--max_step", "3"], "--max_steps"),
     ],
@@ -49,7 +50,7 @@ def test_a_misspelt_option_is_one_line_in_every_command(path, capsys, monkeypatc
 def test_commands_that_hand_on_options_know_their_own_too(script, words, meant, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        runpy.run_path(str(ROOT / script))["main"](words)
+        runpy.run_path(str(ROOT / script))["main"](words) if "/" in script else main([script, *words])
     assert capsys.readouterr().err == f"error: There is no option {words[-2]}: did you mean {meant}?\n"
     assert not list(tmp_path.iterdir())
 

@@ -18,6 +18,7 @@ from testing_utils import tiny_backbone_config
 from transformers import ViTForImageClassification
 
 from synernet_hf import SynerNetImageProcessor
+from synernet_hf.commands import COMMANDS, main
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,10 +173,8 @@ def reader_folder(request, tiny_run_folder, tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("page", PAGES_WITH_PYTHON, ids=page_name)
 def test_python_blocks_run(page, reader_folder, monkeypatch):
     for words in commands_of(page):
-        if "synernet_hf.export" in words:
-            monkeypatch.setattr(sys, "argv", words[words.index("synernet_hf.export") :])
-            with pytest.raises(SystemExit, match="^(0|None)$"):
-                runpy.run_module("synernet_hf.export", run_name="__main__")
+        if words[:2] == ["synernet", "export"]:
+            assert main(words[1:]) == 0
     names: dict = {"__name__": "__main__"}
     shorter = dict(SHORTER.get(page_name(page), {}))
     for number, block in enumerate(python_blocks(page), start=1):
@@ -218,7 +217,7 @@ def commands_of(page: Path) -> list[list[str]]:
     text = page.read_text(encoding="utf-8")
     blocks = "".join(block for _, language, block in BLOCK.findall(text) if language == "bash")
     lines = blocks.replace("\\\n", " ").splitlines()
-    lines += re.findall(r"`((?:python|accelerate launch) [^`]+)`", without_code(text))
+    lines += re.findall(r"`((?:python|synernet|accelerate launch) [^`]+)`", without_code(text))
     lines = [line.replace("$VOC", "--data_dir $DEVKIT --image_labels $LABELS --backbone $DEIT") for line in lines]
     words = [shlex.split(line, comments=True) for line in lines if "…" not in line]
     # the last word is the script's name where it is only named
@@ -230,7 +229,7 @@ def is_ours(word: str) -> bool:
         (ROOT / word).is_file()
         and word.endswith(".py")
         and not word.startswith("tests")
-        or word == "synernet_hf.export"
+        or word in ("synernet", "synernet_hf")
     )
 
 
@@ -253,8 +252,8 @@ def read_command_line(words: list[str], monkeypatch, options: set[str] | None = 
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_end)
     monkeypatch.setattr(sys, "argv", words)
-    if words[0] == "synernet_hf.export":
-        runpy.run_module(words[0], run_name="__main__")
+    if words[0] in ("synernet", "synernet_hf"):
+        sys.exit(main(words[1:]))
     else:
         monkeypatch.syspath_prepend(str((ROOT / words[0]).parent))
         runpy.run_path(str(ROOT / words[0]), run_name="__main__")
@@ -278,10 +277,10 @@ def test_commands_are_read(page, monkeypatch, capsys):
 def all_options() -> set[str]:
     """Options of all scripts, of accelerate, torchrun and the Trainer as far as the pages name them."""
     options = set(FOREIGN_OPTIONS)
-    for script in [*SCRIPTS, "synernet_hf.export", ROOT / "tests" / "hub_server.py"]:
+    commands = [["synernet", name] for name in ("", *COMMANDS)]
+    for words in [*([page_name(path)] for path in (*SCRIPTS, ROOT / "tests" / "hub_server.py")), *commands]:
         with pytest.MonkeyPatch.context() as patch, pytest.raises((Parsed, SystemExit)):
-            name = script if isinstance(script, str) else page_name(script)
-            read_command_line([name, "--help"], patch, options)
+            read_command_line([*filter(None, words), "--help"], patch, options)
     return options
 
 
@@ -310,7 +309,7 @@ def test_tests_named_beside_promises_exist():
 
 def test_readme_says_how_to_test_and_try():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for command in ("make test", "make demo", 'pip install -e ".[train]"', "examples/recipes/voc_animals.yaml"):
+    for command in ("make test", "make demo", 'pip install -e ".[train]"', "--config voc_animals"):
         assert command in text
 
 

@@ -15,12 +15,14 @@ from PIL import Image
 from testing_utils import SynerNetModelTester
 
 from synernet_hf import SynerNetImageProcessor
+from synernet_hf.commands import demo
 from synernet_hf.visualization import colorize, heat_map
 
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
-RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "src" / "synernet_hf" / "recipes").glob("*.yaml"))
 
 
 def run_script(name: str, *words: str, capsys, monkeypatch) -> tuple[int, str, str]:
@@ -131,18 +133,18 @@ def test_predict_writes_a_mask_and_an_overlay(tiny_run_folder, capsys, monkeypat
 
 
 def test_the_figure_of_the_demo_names_its_colours():
-    legend = runpy.run_path(str(EXAMPLES / "demo.py"))["legend"](["background", "dots"], 30)
+    legend = demo.legend(["background", "dots"], 30)
     assert [name for name, _ in legend] == ["background", "dots", "undecided", "low", "high"]
     assert all(np.asarray(swatch).shape == (14, 30, 3) for _, swatch in legend)
     assert len({np.asarray(swatch).tobytes() for _, swatch in legend}) == 5
 
 
 def test_the_demo_draws_what_the_model_makes_of_an_image(tmp_path):
-    model, demo = SynerNetModelTester().model(), runpy.run_path(str(EXAMPLES / "demo.py"))
+    model = SynerNetModelTester().model()
     deep = np.linspace(0, 65535, 40 * 56).reshape(40, 56).astype(np.uint16)
     record = {"image": Image.fromarray(deep), "mask": np.zeros((40, 56), dtype=np.uint8), "labels": [0, 2]}
     native = SynerNetImageProcessor(size_divisor=8)
-    panels = demo["panels_of"](model, native, record)
+    panels = demo.panels_of(model, native, record)
     assert [title for title, _ in panels] == [
         "image",
         "ground truth",
@@ -173,12 +175,12 @@ def test_the_demo_draws_what_the_model_makes_of_an_image(tmp_path):
         assert np.array_equal(np.asarray(panel), np.asarray(expected))
     # padding is no part of the figure, and a processor that resizes leaves the image as it is
     padding = SynerNetImageProcessor(do_pad=True, size_divisor=64)
-    for (title, panel), (_, other) in zip(panels, demo["panels_of"](model, padding, record), strict=True):
+    for (title, panel), (_, other) in zip(panels, demo.panels_of(model, padding, record), strict=True):
         assert np.array_equal(np.asarray(panel), np.asarray(other)), title
-    resizing = demo["panels_of"](model, SynerNetImageProcessor(do_resize=True, size={"shortest_edge": 24}), record)
+    resizing = demo.panels_of(model, SynerNetImageProcessor(do_resize=True, size={"shortest_edge": 24}), record)
     assert [panel.size for _, panel in resizing if panel.size != (33, 24)] == [(56, 40)] * 5
 
-    demo["predict_one"](model, native, record, tmp_path)
+    demo.predict_one(model, native, record, tmp_path)
     with Image.open(tmp_path / "image.png") as saved:
         assert np.array_equal(np.asarray(saved), np.asarray(panels[0][1]))
 

@@ -8,6 +8,7 @@ import torch
 from testing_utils import FAMILIES, SynerNetModelTester
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, export
+from synernet_hf.commands import main
 from synernet_hf.export import SynerNetInferenceGraph, export_onnx, export_program, quantize_weights
 
 
@@ -201,22 +202,22 @@ class SavedElsewhere:
 def test_the_command_writes_the_file(model, onnx_file, tmp_path, monkeypatch, capsys):
     model.save_pretrained(tmp_path / "run")
     monkeypatch.setattr(torch.onnx, "export", lambda *args, **kwargs: SavedElsewhere(onnx_file))
-    assert export.main([str(tmp_path / "run"), "--onnx", str(tmp_path / "model.onnx")]) == 0
+    assert main(["export", str(tmp_path / "run"), "--onnx", str(tmp_path / "model.onnx")]) == 0
     printed = capsys.readouterr().out
     assert printed.count("logits differ by at most") == 3 and "model.onnx" in printed
     assert (tmp_path / "model.onnx").read_bytes() == onnx_file.read_bytes()
-    assert export.main([str(tmp_path / "run"), "--onnx", str(tmp_path / "other.onnx"), "--tolerance", "0"]) == 1
+    assert main(["export", str(tmp_path / "run"), "--onnx", str(tmp_path / "other.onnx"), "--tolerance", "0"]) == 1
     assert "nothing was written" in capsys.readouterr().err and not (tmp_path / "other.onnx").exists()
 
 
 def test_what_cannot_be_exported_is_told_in_a_sentence(model, tmp_path, monkeypatch, capsys):
-    assert export.main([str(tmp_path / "none"), "--onnx", str(tmp_path / "model.onnx")]) == 2
+    assert main(["export", str(tmp_path / "none"), "--onnx", str(tmp_path / "model.onnx")]) == 2
     assert "no such folder" in capsys.readouterr().err
-    assert export.main([str(tmp_path), "--onnx", str(tmp_path)]) == 2
+    assert main(["export", str(tmp_path), "--onnx", str(tmp_path)]) == 2
     assert "is a folder; name a file" in capsys.readouterr().err
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     model.save_pretrained(tmp_path / "run")
-    assert export.main([str(tmp_path / "run"), "--onnx", str(tmp_path / "model.onnx")]) == 2
+    assert main(["export", str(tmp_path / "run"), "--onnx", str(tmp_path / "model.onnx")]) == 2
     assert 'pip install -e ".[onnx]"' in capsys.readouterr().err
     with pytest.raises(ImportError, match="Int8 weights need torchao"):
         quantize_weights(model)

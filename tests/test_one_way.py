@@ -1,7 +1,6 @@
 """One way from an image to its label map: pipeline, scripts, evaluation, card and ONNX graph answer alike."""
 
 import copy
-import importlib.util
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +12,7 @@ from testing_utils import SynerNetModelTester
 from transformers import pipeline
 
 from synernet_hf import SynerNetImageProcessor
+from synernet_hf.commands import main
 from synernet_hf.data import build_split
 from synernet_hf.model import (
     SynerNetPixelAdaptiveRefinement,
@@ -191,17 +191,21 @@ def test_the_script_writes_the_pipelines_label_maps(root, model, folder, kind, t
     processor = processor_of(kind)
     model.save_pretrained(tmp_path / "run")
     processor.save_pretrained(tmp_path / "run")
-    spec = importlib.util.spec_from_file_location("example_predict", root / "examples" / "predict.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     for directory, scales, options in (
         ("single", (1.0,), ()),
         ("several", (1.0, 1.5), ("--flip",)),
     ):
-        words = [str(tmp_path / "run"), "--output_dir", str(tmp_path / directory), "--scales", *map(str, scales)]
+        words = [
+            "predict",
+            str(tmp_path / "run"),
+            "--output_dir",
+            str(tmp_path / directory),
+            "--scales",
+            *map(str, scales),
+        ]
         names = [name for name in names_of(kind) if name != "turned.tif"]
         for images in (names, ["turned.tif"]):  # two files of one stem are not written together
-            assert script.main([words[0], *(str(folder / name) for name in images), *words[1:], *options]) == 0
+            assert main([*words[:2], *(str(folder / name) for name in images), *words[2:], *options]) == 0
             expected = answers_of_pipeline(model, processor, folder, images, scales=scales, flip=bool(options))
             for name, label_map in expected.items():
                 written = Image.open(tmp_path / directory / f"{name.split('.')[0]}_mask.png")

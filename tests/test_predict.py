@@ -1,6 +1,5 @@
-"""`examples/predict.py`: what it takes for images, what it calls its results, and what it says of mistakes."""
+"""`synernet predict`: what it takes for images, what it calls its results, and what it says of mistakes."""
 
-import runpy
 import shutil
 import subprocess
 import sys
@@ -10,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from synernet_hf.commands import main
+
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "examples" / "predict.py"
 # hides packages as if they were not installed
 HIDE = """
 import sys
@@ -48,7 +48,7 @@ def photos(tmp_path, monkeypatch) -> Path:
 
 
 def predict(*words) -> int:
-    return runpy.run_path(str(SCRIPT))["main"]([str(word) for word in words])
+    return main(["predict", *map(str, words)])
 
 
 def masks(folder: Path) -> set[str]:
@@ -137,16 +137,16 @@ def test_inference_needs_no_extra(tiny_run_folder, photos):
     code = (
         HIDE.format(hidden=EXTRAS)
         + f"""
-import runpy
 from transformers import pipeline
 import synernet_hf
+from synernet_hf.commands import main
 from synernet_hf.export import export_onnx, quantize_weights
 from synernet_hf.metrics import MeanIoU
 from synernet_hf.model_card import generate_model_card
 from synernet_hf.model_folder import load_model_folder
 from synernet_hf.visualization import figure_panels
 
-status = runpy.run_path({str(SCRIPT)!r})["main"]([{str(tiny_run_folder)!r}, "photos", "--output_dir", "out"])
+status = main(["predict", {str(tiny_run_folder)!r}, "photos", "--output_dir", "out"])
 assert status == 0, status
 segmenter = pipeline("weakly-supervised-segmentation", model={str(tiny_run_folder)!r})
 assert segmenter("photos/a.png", image_labels="predicted")
@@ -158,7 +158,7 @@ for function, extra in ((lambda: export_onnx(model, "m.onnx"), "onnx"), (lambda:
         assert f'pip install -e ".[{{extra}}]"' in str(error), error
     else:
         raise AssertionError(extra)
-status = runpy.run_path({str(SCRIPT)!r})["main"]([{str(tiny_run_folder)!r}, "photos", "--crf", "--output_dir", "crf"])
+status = main(["predict", {str(tiny_run_folder)!r}, "photos", "--crf", "--output_dir", "crf"])
 assert status == 2, status
 for module in ("data", "training", "pseudo_labels"):
     try:

@@ -488,10 +488,12 @@ def test_the_scripts_options(shapes_run, tmp_path, capsys):
     shard = ["--output", str(tmp_path / "shard"), "--num_shards", "2", "--shard", "1"]
     assert run_script(*words, *shard) == 0
     assert "shard 1 of 2: 1 masks are in" in capsys.readouterr().out
-    assert run_script(*words, "--output", str(tmp_path / "shard")) == 0
+    assert run_script(*words, "--output", str(tmp_path / "shard"), "--json") == 0
     output = capsys.readouterr()
-    assert "1 of 2 masks were missing or other: validation_000000." in output.out + output.err
-    assert "2 of 2 images have a mask" in output.out
+    assert "1 of 2 masks were missing or other: validation_000000." in output.err
+    assert "2 of 2 images have a mask" in output.err
+    answer = json.loads(output.out)
+    assert (answer["images"], answer["masks"], len(answer["review_first"])) == (2, 2, 2)
     for more, expected in (
         (["--num_shards", "2"], "`shard` is None of 2"),
         (["--split", "test"], "--split can be train or validation"),

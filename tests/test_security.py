@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from testing_utils import SynerNetModelTester
 
 from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
-from synernet_hf.export import main as export_main
+from synernet_hf.commands import main
 from synernet_hf.model_folder import check_model_folder, find_model_folder, load_model_folder
 
 
@@ -267,7 +267,7 @@ def test_other_configurations_are_refused(folder, text, message):
 
 def test_the_export_refuses_a_hostile_folder(folder, tmp_path, capsys):
     (folder / "model.safetensors").write_bytes(pickle.dumps(Touch(tmp_path / "touched")))
-    assert export_main([str(folder), "--onnx", str(tmp_path / "model.onnx")]) == 2
+    assert main(["export", str(folder), "--onnx", str(tmp_path / "model.onnx")]) == 2
     printed = capsys.readouterr().err
     assert "holds no usable model" in printed and printed.count("\n") == 1
     assert not (tmp_path / "touched").exists() and not (tmp_path / "model.onnx").exists()
@@ -280,7 +280,7 @@ def test_the_export_checks_a_model_of_the_hub(folder, tmp_path, monkeypatch, cap
     )
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
-    assert export_main(["owner/model", "--onnx", str(tmp_path / "model.onnx")]) == 2
+    assert main(["export", "owner/model", "--onnx", str(tmp_path / "model.onnx")]) == 2
     assert asked == ["owner/model"]
     assert "such as pickled ones, are not loaded" in capsys.readouterr().err
 

@@ -15,6 +15,8 @@ FOLDERS = [ROOT / name for name in ("examples", "scripts", "benchmarks")]
 COMMANDS = sorted(
     path for folder in FOLDERS for path in folder.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")
 )
+# words that are answered at once
+WORDS = ("--help", "--helpp", "export --help", "push --help")
 
 LIGHT = f"""
 import os, runpy, sys
@@ -28,14 +30,15 @@ assert "SynerNetModel" in dir(synernet_hf) and not heavy(), heavy()
 sys.path[:0] = {[str(folder) for folder in FOLDERS]!r}
 with open(os.devnull, "w") as nowhere:
     for script in sys.argv[1:]:
-        for word in ("--help", "--helpp"):
-            sys.argv = [script, word]
+        for word in {WORDS!r}[: 4 if script == "-m" else 2]:
+            sys.argv = [script, *word.split()]
             try:
                 with redirect_stdout(nowhere), redirect_stderr(nowhere):
-                    runpy.run_path(script, run_name="__main__")
+                    run = runpy.run_module if script == "-m" else runpy.run_path
+                    run("synernet_hf" if script == "-m" else script, run_name="__main__")
                 print(script, word, "goes on")
             except SystemExit as stop:
-                if stop.code not in (None, 0) and word == "--help":
+                if stop.code not in (None, 0) and word != "--helpp":
                     print(script, word, stop.code)
             if heavy():
                 sys.exit(f"{{script}} {{word}} imports {{heavy()}}")
@@ -48,13 +51,16 @@ def run_python(code: str, *words: str) -> subprocess.CompletedProcess:
 
 
 def test_package_help_and_misspelt_options_import_neither_torch_nor_transformers():
-    done = run_python(LIGHT, *map(str, COMMANDS))
+    done = run_python(LIGHT, "-m", *map(str, COMMANDS))
     assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
     "words",
     [
+        ("src/synernet_hf/__main__.py", "trian"),
+        ("src/synernet_hf/__main__.py", "export", "model", "--onnx", "out", "--tolerance", "much"),
+        ("src/synernet_hf/__main__.py", "push", "run"),
         ("examples/train.py", "--max_steps", "many"),
         ("examples/train.py", "--config", "no_such_recipe.yaml"),
         ("examples/train.py", "--dataset_options", "[1"),
@@ -66,7 +72,6 @@ def test_package_help_and_misspelt_options_import_neither_torch_nor_transformers
         ("examples/pseudo_labels.py", "run", "--output", "out", "--map", "waffle"),
         ("examples/train_on_pseudo_labels.py", "--pseudo_labels", "x", "--output_dir", "out", "--max_step", "3"),
         ("examples/train_on_pseudo_labels.py", "--pseudo_labels", "x", "--output_dir", "out", "--model", "./nowhere"),
-        ("src/synernet_hf/export.py", "model", "--onnx", "out", "--tolerance", "much"),
         ("benchmarks/ablation.py", "--data", "shapes", "--output", "out", "--seed", "3"),
         ("benchmarks/metric.py", "--num_images", "0"),
         ("benchmarks/refinement.py", "--rounds", "0"),

@@ -5,16 +5,17 @@ import dataclasses
 import difflib
 import enum
 import errno
+import json
 import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from synernet_hf.files import missing_extra, one_line
+from synernet_hf.files import finite, missing_extra, one_line
 
 
 KINDS = {"int": "a whole number", "float": "a number", "true_or_false": "true or false", "positive": "1 or more"}
@@ -91,10 +92,13 @@ class CommandParser(argparse.ArgumentParser):
         description (`str`, *optional*): Shown by `--help` as it is.
         only_given (`bool`, *optional*, defaults to `False`): Leave fields that are not on the command line out of the
             result.
+        prog (`str`, *optional*): Name in the usage (default: that of the script).
     """
 
-    def __init__(self, *groups: type, description: str | None = None, only_given: bool = False) -> None:
-        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    def __init__(
+        self, *groups: type, description: str | None = None, only_given: bool = False, prog: str | None = None
+    ) -> None:
+        super().__init__(prog, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
         self.groups = groups
         # options of a command around this one, which a misspelt option may mean
         self.further_options: Collection[str] = ()
@@ -248,6 +252,34 @@ def quiet_libraries() -> None:
     enable_progress_bars()
 
 
+def add_json_option(parser: argparse.ArgumentParser, answer: str) -> None:
+    """Adds `--json`, which has a command print its answer as [`json_answer`] does; `answer` says what that is."""
+    text = f"print one JSON object on standard output, {answer}, and everything else on standard error"
+    parser.add_argument("--json", action="store_true", help=text)
+
+
+@contextmanager
+def json_answer(wanted: bool) -> Iterator[Callable[[Any], None]]:
+    """
+    Keeps standard output free for one JSON object: what is printed inside goes to standard error.
+
+    Args:
+        wanted (`bool`): Without it nothing of this happens.
+
+    Returns:
+        `Callable[[Any], None]`, as a context: prints mappings, lists, text and numbers as JSON, with `null` for NaN and
+        infinities.
+    """
+    output = sys.stdout
+
+    def answer(result: Any) -> None:
+        if wanted:
+            print(json.dumps(finite(result), ensure_ascii=False, allow_nan=False), file=output, flush=True)
+
+    with redirect_stdout(sys.stderr) if wanted else nullcontext():
+        yield answer
+
+
 def run_command(command: Callable[..., int | None], *args: Any) -> int:
     """
     Runs a command and prints what it refuses as lines `error: …`, without a traceback. Where transformers is imported
@@ -289,8 +321,10 @@ def run_command(command: Callable[..., int | None], *args: Any) -> int:
 __all__ = [
     "CommandParser",
     "InvalidArguments",
+    "add_json_option",
     "answer_early",
     "did_you_mean",
+    "json_answer",
     "needs_extra",
     "positive",
     "quiet_libraries",

@@ -1,43 +1,17 @@
 """SynerNet for other runtimes: one graph of its inference for `torch.export` and ONNX, and int8 weights.
 
-    python -m synernet_hf.export MODEL --onnx OUT
-
 The graph takes `pixel_values`, float32 `(batch, 3, height, width)`, normalised, of any size, and gives `logits`
 `(batch, num_labels, height, width)` of that size. `post_process_semantic_segmentation` of the image processor, with
 `target_sizes`, makes label maps of the size of the image of them.
 """
 
-import argparse
-import sys
-from pathlib import Path
-
-from synernet_hf.cli import CommandParser, answer_early, run_command
-
-
-TOLERANCE = 1e-4
-
-
-def _parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = CommandParser(description=__doc__)
-    parser.add_argument("model", help="folder of a trained model, or its name on the Hub")
-    parser.add_argument("--onnx", type=Path, required=True, metavar="OUT", help="the ONNX file to write")
-    parser.add_argument(
-        "--inference_branches", choices=("both", "broad", "precise"), default="both", help="encoders in the graph"
-    )
-    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="largest difference of a logit accepted")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    # a wrong command line is answered before the imports below, which take seconds
-    answer_early(_parse_arguments)
-
 import copy
 import importlib.util
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -45,13 +19,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from synernet_hf.files import one_line, replace_file
+from synernet_hf.files import replace_file
 from synernet_hf.model import SynerNetForWeaklySupervisedSegmentation
 from synernet_hf.model.cam_synernet import chosen_branches, lower_unlikely_classes
 from synernet_hf.model.encoder_synernet import token_grid
-from synernet_hf.model_folder import load_model
 
 
+TOLERANCE = 1e-4
 # an ONNX file is one protocol buffer message, which ends at 2 GiB
 MAX_ONNX_BYTES = 2_000_000_000
 
@@ -254,28 +228,4 @@ def quantize_weights(model: SynerNetForWeaklySupervisedSegmentation) -> SynerNet
     return quantized
 
 
-def _export(args: argparse.Namespace) -> int:
-    """Exports what the command line names; status 1 if the graph is not right."""
-    if args.onnx.is_dir():
-        raise ValueError(f"{args.onnx} is a folder; name a file, such as {args.onnx / 'model.onnx'}.")
-    try:
-        differences = export_onnx(load_model(args.model), args.onnx, args.inference_branches, args.tolerance)
-    except RuntimeError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    for shape, difference in differences.items():
-        print(f"pixel_values {shape}: logits differ by at most {difference:.1e}")
-    print(f"{args.onnx}: {args.onnx.stat().st_size / 1e6:.1f} MB, inference_branches={args.inference_branches}")
-    return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 2 for a mistake in what was given, 1 if the graph is not right."""
-    return run_command(_export, _parse_arguments(argv))
-
-
 __all__ = ["SynerNetInferenceGraph", "export_onnx", "export_program", "quantize_weights"]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

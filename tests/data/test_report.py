@@ -1,7 +1,5 @@
 import io
 import json
-import runpy
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 from devkit_utils import ids_of
 from PIL import Image
 
+from synernet_hf.commands import main
 from synernet_hf.data import (
     PolygonMask,
     build_split,
@@ -19,7 +18,6 @@ from synernet_hf.data import (
 )
 
 
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "prepare_data.py"
 NAMES = ["background", "cat", "dog", "cow"]
 
 
@@ -130,7 +128,7 @@ def test_parquet_files_hold_images_and_classes(devkit, tmp_path):
 
 
 def run(*words):
-    return runpy.run_path(str(SCRIPT))["main"](list(words))
+    return main(["check-data", *words])
 
 
 def test_the_script_reports_draws_and_writes(devkit, tmp_path, capsys, monkeypatch):

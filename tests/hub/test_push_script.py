@@ -1,4 +1,4 @@
-"""`scripts/push_synernet_to_hub.py` against the loopback hub."""
+"""`synernet push` against the loopback hub."""
 
 import hashlib
 import json
@@ -12,14 +12,14 @@ from hub_client import client_environment
 from hub_repos import validate_card
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from testing_utils import load_script
 from transformers import AutoModelForSemanticSegmentation
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation
+from synernet_hf.commands import main
+from synernet_hf.commands.push import without_projection_head
 from synernet_hf.model_card import SynerNetModelCardData, generate_model_card
 
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "push_synernet_to_hub.py"
 SCORES = {"mean_iou": 0.5, "mean_iou_present": 0.5, "recall": 0.6, "precision": 0.7, "num_images": 3}
 
 
@@ -59,7 +59,7 @@ def run_folder(tiny_run_folder) -> Path:
 
 def run_script(hub, home: Path, *words: str, token: str = "hf_owner", **changes: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(SCRIPT), *words],
+        [sys.executable, "-m", "synernet_hf", "push", *words],
         env=client_environment(hub, home, token, **changes),
         capture_output=True,
         text=True,
@@ -75,7 +75,10 @@ def test_one_commit_holds_weights_processor_code_and_card(hub, run_folder, tmp_p
     repo = hub.repos["models", "owner/one_commit"]
     commit = repo.commit_at("main")
     assert [repo.commits[oid].title for oid in repo.commits] == ["initial commit", "First release"]
-    code = {path.name for path in (SCRIPT.parents[1] / "src" / "synernet_hf" / "model").glob("*_synernet.py")}
+    code = {
+        path.name
+        for path in (Path(__file__).resolve().parents[2] / "src" / "synernet_hf" / "model").glob("*_synernet.py")
+    }
     others = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "images.png"}
     assert set(commit.files) == code | others | {".gitattributes"}
     assert commit.files["model.safetensors"].sha256 == _sha256(run_folder / "model.safetensors")
@@ -126,9 +129,8 @@ def test_private_refuses_a_public_repository(hub, run_folder, tmp_path):
 
 
 def test_the_inference_only_form_gives_the_same_logits(tiny_run_folder):
-    script = load_script("push_synernet_to_hub")
     model = AutoModelForSemanticSegmentation.from_pretrained(tiny_run_folder)
-    smaller = script.without_projection_head(model)
+    smaller = without_projection_head(model)
     assert isinstance(smaller, SynerNetForWeaklySupervisedSegmentation)
     pixel_values = torch.randn(1, 3, 40, 33, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -150,8 +152,7 @@ def test_mistakes_are_told_in_one_sentence(hub, run_folder, tmp_path):
         done = run_script(hub, tmp_path, str(run_folder), "owner/refused", **changes)
         assert done.returncode == 2
         assert told in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
-    script = load_script("push_synernet_to_hub")
-    assert script.main([str(tmp_path / "nothing"), "owner/refused"]) == 2
+    assert main(["push", str(tmp_path / "nothing"), "owner/refused"]) == 2
     assert ("models", "owner/refused") not in hub.repos
 
 

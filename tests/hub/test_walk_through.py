@@ -43,6 +43,10 @@ def test_the_walk_through_runs_as_written(tmp_path):
         (here / name).symlink_to(ROOT / name)
     (elsewhere / "sitecustomize.py").write_text(HIDE_PACKAGE)
     (elsewhere / "predict.py").write_text(blocks[3][1])
+    command = tmp_path / "bin" / "synernet"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m synernet_hf "$@"\n')
+    command.chmod(0o755)
     (here / "push.py").write_text(blocks[5][1])
 
     # one shell for all blocks, as for a reader; the Python block runs where the package cannot be imported
@@ -57,7 +61,7 @@ for attempt in $(seq 100); do (exec 3<> /dev/tcp/127.0.0.1/{port}) 2> /dev/null 
         ["set -e", start, "trap 'kill %1' EXIT", wait, steps[0], steps[1], predict, steps[2], "python push.py"]
     )
     environment = client_environment(None, here / "home", token=None) | {
-        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"
+        "PATH": f"{command.parent}:{Path(sys.executable).parent}:/usr/bin:/bin"
     }
     done = subprocess.run(
         ["bash", "-c", script.replace("8808", str(port))],

@@ -111,9 +111,9 @@ def test_settings_are_the_authors(tmp_path, weights):
     backbone = config.backbone_config
     assert (backbone.qkv_bias, backbone.layer_norm_eps, backbone.num_hidden_layers) == (False, 1e-5, LAYERS)
     assert (backbone.patch_size, backbone.image_size, backbone.num_attention_heads) == (8, 32, 2)
-    recipe = read_recipe(Path(__file__).resolve().parents[2] / "examples" / "recipes" / "voc12_authors.yaml")[
-        "model_config"
-    ]
+    recipe = read_recipe(
+        Path(__file__).resolve().parents[2] / "src" / "synernet_hf" / "recipes" / "voc12_authors.yaml"
+    )["model_config"]
     assert recipe["fusion"] == "fixed" and recipe["spatial_bce_branches"] == ["broad"]
     for name, value in recipe.items():
         given = getattr(config, name)

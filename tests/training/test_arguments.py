@@ -212,7 +212,7 @@ def test_every_number_has_a_range_and_what_is_outside_is_refused(group):
 def test_recipes_of_the_repository_are_valid(root, name):
     from synernet_hf import SynerNetConfig
 
-    recipe = root / "examples" / "recipes" / f"{name}.yaml"
+    recipe = root / "src" / "synernet_hf" / "recipes" / f"{name}.yaml"
     model_args, _, training_args = parse_arguments(["--config", str(recipe), "--output_dir", "run"])
     assert training_args.problems() == []
     assert (model_args.backbone is None) != (model_args.backbone_config is None)
@@ -226,7 +226,7 @@ def test_recipes_of_the_repository_are_valid(root, name):
 
 
 def test_the_authors_recipe_differs_where_method_and_code_do(root):
-    recipes = root / "examples" / "recipes"
+    recipes = root / "src" / "synernet_hf" / "recipes"
     ours, theirs = (read_recipe(recipes / f"{name}.yaml") for name in ("voc12", "voc12_authors"))
     differing = {key for key in ours | theirs if ours.get(key) != theirs.get(key)}
     assert differing == {"backbone_overrides", "model_config"}

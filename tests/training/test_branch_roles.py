@@ -7,7 +7,7 @@ import pytest
 from synernet_hf.training import parse_arguments, train
 
 
-RECIPES = Path(__file__).resolve().parents[2] / "examples" / "recipes"
+RECIPES = Path(__file__).resolve().parents[2] / "src" / "synernet_hf" / "recipes"
 
 
 @pytest.mark.slow

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from testing_utils import SynerNetModelTester
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+from synernet_hf.commands import main
 from synernet_hf.data import SHAPES_CLASSES, build_split, check_dataset
 from synernet_hf.metrics import MeanIoU
 from synernet_hf.model import PreparedImage
@@ -378,13 +378,6 @@ def test_table_holds_every_kind_and_marks_undefined_scores():
     assert cells == ["segmentation", "100.0", "100.0", "-"]
 
 
-def load_script(root, name):
-    spec = importlib.util.spec_from_file_location(f"example_{name}", root / "examples" / f"{name}.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
-
-
 @pytest.fixture
 def shapes_run(tiny_config, tmp_path):
     pytest.importorskip("accelerate")
@@ -418,10 +411,9 @@ def test_predictions_of_resized_images_are_scored_at_the_images_size():
         assert results[kind]["mean_iou_present"] == 1.0
 
 
-def test_evaluate_script_takes_its_data_from_the_run(root, shapes_run, tmp_path, capsys):
-    script = load_script(root, "evaluate")
+def test_evaluate_script_takes_its_data_from_the_run(shapes_run, tmp_path, capsys):
     output = tmp_path / "scores" / "scores.json"
-    assert script.main([str(shapes_run), "--baselines", "--output", str(output)]) == 0
+    assert main(["evaluate", str(shapes_run), "--baselines", "--output", str(output)]) == 0
     scores = json.loads(output.read_text())
     assert scores["metric_classes"] == SHAPES_CLASSES[:3]
     assert list(scores["results"]) == [
@@ -437,8 +429,10 @@ def test_evaluate_script_takes_its_data_from_the_run(root, shapes_run, tmp_path,
     assert [path.name for path in output.parent.iterdir()] == ["scores.json"]
     words = "--no_cams --no_multi_scale --max_samples 1 --num_workers 0 --classes dots --output".split()
     words.append(str(output))
-    assert script.main([str(shapes_run), *words]) == 0
+    assert main(["evaluate", str(shapes_run), *words, "--json"]) == 0
     scores = json.loads(output.read_text())
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == scores and "scores written to" in printed.err
     assert list(scores["results"]) == ["segmentation"] and scores["results"]["segmentation"]["num_images"] == 1
 
 
@@ -453,16 +447,16 @@ def test_evaluate_script_takes_its_data_from_the_run(root, shapes_run, tmp_path,
         (["--output", "."], "is a folder"),
     ],
 )
-def test_evaluate_script_refuses_in_a_sentence(root, shapes_run, capsys, words, sentence):
-    assert load_script(root, "evaluate").main([str(shapes_run), *words]) == 2
+def test_evaluate_script_refuses_in_a_sentence(shapes_run, capsys, words, sentence):
+    assert main(["evaluate", str(shapes_run), *words]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and sentence in error
 
 
-def test_evaluate_script_names_a_folder_without_model(root, tmp_path, capsys):
-    assert load_script(root, "evaluate").main([str(tmp_path / "none")]) == 2
+def test_evaluate_script_names_a_folder_without_model(tmp_path, capsys):
+    assert main(["evaluate", str(tmp_path / "none")]) == 2
     assert "none: no such folder" in capsys.readouterr().err
-    assert load_script(root, "evaluate").main([str(tmp_path)]) == 2
+    assert main(["evaluate", str(tmp_path)]) == 2
     assert "holds no trained model" in capsys.readouterr().err
 
 
@@ -489,39 +483,39 @@ def break_run(run, broken):
     "broken",
     ["no weights", "truncated weights", "foreign weights", "other shapes", "wrong config", "no processor"],
 )
-def test_a_broken_run_is_told_in_a_sentence(root, shapes_run, tiny_run_folder, tmp_path, capsys, script, broken):
+def test_a_broken_run_is_told_in_a_sentence(shapes_run, tiny_run_folder, tmp_path, capsys, script, broken):
     break_run(shapes_run, broken)
     words = [str(shapes_run)]
     if script == "predict":
         words += [str(tiny_run_folder / "image.png"), "--output_dir", str(tmp_path / "out")]
-    assert load_script(root, script).main(words) == 2
+    assert main([script, *words]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(error) == 1 and str(shapes_run) in error[0] and "give the folder of a finished run" in error[0]
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"data_args": 3}'])
-def test_evaluate_script_names_a_broken_record_of_the_run(root, shapes_run, capsys, content):
+def test_evaluate_script_names_a_broken_record_of_the_run(shapes_run, capsys, content):
     (shapes_run / "training_args.json").write_text(content)
-    assert load_script(root, "evaluate").main([str(shapes_run)]) == 2
+    assert main(["evaluate", str(shapes_run)]) == 2
     assert "training_args.json is not a record of a run's data" in capsys.readouterr().err
 
 
-def test_evaluate_script_checks_the_split_before_it_scores(root, shapes_run, tmp_path, capsys, monkeypatch):
+def test_evaluate_script_checks_the_split_before_it_scores(shapes_run, tmp_path, capsys, monkeypatch):
     devkit = write_voc_devkit(tmp_path)
     image = devkit.voc / "JPEGImages" / f"{devkit.validation_ids[1]}.jpg"
     image.write_bytes(b"no image")
-    script = load_script(root, "evaluate")
-    monkeypatch.setattr(script, "load_model_folder", lambda run: pytest.fail("the model was loaded before the check"))
+    loaded_early = "the model was loaded before the check"
+    monkeypatch.setattr("synernet_hf.model_folder.load_model_folder", lambda run: pytest.fail(loaded_early))
     words = [str(shapes_run), "--dataset", "voc2012", "--data_dir", str(devkit.root)]
-    assert script.main(words) == 2
+    assert main(["evaluate", *words]) == 2
     sentence = f"the image {devkit.validation_ids[1]} ("
     assert sentence in capsys.readouterr().err
     with pytest.raises(pytest.fail.Exception, match="before the check"):
-        script.main([*words, "--max_samples", "1"])  # the broken one is not asked for
+        main(["evaluate", *words, "--max_samples", "1"])  # the broken one is not asked for
 
 
-def test_predict_script_says_what_cannot_be_written(root, tiny_run_folder, tmp_path, capsys):
+def test_predict_script_says_what_cannot_be_written(tiny_run_folder, tmp_path, capsys):
     (tmp_path / "file").write_text("no folder")
     words = [
         str(tiny_run_folder),
@@ -529,26 +523,25 @@ def test_predict_script_says_what_cannot_be_written(root, tiny_run_folder, tmp_p
         "--output_dir",
         str(tmp_path / "file" / "out"),
     ]
-    assert load_script(root, "predict").main(words) == 2
+    assert main(["predict", *words]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: The results cannot be written") and str(tmp_path / "file") in error
 
 
 @pytest.mark.parametrize("scale", ["0", "-1", "nan", "inf"])
-def test_predict_script_refuses_scales_that_are_no_factors(root, tiny_run_folder, capsys, scale):
+def test_predict_script_refuses_scales_that_are_no_factors(tiny_run_folder, capsys, scale):
     words = [str(tiny_run_folder), str(tiny_run_folder / "image.png"), "--scales", "1.0", scale]
-    assert load_script(root, "predict").main(words) == 2
+    assert main(["predict", *words]) == 2
     assert "not all positive numbers" in capsys.readouterr().err
 
 
-def test_predict_script_writes_masks_and_overlays(root, tiny_run_folder, tmp_path, capsys):
+def test_predict_script_writes_masks_and_overlays(tiny_run_folder, tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 33, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 90 degrees
     Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=exif)
-    script = load_script(root, "predict")
     words = [str(tiny_run_folder), str(tiny_run_folder / "image.png"), str(tmp_path / "turned.jpg")]
-    assert script.main([*words, "--output_dir", str(tmp_path / "out"), "--scales", "1.0", "0.5", "--flip"]) == 0
+    assert main(["predict", *words, "--output_dir", str(tmp_path / "out"), "--scales", "1.0", "0.5", "--flip"]) == 0
     names = ["image_mask.png", "image_overlay.png", "turned_mask.png", "turned_overlay.png"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     with Image.open(tmp_path / "out" / "turned_mask.png") as mask:
@@ -564,14 +557,14 @@ def test_predict_script_writes_masks_and_overlays(root, tiny_run_folder, tmp_pat
 
 
 @pytest.mark.parametrize("broken", ["missing", "undecodable", "truncated", "twins"])
-def test_predict_script_checks_every_image_before_any_work(root, tiny_run_folder, tmp_path, capsys, broken):
+def test_predict_script_checks_every_image_before_any_work(tiny_run_folder, tmp_path, capsys, broken):
     good = tiny_run_folder / "image.png"
     bad = tmp_path / ("image.png" if broken == "twins" else "bad.png")
     content = {"undecodable": b"no image", "truncated": good.read_bytes()[:2000], "twins": good.read_bytes()}
     if broken != "missing":
         bad.write_bytes(content[broken])
     words = [str(tiny_run_folder), str(good), str(bad), "--output_dir", str(tmp_path / "out")]
-    assert load_script(root, "predict").main(words) == 2
+    assert main(["predict", *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and str(bad) in error and len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from testing_utils import TRAINED_MODEL as MODEL
 from testing_utils import SynerNetModelTester
 
 from synernet_hf import SynerNetConfig, SynerNetImageProcessor
+from synernet_hf.commands import main
 from synernet_hf.data import build_split
 from synernet_hf.training import (
     DataArguments,
@@ -86,12 +86,8 @@ def test_bad_images_are_left_out_and_the_class_list_is_kept(tmp_path, capsys, mo
     Image.new("L", (40, 32), 2).save(test / "validation" / "masks" / "x.png")
     (test / "validation" / "labels.csv").write_text("file_name,label\nx,dog\n")
     output = tmp_path / "scores.json"
-    script = Path(__file__).resolve().parents[2] / "examples" / "evaluate.py"
     words = [str(tmp_path / "run"), "--dataset", str(test), "--no_multi_scale", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", [script.name, *words])
-    with pytest.raises(SystemExit) as finished:
-        runpy.run_path(str(script), run_name="__main__")
-    assert not finished.value.code, capsys.readouterr().err
+    assert main(["evaluate", *words]) == 0, capsys.readouterr().err
     scores = json.loads(output.read_text())["results"]["segmentation"]["per_class_iou"]
     assert scores["dog"] is not None and list(scores) == ["background", "cat", "dog"]
 
@@ -184,18 +180,16 @@ def test_evaluation_decodes_beforehand_unless_told_otherwise(root, model_folder,
 
     monkeypatch.setattr(building, "check_dataset", recorded)
     words = evaluation_words(model_folder, write_images(tmp_path / "data"))
-    script = runpy.run_path(str(root / "examples" / "evaluate.py"))
-    assert script["main"](words + ["--no_check_data"] * (not check_data)) == 0
+    assert main(["evaluate", *words] + ["--no_check_data"] * (not check_data)) == 0
     assert seen == [check_data]
 
 
 def test_evaluation_needs_nothing_of_the_training_split(root, model_folder, tmp_path, capsys):
-    evaluate = runpy.run_path(str(root / "examples" / "evaluate.py"))["main"]
     data = write_images(tmp_path / "data")
     for index in range(4):
         (data / f"{index}.png").unlink()
-    words = [str(model_folder), "--no_multi_scale", "--no_cams", "--dataset"]
-    assert evaluate([*words, str(data)]) == 0, capsys.readouterr().err
+    words = ["evaluate", str(model_folder), "--no_multi_scale", "--no_cams", "--dataset"]
+    assert main([*words, str(data)]) == 0, capsys.readouterr().err
     # a devkit without training list and training images
     voc = tmp_path / "VOC2012"
     for folder in ("JPEGImages", "SegmentationClass", "Annotations", "ImageSets/Segmentation"):
@@ -204,19 +198,18 @@ def test_evaluation_needs_nothing_of_the_training_split(root, model_folder, tmp_
     Image.new("L", (40, 32), 12).save(voc / "SegmentationClass" / "x.png")
     (voc / "Annotations" / "x.xml").write_text("<a><object><name>dog</name></object></a>")
     (voc / "ImageSets" / "Segmentation" / "val.txt").write_text("x\n")
-    assert evaluate([*words, "voc2012", "--data_dir", str(voc)]) == 2
+    assert main([*words, "voc2012", "--data_dir", str(voc)]) == 2
     # it read the list, and goes no further because the model knows two classes only
     assert "The model does not know the data set's classes aeroplane" in capsys.readouterr().err
 
 
 def test_evaluation_takes_a_hub_id(root, model_folder, tmp_path, monkeypatch, capsys):
-    script = runpy.run_path(str(root / "examples" / "evaluate.py"))
-    monkeypatch.setitem(script["evaluate"].__globals__, "find_model_folder", lambda run: model_folder)
+    monkeypatch.setattr("synernet_hf.model_folder.find_model_folder", lambda run, **options: model_folder)
     output = tmp_path / "scores.json"
     words = ["--no_multi_scale", "--no_cams", "--output", str(output), "--on_bad_image", "skip"]
-    assert script["main"](["owner/cats", *words]) == 2
+    assert main(["evaluate", "owner/cats", *words]) == 2
     assert "owner/cats does not say which data set it was trained on; name one" in capsys.readouterr().err
-    assert script["main"](["owner/cats", *words, "--dataset", str(write_images(tmp_path / "data"))]) == 0
+    assert main(["evaluate", "owner/cats", *words, "--dataset", str(write_images(tmp_path / "data"))]) == 0
     assert json.loads(output.read_text())["run"] == "owner/cats"
 
 

@@ -1,12 +1,32 @@
 """
 The command `synernet`: one module per command, with `make_parser`, `read` (reads and checks a command line, without torch)
-and `run`, which gets what `read` returned and imports what takes seconds.
+and `run`, which gets what `read` returned and imports what takes seconds. Where there is `--json`, `run` gets a second
+argument, which prints the answer.
 """
 
+import os
 import sys
+from argparse import ArgumentParser
+from collections.abc import Callable
+from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
+from types import ModuleType
 
-from synernet_hf.cli import quiet_libraries, run_command
+from synernet_hf import __version__
+from synernet_hf.cli import CommandParser, InvalidArguments, json_answer, quiet_libraries, run_command
+
+
+COMMANDS = {
+    "demo": "go the whole way on generated images, without download",
+    "check-data": "look at a data set before training on it",
+    "train": "train a model from image labels",
+    "evaluate": "score a model on images with masks",
+    "predict": "segment images",
+    "pseudo-labels": "write pixel labels of a whole data set",
+    "export": "write a model as ONNX",
+    "push": "push a trained model to the Hub",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,15 +39,55 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         `int`: exit status, as in [`~synernet_hf.cli.run_command`].
     """
-    name, *words = sys.argv[1:] if argv is None else argv
-    return run_command(_run, name, words)
+    return run_command(_run, sys.argv[1:] if argv is None else argv)
 
 
-def _run(name: str, words: list[str]) -> int | None:
-    command = import_module(f"synernet_hf.commands.{name.replace('-', '_')}")
-    given = command.read(words)
+def _run(words: list[str]) -> int | None:
+    if "_ARGCOMPLETE" in os.environ:
+        # a shell asks for completions; it ends the process
+        import_module("argcomplete").autocomplete(make_parser(lambda name: _module(name).make_parser()))
+    name, *rest = words or ["--help"]
+    if name not in COMMANDS:
+        if not name.startswith("-"):
+            close = get_close_matches(name, COMMANDS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"give one of {', '.join(COMMANDS)}."
+            raise InvalidArguments(f"There is no command {name}: {hint}")
+        make_parser(lambda _: ArgumentParser()).parse_args(words or ["--help"])
+    command = _module(name)
+    given = command.read(rest)
     quiet_libraries()
-    return command.run(given)
+    if not hasattr(given, "json"):
+        return command.run(given)
+    with json_answer(given.json) as answer:
+        return command.run(given, answer)
 
 
-__all__ = ["main"]
+def _module(name: str) -> ModuleType:
+    return import_module(f"{__name__}.{name.replace('-', '_')}")
+
+
+def make_parser(parser_of: Callable[[str], ArgumentParser]) -> CommandParser:
+    """
+    Makes the parser of `synernet` itself.
+
+    Args:
+        parser_of (`Callable[[str], ArgumentParser]`): Gives the parser of a command.
+
+    Returns:
+        [`~synernet_hf.cli.CommandParser`]
+    """
+    parser = CommandParser(
+        prog="synernet",
+        description="Semantic segmentation learnt from image-level labels. `synernet COMMAND --help` tells more.",
+    )
+    parser.formatter_class = partial(parser.formatter_class, max_help_position=24)
+    parser.add_argument("--version", action="version", version=f"synernet_hf {__version__}")
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", parser_class=lambda prog, **_: parser_of(prog.split()[-1])
+    )
+    for name, purpose in COMMANDS.items():
+        commands.add_parser(name, help=purpose)
+    return parser
+
+
+__all__ = ["COMMANDS", "main", "make_parser"]

@@ -1,20 +1,22 @@
 """
 Write the pseudo-labels of a whole data set, for any segmentation model, or read corrected ones back.
 
-DIR/masks/IMAGE_ID.png are palette masks (0 background, 255 undecided), DIR/manifest.parquet lists them, the least
-confident image first, and DIR/report.html shows these. --format writes the masks for annotation tools and trainers as
-well; `synernet pseudo-labels DIR --from EXPORT --output NEW` reads what was corrected there into a new folder. The processes share the images; after an interruption the same command keeps what is finished. With
---num_shards N --shard K (0 to N - 1), on any machine, a command makes every N-th image; the same one without them checks
-the masks of all shards, makes those that are missing, and writes the manifest.
-Without data options, the data set is the one RUN was trained on. Several devices: `accelerate launch -m synernet_hf
-pseudo-labels RUN --output DIR`.
+OUTPUT/masks/IMAGE_ID.png are palette masks (0 background, 255 undecided), OUTPUT/manifest.parquet lists them, the least
+confident image first, and OUTPUT/report.html shows these. --format writes the masks for annotation tools and trainers as
+well; `synernet pseudo-labels OUTPUT --from EXPORT --output NEW` reads what was corrected there into a new folder.
+
+Several devices: `accelerate launch -m synernet_hf pseudo-labels RUN --output OUTPUT`. The processes share the images;
+after an interruption the same command keeps what is finished. With --num_shards N --shard K (0 to N - 1), on any machine,
+a command makes every N-th image; the same one without them checks the masks of all shards, makes those that are missing,
+and writes the manifest. Without data options, the data set is the one RUN was trained on.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from synernet_hf.cli import CommandParser
+from synernet_hf.cli import CommandParser, add_json_option
 from synernet_hf.training import data_parser, read_data_arguments
 
 
@@ -25,7 +27,7 @@ NUM_SHOWN = 5
 
 def make_parser() -> CommandParser:
     """Data options that are not on the command line are None."""
-    parser = data_parser(description=__doc__)
+    parser = data_parser(prog="synernet pseudo-labels", description=__doc__)
     parser.add_argument(
         "run", help="folder or Hub id of a trained model; with --from, the pseudo-labels that were corrected"
     )
@@ -65,6 +67,7 @@ def make_parser() -> CommandParser:
     )
     parser.add_argument("--num_shards", type=int, default=1, help="label the images in so many commands (default: 1)")
     parser.add_argument("--shard", type=int, help="which of them this command is, from 0")
+    add_json_option(parser, "the number of masks and the first images to review")
     return parser
 
 
@@ -85,10 +88,10 @@ def read(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, answer: Callable[[Any], None]) -> None:
     """Load the run and the data, write what is missing, and name the images to look at first."""
     if args.corrected is not None:
-        return read_corrected(args)
+        return read_corrected(args, answer)
 
     import datasets
     import torch
@@ -124,23 +127,33 @@ def run(args: argparse.Namespace) -> None:
         on_bad_image=data_args.on_bad_image,
         progress=True,
     )
-    if accelerator.is_main_process and options.shard is not None:
-        print(
-            f"shard {options.shard} of {options.num_shards}: {len(manifest)} masks are in {args.output / 'masks'}; after the "
-            "last shard, the same command without --num_shards and --shard writes the manifest."
-        )
-    elif accelerator.is_main_process:
-        for path in write_for_review(args, split):
-            print(f"written: {path}")
-        print(f"{len(manifest)} of {len(split)} images have a mask in {args.output / 'masks'}")
-        print(f"manifest: {args.output / 'manifest.parquet'}; the first images to review:")
-        for row in manifest.slice(0, NUM_SHOWN).to_pylist():
-            missing = f", not found: {', '.join(row['missing_classes'])}" if row["missing_classes"] else ""
-            print(
-                f"  {row['image_id']}: confidence {row['confidence']:.3f}, decided {100 * row['coverage']:.1f} %, "
-                f"classes {', '.join(row['classes']) or 'none'}{missing}"
-            )
+    if accelerator.is_main_process:
+        written = [] if options.shard is not None else write_for_review(args, split)
+        first = manifest.slice(0, NUM_SHOWN).to_pylist()
+        _tell(args, len(split), len(manifest), first, written)
+        counts = {"output": str(args.output), "images": len(split), "masks": len(manifest)}
+        answer(counts | {"written": list(map(str, written)), "review_first": first})
     accelerator.end_training()
+
+
+def _tell(args: argparse.Namespace, images: int, masks: int, first: list[dict], written: list[Path]) -> None:
+    """Print what there is now, and the images to look at first."""
+    if args.shard is not None:
+        print(
+            f"shard {args.shard} of {args.num_shards}: {masks} masks are in {args.output / 'masks'}; after the last shard, "
+            "the same command without --num_shards and --shard writes the manifest."
+        )
+        return
+    for path in written:
+        print(f"written: {path}")
+    print(f"{masks} of {images} images have a mask in {args.output / 'masks'}")
+    print(f"manifest: {args.output / 'manifest.parquet'}; the first images to review:")
+    for row in first:
+        missing = f", not found: {', '.join(row['missing_classes'])}" if row["missing_classes"] else ""
+        print(
+            f"  {row['image_id']}: confidence {row['confidence']:.3f}, decided {100 * row['coverage']:.1f} %, "
+            f"classes {', '.join(row['classes']) or 'none'}{missing}"
+        )
 
 
 def write_for_review(args: argparse.Namespace, split: Any) -> list[Path]:
@@ -151,12 +164,13 @@ def write_for_review(args: argparse.Namespace, split: Any) -> list[Path]:
     return [*export_masks(args.output, formats), write_report(args.output, split)]
 
 
-def read_corrected(args: argparse.Namespace) -> None:
+def read_corrected(args: argparse.Namespace, answer: Callable[[Any], None]) -> None:
     """Make a folder of pseudo-labels with the corrected masks."""
     from synernet_hf.review import import_masks
 
     found, changed = import_masks(args.corrected, args.run, args.output)
     print(f"{found} masks read, {changed} of which differ from {args.run}; all pseudo-labels are in {args.output}")
+    answer({"output": str(args.output), "masks": found, "changed": changed})
 
 
 __all__ = ["make_parser", "read", "run"]

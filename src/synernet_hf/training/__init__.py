@@ -15,6 +15,7 @@ from synernet_hf.training.arguments import (
     parse_arguments,
     read_data_arguments,
     read_recipe,
+    training_parser,
 )
 
 
@@ -75,4 +76,5 @@ __all__ = [
     "results_table",
     "sum_over_processes",
     "train",
+    "training_parser",
 ]

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import dataclasses
+import difflib
 import importlib.util
 import inspect
 import math
@@ -22,6 +23,8 @@ from synernet_hf.files import one_line, read_json
 
 # the record of a run's settings, in its folder and in each checkpoint
 ARGUMENTS_FILE = "training_args.json"
+# those that the package brings, for `--config NAME`
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 MAX_RECIPE_BYTES = 1_000_000
 MAX_DEPTH = 32
 
@@ -272,7 +275,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     Reads a recipe: a YAML file of flat keys, each a field of one of the three argument classes.
 
     Args:
-        path (`str` or `Path`): The file.
+        path (`str` or `Path`): The file, or the name of a recipe of the package, such as `"tiny_cpu"`.
 
     Returns:
         `dict[str, Any]`: the settings, unknown keys and wrong kinds refused.
@@ -282,7 +285,15 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise InvalidArguments(f"The recipe {path} does not exist: give `--config` the path of a YAML file.")
+        names = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
+        if str(path) not in names:
+            close = difflib.get_close_matches(path.stem, names, n=1)
+            hint = f"did you mean {close[0]}? Otherwise " if close else ""
+            raise InvalidArguments(
+                f"The recipe {path} does not exist: {hint}give `--config` the path of a YAML file or one of "
+                f"{', '.join(names)}."
+            )
+        path = RECIPES / f"{path}.yaml"
     if path.stat().st_size > MAX_RECIPE_BYTES:
         raise InvalidArguments(f"{path} has {path.stat().st_size:,} bytes, too many for a recipe: give a YAML file.")
     try:
@@ -322,6 +333,26 @@ def _wrong_kind(hint: Any, value: Any) -> str | None:
     return None if fits and (kind is not float or math.isfinite(value)) else wanted
 
 
+def training_parser() -> CommandParser:
+    """
+    Makes the parser of `synernet train`.
+
+    Returns:
+        [`~synernet_hf.cli.CommandParser`]: with the fields of the three argument groups, of which only those that are
+        on the command line are in its result, and `--config`.
+    """
+    # only what is on the command line, so that the recipe decides on the rest
+    parser = CommandParser(
+        *ARGUMENT_CLASSES, prog="synernet train", description="Train a model from image labels.", only_given=True
+    )
+    parser.add_argument(
+        "--config",
+        metavar="RECIPE",
+        help="YAML file with any of the settings above, or the name of a recipe, such as voc_animals.",
+    )
+    return parser
+
+
 def parse_arguments(
     argv: list[str] | None = None, further_options: Collection[str] = ()
 ) -> tuple[ModelArguments, DataArguments, SynerNetTrainingArguments]:
@@ -349,9 +380,7 @@ def parse_arguments(
     >>> data_args.dataset, training_args.max_steps
     ('shapes', 10)
     ```"""
-    # only what is on the command line, so that the recipe decides on the rest
-    parser = CommandParser(*ARGUMENT_CLASSES, description="Train SynerNet from image labels.", only_given=True)
-    parser.add_argument("--config", metavar="RECIPE", help="YAML file with any of the settings above.")
+    parser = training_parser()
     parser.further_options = further_options
     given = vars(parser.parse_args(argv))
     recipe = given.pop("config")
@@ -362,19 +391,19 @@ def parse_arguments(
     )
 
 
-def data_parser(*groups: type, description: str | None = None) -> CommandParser:
+def data_parser(*groups: type, description: str | None = None, prog: str | None = None) -> CommandParser:
     """
     Makes the parser of a script that reads data without training on it. Data options that are not on the command
     line are `None`, for [`read_data_arguments`] to fill in.
 
     Args:
         groups (`type`): Further dataclasses of options.
-        description (`str`, *optional*): Shown by `--help` as it is.
+        description, prog (`str`, *optional*): Shown by `--help` as they are.
 
     Returns:
         [`~synernet_hf.cli.CommandParser`]: with the fields of [`DataSourceArguments`] and of `groups`.
     """
-    parser = CommandParser(DataSourceArguments, *groups, description=description)
+    parser = CommandParser(DataSourceArguments, *groups, description=description, prog=prog)
     parser.set_defaults(**dict.fromkeys(item.name for item in dataclasses.fields(DataSourceArguments)))
     return parser
 

@@ -1,20 +1,28 @@
-"""Pushes a trained folder to the Hub in one commit: weights, image processor, code, pipeline and model card.
-
-    python scripts/push_synernet_to_hub.py runs/voc_animals your-name/synernet-voc-animals --license apache-2.0
+"""
+Push a trained model to the Hub in one commit: weights, image processor, code, pipeline and model card.
 
 The token is that of `hf auth login` or of HF_TOKEN. Settings of the run, checkpoints and logs stay where they are.
 """
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from synernet_hf.cli import CommandParser, answer_early, run_command
+from synernet_hf.cli import CommandParser
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = CommandParser(description=__doc__)
+if TYPE_CHECKING:
+    from synernet_hf import SynerNetForWeaklySupervisedSegmentation
+
+
+CARD_FILE = "README.md"
+IMAGES_FILE = "images.png"
+
+
+def make_parser() -> CommandParser:
+    """It needs no extra."""
+    parser = CommandParser(prog="synernet push", description=__doc__)
     parser.add_argument("run", type=Path, help="folder that training left")
     parser.add_argument("repo_id", help="repository on the Hub, as owner/name")
     parser.add_argument(
@@ -30,25 +38,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="push the inference-only form (with_projection_head=False); training cannot go on from it as it was",
     )
     parser.add_argument("--no_images", action="store_true", help="leave the image grid out of the card")
-    return parser.parse_args(argv)
+    return parser
 
 
-if __name__ == "__main__":
-    # a wrong command line is answered before the imports below, which take seconds
-    answer_early(parse_arguments)
-
-from huggingface_hub import CommitOperationAdd, HfApi
-
-from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetSegmentationPipeline
-from synernet_hf.model_card import published_card
-from synernet_hf.model_folder import find_model_folder, load_model_folder
+def read(argv: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    return make_parser().parse_args(argv)
 
 
-CARD_FILE = "README.md"
-IMAGES_FILE = "images.png"
-
-
-def without_projection_head(model: SynerNetForWeaklySupervisedSegmentation) -> SynerNetForWeaklySupervisedSegmentation:
+def without_projection_head(
+    model: "SynerNetForWeaklySupervisedSegmentation",
+) -> "SynerNetForWeaklySupervisedSegmentation":
     """
     The inference-only form of a model: projection heads and prototypes, which only training uses, are left out.
 
@@ -61,8 +61,10 @@ def without_projection_head(model: SynerNetForWeaklySupervisedSegmentation) -> S
     Raises:
         ValueError: If anything else than the projection heads would be lost.
     """
+    from synernet_hf import SynerNetConfig
+
     config = SynerNetConfig.from_dict(model.config.to_dict() | {"with_projection_head": False})
-    smaller = SynerNetForWeaklySupervisedSegmentation(config).to(model.dtype)
+    smaller = type(model)(config).to(model.dtype)
     wrong = smaller.load_state_dict(model.state_dict(), strict=False)
     lost = [name for name in wrong.unexpected_keys if ".projection_head." not in name]
     if wrong.missing_keys or lost:
@@ -83,6 +85,10 @@ def write_folder(run: Path, folder: Path, args: argparse.Namespace) -> None:
         OSError: If the run lacks a file.
         ValueError: If a file cannot be used.
     """
+    from synernet_hf import SynerNetSegmentationPipeline
+    from synernet_hf.model_card import published_card
+    from synernet_hf.model_folder import find_model_folder, load_model_folder
+
     run = find_model_folder(run, on_hub=False)
     if not (run / CARD_FILE).is_file():
         raise FileNotFoundError(f"{run / CARD_FILE} is missing; give a folder as training leaves it.")
@@ -117,6 +123,8 @@ def push(folder: Path, args: argparse.Namespace) -> str:
     Raises:
         ValueError: If `private` is set and the repository is there already and public; nothing is pushed then.
     """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
     api = HfApi()
     # where somebody else's repository is there already, a pull request needs no right to write
     api.create_repo(args.repo_id, private=args.private or None, exist_ok=True)
@@ -138,7 +146,7 @@ def push(folder: Path, args: argparse.Namespace) -> str:
     return commit.pr_url or commit.commit_url
 
 
-def write_and_push(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Collects the files of the repository in a temporary folder and pushes them."""
     with tempfile.TemporaryDirectory() as temporary:
         write_folder(args.run, Path(temporary), args)
@@ -147,10 +155,4 @@ def write_and_push(args: argparse.Namespace) -> None:
     print(f"{size / 2**20:.1f} MiB are at {address}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the script; return its exit code."""
-    return run_command(write_and_push, parse_arguments(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+__all__ = ["make_parser", "read", "run"]

@@ -1,0 +1,93 @@
+"""The command `synernet`: what it lists, what it answers, and where it prints that."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from synernet_hf import SynerNetSegmentationPipeline, __version__
+from synernet_hf.commands import COMMANDS, main
+from synernet_hf.model_folder import load_model_folder
+
+
+FOLDER = Path(__file__).resolve().parents[1] / "src" / "synernet_hf" / "commands"
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]], ids=str)
+def test_help_lists_every_command_with_its_purpose(words, capsys):
+    with pytest.raises(SystemExit, match="^(0|None)$"):
+        main(words)
+    printed = capsys.readouterr().out
+    for name, purpose in COMMANDS.items():
+        assert re.search(rf"^ +{name} +{purpose}$", printed, re.MULTILINE), printed
+    assert {path.stem.replace("_", "-") for path in FOLDER.glob("[a-z]*.py")} == set(COMMANDS)
+
+
+def test_a_command_knows_its_name(capsys):
+    for name in COMMANDS:
+        with pytest.raises(SystemExit, match="^(0|None)$"):
+            main([name, "--help"])
+        assert capsys.readouterr().out.startswith(f"usage: synernet {name} [-h]")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["trian"], "There is no command trian: did you mean train?"),
+        (["waffle"], f"There is no command waffle: give one of {', '.join(COMMANDS)}."),
+        (["pseudo_labels"], "There is no command pseudo_labels: did you mean pseudo-labels?"),
+        (["--verison"], "There is no option --verison: did you mean --version?"),
+        (["train", "--config", "voc_animal"], "The recipe voc_animal does not exist: did you mean voc_animals?"),
+        (
+            ["train", "--config", "examples/recipes/voc12.yaml"],
+            "The recipe examples/recipes/voc12.yaml does not exist: did you mean voc12?",
+        ),
+    ],
+    ids=str,
+)
+def test_a_misspelt_word_is_answered_with_what_was_meant(words, sentence, capsys):
+    try:
+        status = main(words)
+    except SystemExit as stop:
+        status = stop.code
+    errors = capsys.readouterr().err
+    assert status == 2 and errors.startswith(f"error: {sentence}") and errors.count("\n") == 1, errors
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="^(0|None)$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"synernet_hf {__version__}\n"
+
+
+def test_predict_answers_with_files_and_with_the_classes_and_scores_of_the_pipeline(tiny_run_folder, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes((tiny_run_folder / "image.png").read_bytes())
+    (tmp_path / "images" / "b.png").write_bytes(b"no image")
+    words = [
+        "predict",
+        str(tiny_run_folder),
+        str(tmp_path / "images"),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--json",
+    ]
+    assert main(words) == 2
+    printed = capsys.readouterr()
+    answer = json.loads(printed.out)
+    assert printed.err.splitlines()[-1].startswith("error: 1 of 2 images cannot be decoded")
+    assert [Path(left_out["image"]).name for left_out in answer["left_out"]] == ["b.png"]
+    [result] = answer["results"]
+    mask = np.asarray(Image.open(result["mask"]))
+    model, processor = load_model_folder(tiny_run_folder)
+    segmenter = SynerNetSegmentationPipeline(model=model, image_processor=processor)
+    segments = {segment["label"]: segment["score"] for segment in segmenter(result["image"])}
+    for found in result["classes"]:
+        where = mask == model.config.label2id[found["label"]]
+        assert found["coverage"] == where.mean()
+        if found["label"] != "background":
+            assert found["score"] == pytest.approx(segments.pop(found["label"]), rel=1e-4)
+    assert not segments and sum(found["coverage"] for found in result["classes"]) == pytest.approx(1)
