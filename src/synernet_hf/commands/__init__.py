@@ -6,10 +6,7 @@ argument, which prints the answer.
 
 import os
 import sys
-from argparse import ArgumentParser
-from collections.abc import Callable
 from difflib import get_close_matches
-from functools import partial
 from importlib import import_module
 from types import ModuleType
 
@@ -44,15 +41,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int | None:
     if "_ARGCOMPLETE" in os.environ:
-        # a shell asks for completions; it ends the process
-        import_module("argcomplete").autocomplete(make_parser(lambda name: _module(name).make_parser()))
+        _complete()
     name, *rest = words or ["--help"]
     if name not in COMMANDS:
         if not name.startswith("-"):
             close = get_close_matches(name, COMMANDS, n=1)
             hint = f"did you mean {close[0]}?" if close else f"give one of {', '.join(COMMANDS)}."
             raise InvalidArguments(f"There is no command {name}: {hint}")
-        make_parser(lambda _: ArgumentParser()).parse_args(words or ["--help"])
+        _make_parser().parse_args(words or ["--help"])
     command = _module(name)
     given = command.read(rest)
     quiet_libraries()
@@ -66,28 +62,26 @@ def _module(name: str) -> ModuleType:
     return import_module(f"{__name__}.{name.replace('-', '_')}")
 
 
-def make_parser(parser_of: Callable[[str], ArgumentParser]) -> CommandParser:
-    """
-    Makes the parser of `synernet` itself.
-
-    Args:
-        parser_of (`Callable[[str], ArgumentParser]`): Gives the parser of a command.
-
-    Returns:
-        [`~synernet_hf.cli.CommandParser`]
-    """
+def _make_parser() -> CommandParser:
+    """The parser of what stands before the name of a command."""
+    listed = "\n".join(f"  {name:<{max(map(len, COMMANDS))}}  {purpose}" for name, purpose in COMMANDS.items())
     parser = CommandParser(
         prog="synernet",
-        description="Semantic segmentation learnt from image-level labels. `synernet COMMAND --help` tells more.",
+        description=f"Semantic segmentation learnt from image-level labels.\n\ncommands:\n{listed}\n\n"
+        "`synernet COMMAND --help` lists the options of a command.",
     )
-    parser.formatter_class = partial(parser.formatter_class, max_help_position=24)
-    parser.add_argument("--version", action="version", version=f"synernet_hf {__version__}")
-    commands = parser.add_subparsers(
-        title="commands", metavar="COMMAND", parser_class=lambda prog, **_: parser_of(prog.split()[-1])
-    )
-    for name, purpose in COMMANDS.items():
-        commands.add_parser(name, help=purpose)
+    parser.usage = "synernet [-h] [--version] COMMAND ..."
+    parser.add_argument("--version", action="version", version=f"synernet_hf {__version__}", help="show the version")
     return parser
 
 
-__all__ = ["COMMANDS", "main", "make_parser"]
+def _complete() -> None:
+    """Answers a shell that asks argcomplete how a command line may go on, and ends the process."""
+    parser = _make_parser()
+    commands = parser.add_subparsers(parser_class=lambda prog, **_: _module(prog.split()[-1]).make_parser())
+    for name, purpose in COMMANDS.items():
+        commands.add_parser(name, help=purpose)
+    import_module("argcomplete").autocomplete(parser)
+
+
+__all__ = ["COMMANDS", "main"]
