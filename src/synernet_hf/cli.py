@@ -6,12 +6,15 @@ import difflib
 import enum
 import errno
 import json
+import os
 import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -244,12 +247,19 @@ def _transport_error() -> type[Exception]:
 
 
 def quiet_libraries() -> None:
-    """Hides the bars of transformers for loading and saving, which take no time; those of downloads are shown."""
+    """
+    Hides what libraries say that a user cannot act on: the bars of transformers for loading and saving, which take no
+    time; and where standard error is no terminal, the bars of downloads and of `datasets` as well.
+    """
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    enable_progress_bars()
+    if sys.stderr.isatty():
+        enable_progress_bars()
+    else:
+        # read by the import of datasets, which takes a second that not every command has to spend
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def add_json_option(parser: argparse.ArgumentParser, answer: str) -> None:
@@ -313,9 +323,18 @@ def run_command(command: Callable[..., int | None], *args: Any) -> int:
         problem, status = error, 1
     text = str(problem) or ("Terminated." if status == 143 else "Interrupted.")
     # messages of libraries have line breaks within their sentences
-    for line in text.splitlines() if isinstance(problem, InvalidArguments) else [one_line(text)]:
+    lines = text.splitlines() if isinstance(problem, InvalidArguments) else [one_line(text)]
+    for line in lines:
         print(f"error: {line}", file=sys.stderr)
+    _tell_launcher("; ".join(lines))
     return status
+
+
+def _tell_launcher(text: str) -> None:
+    """Has torchrun, and `accelerate launch` with several processes, close their own report with the error."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        content = {"message": f"error: {text}", "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": content}), encoding="utf-8")
 
 
 __all__ = [
