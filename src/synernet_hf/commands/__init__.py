@@ -84,4 +84,4 @@ def _complete() -> None:
     import_module("argcomplete").autocomplete(parser)
 
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["main"]
