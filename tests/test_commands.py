@@ -2,7 +2,9 @@
 
 import json
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,6 +57,24 @@ def test_a_misspelt_word_is_answered_with_what_was_meant(words, sentence, capsys
         status = stop.code
     errors = capsys.readouterr().err
     assert status == 2 and errors.startswith(f"error: {sentence}") and errors.count("\n") == 1, errors
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [("synernet pre", ["predict", "--version"]), ("synernet train --max", ["--max_steps", "--config"])],
+)
+def test_a_shell_is_offered_commands_and_options(line, offered, monkeypatch):
+    def autocomplete(parser):
+        [commands] = [action for action in parser._actions if action.choices]
+        known = parser if "train" not in line else commands.choices["train"]
+        assert set(offered) <= {*known._option_string_actions, *commands.choices}
+        raise SystemExit(0)
+
+    monkeypatch.setitem(sys.modules, "argcomplete", SimpleNamespace(autocomplete=autocomplete))
+    monkeypatch.setenv("_ARGCOMPLETE", "1")
+    monkeypatch.setenv("COMP_LINE", line)
+    with pytest.raises(SystemExit, match="^0$"):
+        main([])
 
 
 def test_version(capsys):

@@ -9,6 +9,7 @@ import sys
 from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from synernet_hf import __version__
 from synernet_hf.cli import CommandParser, InvalidArguments, json_answer, quiet_libraries, run_command
@@ -78,7 +79,14 @@ def _make_parser() -> CommandParser:
 def _complete() -> None:
     """Answers a shell that asks argcomplete how a command line may go on, and ends the process."""
     parser = _make_parser()
-    commands = parser.add_subparsers(parser_class=lambda prog, **_: _module(prog.split()[-1]).make_parser())
+    asked = os.environ.get("COMP_LINE", "").split()
+
+    def parser_of(prog: str, **_: Any) -> CommandParser:
+        # the others need not be there: some need an extra
+        name = prog.split()[-1]
+        return _module(name).make_parser() if name in asked else CommandParser()
+
+    commands = parser.add_subparsers(parser_class=parser_of)
     for name, purpose in COMMANDS.items():
         commands.add_parser(name, help=purpose)
     import_module("argcomplete").autocomplete(parser)
