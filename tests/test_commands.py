@@ -28,11 +28,13 @@ def test_help_lists_every_command_with_its_purpose(words, capsys):
     assert {path.stem.replace("_", "-") for path in FOLDER.glob("[a-z]*.py")} == set(COMMANDS)
 
 
-def test_a_command_knows_its_name(capsys):
+def test_a_usage_names_the_command_and_what_it_needs(capsys):
+    needed = {"evaluate": " MODEL", "predict": " MODEL IMAGE ...", "pseudo-labels": " MODEL --output OUTPUT"}
+    needed |= {"export": " MODEL --onnx OUT", "push": " RUN REPO_ID"}
     for name in COMMANDS:
         with pytest.raises(SystemExit, match="^(0|None)$"):
             main([name, "--help"])
-        assert capsys.readouterr().out.startswith(f"usage: synernet {name} [-h]")
+        assert capsys.readouterr().out.startswith(f"usage: synernet {name} [OPTION ...]{needed.get(name, '')}\n")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -52,6 +53,20 @@ def _with_default(action: argparse.Action) -> str:
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         return _with_default(action)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Fills paragraphs to the width of the terminal, and keeps those with indented lines, which are examples."""
+        paragraphs = text.strip("\n").split("\n\n")
+        return "\n\n".join(it if re.search("^ ", it, re.MULTILINE) else textwrap.fill(it, width) for it in paragraphs)
+
+    def add_usage(self, usage: str | None, actions: Any, *args: Any, **options: Any) -> None:
+        """The usage names what has to be given; options are listed below it, and some commands have sixty."""
+        words = ["%(prog)s", "[OPTION ...]"]
+        for action in actions:
+            if action.required:
+                name = action.metavar or (action.dest.upper() if action.option_strings else action.dest)
+                words += [*action.option_strings[:1], f"{name} ..." if action.nargs == "+" else name]
+        super().add_usage(usage or " ".join(words), actions, *args, **options)
 
 
 def true_or_false(word: str) -> bool:
@@ -107,9 +122,11 @@ class CommandParser(argparse.ArgumentParser):
         self.further_options: Collection[str] = ()
         for group in groups:
             hints = get_type_hints(group)
+            title = one_line(group.__doc__ or "").partition(".")[0]
+            section = self.add_argument_group(title[:1].lower() + title[1:] if len(title) < 80 else group.__name__)
             for item in dataclasses.fields(group):
                 if item.init:
-                    self._add_field(item, hints[item.name])
+                    self._add_field(section, item, hints[item.name])
         for action in self._actions[1:]:
             # the spelling with hyphens is read, and not shown again
             action.option_strings = action.option_strings[:1]
@@ -118,15 +135,15 @@ class CommandParser(argparse.ArgumentParser):
             if only_given:
                 action.help, action.default = _with_default(action), argparse.SUPPRESS
 
-    def _add_field(self, item: dataclasses.Field, hint: Any) -> None:
+    def _add_field(self, section: Any, item: dataclasses.Field, hint: Any) -> None:
         default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
         found = {"required": True} if default is dataclasses.MISSING else {"default": default}
         found |= _how_to_read(hint, default) | item.metadata
         hyphens = item.name.replace("_", "-")
-        self.add_argument(f"--{item.name}", f"--{hyphens}", **found)
+        section.add_argument(f"--{item.name}", f"--{hyphens}", **found)
         if hint is bool and default is True:
             off = {"action": "store_false", "dest": item.name, "default": False}
-            self.add_argument(f"--no_{item.name}", f"--no-{hyphens}", **off)
+            section.add_argument(f"--no_{item.name}", f"--no-{hyphens}", **off)
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         """Reads a command line, of which every word must be known."""

@@ -1,7 +1,7 @@
 """
 Score a trained model on a split with masks.
 
-Without data options, the data is that of the training. Several devices: `accelerate launch -m synernet_hf evaluate RUN`.
+Without data options, the data is that of the training. Several devices: `accelerate launch -m synernet_hf evaluate MODEL`.
 """
 
 import argparse
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def make_parser() -> CommandParser:
     """Data options that are not on the command line are None."""
     parser = data_parser(prog="synernet evaluate", description=__doc__)
-    parser.add_argument("run", help="folder or Hub id of a trained model, such as runs/voc_animals")
-    data = parser.add_argument_group("what to score on (default: the data of the training, RUN/training_args.json)")
+    parser.add_argument("run", metavar="MODEL", help="folder or Hub id of a trained model, such as runs/voc_animals")
+    data = parser.add_argument_group("what to score on (default: the data of the training, MODEL/training_args.json)")
     data.add_argument("--classes", nargs="+", help="classes that the means are taken over")
     data.add_argument(
         "--no_check_data", dest="check_data", action="store_false", default=None, help="decode no image beforehand"

@@ -17,7 +17,7 @@ from synernet_hf.files import one_line
 def make_parser() -> CommandParser:
     """It has no option of other formats."""
     parser = CommandParser(prog="synernet export", description=__doc__)
-    parser.add_argument("model", help="folder of a trained model, or its name on the Hub")
+    parser.add_argument("model", metavar="MODEL", help="folder of a trained model, or its name on the Hub")
     parser.add_argument("--onnx", type=Path, required=True, metavar="OUT", help="the ONNX file to write")
     parser.add_argument(
         "--inference_branches", choices=("both", "broad", "precise"), default="both", help="encoders in the graph"

@@ -29,6 +29,7 @@ def make_parser() -> CommandParser:
     parser.add_argument("run", metavar="MODEL", help="folder or Hub id of a trained model, such as runs/voc_animals")
     parser.add_argument(
         "images",
+        metavar="IMAGE",
         nargs="+",
         help="image files, folders of images (with their subfolders), or patterns such as 'a/*.jpg'",
     )

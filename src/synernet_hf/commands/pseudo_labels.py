@@ -5,10 +5,10 @@ OUTPUT/masks/IMAGE_ID.png are palette masks (0 background, 255 undecided), OUTPU
 confident image first, and OUTPUT/report.html shows these. --format writes the masks for annotation tools and trainers as
 well; `synernet pseudo-labels OUTPUT --from EXPORT --output NEW` reads what was corrected there into a new folder.
 
-Several devices: `accelerate launch -m synernet_hf pseudo-labels RUN --output OUTPUT`. The processes share the images;
+Several devices: `accelerate launch -m synernet_hf pseudo-labels MODEL --output OUTPUT`. The processes share the images;
 after an interruption the same command keeps what is finished. With --num_shards N --shard K (0 to N - 1), on any machine,
 a command makes every N-th image; the same one without them checks the masks of all shards, makes those that are missing,
-and writes the manifest. Without data options, the data set is the one RUN was trained on.
+and writes the manifest. Without data options, the data set is the one MODEL was trained on.
 """
 
 import argparse
@@ -29,7 +29,9 @@ def make_parser() -> CommandParser:
     """Data options that are not on the command line are None."""
     parser = data_parser(prog="synernet pseudo-labels", description=__doc__)
     parser.add_argument(
-        "run", help="folder or Hub id of a trained model; with --from, the pseudo-labels that were corrected"
+        "run",
+        metavar="MODEL",
+        help="folder or Hub id of a trained model; with --from, the pseudo-labels that were corrected",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the masks and their manifest")
     parser.add_argument(

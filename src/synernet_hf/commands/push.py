@@ -23,8 +23,8 @@ IMAGES_FILE = "images.png"
 def make_parser() -> CommandParser:
     """It needs no extra."""
     parser = CommandParser(prog="synernet push", description=__doc__)
-    parser.add_argument("run", type=Path, help="folder that training left")
-    parser.add_argument("repo_id", help="repository on the Hub, as owner/name")
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder that training left")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="repository on the Hub, as owner/name")
     parser.add_argument(
         "--private", action="store_true", help="make a new repository private; refuse one that is public"
     )

@@ -348,7 +348,7 @@ def training_parser() -> CommandParser:
     parser.add_argument(
         "--config",
         metavar="RECIPE",
-        help="YAML file with any of the settings above, or the name of a recipe, such as voc_animals.",
+        help="YAML file with any of the settings below, or the name of a recipe, such as voc_animals.",
     )
     return parser
 
