@@ -110,6 +110,5 @@ def test_predict_answers_with_files_and_with_the_classes_and_scores_of_the_pipel
     for found in result["classes"]:
         where = mask == model.config.label2id[found["label"]]
         assert found["coverage"] == where.mean()
-        if found["label"] != "background":
-            assert found["score"] == pytest.approx(segments.pop(found["label"]), rel=1e-4)
+        assert found["score"] == pytest.approx(segments.pop(found["label"]), rel=1e-4)
     assert not segments and sum(found["coverage"] for found in result["classes"]) == pytest.approx(1)
