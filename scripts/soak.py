@@ -24,7 +24,7 @@ from synernet_hf.cli import CommandParser, answer_early, needs_extra, positive, 
 from synernet_hf.files import read_json
 
 
-RECIPE = Path(__file__).parents[1] / "examples" / "recipes" / "tiny_cpu.yaml"
+RECIPE = Path(__file__).parents[1] / "src" / "synernet_hf" / "recipes" / "tiny_cpu.yaml"
 SMALL = {"num_train": 40, "num_validation": 8, "image_size": 32}
 
 
