@@ -52,6 +52,7 @@ def assert_equal_weights(one: Path, other: Path):
     assert first.keys() == second.keys()
     for name in first:
         assert torch.equal(first[name], second[name]), f"{name}: {(first[name] - second[name]).abs().max():.1e}"
+    print(f"{one.name} and {other.name}: {len(first)} tensors bit-equal")
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
