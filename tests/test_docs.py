@@ -220,8 +220,8 @@ def commands_of(page: Path) -> list[list[str]]:
     lines += re.findall(r"`((?:python|synernet|accelerate launch) [^`]+)`", without_code(text))
     lines = [line.replace("$VOC", "--data_dir $DEVKIT --image_labels $LABELS --backbone $DEIT") for line in lines]
     words = [shlex.split(line, comments=True) for line in lines if "…" not in line]
-    # the last word is the script's name where it is only named
-    return [line for line in words if any(is_ours(word) for word in line[:-1])]
+    # the last word is the script's or command's name where it is only named
+    return [line for line in words if any(map(is_ours, line[:-1])) and (line[0] != "synernet" or len(line) > 2)]
 
 
 def is_ours(word: str) -> bool:

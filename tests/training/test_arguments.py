@@ -166,7 +166,10 @@ def test_help_says_each_default_once_and_fits_what_turns_off(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "warm-up are fractions of it. (default: 8000)" in text
     assert "--no_flip Turn --flip off. --color_jitter" in text
-    assert "--config RECIPE YAML file with any of the settings above." in text
+    assert (
+        "--config RECIPE YAML file with any of the settings below, or the name of a recipe, such as voc_animals."
+        in text
+    )
     assert "(default: all). (default" not in text and "(default: None)" not in text
 
 
