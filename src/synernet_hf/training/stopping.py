@@ -152,8 +152,8 @@ def watch_processes(accelerator: Accelerator, output_dir: Path) -> Iterator[None
             missed[:] = [looks + 1 for looks in missed]
             silent = [other for other in range(number) if missed[other] > SILENT_LOOKS]
             if silent:
-                # this process misses itself where it does not get at the counts
-                who = 0 if rank in silent else silent[0]
+                # without process 0, which keeps the counts, all are missed
+                who = silent[0]
                 _end_for_silence(f"Process {who} of {number}, on {hosts[who]}", output_dir, rank == 0)
 
     beating = threading.Thread(target=beat, daemon=True)
