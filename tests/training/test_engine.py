@@ -1,5 +1,6 @@
 """The training loop on a few 32-pixel images: what it leaves behind, resuming, refusing, stopping."""
 
+import io
 import json
 import logging
 import math
@@ -12,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ import yaml
 from accelerate.optimizer import AcceleratedOptimizer
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from testing_utils import TRAINED_MODEL as MODEL
 from training_utils import DATA, TRAINING, assert_equal_weights, run, snapshot, state_of, stop_at, weights
 
@@ -33,6 +36,7 @@ from synernet_hf.training import (
     engine,
     learning_rate_multiplier,
     load_data,
+    reporting,
 )
 from synernet_hf.training.checkpoints import list_checkpoints
 
@@ -318,6 +322,41 @@ def test_curves_are_named_after_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(engine.Accelerator, "init_trackers", lambda self, *args, **kwargs: seen.append((args, kwargs)))
     run(tmp_path / "cats", max_steps=1, report_to="tensorboard")
     assert seen == [(("cats",), {"init_kwargs": {"trackio": {"name": "cats", "resume": "allow"}}})]
+
+
+def test_curves_and_images_go_to_tensorboard(finished):
+    folder, results = finished
+    [logs] = (folder / "logs").iterdir()
+    events = EventAccumulator(str(logs), {"images": 0}).Reload()
+    losses = {f"train/{name}" for name in results["training"]["losses"]}
+    rates = {"train/learning_rate_encoder", "train/learning_rate_heads"}
+    kinds = [kind for kind in results if kind != "training"]
+    scores = {f"eval/{kind}/{name}" for kind in kinds for name in ("mean_iou", "recall", "precision")}
+    assert {"segmentation", "broad_cam", "precise_cam", "fused_cam"} <= set(kinds)
+    assert set(events.Tags()["scalars"]) == losses | rates | scores | {"train/confident_share"}
+    for kind, name in (("broad_cam", "recall"), ("segmentation", "precision")):
+        [event] = events.Scalars(f"eval/{kind}/{name}")
+        assert (event.step, event.value) == (4, pytest.approx(results[kind][name], rel=1e-5, nan_ok=True))
+    shares = [event.value for event in events.Scalars("train/confident_share")]
+    assert shares and all(0 <= share <= 1 for share in shares)
+    encoder, heads = ([event.value for event in events.Scalars(name)] for name in sorted(rates))
+    assert heads == pytest.approx([5 * rate for rate in encoder])
+    [image] = events.Images("eval/images")
+    grid = Image.open(io.BytesIO(image.encoded_image_string))
+    assert image.step == 4 and np.array_equal(np.asarray(grid), np.asarray(Image.open(folder / "images.png")))
+
+
+def test_images_go_to_the_trackers_that_take_them(monkeypatch):
+    logged = []
+    takes = {"log": lambda values, step: logged.append((values, step))}
+    trackers = [SimpleNamespace(name="trackio", **takes), SimpleNamespace(name="mlflow")]
+    trackers.append(SimpleNamespace(name="wandb", log_images=takes["log"]))
+    grid = Image.new("RGB", (2, 3), "red")
+    monkeypatch.setattr(reporting, "image_grid", lambda *_: (grid, 1))
+    reporting.show_images(trackers, None, None, None, 7)
+    (trackio, step), wandb = logged
+    assert step == 7 and trackio["eval/images"]._value is grid
+    assert wandb == ({"eval/images": [grid]}, 7)
 
 
 def test_old_checkpoints_go(tmp_path):

@@ -203,9 +203,10 @@ class SynerNetTrainingArguments:
     dry_run: bool = setting(
         False, "Check everything, time three steps, print the plan of the run, and write nothing. [ours]"
     )
-    report_to: Literal["tensorboard", "trackio", "none"] = setting(
-        "tensorboard", "Where curves go: tensorboard, trackio or none. [ours]"
-    )
+    # the names that accelerate knows, each that of its package too
+    report_to: Literal[
+        "tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "none"
+    ] = setting("tensorboard", "Where curves and images go: tensorboard, trackio, another tracker or none. [ours]")
     scale_range: list[float] = setting([0.5, 2.0], "Smallest and largest random rescaling of a training image.")
     flip: bool = setting(True, "Mirror half of the training images.")
     color_jitter: float = setting(0.8, "Probability of colour jitter.")
@@ -227,7 +228,8 @@ class SynerNetTrainingArguments:
         is_range = "`scale_range`" in " ".join(found) or len(self.scale_range) == 2
         if not is_range or self.scale_range[0] > self.scale_range[-1]:
             found.append(f"`scale_range` must be two rising numbers, got {_shown(self.scale_range)}.")
-        if self.report_to in ("tensorboard", "trackio") and importlib.util.find_spec(self.report_to) is None:
+        is_known = self.report_to != "none" and "`report_to`" not in " ".join(found)
+        if is_known and importlib.util.find_spec(self.report_to) is None:
             found.append(f"`report_to={self.report_to}` needs the package {self.report_to}: install it or pass none.")
         return found
 

@@ -67,7 +67,7 @@ from synernet_hf.training.optimization import (
     sum_over_processes,
     whole_model,
 )
-from synernet_hf.training.reporting import TIMED_STEPS, describe_plan, duration, hardware, write_card
+from synernet_hf.training.reporting import TIMED_STEPS, describe_plan, duration, hardware, show_images, write_card
 from synernet_hf.training.stopping import StopRequest, batches_of, hold_run_folder, stop_cleanly, watch_processes
 
 
@@ -422,7 +422,7 @@ def _evaluates(run: TrainingRun) -> bool:
 def train_step(run: TrainingRun, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
     Runs one forward and backward pass on a batch of [`SynerNetDataCollator`], and the optimizer step when enough passes
-    are accumulated. Returns the loss and its active terms, without gradient.
+    are accumulated. Returns the loss, its active terms, without gradient, and the share of confident pixels.
     """
     accelerator, args = run.accelerator, run.training_args
     progress = run.state.step / args.max_steps
@@ -446,7 +446,11 @@ def train_step(run: TrainingRun, batch: dict[str, torch.Tensor]) -> tuple[torch.
         if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
             run.scheduler.step()
         run.optimizer.zero_grad()
-    return outputs.loss.detach(), outputs.loss_dict
+    terms = outputs.loss_dict
+    if outputs.confidence is not None:
+        sure = outputs.confidence >= run.bare_model.config.confidence_threshold
+        terms = terms | {"confident_share": sure.float().mean()}
+    return outputs.loss.detach(), terms
 
 
 def log(run: TrainingRun, means: dict[str, float], bar: Any) -> None:
@@ -454,12 +458,11 @@ def log(run: TrainingRun, means: dict[str, float], bar: Any) -> None:
     # the groups already hold the rates of the next step; the log gets that of the last one
     args = run.training_args
     multiplier = learning_rate_multiplier(run.state.step - 1, args.warmup_steps, args.max_steps)
-    rate = run.optimizer.param_groups[0]["initial_lr"] * multiplier
-    entry = {"step": run.state.step, **means, "learning_rate": rate}
-    run.state.history.append(entry)
-    run.accelerator.log(
-        {f"train/{name}": value for name, value in entry.items() if name != "step"}, step=run.state.step
-    )
+    groups = run.optimizer.param_groups
+    rates = {f"learning_rate_{group['name']}": group["initial_lr"] * multiplier for group in groups}
+    rate = rates["learning_rate_encoder"]
+    run.state.history.append({"step": run.state.step, **means, "learning_rate": rate})
+    run.accelerator.log({f"train/{name}": value for name, value in (means | rates).items()}, step=run.state.step)
     shown = {name.removeprefix("loss_"): f"{value:.3f}" for name, value in means.items()}
     bar.set_postfix(shown | {"lr": f"{rate:.1e}"}, refresh=False)
 
@@ -487,13 +490,17 @@ def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
             progress=True,
             stop=run.stop if run.stop.deferred else None,
         )
+        if results and accelerator.is_main_process:
+            show_images(accelerator.trackers, model, run.processor, run.splits["validation"], state.step)
     run.model.train()
     if not results:
         return results
     scores = {f"{kind}/mean_iou": values["mean_iou"] for kind, values in results.items()}
     if not state.is_evaluated:
         state.history.append({"step": state.step, **scores})
-    accelerator.log({f"eval/{name}": value for name, value in scores.items()}, step=state.step)
+    shown = ("mean_iou", "recall", "precision")
+    curves = {f"eval/{kind}/{name}": values[name] for kind, values in results.items() for name in shown}
+    accelerator.log(curves, step=state.step)
     if accelerator.is_main_process:
         listing = ", ".join(f"{kind} {100 * values['mean_iou']:.1f}" for kind, values in results.items())
         write_message(f"step {state.step}: mean IoU on {results['segmentation']['num_images']} images: {listing}")

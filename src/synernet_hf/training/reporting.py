@@ -1,12 +1,13 @@
 """The plan of a run before it starts; the model card of a run and the image grid that it shows."""
 
 import copy
+import importlib
 import platform
 import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from PIL import Image
 
 from synernet_hf.data.schema import multi_hot
@@ -183,16 +185,49 @@ def write_image_grid(
     split: datasets.Dataset,
     num_images: int = NUM_IMAGES,
 ) -> int:
-    """Draws the first images of a split with mask, segmentation at one scale and fused CAM; returns their number."""
+    """Draws [`image_grid`] into a file; returns the number of images."""
+    grid, number = image_grid(model, processor, split, num_images)
+    replace_file(path, lambda temporary: grid.save(temporary, format="PNG"))
+    return number
+
+
+def image_grid(
+    model: SynerNetForWeaklySupervisedSegmentation,
+    processor: SynerNetImageProcessor,
+    split: datasets.Dataset,
+    num_images: int = NUM_IMAGES,
+) -> tuple[Image.Image, int]:
+    """
+    The first images of a split with mask, segmentation at one scale and the CAM of each branch and of both; and their
+    number.
+    """
     processor = copy.copy(processor)
     processor.max_pixels = min(processor.max_pixels or MAX_PIXELS, MAX_PIXELS)
     with inference_mode_of(model):
         rows = [_panels(model, processor, split[index]) for index in range(min(num_images, len(split)))]
     # masks of VOC have contours that are not scored
     names = model.config.id2label | {model.config.semantic_loss_ignore_index: "not scored"}
-    grid = with_legend(figure_panels(rows, panel_size=(160, 160)), names)
-    replace_file(path, lambda temporary: grid.save(temporary, format="PNG"))
-    return len(rows)
+    return with_legend(figure_panels(rows, panel_size=(160, 160)), names), len(rows)
+
+
+def show_images(
+    trackers: Sequence[GeneralTracker],
+    model: SynerNetForWeaklySupervisedSegmentation,
+    processor: SynerNetImageProcessor,
+    split: datasets.Dataset,
+    step: int,
+) -> None:
+    """Gives [`image_grid`] to those trackers of accelerate that take images, each of which takes them in another form."""
+    if not trackers:
+        return
+    grid, _ = image_grid(model, processor, split)
+    for tracker in trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"eval/images": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
+        elif tracker.name == "trackio":
+            tracker.log({"eval/images": importlib.import_module("trackio").Image(grid)}, step=step)
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({"eval/images": [grid]}, step=step)
 
 
 def _panels(model, processor, record: dict) -> list[tuple[str, Image.Image]]:
@@ -202,12 +237,14 @@ def _panels(model, processor, record: dict) -> list[tuple[str, Image.Image]]:
     [segmented] = segment_images(model, processor, batch)
     [cams] = generate_image_cams(model, processor, batch, [labels])
     image = prepared.image
-    cam = resize_maps(cams["fused_cams"].amax(dim=0, keepdim=True), (image.height, image.width))[0].cpu().numpy()
+    size, names = (image.height, image.width), ("broad", "precise", "fused")
+    maps = torch.stack([cams[f"{name}_cams"].amax(dim=0) for name in names])
+    maps = dict(zip(names, resize_maps(maps, size).cpu().numpy(), strict=True))
     # at the size of the whole image
     segmentation = Image.fromarray(segmented.label_map.cpu().numpy().astype(np.uint8)).resize(image.size, 0)
     return [
         ("image", image),
         ("ground truth", colorize(np.asarray(record["mask"]))),
         ("segmentation", overlay(image, np.asarray(segmentation))),
-        ("fused CAM", heat_map(cam, image)),
+        *((f"{name} CAM", heat_map(cam, image)) for name, cam in maps.items()),
     ]
