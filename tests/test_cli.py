@@ -49,6 +49,7 @@ def test_a_misspelt_option_is_one_line_in_every_command(path, capsys, monkeypatc
 )
 def test_commands_that_hand_on_options_know_their_own_too(script, words, meant, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str((ROOT / script).parent))
     with pytest.raises(SystemExit):
         runpy.run_path(str(ROOT / script))["main"](words) if "/" in script else main([script, *words])
     assert capsys.readouterr().err == f"error: There is no option {words[-2]}: did you mean {meant}?\n"

@@ -1,8 +1,10 @@
 """The command `synernet`: what it lists, what it answers, and where it prints that."""
 
+import errno
 import json
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ import pytest
 from PIL import Image
 
 from synernet_hf import SynerNetSegmentationPipeline, __version__
+from synernet_hf.cli import Terminated
 from synernet_hf.commands import COMMANDS, main
 from synernet_hf.model_folder import load_model_folder
 
@@ -59,6 +62,38 @@ def test_a_misspelt_word_is_answered_with_what_was_meant(words, sentence, capsys
         status = stop.code
     errors = capsys.readouterr().err
     assert status == 2 and errors.startswith(f"error: {sentence}") and errors.count("\n") == 1, errors
+
+
+STATUSES = {
+    1: FloatingPointError("Not finite."),
+    2: ValueError("Wrong."),
+    3: OSError(errno.ENOSPC, "No space left", "file"),
+    130: KeyboardInterrupt(),
+    141: BrokenPipeError(),
+    143: Terminated(),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_exit_statuses_of_every_command_are_those_of_the_documentation(name, monkeypatch, capsys):
+    table = (FOLDER.parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    # 4 ends a process from another thread, see tests/training
+    assert {int(status) for status in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)} == {0, 4, *STATUSES}
+    redirected = []
+    monkeypatch.setattr("os.dup2", lambda *descriptors: redirected.append(descriptors))
+    command = import_module(f"synernet_hf.commands.{name.replace('-', '_')}")
+    for status, error in STATUSES.items():
+
+        def fail(_, error=error):
+            raise error
+
+        monkeypatch.setattr(command, "read", fail)
+        assert main([name, "--some", "words"]) == status
+        printed = capsys.readouterr()
+        # one sentence, and nothing else
+        assert not printed.out and printed.err.count("\n") == (status != 141)
+        assert printed.err.startswith("error: " if status != 141 else "")
+    assert len(redirected) == 1
 
 
 @pytest.mark.parametrize(

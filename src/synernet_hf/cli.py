@@ -318,13 +318,17 @@ def run_command(command: Callable[..., int | None], *args: Any) -> int:
 
     Returns:
         `int`: exit status: the command's own, 0 done, 1 diverged, 2 input refused, 3 the disk failed, 130 interrupted,
-        143 ended by SIGTERM.
+        141 nobody reads the output, 143 ended by SIGTERM.
     """
     if "transformers" in sys.modules:
         quiet_libraries()
     try:
         with _sigterm_raises():
             return command(*args) or 0
+    except BrokenPipeError:
+        # nobody reads the output any more, as after `| head`: what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     except KeyboardInterrupt as error:
         problem, status = error, 143 if isinstance(error, Terminated) else 130
     except OSError as error:

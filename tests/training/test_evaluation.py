@@ -441,6 +441,7 @@ def test_evaluate_script_takes_its_data_from_the_run(shapes_run, tmp_path, capsy
     [
         (["--dataset", "voc2012"], "needs data_dir"),
         (["--classes", "wolf"], "wolf"),
+        (["--classes", "dot"], "did you mean dots?"),
         (["--dataset", "nowhere"], "nowhere"),
         (["--max_samples", "0"], "--max_samples is 0"),
         (["--num_workers", "-1"], "--num_workers is -1"),

@@ -131,7 +131,7 @@ def run(args: argparse.Namespace, answer: Callable[[Any], None]) -> None:
     )
     if accelerator.is_main_process:
         written = [] if options.shard is not None else write_for_review(args, split)
-        first = manifest.slice(0, NUM_SHOWN).to_pylist()
+        first = manifest.slice(0, NUM_SHOWN).drop_columns(["pixels"]).to_pylist()
         _tell(args, len(split), len(manifest), first, written)
         counts = {"output": str(args.output), "images": len(split), "masks": len(manifest)}
         answer(counts | {"written": list(map(str, written)), "review_first": first})

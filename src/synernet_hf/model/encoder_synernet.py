@@ -3,7 +3,7 @@
 import copy
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from .configuration_synernet import encoder_family
 
 
-def closest_name(name: str, known: list[str]) -> str | None:
+def closest_name(name: str, known: Sequence[str]) -> str | None:
     """The question whether one of the `known` names was meant by an unknown one; `None` where none is close."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]}?" if close else None

@@ -16,6 +16,7 @@ from transformers import AutoModelForSemanticSegmentation, ImageSegmentationPipe
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .encoder_synernet import closest_name
 from .inference_synernet import PreparedBatch, generate_image_cams, prepare_image, resize_maps, segment_images
 
 
@@ -124,9 +125,8 @@ class SynerNetSegmentationPipeline(Pipeline):
             values = [normalize("NFC", name) for name in values]
             unknown = [name for name in values if name not in names]
             if unknown:
-                raise ValueError(
-                    f"The image labels {unknown} are not classes of the model; choose from {', '.join(names)}."
-                )
+                hint = closest_name(unknown[0], list(names)) or f"choose from {', '.join(names)}."
+                raise ValueError(f"The image labels {unknown} are not classes of the model; {hint}")
             # the background is no label: it is always possible
             values = [names[name] - 1 for name in values if names[name] != 0]
         if any(value not in range(config.num_labels - 1) for value in values):

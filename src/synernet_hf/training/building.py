@@ -34,7 +34,7 @@ from synernet_hf.data import (
 from synernet_hf.data.streams import ENDLESS, NUM_SAMPLED, StreamedBatchSampler, first_records, is_stream
 from synernet_hf.files import is_hub_id, one_line, try_writing
 from synernet_hf.model import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
-from synernet_hf.model.encoder_synernet import pretrained_backbone_config
+from synernet_hf.model.encoder_synernet import closest_name, pretrained_backbone_config
 from synernet_hf.training.arguments import (
     DataArguments,
     DataSourceArguments,
@@ -219,7 +219,8 @@ def data_problems(splits: datasets.DatasetDict, data_args: DataArguments) -> lis
         problems.append(f"There is no split to train on, only {', '.join(splits)}: name one with `train_split`.")
     unknown = [name for name in data_args.metric_classes or () if name not in names]
     if unknown:
-        problems.append(f"`metric_classes` has unknown names {', '.join(unknown)}; known are {', '.join(names)}.")
+        hint = closest_name(unknown[0], names) or f"known are {', '.join(names)}."
+        problems.append(f"`metric_classes` has unknown names {', '.join(unknown)}; {hint}")
     return problems
 
 

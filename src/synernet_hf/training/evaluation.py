@@ -29,6 +29,7 @@ from synernet_hf.model import (
     prepare_image,
     segment_images,
 )
+from synernet_hf.model.encoder_synernet import closest_name
 from synernet_hf.model.image_processing_synernet import resized_maximum
 from synernet_hf.model.inference_synernet import score_classes
 from synernet_hf.progress import progress_bar
@@ -96,7 +97,9 @@ def _metric_class_ids(class_names: Sequence[str], metric_classes: Sequence[str] 
     unknown = [name for name in metric_classes if name not in class_names]
     if unknown or not metric_classes:
         fault = f"hold {unknown}, which the data set does not name" if unknown else "are an empty list"
-        raise ValueError(f"The metric classes {fault}; choose from {', '.join(class_names)}.")
+        meant = closest_name(unknown[0], class_names) if unknown else None
+        hint = meant or f"choose from {', '.join(class_names)}."
+        raise ValueError(f"The metric classes {fault}; {hint}")
     return [class_names.index(name) for name in metric_classes]
 
 
