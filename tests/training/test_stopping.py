@@ -474,6 +474,15 @@ class Counts:
         return self.counts.get(name, 0)
 
 
+def test_silence_ends_a_process_whose_log_is_gone_too(tmp_path, monkeypatch):
+    left = []
+    monkeypatch.setattr(stopping.os, "_exit", left.append)
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=lambda text: os.write(-1, b"")))
+    with pytest.raises(OSError):
+        stopping._end_for_silence("Process 1 of 2, on a", tmp_path, True)
+    assert left == [stopping.SILENCE_STATUS]
+
+
 @pytest.mark.parametrize(
     ("rank", "store", "silent"),
     [(0, Counts(1), 1), (0, Counts(2), 2), (1, Counts(2), 2), (1, Counts(frozen=True), 0), (0, Counts(), None)],

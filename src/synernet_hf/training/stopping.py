@@ -168,16 +168,18 @@ def watch_processes(accelerator: Accelerator, output_dir: Path) -> Iterator[None
 
 
 def _end_for_silence(who: str, output_dir: Path, is_main: bool) -> NoReturn:
-    print(
-        f"error: {who}, gave no sign of life for {SILENT_LOOKS * BEAT_SECONDS:.0f} seconds: it is frozen, or its machine "
-        f"cannot be reached. Training stopped; {_way_on(output_dir)}",
-        file=sys.stderr,
-        flush=True,
-    )
-    if is_main:
-        (output_dir / LOCK_FILE).unlink(missing_ok=True)
-    # the main thread is in a call that nothing ends; what it left half-written, the next start removes
-    os._exit(SILENCE_STATUS)
+    try:
+        print(
+            f"error: {who}, gave no sign of life for {SILENT_LOOKS * BEAT_SECONDS:.0f} seconds: it is frozen, or its "
+            f"machine cannot be reached. Training stopped; {_way_on(output_dir)}",
+            file=sys.stderr,
+            flush=True,
+        )
+        if is_main:
+            (output_dir / LOCK_FILE).unlink(missing_ok=True)
+    finally:
+        # the main thread is in a call that nothing ends; what it left half-written, the next start removes
+        os._exit(SILENCE_STATUS)
 
 
 def batches_of(loader: DataLoader, stop: StopRequest) -> Iterator[dict[str, torch.Tensor]]:
