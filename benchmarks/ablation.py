@@ -21,6 +21,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ CROSS = ALONE | {"cross_supervision": True, "fusion": "confidence"}
 # without what stands on later steps of the ladder
 BEFORE_CONFIDENCE = {"fusion": "fixed", "with_class_token_head": False}
 INSTANCE = {"prototype_contrast_weight": 0.05}
+# what acts on predictions alone: runs that were trained with other values are scored with those of the recipe
+PREDICTION_FIELDS = ("class_prior_weight", "inference_scales")
 # half of the authors' weight, and the area read from the branch's own auxiliary CAM throughout, not from the final CAMs
 # that the loss itself shrinks: both to the loss's advantage at small sizes
 SPATIAL = {"spatial_bce_share": 0.2, "coverage_switch": 1.0}
@@ -236,7 +239,15 @@ from synernet_hf import SynerNetConfig, SynerNetForWeaklySupervisedSegmentation,
 
 with needs_extra("train"):
     from synernet_hf.data import class_names
-    from synernet_hf.training import evaluate_model, load_data, resolve_precision, train
+    from synernet_hf.training import (
+        DataArguments,
+        ModelArguments,
+        SynerNetTrainingArguments,
+        evaluate_model,
+        load_data,
+        resolve_precision,
+        train,
+    )
 
 from ablation_data import cut_tuning_split, label_quality, labels_against_masks
 from ablation_tables import read_results, tables, write_tables
@@ -296,12 +307,23 @@ def settings_of(arguments: list, max_eval_samples: int | None) -> dict[str, Any]
     return json.loads(json.dumps(dict(sorted(settings.items()))))
 
 
+def defaults() -> dict[str, Any]:
+    """The package's own values of all settings that have one."""
+    groups = (ModelArguments, DataArguments, SynerNetTrainingArguments)
+    fields = [field for group in groups for field in dataclasses.fields(group)]
+    found = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    found |= {
+        field.name: field.default_factory() for field in fields if field.default_factory is not dataclasses.MISSING
+    }
+    return found | {name: getattr(SynerNetConfig, name) for name in MODEL_FIELDS}
+
+
 def scoring_settings(arguments: list, row: Row, options: argparse.Namespace) -> dict[str, Any]:
     """As [`settings_of`], of a row's scores: with what differs in scoring only."""
     return json.loads(json.dumps(settings_of(arguments, options.max_eval_samples) | row.scored_with))
 
 
-def read_finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+def read_finished(path: Path, settings: dict[str, Any], apart_from: Sequence[str] = ()) -> dict[str, Any] | None:
     """
     Reads what an earlier call has finished.
 
@@ -310,6 +332,8 @@ def read_finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None
             JSON file with `settings`.
         settings (`dict`):
             What they should be.
+        apart_from (`Sequence[str]`, *optional*):
+            Names of settings that may differ.
 
     Returns:
         `dict` or `None`: its content, `None` where there is no such file.
@@ -320,10 +344,11 @@ def read_finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None
     if not path.is_file():
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
-    # a field that the package has gained since is at its default, which changes nothing
-    new_fields = {name: getattr(SynerNetConfig, name) for name in MODEL_FIELDS - set(content["settings"])}
-    saved = json.loads(json.dumps(new_fields)) | content["settings"]
+    # a setting that the package has gained since is at its default, which changes nothing
+    given = {name: value for name, value in defaults().items() if name in settings}
+    saved = json.loads(json.dumps(given)) | content["settings"]
     names = sorted(name for name in saved | settings if saved.get(name) != settings.get(name))
+    names = [name for name in names if name not in apart_from]
     if names:
         changes = ", ".join(f"{name} ({saved.get(name)} → {settings.get(name)})" for name in names)
         raise InvalidArguments(
@@ -357,7 +382,7 @@ def trained_run(base: list, name: str, seed: int, output: Path, revision: str) -
     settings = settings_of(arguments, None)
     # written last, so that its presence says that the run is whole
     marker = folder / "ablation_run.json"
-    finished = read_finished(marker, settings)
+    finished = read_finished(marker, settings, PREDICTION_FIELDS)
     if finished is not None:
         return folder, finished
     if folder.is_dir() and any(folder.iterdir()):
@@ -384,7 +409,9 @@ def trained_run(base: list, name: str, seed: int, output: Path, revision: str) -
     return folder, finished
 
 
-def score(folder: Path, data_args, row: Row, max_samples: int | None) -> dict[str, dict[str, Any]]:
+def score(
+    folder: Path, data_args, row: Row, fields: dict[str, Any], max_samples: int | None
+) -> dict[str, dict[str, Any]]:
     """
     Scores a run on the validation split, in float32.
 
@@ -395,6 +422,8 @@ def score(folder: Path, data_args, row: Row, max_samples: int | None) -> dict[st
             The data.
         row ([`Row`]):
             Says whether both branches count.
+        fields (`dict`):
+            Fields of the configuration that act on predictions alone.
         max_samples (`int`, *optional*):
             Number of images; None for all.
 
@@ -404,7 +433,7 @@ def score(folder: Path, data_args, row: Row, max_samples: int | None) -> dict[st
     """
     splits = load_data(data_args)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    fields = row.scored_with | ({"broad_share_in_logits": 0.0} if row.single_branch else {})
+    fields = fields | ({"broad_share_in_logits": 0.0} if row.single_branch else {})
     model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(folder, **fields).to(device)
     results = evaluate_model(
         model,
@@ -472,7 +501,8 @@ def do_result(base: list, name: str, seed: int, options: argparse.Namespace, rev
             arguments = row_arguments(base, row, seed, Path())
             content = {"data": options.data, "row": name, "seed": seed}
             content |= {"settings": scoring_settings(arguments, row, options), "revision": trained["revision"]}
-            content["scores"] = score(folder, arguments[1], row, options.max_eval_samples)
+            fields = {name: content["settings"][name] for name in PREDICTION_FIELDS}
+            content["scores"] = score(folder, arguments[1], row, fields, options.max_eval_samples)
             labels = trained["labels"]
             if row.single_branch and labels is not None:
                 labels = [{name: tenth[name] for name in ("until", "precise")} for tenth in labels]

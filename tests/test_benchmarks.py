@@ -143,6 +143,7 @@ def test_the_authors_row_is_their_recipe_whatever_ours_says(ablation, tmp_path):
         "background_threshold",
         "high_threshold",
         "refinement_dilations",
+        "inference_scales",
         # on equal terms: predictions of all rows are refined
         "refine_predictions",
         "segmentation_start",
@@ -299,6 +300,36 @@ def test_a_row_that_differs_in_scoring_only_is_another_reading_of_the_same_runs(
     assert json.loads(saved.read_text())["settings"]["class_prior_weight"] == 0
     # as it was for the tests that follow
     saved.unlink()
+
+
+def test_a_run_is_scored_with_the_recipes_fields_of_predictions(ablation, finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(ablation, "train", None)
+    marker, saved = (tmp_path / name for name in (f"{TABLE}/class_prior-seed0/ablation_run.json", f"results/{TABLE}"))
+    content, seen = json.loads(marker.read_text()), []
+    expected = content["settings"]["class_prior_weight"]
+    # trained with another prior, by a package that lacked a setting of today
+    content["settings"]["class_prior_weight"] = expected + 1
+    del content["settings"]["check_data" if "check_data" in content["settings"] else "flip"]
+    marker.write_text(json.dumps(content))
+    words = [*WORDS, *folders(tmp_path), "--seeds", "0", "--rows", "class_prior"]
+    evaluate_model = ablation.evaluate_model
+
+    def watching(model, *arguments, **options):
+        seen.append(model.config.class_prior_weight)
+        return evaluate_model(model, *arguments, **options)
+
+    monkeypatch.setattr(ablation, "evaluate_model", watching)
+    (saved / "class_prior-seed0.json").unlink()
+    assert ablation.main(words) == 0
+    assert seen == [expected]
+    assert json.loads((saved / "class_prior-seed0.json").read_text())["settings"]["class_prior_weight"] == expected
+    # what acts on training, too, is another run
+    content["settings"]["cls_weight"] = 7.0
+    marker.write_text(json.dumps(content))
+    (saved / "class_prior-seed0.json").unlink()
+    assert ablation.main(words) == 2
+    assert "cls_weight (7.0 → 1.0)" in capsys.readouterr().err
 
 
 def test_other_settings_and_taken_options_are_refused(ablation, finished, tmp_path, capsys):

@@ -189,7 +189,7 @@ class SynerNetConfig(PreTrainedConfig):
             Whether each branch also classifies its class token, which in a pretrained encoder separates classes
             better than pooled patches. Its scores become `classification_logits`, and act on the segmentation through
             `class_prior_weight`. [ours, measured in docs/experiment_log.md; authors and paper: none]
-        class_prior_weight (`float`, defaults to 4.0):
+        class_prior_weight (`float`, defaults to 6.0):
             Strength of the class prior: segmentation logits are lowered by this times the log-probability gap to the
             likeliest class, read from the class tokens and mixed as the logits are. 0 switches the prior off, and so
             do given image labels. Only with `with_class_token_head`. [ours]
@@ -314,7 +314,7 @@ class SynerNetConfig(PreTrainedConfig):
     decoder_hidden_size: int = 512
     decoder_dilation: int = 5
     with_class_token_head: bool = False
-    class_prior_weight: float | int = 4.0
+    class_prior_weight: float | int = 6.0
     with_projection_head: bool = True
     projection_hidden_size: int = 2048
     projection_bottleneck_size: int = 512
