@@ -22,7 +22,7 @@ SOURCES := src tests examples $(wildcard scripts benchmarks metrics)
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install demo hub test test-slow quality style docs clean
+.PHONY: help install demo space hub test test-slow quality style docs clean
 
 help: ## show this list
 	@echo "synernet_hf: semantic segmentation from image-level labels. Targets:"
@@ -66,6 +66,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## train on generated images, evaluate, predict, draw a figure (minutes on a CPU)
 	@$(PY) -m synernet_hf demo
+
+space: $(STAMP) ## show a page to look into a model (MODEL=runs/demo, or a Hub id; installs the demo extra)
+	@$(PIP) -c constraints.txt -e ".[train,demo]"
+	@$(PY) examples/space/app.py $(MODEL)
 
 hub: $(STAMP) ## start a hub on this machine, to try pushing and loading without network (PORT=8808)
 	@$(PY) tests/hub_server.py --port $(or $(PORT),8808)

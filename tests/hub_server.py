@@ -31,7 +31,7 @@ TOKENS = {"hf_owner": "owner", "hf_guest": "guest"}
 LFS_SUFFIXES = {".safetensors", ".parquet", ".arrow", ".bin", ".npz", ".onnx", ".zip", ".pt"}
 LFS_SIZE = 10 * 2**20
 CHUNK = 2**16
-KINDS = ("models", "datasets")
+KINDS = ("models", "datasets", "spaces")
 
 
 class HubServer(ThreadingHTTPServer):
@@ -148,14 +148,14 @@ class HubHandler(BaseHTTPRequestHandler):
             case ["lfs", sha256]:
                 self.on_lfs_object(sha256)
             case [*prefix, namespace, name, "info", "lfs", "objects", "batch"] if name.endswith(".git"):
-                self._repo("datasets" if prefix else "models", f"{namespace}/{name.removesuffix('.git')}")
+                self._repo(prefix[0] if prefix else "models", f"{namespace}/{name.removesuffix('.git')}")
                 self.on_lfs_batch()
-            case ["datasets", namespace, name, "resolve", revision, *path]:
-                self.on_resolve(self._repo("datasets", f"{namespace}/{name}"), revision, "/".join(path))
+            case [kind, namespace, name, "resolve", revision, *path] if kind in KINDS[1:]:
+                self.on_resolve(self._repo(kind, f"{namespace}/{name}"), revision, "/".join(path))
             case [namespace, name, "resolve", revision, *path]:
                 self.on_resolve(self._repo("models", f"{namespace}/{name}"), revision, "/".join(path))
-            case ["datasets", namespace, name]:
-                self.on_page(self._repo("datasets", f"{namespace}/{name}"))
+            case [kind, namespace, name] if kind in KINDS[1:]:
+                self.on_page(self._repo(kind, f"{namespace}/{name}"))
             case [namespace, name] if namespace != "api":
                 self.on_page(self._repo("models", f"{namespace}/{name}"))
             case _:
@@ -239,12 +239,12 @@ class HubHandler(BaseHTTPRequestHandler):
         owner = asked.get("organization") or self.user
         kind = f"{asked.get('type') or 'model'}s"
         repo_id = f"{owner}/{asked['name']}"
-        prefix = "datasets/" if kind == "datasets" else ""
+        prefix = "" if kind == "models" else f"{kind}/"
         answer = {"url": f"{self.server.endpoint}/{prefix}{repo_id}", "name": repo_id}
         if owner != self.user:
             raise HubError(403, f"Forbidden: {self.user} cannot create repositories under {owner}.")
         if kind not in KINDS:
-            raise HubError(400, f"This hub holds models and datasets, not {kind}.")
+            raise HubError(400, f"This hub holds models, datasets and Spaces, not {kind}.")
         with self.server.lock:
             if (kind, repo_id) in self.server.repos:
                 self._send_json({"error": "You already created this repo"} | answer, 409)
@@ -293,7 +293,7 @@ class HubHandler(BaseHTTPRequestHandler):
         header, text = self._card(repo.commit_at(self.query.get("revision", "main")))
         body = markdown.markdown(text, extensions=["tables", "fenced_code"])
         # images of the card lie beside it
-        prefix = f"/{'datasets/' if repo.kind == 'datasets' else ''}{repo.repo_id}/resolve/main/"
+        prefix = f"/{'' if repo.kind == 'models' else f'{repo.kind}/'}{repo.repo_id}/resolve/main/"
         body = re.sub(r'src="(?![a-z]+:|/)', f'src="{prefix}', body)
         tags = ", ".join(map(str, (header or {}).get("tags") or []))
         page = f"<!doctype html><meta charset=utf-8><title>{repo.repo_id}</title><p>{repo.repo_id} · {tags}</p>{body}"
@@ -473,17 +473,17 @@ class HubHandler(BaseHTTPRequestHandler):
             files = self._changed(dict(parent.files), operations)
             commit = repo.add_commit(parent, header["summary"], header.get("description") or "", self.user, files)
             answer = {"success": True, "commitOid": commit.oid}
+            prefix = "" if repo.kind == "models" else f"{repo.kind}/"
             if as_pull_request:
                 number = sum(ref.startswith("refs/pr/") for ref in repo.refs) + 1
                 repo.refs[f"refs/pr/{number}"] = commit.oid
-                prefix = "datasets/" if repo.kind == "datasets" else ""
                 answer["pullRequestUrl"] = f"{self.server.endpoint}/{prefix}{repo.repo_id}/discussions/{number}"
             else:
                 ref = repo.ref_of(revision)
                 if ref is None or ref.startswith("refs/tags/"):
                     raise HubError(400, f"{revision} is not a branch; commits go to branches.")
                 repo.refs[ref] = commit.oid
-        self._send_json(answer | {"commitUrl": f"{self.server.endpoint}/{repo.repo_id}/commit/{commit.oid}"})
+        self._send_json(answer | {"commitUrl": f"{self.server.endpoint}/{prefix}{repo.repo_id}/commit/{commit.oid}"})
 
     def _changed(self, files: dict[str, Blob], operations: list[dict]) -> dict[str, Blob]:
         for item in operations:

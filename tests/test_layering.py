@@ -199,7 +199,9 @@ PUBLIC_MODULES = {
     ),
 }
 ROOT = SOURCE.parents[1]
-SCRIPTS = sorted(path for folder in ("examples", "scripts", "benchmarks") for path in (ROOT / folder).glob("*.py"))
+SCRIPTS = sorted(
+    path for folder in ("examples", "examples/space", "scripts", "benchmarks") for path in (ROOT / folder).glob("*.py")
+)
 SCRIPTS += sorted((SOURCE / "commands").glob("[a-z]*.py"))
 
 

@@ -158,3 +158,22 @@ def test_mistakes_are_told_in_one_sentence(hub, run_folder, tmp_path):
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_space_that_shows_the_model(hub, run_folder, tmp_path):
+    done = run_script(hub, tmp_path, str(run_folder), "owner/shown", "--space", "owner/page", "--private")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"is at {hub.endpoint}/spaces/owner/page/commit/" in done.stdout
+    repo = hub.repos["spaces", "owner/page"]
+    files = repo.commit_at("main").files
+    assert repo.private and repo.owner == "owner"
+    assert {
+        "app.py",
+        "analysis.py",
+        "requirements.txt",
+        "examples/image.png",
+        "synernet_hf/review_template.html",
+    } <= set(files)
+    assert not [name for name in files if "__pycache__" in name or name.endswith(".safetensors")]
+    data = ModelCard.load(files["README.md"].path).data
+    assert data.models == ["owner/shown"] and data.sdk == "gradio" and data.app_file == "app.py"

@@ -1,7 +1,8 @@
 """
 Push a trained model to the Hub in one commit: weights, image processor, code, pipeline and model card.
 
-The token is that of `hf auth login` or of HF_TOKEN. Settings of the run, checkpoints and logs stay where they are.
+With --space OWNER/NAME the page of examples/space goes to a Space of that name and shows the model. The token is that of
+`hf auth login` or of HF_TOKEN. Settings of the run, checkpoints and logs stay where they are.
 """
 
 import argparse
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 CARD_FILE = "README.md"
 IMAGES_FILE = "images.png"
+EXAMPLE_FILE = "image.png"
+SPACE = Path(__file__).resolve().parents[3] / "examples" / "space"
 
 
 def make_parser() -> CommandParser:
@@ -38,12 +41,16 @@ def make_parser() -> CommandParser:
         help="push the inference-only form (with_projection_head=False); training cannot go on from it as it was",
     )
     parser.add_argument("--no_images", action="store_true", help="leave the image grid out of the card")
+    parser.add_argument("--space", help="also push the page of examples/space to this Space, as owner/name")
     return parser
 
 
 def read(argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    return make_parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
+    if args.space is not None and not SPACE.is_dir():
+        raise FileNotFoundError(f"There is no {SPACE}: --space needs a clone of the repository, with its examples.")
+    return args
 
 
 def without_projection_head(
@@ -146,6 +153,34 @@ def push(folder: Path, args: argparse.Namespace) -> str:
     return commit.pr_url or commit.commit_url
 
 
+def push_space(args: argparse.Namespace) -> str:
+    """
+    Pushes the page that shows the model, with the package beside it, so that the Space needs no release of it.
+
+    Args:
+        args (`argparse.Namespace`): `run`, `repo_id`, `space`, `private` and `message`.
+
+    Returns:
+        `str`: Address of the commit.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, RepoCard
+
+    card = RepoCard.load(SPACE / CARD_FILE)
+    card.data.models = [args.repo_id]
+    files = {path.name: path for path in SPACE.iterdir() if path.is_file()}
+    if (args.run / EXAMPLE_FILE).is_file():
+        files[f"examples/{EXAMPLE_FILE}"] = args.run / EXAMPLE_FILE
+    package = Path(__file__).resolve().parents[1]
+    for path in package.rglob("*"):
+        if path.is_file() and path.suffix in (".py", ".md", ".html", ".yaml"):
+            files[path.relative_to(package.parent).as_posix()] = path
+    files[CARD_FILE] = str(card).encode()
+    api = HfApi()
+    api.create_repo(args.space, repo_type="space", space_sdk="gradio", private=args.private or None, exist_ok=True)
+    operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+    return api.create_commit(args.space, operations, commit_message=args.message, repo_type="space").commit_url
+
+
 def run(args: argparse.Namespace) -> None:
     """Collects the files of the repository in a temporary folder and pushes them."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -153,6 +188,8 @@ def run(args: argparse.Namespace) -> None:
         size = sum(path.stat().st_size for path in Path(temporary).iterdir())
         address = push(Path(temporary), args)
     print(f"{size / 2**20:.1f} MiB are at {address}")
+    if args.space is not None:
+        print(f"The page that shows them is at {push_space(args)}")
 
 
 __all__ = ["make_parser", "read", "run"]
