@@ -4,6 +4,7 @@ import errno
 import json
 import re
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,6 +113,14 @@ def test_a_shell_is_offered_commands_and_options(line, offered, monkeypatch):
     monkeypatch.setenv("COMP_LINE", line)
     with pytest.raises(SystemExit, match="^0$"):
         main([])
+
+
+def test_the_wheel_installs_the_command():
+    settings = tomllib.loads((FOLDER.parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    module, _, name = settings["scripts"]["synernet"].partition(":")
+    assert getattr(import_module(module), name) is main
+    # named by `--config NAME`: package data, since a wheel holds this folder alone
+    assert settings["name"] == FOLDER.parent.name and (FOLDER.parent / "recipes" / "tiny_cpu.yaml").is_file()
 
 
 def test_version(capsys):
