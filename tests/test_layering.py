@@ -29,7 +29,7 @@ ROOMS = {
         set(
             "cli crf data export files model model_card model_folder pseudo_labels review training visualization".split()
         ),
-        DATA_LIBRARIES | {"accelerate", "huggingface_hub"},
+        DATA_LIBRARIES | {"accelerate", "huggingface_hub", "tensorboard"},
     ),
     "lazy": (set(), set()),
     "model": (set(), {"torch", "numpy", "PIL", "transformers", "huggingface_hub", "safetensors"}),

@@ -193,6 +193,10 @@ def test_a_confusion_chart_shows_shares():
     assert 0.45 < area_of(mixed, YELLOW) / area_of(right, YELLOW) < 0.55
     # pixels taken for a class without a row of its own
     assert confusion_chart({"cat": {"cat": 0.5, "others": 0.5}}).width > confusion_chart({"cat": {"cat": 1.0}}).width
+    # only the classes asked for, all others in one column
+    wide = {"cat": {"cat": 0.5, "dog": 0.3, "cow": 0.2}}
+    assert confusion_chart(wide).size == confusion_chart(wide, ["cat", "dog"]).size
+    assert confusion_chart(wide, ["cat"]).width < confusion_chart(wide).width
     with pytest.raises(ValueError, match="no confusion"):
         confusion_chart({})
 

@@ -293,13 +293,15 @@ def score_bars(scores: Mapping[str, Mapping[str, float | None]], title: str = "I
     return _chart(draw, (2 + 0.7 * len(classes), 3.6))
 
 
-def confusion_chart(confusion: Mapping[str, Mapping[str, float]]) -> Image.Image:
+def confusion_chart(confusion: Mapping[str, Mapping[str, float]], classes: Sequence[str] | None = None) -> Image.Image:
     """
     Draws what the pixels of each class are taken for, in percent.
 
     Args:
         confusion (`Mapping[str, Mapping[str, float]]`): Shares in [0, 1] by true and predicted class, such as
             `confusion` of [`evaluate_model`] with `parts`; shares that are missing are 0.
+        classes (`Sequence[str]`, *optional*): Predicted classes to show; the shares of all others become one column,
+            "others". All by default.
 
     Returns:
         `PIL.Image.Image`: RGB chart on white: a row for each true class.
@@ -310,20 +312,26 @@ def confusion_chart(confusion: Mapping[str, Mapping[str, float]]) -> Image.Image
     """
     if not confusion:
         raise ValueError("Got no confusion matrix; at least one class is expected.")
-    classes = list(dict.fromkeys([*confusion, *(other for row in confusion.values() for other in row)]))
-    shares = np.array([[100 * row.get(other, 0.0) for other in classes] for row in confusion.values()])
+    rows = {name: dict(row) for name, row in confusion.items()}
+    if classes is not None:
+        for row in rows.values():
+            others = sum(row.pop(name) for name in list(row) if name not in classes)
+            row |= {"others": others} if others else {}
+    columns = list(dict.fromkeys([*rows, *(other for row in rows.values() for other in row)]))
+    columns.sort(key=lambda name: name == "others")
+    shares = np.array([[100 * row.get(other, 0.0) for other in columns] for row in rows.values()])
 
     def draw(axes) -> None:
         axes.imshow(shares, cmap="viridis", vmin=0, vmax=100)
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(confusion)), confusion)
+        axes.set_xticks(range(len(columns)), columns, rotation=90)
+        axes.set_yticks(range(len(rows)), rows)
         axes.set(xlabel="taken for", ylabel="pixels of")
         for (row, column), share in np.ndenumerate(shares):
             if share >= 0.5:
                 color = "black" if share > 60 else "white"
                 axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=color, fontsize=8)
 
-    return _chart(draw, (2 + 0.4 * len(classes), 1.6 + 0.4 * len(confusion)))
+    return _chart(draw, (2 + 0.4 * len(columns), 1.6 + 0.4 * len(rows)))
 
 
 def curves(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str = "step") -> Image.Image:

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from testing_utils import SynerNetModelTester
 
-from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
+from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor, visualization
 from synernet_hf.commands import main
 from synernet_hf.data import SHAPES_CLASSES, build_split, check_dataset
 from synernet_hf.metrics import MeanIoU
@@ -436,6 +436,31 @@ def test_evaluate_script_takes_its_data_from_the_run(shapes_run, tmp_path, capsy
     assert list(scores["results"]) == ["segmentation"] and scores["results"]["segmentation"]["num_images"] == 1
 
 
+def test_evaluate_script_draws_scores_confusion_and_curves(shapes_run, tmp_path, monkeypatch):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(shapes_run / "logs" / "run") as log:
+        for step in (10, 20):
+            log.add_scalar("eval/segmentation/mean_iou", step / 100, step)
+            log.add_scalar("train/loss", 1.0, step)
+    drawn, curves = {}, visualization.curves
+    monkeypatch.setattr(visualization, "curves", lambda series: drawn.update(series) or curves(series))
+    words = [
+        str(shapes_run),
+        "--parts",
+        "--no_multi_scale",
+        "--num_workers",
+        "0",
+        "--figures",
+        str(tmp_path / "charts"),
+    ]
+    assert main(["evaluate", *words]) == 0
+    assert {path.name for path in (tmp_path / "charts").iterdir()} == {"scores.png", "confusion.png", "curves.png"}
+    assert {kind: [(step, round(value)) for step, value in points] for kind, points in drawn.items()} == {
+        "segmentation": [(10, 10), (20, 20)]
+    }
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -446,6 +471,7 @@ def test_evaluate_script_takes_its_data_from_the_run(shapes_run, tmp_path, capsy
         (["--max_samples", "0"], "--max_samples is 0"),
         (["--num_workers", "-1"], "--num_workers is -1"),
         (["--output", "."], "is a folder"),
+        (["--figures", __file__], "is a file"),
     ],
 )
 def test_evaluate_script_refuses_in_a_sentence(shapes_run, capsys, words, sentence):

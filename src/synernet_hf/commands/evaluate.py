@@ -5,7 +5,7 @@ Without data options, the data is that of the training. Several devices: `accele
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,11 @@ def make_parser() -> CommandParser:
     )
     kinds.add_argument("--crf", action="store_true", help="also DenseCRF on the last segmentation (extra `crf`)")
     parser.add_argument("--output", type=Path, help="write the scores to this JSON file")
+    parser.add_argument(
+        "--figures",
+        type=Path,
+        help="folder of charts: scores.png by class, confusion.png with --parts, curves.png where MODEL/logs has curves",
+    )
     add_json_option(parser, "the scores as in the file")
     return parser
 
@@ -56,6 +61,8 @@ def read(argv: list[str]) -> argparse.Namespace:
         raise ValueError(f"--num_workers is {args.num_workers}; 0 (none) or more processes are expected.")
     if args.output is not None and args.output.is_dir():
         raise ValueError(f"--output {args.output} is a folder; give the name of a JSON file.")
+    if args.figures is not None and args.figures.exists() and not args.figures.is_dir():
+        raise ValueError(f"--figures {args.figures} is a file; give the name of a folder.")
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
     return args
@@ -85,6 +92,30 @@ def load_split(
         split = split.select(range(min(max_samples, len(split))))
     checked = check_on_main_process(DatasetDict(validation=split), data_args, accelerator, skipped)
     return checked, class_names(splits), skipped.get("validation", [])
+
+
+def draw_figures(output: Path, folder: Path, results: dict[str, dict], metric_classes: Sequence[str]) -> None:
+    """Draw scores by class, what classes are taken for, and the scores that a training logged."""
+    from synernet_hf.visualization import confusion_chart, curves, score_bars
+
+    output.mkdir(parents=True, exist_ok=True)
+    kinds = [kind for kind in ("segmentation", "segmentation_multi_scale", "fused_cam") if kind in results]
+    by_class = {kind: {name: results[kind]["per_class_iou"].get(name) for name in metric_classes} for kind in kinds}
+    score_bars(by_class).save(output / "scores.png")
+    confusion = results["segmentation"].get("confusion")
+    if confusion is not None:
+        shown = {name: confusion[name] for name in metric_classes if name in confusion}
+        confusion_chart(shown, metric_classes).save(output / "confusion.png")
+    series: dict[str, list[tuple[float, float]]] = {}
+    for log in sorted((folder / "logs").glob("*/events.*")):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(log)).Reload()
+        for tag in (tag for tag in events.Tags()["scalars"] if tag.startswith("eval/") and tag.endswith("/mean_iou")):
+            points = [(event.step, 100 * event.value) for event in events.Scalars(tag)]
+            series.setdefault(tag.split("/")[1], []).extend(points)
+    if series:
+        curves({kind: sorted(points) for kind, points in series.items()}).save(output / "curves.png")
 
 
 def run(args: argparse.Namespace, answer: Callable[[Any], None]) -> None:
@@ -138,6 +169,9 @@ def run(args: argparse.Namespace, answer: Callable[[Any], None]) -> None:
         if args.output is not None:
             write_json(args.output, scores)
             print(f"scores written to {args.output}")
+        if args.figures is not None:
+            draw_figures(args.figures, folder, results, metric_classes)
+            print(f"charts written to {args.figures}")
     accelerator.end_training()
 
 
