@@ -178,17 +178,31 @@ class Soak:
         self.judge(folder)
 
     def kill(self, folder: Path, seconds: float, in_save: bool) -> str | None:
-        """Starts a training and kills it; returns what it left, or `None` if it ended by itself."""
-        moment, pause = time.monotonic() + self.random.uniform(0, seconds), self.random.uniform(0, 0.03)
+        """
+        Starts a training and kills it; returns what it left, "" for one that was to be killed in a save and was not, or
+        `None` if it ended by itself.
+        """
+        begin, pause = time.time(), self.random.uniform(0, 0.03)
+        moment = begin + self.random.uniform(0, seconds)
 
         def saves() -> bool:
-            if not any(folder.glob("checkpoint-*[0-9].tmp")):
+            # what an earlier kill left is older
+            with suppress(FileNotFoundError):
+                return any(path.stat().st_ctime > begin for path in folder.glob("checkpoint-*[0-9].tmp"))
+            return False
+
+        def is_over() -> bool:
+            if not in_save:
+                return time.time() > moment
+            if not saves():
                 return False
             time.sleep(pause)
             return True
 
-        if self.ends(self.start(folder), saves if in_save else lambda: time.monotonic() > moment):
+        if self.ends(self.start(folder), is_over):
             return None
+        if in_save and not saves():
+            return ""
         left = [path.name for path in folder.glob("checkpoint-*")]
         return ", ".join(sorted(left, key=lambda name: (len(name), name))) or "no checkpoint"
 
@@ -270,15 +284,14 @@ def run(argv: list[str] | None) -> int:
     number, damages, passed_over = 1, 0, 0
     folder = args.out / "run-1"
     while kinds or damages < args.damages:
-        in_save = kinds[0] if kinds else True
+        in_save = bool(kinds) and kinds[0]
         left = soak.kill(folder, 0.6 * seconds, in_save)
         if left is None:
             soak.judge(folder)
             number += 1
             folder = args.out / f"run-{number}"
             continue
-        if in_save and ".tmp" not in left:
-            print(f"kill after a save, not counted: {left}")
+        if not left:
             continue
         if kinds:
             kinds.pop(0)
