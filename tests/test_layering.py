@@ -49,7 +49,7 @@ ROOMS = {
     "mask_formats": ({"data", "files", "mask_encodings", "visualization"}, {"numpy", "PIL", "pycocotools", "yaml"}),
     "pseudo_label_files": ({"files", "visualization"}, {"numpy", "PIL", "pyarrow"}),
     "review": (
-        {"data", "files", "mask_formats", "model", "pseudo_label_files", "visualization"},
+        {"data", "files", "mask_formats", "model", "pseudo_label_files", "pseudo_labels", "visualization"},
         {"datasets", "numpy", "PIL"},
     ),
     "pseudo_labels": (

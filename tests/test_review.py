@@ -5,6 +5,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,7 +15,7 @@ from synernet_hf.data import build_split
 from synernet_hf.files import write_json
 from synernet_hf.pseudo_label_files import build_manifest, file_names, read_manifest, write_manifest, write_mask
 from synernet_hf.pseudo_labels import with_pseudo_labels
-from synernet_hf.review import export_masks, import_masks, write_report
+from synernet_hf.review import export_masks, import_masks, with_corrected_masks, write_report
 from synernet_hf.visualization import palette_image
 
 
@@ -60,8 +61,11 @@ def test_masks_that_nobody_changed_stay_as_they_are(folder, kind):
         source.write_text(json.dumps([task | {"annotations": task["predictions"]} for task in tasks]))
     assert import_masks(source, folder, folder.parent / "new") == (3, 0)
     for path in (folder / "masks").rglob("*.png"):
-        assert (folder.parent / "new" / path.relative_to(folder)).read_bytes() == path.read_bytes()
-    assert read_manifest(folder.parent / "new") == read_manifest(folder)
+        np.testing.assert_array_equal(pixels(folder.parent / "new" / path.relative_to(folder)), pixels(path))
+    # somebody has seen them
+    assert {(row["label_source"], row["confidence"]) for row in read_manifest(folder.parent / "new")[1]} == {
+        ("corrected", 1.0)
+    }
 
 
 def test_corrected_masks_are_read_back_for_training(folder, capsys):
@@ -79,6 +83,15 @@ def test_corrected_masks_are_read_back_for_training(folder, capsys):
     joined = with_pseudo_labels(split, folder.parent / "new")
     np.testing.assert_array_equal(np.array(joined[1]["mask"]), corrected)
     np.testing.assert_array_equal(np.array(joined[0]["mask"]), pixels(folder / "masks" / "one.png"))
+    # scored are those that somebody has seen, of whichever split
+    scored = with_corrected_masks(
+        datasets.DatasetDict(validation=split.select([0]), train=split), folder.parent / "new"
+    )
+    assert scored["image_id"][:] == [IDS[1]] and np.asarray(scored[0]["mask"]).tolist() == corrected.tolist()
+    with pytest.raises(
+        ValueError, match="None of the 0 corrected masks in .* is of an image of the splits train: give"
+    ):
+        with_corrected_masks(datasets.DatasetDict(train=split), folder)
     # neither overwritten nor taken for a run's own
     assert main(["pseudo-labels", str(folder), "--from", str(source), "--output", str(folder.parent / "new")]) == 2
     assert "exists already" in capsys.readouterr().err

@@ -29,6 +29,7 @@ from synernet_hf.pseudo_label_files import (
     write_manifest,
     write_mask,
 )
+from synernet_hf.pseudo_labels import with_pseudo_labels
 from synernet_hf.visualization import palette_image, voc_palette
 
 
@@ -68,8 +69,8 @@ def import_masks(source: str | Path, folder: str | Path, output_dir: str | Path)
     """
     Makes a new folder of pseudo-labels with the masks that were corrected, for training or scoring.
 
-    The folder is one as [`~synernet_hf.pseudo_labels.write_pseudo_labels`] leaves it. Masks that differ from those of
-    `folder` get the confidence 1 and the `label_source` `"corrected"`; all others stay as they are. Where the format has no
+    The folder is one as [`~synernet_hf.pseudo_labels.write_pseudo_labels`] leaves it. All masks of the source count as seen
+    by a person, with the confidence 1 and the `label_source` `"corrected"`; all others stay as they are. Where the format has no
     undecided pixels, what no mask covers is background, or undecided where it was.
 
     Args:
@@ -105,9 +106,8 @@ def import_masks(source: str | Path, folder: str | Path, output_dir: str | Path)
             before = _pixels(path)
             if not tells_undecided:
                 label_map = np.where((label_map == 0) & (before == 255), before, label_map)
-            if (label_map != before).any():
-                write_mask(path, label_map, _corrected(mask_record(path) or {}, label_map))
-                changed += 1
+            write_mask(path, label_map, _corrected(mask_record(path) or {}, label_map))
+            changed += bool((label_map != before).any())
         settings = read_json(folder / SETTINGS_FILE)
         # a run with the model's settings will not make them anew
         write_json(temporary / SETTINGS_FILE, settings | {"map": CORRECTED})
@@ -119,6 +119,32 @@ def import_masks(source: str | Path, folder: str | Path, output_dir: str | Path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return len(seen), changed
+
+
+def with_corrected_masks(splits: datasets.DatasetDict, folder: str | Path) -> datasets.Dataset:
+    """
+    The images whose masks were corrected, with these in the column `mask`, for scoring.
+
+    Args:
+        splits (`datasets.DatasetDict`): The data that the pseudo-labels were made of; one split of it has the images.
+        folder (`str` or `Path`): What [`import_masks`] made.
+
+    Returns:
+        `datasets.Dataset`: these records of the first split that has some.
+
+    Raises:
+        FileNotFoundError: The folder is not finished.
+        ValueError: No image of the data has a corrected mask there, or the data has other classes than the masks.
+    """
+    corrected = {row["image_id"] for row in read_manifest(Path(folder))[1] if row["label_source"] == CORRECTED}
+    for split in splits.values():
+        chosen = [index for index, image_id in enumerate(split["image_id"]) if str(image_id) in corrected]
+        if chosen:
+            return with_pseudo_labels(split.select(chosen), folder)
+    raise ValueError(
+        f"None of the {len(corrected)} corrected masks in {folder} is of an image of the splits {', '.join(splits)}: give "
+        "what `synernet pseudo-labels --from` made, and the data of these images."
+    )
 
 
 def _pixels(path: Path) -> np.ndarray:
@@ -240,4 +266,4 @@ def _data_uri(image: Image.Image, kind: str, **options: Any) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
 
 
-__all__ = ["export_masks", "import_masks", "write_report"]
+__all__ = ["export_masks", "import_masks", "with_corrected_masks", "write_report"]

@@ -28,6 +28,9 @@ def make_parser() -> CommandParser:
     data.add_argument(
         "--no_check_data", dest="check_data", action="store_false", default=None, help="decode no image beforehand"
     )
+    data.add_argument(
+        "--masks", type=Path, help="score on these corrected pseudo-labels, which `pseudo-labels --from` made"
+    )
     data.add_argument("--max_samples", type=int, help="score the first so many images only")
     data.add_argument("--num_workers", type=int, help="processes that decode images, and as many for the CRF")
     kinds = parser.add_argument_group("what to score")
@@ -69,14 +72,19 @@ def read(argv: list[str]) -> argparse.Namespace:
 
 
 def load_split(
-    data_args: DataArguments, id2label: dict[int, str], accelerator: "Accelerator", max_samples: int | None = None
+    data_args: DataArguments,
+    id2label: dict[int, str],
+    accelerator: "Accelerator",
+    max_samples: int | None = None,
+    masks: Path | None = None,
 ) -> tuple["datasets.DatasetDict", list[str], list[str]]:
     """
     Load the split to evaluate on, alone in a dictionary; also return its class names, background first, and what was
     left out. The main process alone checks the images.
 
     Images of one's own that come without a class list get that of the model, `id2label`, so that their labels are
-    read by name. Lists, labels and images of the training split may be missing.
+    read by name. Lists, labels and images of the training split may be missing. With `masks`, those of a folder of
+    corrected pseudo-labels, the images are those that it has, of either split.
     """
     from datasets import DatasetDict
 
@@ -84,7 +92,13 @@ def load_split(
     from synernet_hf.training import check_on_main_process, load_data
 
     skipped: dict[str, list[str]] = {}
-    splits = load_data(data_args, skipped, id2label, splits=("validation",))
+    splits = load_data(
+        data_args, skipped, id2label, splits=("validation",) if masks is None else ("train", "validation")
+    )
+    if masks is not None:
+        from synernet_hf.review import with_corrected_masks
+
+        splits["validation"] = with_corrected_masks(splits, masks)
     if "validation" not in splits:
         raise ValueError(f"The data has no split to evaluate on, only {', '.join(splits)}; see docs/data.md.")
     split = splits["validation"]
@@ -135,7 +149,7 @@ def run(args: argparse.Namespace, answer: Callable[[Any], None]) -> None:
         raise ValueError(f"{error} Please give the folder of a finished run.") from error
     crf = DenseCRF() if args.crf else None
     accelerator = Accelerator()
-    splits, names, skipped = load_split(data_args, id2label, accelerator, args.max_samples)
+    splits, names, skipped = load_split(data_args, id2label, accelerator, args.max_samples, args.masks)
     model, processor = load_model_folder(folder)
     results = evaluate_model(
         model.to(accelerator.device),
@@ -161,6 +175,7 @@ def run(args: argparse.Namespace, answer: Callable[[Any], None]) -> None:
             "run": args.run,
             "dataset": data_args.dataset,
             "validation_split": data_args.validation_split,
+            "masks": args.masks and str(args.masks),
             "metric_classes": list(metric_classes),
             "skipped": skipped,
             "results": results,
