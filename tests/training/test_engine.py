@@ -308,8 +308,12 @@ def test_durations_are_words(seconds, text):
     assert engine.duration(seconds) == text
 
 
-def test_what_goes_on_is_told_where_no_terminal_is(tmp_path, capsys):
+def test_what_goes_on_is_told_where_no_terminal_is(tmp_path, capsys, monkeypatch):
+    gathered, original = [], engine.whole_model
+    monkeypatch.setattr(engine, "whole_model", lambda *args: gathered.append(args) or original(*args))
     run(tmp_path / "run", max_steps=1, inference_size=80)
+    # shards are put together for the scores with best/, and for the final folder
+    assert len(gathered) == 2 and (tmp_path / "run" / "best" / "config.json").is_file()
     out = capsys.readouterr().out
     assert "Checking 8 images (--no_check_data skips this)." in out and "step 1: evaluating." in out
     assert "crops of 32 px" in out and "--inference_size 40 fits" in out

@@ -490,28 +490,11 @@ def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
             progress=True,
             stop=run.stop if run.stop.deferred else None,
         )
-        if results and accelerator.is_main_process:
-            show_images(accelerator.trackers, model, run.processor, run.splits["validation"], state.step)
+        if results:
+            _keep_results(run, model, results)
     run.model.train()
     if not results:
         return results
-    scores = {f"{kind}/mean_iou": values["mean_iou"] for kind, values in results.items()}
-    if not state.is_evaluated:
-        state.history.append({"step": state.step, **scores})
-    shown = ("mean_iou", "recall", "precision")
-    curves = {f"eval/{kind}/{name}": values[name] for kind, values in results.items() for name in shown}
-    accelerator.log(curves, step=state.step)
-    if accelerator.is_main_process:
-        listing = ", ".join(f"{kind} {100 * values['mean_iou']:.1f}" for kind, values in results.items())
-        write_message(f"step {state.step}: mean IoU on {results['segmentation']['num_images']} images: {listing}")
-    metric = results["segmentation"]["mean_iou"]
-    if not math.isnan(metric) and (state.best_metric is None or metric > state.best_metric):
-        state.best_metric, state.best_step = metric, state.step
-        with whole_model(accelerator, run.model) as model:
-            if accelerator.is_main_process:
-                best = {"step": state.step, "scored_on": run.record["scored_on"], **results}
-                extra = [(RESULTS_FILE, best), (ARGUMENTS_FILE, run.record)]
-                save_model_folder(run.output_dir / "best", model, run.processor, extra)
     state.elapsed_seconds += time.perf_counter() - started
     checkpoint = run.output_dir / f"checkpoint-{state.step}"
     if accelerator.is_main_process and checkpoint.is_dir():
@@ -519,6 +502,28 @@ def evaluate(run: TrainingRun) -> dict[str, dict[str, Any]]:
     accelerator.wait_for_everyone()
     run.results = results
     return results
+
+
+def _keep_results(run: TrainingRun, model: torch.nn.Module, results: dict[str, dict[str, Any]]) -> None:
+    """Writes scores into history, trackers and log, and the whole model into `best/` if it is better than all earlier."""
+    accelerator, state, shown = run.accelerator, run.state, ("mean_iou", "recall", "precision")
+    curves = {f"{kind}/{name}": values[name] for name in shown for kind, values in results.items()}
+    if not state.is_evaluated:
+        scores = {name: value for name, value in curves.items() if name.endswith("mean_iou")}
+        state.history.append({"step": state.step, **scores})
+    accelerator.log({f"eval/{name}": value for name, value in curves.items()}, step=state.step)
+    metric = results["segmentation"]["mean_iou"]
+    is_best = not math.isnan(metric) and (state.best_metric is None or metric > state.best_metric)
+    if is_best:
+        state.best_metric, state.best_step = metric, state.step
+    if not accelerator.is_main_process:
+        return
+    listing = ", ".join(f"{kind} {100 * values['mean_iou']:.1f}" for kind, values in results.items())
+    write_message(f"step {state.step}: mean IoU on {results['segmentation']['num_images']} images: {listing}")
+    show_images(accelerator.trackers, model, run.processor, run.splits["validation"], state.step)
+    if is_best:
+        best = (RESULTS_FILE, {"step": state.step, "scored_on": run.record["scored_on"], **results})
+        save_model_folder(run.output_dir / "best", model, run.processor, [best, (ARGUMENTS_FILE, run.record)])
 
 
 def finish(run: TrainingRun) -> dict[str, dict[str, Any]]:
