@@ -20,7 +20,7 @@ from testing_utils import SynerNetModelTester
 
 from synernet_hf import SynerNetForWeaklySupervisedSegmentation, SynerNetImageProcessor
 from synernet_hf.commands import main
-from synernet_hf.data import build_split, class_names, load_shapes
+from synernet_hf.data import build_split, class_names, load_shapes, write_parquet
 from synernet_hf.files import hold_folder
 from synernet_hf.pseudo_label_files import REVIEW_FILES
 from synernet_hf.pseudo_labels import (
@@ -549,3 +549,21 @@ def test_the_stock_trainer_learns_from_the_masks(shapes_run, tmp_path, capsys):
         assert flips[0] == flips[1]
         turned += flips[0]
     assert 0 < turned < 20
+
+
+def test_a_stream_is_refused_and_its_validation_images_are_labelled(shapes_run, tmp_path, capsys):
+    write_parquet(load_shapes(2, 1, image_size=32), tmp_path / "data")
+    words = [
+        str(shapes_run),
+        "--dataset",
+        "hub",
+        "--data_dir",
+        str(tmp_path / "data"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    words += ["--dataset_options", '{"streaming": true}']
+    assert run_script(*words) == 2
+    assert "Streamed data cannot be shared" in capsys.readouterr().err
+    assert run_script(*words, "--split", "validation") == 0
+    assert len(list((tmp_path / "out").rglob("*.png"))) >= 1

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace, answer: Callable[[Any], None]) -> None:
     missing: dict[str, list[str]] = {}
     # the report names every image that is missing, not the first ones
     splits = load_data(dataclasses.replace(data_args, on_bad_image="skip"), missing)
-    if isinstance(splits, datasets.IterableDatasetDict):
+    if any(isinstance(split, datasets.IterableDataset) for split in splits.values()):
         raise ValueError("Streamed data cannot be counted: leave `streaming` out of `dataset_options`.")
     report = inspect_dataset(splits, args.num_threads)
     for name, phrases in missing.items():

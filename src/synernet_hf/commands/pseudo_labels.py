@@ -109,7 +109,7 @@ def run(args: argparse.Namespace, answer: Callable[[Any], None]) -> None:
     data_args = read_data_arguments(args, args.run)
     id2label = None if args.label_source == "predicted" else model.config.id2label
     splits = load_data(data_args, id2label=id2label, splits=(args.split,))
-    if isinstance(splits, datasets.IterableDatasetDict):
+    if any(isinstance(split, datasets.IterableDataset) for split in splits.values()):
         raise ValueError("Streamed data cannot be shared over processes: leave `streaming` out of `dataset_options`.")
     if args.split not in splits:
         raise ValueError(f"The data has no split {args.split!r}, only {', '.join(splits)}.")
