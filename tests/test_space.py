@@ -86,10 +86,12 @@ def test_files_and_checkpoints_that_cannot_be_used(tiny_run_folder, tmp_path, mo
     with pytest.raises(ValueError, match="cut.png is damaged: save it again"):
         analysis.open_upload(tmp_path / "cut.png")
     monkeypatch.setattr(analysis, "MAX_MEGAPIXELS", 0.003)
-    with pytest.raises(ValueError, match=r"image.png is with 64x48 pixels too large for this page"):
+    with pytest.raises(
+        ValueError, match=r"image.png has 64x48 pixels, too many for this page, which takes 0.003 megapixels"
+    ):
         analysis.open_upload(tiny_run_folder / "image.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match=r"image.png is far too large for this page"):
+    with pytest.raises(ValueError, match=r"image.png has more than 100 pixels, too many for this page"):
         analysis.open_upload(tiny_run_folder / "image.png")
     folder = spoilt(tiny_run_folder, tmp_path / "spoilt")
     with pytest.raises(ValueError, match=r"^The checkpoint .*spoilt cannot be loaded: [^\n]+$"):

@@ -85,19 +85,19 @@ def open_upload(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             width, height = image.size
     except Image.DecompressionBombError:
-        raise ValueError(_too_large(name, "far")) from None
+        raise ValueError(_too_large(name, f"more than {Image.MAX_IMAGE_PIXELS} pixels")) from None
     except (OSError, SyntaxError, ValueError):
         raise ValueError(f"{name} is no image that can be read: give a JPEG, PNG or WebP file.") from None
     if width * height > MAX_MEGAPIXELS * 10**6:
-        raise ValueError(_too_large(name, f"with {width}x{height} pixels"))
+        raise ValueError(_too_large(name, f"{width}x{height} pixels"))
     try:
         return open_image(str(path))
     except ValueError:
         raise ValueError(f"{name} is damaged: save it again, or give another file.") from None
 
 
-def _too_large(name: str, how: str) -> str:
-    return f"{name} is {how} too large for this page, which takes {MAX_MEGAPIXELS} megapixels: make it smaller."
+def _too_large(name: str, pixels: str) -> str:
+    return f"{name} has {pixels}, too many for this page, which takes {MAX_MEGAPIXELS} megapixels: make it smaller."
 
 
 @contextmanager
