@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
+from huggingface_hub.utils import are_progress_bars_disabled
 
-from synernet_hf.cli import CommandParser, InvalidArguments, needs_extra, run_command
+from synernet_hf.cli import CommandParser, InvalidArguments, needs_extra, quiet_libraries, run_command
 from synernet_hf.commands import main
 
 
@@ -71,6 +73,15 @@ def test_what_a_command_raises_becomes_lines_and_a_status(error, status, printed
 
     assert run_command(command) == status
     assert capsys.readouterr().err == printed
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_of_downloads_and_of_datasets_are_for_terminals(terminal, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: terminal, write=lambda text: None))
+    monkeypatch.delenv("HF_DATASETS_DISABLE_PROGRESS_BARS", raising=False)
+    quiet_libraries()
+    assert are_progress_bars_disabled() is not terminal
+    assert os.environ.get("HF_DATASETS_DISABLE_PROGRESS_BARS") == (None if terminal else "1")
 
 
 def test_the_status_of_a_command_is_kept():
