@@ -43,6 +43,8 @@ OWN_SETTINGS = ("output_dir", "seed", "resume_from_checkpoint")
 # settings that a result does not depend on
 FREE_SETTINGS = (*OWN_SETTINGS, "data_dir", "image_labels", "num_workers", "eval_steps", "save_steps", "logging_steps")
 FREE_SETTINGS += ("save_total_limit", "report_to", "max_eval_samples", "check_data")
+# one scale is scored
+FREE_SETTINGS += ("inference_scales",)
 ALONE = {
     "cross_supervision": False,
     "fusion": "fixed",
@@ -59,7 +61,7 @@ CROSS = ALONE | {"cross_supervision": True, "fusion": "confidence"}
 BEFORE_CONFIDENCE = {"fusion": "fixed", "with_class_token_head": False}
 INSTANCE = {"prototype_contrast_weight": 0.05}
 # what acts on predictions alone: runs that were trained with other values are scored with those of the recipe
-PREDICTION_FIELDS = ("class_prior_weight", "inference_scales")
+PREDICTION_FIELDS = ("class_prior_weight",)
 # half of the authors' weight, and the area read from the branch's own auxiliary CAM throughout, not from the final CAMs
 # that the loss itself shrinks: both to the loss's advantage at small sizes
 SPATIAL = {"spatial_bce_share": 0.2, "coverage_switch": 1.0}
@@ -304,7 +306,10 @@ def settings_of(arguments: list, max_eval_samples: int | None) -> dict[str, Any]
     settings["mixed_precision"] = resolve_precision(settings["mixed_precision"])
     settings |= {name: getattr(SynerNetConfig, name) for name in MODEL_FIELDS} | merged["model_config"]
     # as JSON gives them back
-    return json.loads(json.dumps(dict(sorted(settings.items()))))
+    settings = {
+        name: settings[name] for name in sorted(settings) if name not in FREE_SETTINGS or name == "max_eval_samples"
+    }
+    return json.loads(json.dumps(settings))
 
 
 def defaults() -> dict[str, Any]:
@@ -348,7 +353,7 @@ def read_finished(path: Path, settings: dict[str, Any], apart_from: Sequence[str
     given = {name: value for name, value in defaults().items() if name in settings}
     saved = json.loads(json.dumps(given)) | content["settings"]
     names = sorted(name for name in saved | settings if saved.get(name) != settings.get(name))
-    names = [name for name in names if name not in apart_from]
+    names = [name for name in names if name not in (*apart_from, "inference_scales")]
     if names:
         changes = ", ".join(f"{name} ({saved.get(name)} → {settings.get(name)})" for name in names)
         raise InvalidArguments(

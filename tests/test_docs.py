@@ -111,6 +111,11 @@ def test_named_make_targets_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_pages_have_no_marks_of_a_merge(page):
+    assert not re.search(r"^(<<<<<<<|=======|>>>>>>>)( |$)", page.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_every_block_names_its_language(page):
     languages = {language for _, language, _ in BLOCK.findall(page.read_text(encoding="utf-8"))}
     assert languages <= LANGUAGES, f"{page_name(page)} has blocks in {languages - LANGUAGES or 'no language'}"

@@ -72,7 +72,12 @@ def test_a_job_whose_time_is_over_is_requeued_and_resumes(start, tmp_path):
     assert "--nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_id 12345 --rdzv_endpoint node7:22345 " in calls
     assert f"examples/train.py --seed 3 --output_dir {folder}\n" in calls
     assert calls.endswith("scontrol requeue 12345\n")
+    # the lock of a machine that was lost goes with the job's second start, that of another run stays
+    (folder / ".lock").touch()
     status, calls = start(str(folder), "--seed", "3", FOLDER=str(folder))
+    assert status == 0 and (folder / ".lock").exists()
+    status, calls = start(str(folder), "--seed", "3", FOLDER=str(folder), SLURM_RESTART_COUNT="1")
+    assert not (folder / ".lock").exists()
     assert status == 0 and f"--output_dir {folder} --resume_from_checkpoint latest\n" in calls
     assert "requeue" not in calls
 

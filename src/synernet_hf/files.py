@@ -204,7 +204,7 @@ def _take(folder: Path, part: tuple[int, int] | None) -> str | None:
     make_folder(folder)
     path, pid = folder / _lock_name(part), os.getpid()
     own = {
-        "host": platform.node(),
+        "host": _machine(),
         "pid": pid,
         "process": _process(pid),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -268,13 +268,23 @@ def _holder(path: Path) -> str | None:
             time.sleep(0.05)
     advice = f"wait until it ends, or remove {path} if it does not run any more."
     try:
-        is_here = holder["host"] == platform.node()
+        is_here = holder["host"] == _machine()
         if _process(holder["pid"]) != holder["process"] if is_here else _silence(path) > SILENCE_SECONDS:
             return None
         advice += "" if is_here else " Ten minutes after the last sign of another machine its lock does not count."
-        return f"Process {holder['pid']} on {holder['host']} writes into {folder} since {holder['started']}: {advice}"
+        return f"Process {holder['pid']} on {holder['host']} has been writing into {folder} since {holder['started']}: {advice}"
     except (KeyError, TypeError):
-        return f"Another process writes into {folder}: {advice}"
+        return f"Another process is writing into {folder}: {advice}"
+
+
+def _machine() -> str:
+    """Name of the machine, and of the container where numbers of processes mean something else."""
+    name = platform.node()
+    with suppress(OSError):
+        own = os.readlink("/proc/self/ns/pid")
+        # the kernel's number of the namespace that a machine starts with
+        name += "" if own == "pid:[4026531836]" else f" ({own})"
+    return name
 
 
 def _silence(path: Path) -> float:

@@ -334,13 +334,13 @@ def confusion_chart(confusion: Mapping[str, Mapping[str, float]], classes: Seque
     return _chart(draw, (2 + 0.4 * len(columns), 1.6 + 0.4 * len(rows)))
 
 
-def curves(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str = "step") -> Image.Image:
+def curves(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str = "step", ylabel: str = "") -> Image.Image:
     """
     Draws curves, such as losses or scores over the steps of a training.
 
     Args:
         series (`Mapping[str, Sequence[tuple[float, float]]]`): Points `(x, y)` of each curve by its name.
-        xlabel (`str`, *optional*, defaults to `"step"`): Name of the horizontal axis.
+        xlabel, ylabel (`str`, *optional*, default to `"step"` and none): Names of the axes.
 
     Returns:
         `PIL.Image.Image`: RGB chart on white.
@@ -356,7 +356,8 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str = "s
         for name, points in series.items():
             if points:
                 axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else "")
-        axes.set(xlabel=xlabel)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from training_utils import assert_equal_weights, run, snapshot, state_of, stop_at
 
-from synernet_hf.training import InvalidArguments, engine
+from synernet_hf.training import InvalidArguments, checkpoints, engine
 from synernet_hf.training.checkpoints import (
     damage,
     find_resume_checkpoint,
@@ -210,3 +210,13 @@ def test_best_compares_scores_of_the_same_images_and_classes(tmp_path, monkeypat
     assert results["training"]["best_step"] == (4 if differs else 2)
     assert json.loads((tmp_path / "run" / "best" / "eval_results.json").read_text())["step"] == (4 if differs else 2)
     assert ("than those of best/, which is chosen anew" in capsys.readouterr().out) == differs
+
+
+def test_a_folder_of_images_may_move_between_a_run_and_its_continuation(tmp_path):
+    record = {"model_args": {}, "training_args": {}, "class_names": ["background", "cat"]}
+    record |= {"data_args": {"dataset": "here/images"}, "run": {"data_fingerprint": "1"}}
+    (tmp_path / "training_args.json").write_text(json.dumps(record))
+    checkpoints.check_same_settings(tmp_path, record | {"data_args": {"dataset": "there/images"}})
+    for changed in ({"data_args": {"dataset": "shapes"}}, {"run": {"data_fingerprint": "2"}}):
+        with pytest.raises(InvalidArguments, match="made with other settings"):
+            checkpoints.check_same_settings(tmp_path, record | changed)

@@ -1088,6 +1088,8 @@ def test_a_run_in_shards_is_the_run_of_whole_weights_and_resumes(root, tmp_path)
                 value, rel=1e-5 if one["step"] <= 2 else 0.05, abs=0.01 * ("iou" in name)
             )
     assert_equal_weights(tmp_path / "shards", tmp_path / "resumed")
+    start(tmp_path / "script.py", "half", "--mixed_precision", "bf16", ACCELERATE_USE_FSDP="true", **shards)
+    assert state_of(tmp_path / "half" / "checkpoint-4")["step"] == 4
     # whole weights, as every other run leaves them
     model = SynerNetForWeaklySupervisedSegmentation.from_pretrained(tmp_path / "shards")
     assert weights(tmp_path / "shards").keys() == weights(tmp_path / "whole").keys()

@@ -126,6 +126,13 @@ def test_a_bad_record_goes_and_a_good_one_of_the_same_name_stays(monkeypatch, ba
         40 + index for index in range(3) if index != bad
     ]
     assert data.checked["left_out"] == {"train": [bad]} and len(data.skipped["train"]) == 1
+    with monkeypatch.context() as patch:
+        # a process on a machine with other files
+        patch.setattr(
+            building, "gather_object", lambda given: [*given, "other"] if given else given
+        )
+        with pytest.raises(InvalidArguments, match="different images"):
+            building.prepare_data(data_args, accelerator)
     again = building.prepare_data(data_args, accelerator, {"checked": data.checked, "skipped": data.skipped})
     assert [image.width for image in again.splits["train"]["image"]] == [
         image.width for image in data.splits["train"]["image"]

@@ -43,7 +43,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path, monkeypatch, caps
     splits = load_shapes(6, 2, image_size=32)
     stripes = sum(0 in labels for labels in splits["train"]["labels"])
     assert f"classes      stripes {stripes}, checks" in plan
-    with hold_folder(tmp_path / "held"), pytest.raises(InvalidArguments, match="writes into"):
+    with hold_folder(tmp_path / "held"), pytest.raises(InvalidArguments, match="writing into"):
         run(tmp_path / "held", **settings)
     assert list(tmp_path.iterdir()) == []
 

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,7 @@ from synernet_hf import files
 from synernet_hf.cli import DiskError, Terminated, run_command
 from synernet_hf.files import LOCK_FILE, FolderInUse, folder_in_use, hold_folder
 from synernet_hf.training import InvalidArguments, engine, evaluation, stopping
-from synernet_hf.training.checkpoints import damage, list_checkpoints
+from synernet_hf.training.checkpoints import TrainerState, damage, list_checkpoints
 
 
 pytestmark = pytest.mark.resume
@@ -221,6 +222,16 @@ def test_a_folder_that_another_process_holds_is_refused_and_not_touched(finished
         (folder / LOCK_FILE).unlink()
 
 
+def test_processes_of_another_container_are_not_looked_up_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os, "readlink", lambda path: "pid:[7]")
+    with hold_folder(tmp_path):
+        monkeypatch.undo()
+        # its number may be anyone's, or no one's, in this one
+        lock = json.loads((tmp_path / LOCK_FILE).read_text())
+        (tmp_path / LOCK_FILE).write_text(json.dumps(lock | {"pid": 2**22 + 1}))
+        assert "has been writing into" in folder_in_use(tmp_path)
+
+
 def test_a_run_that_takes_the_folder_during_the_start_wins(tmp_path, monkeypatch):
     setup, folder = engine.setup, tmp_path / "run"
 
@@ -230,7 +241,7 @@ def test_a_run_that_takes_the_folder_during_the_start_wins(tmp_path, monkeypatch
         return setup(training_args)
 
     monkeypatch.setattr(engine, "setup", overtaken)
-    with pytest.raises(FolderInUse, match="writes into .*run since"):
+    with pytest.raises(FolderInUse, match="writing into .*run since"):
         run(folder)
     assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
 
@@ -252,13 +263,13 @@ def test_locks_that_count_and_those_that_do_not(tmp_path, content, is_held):
     assert (folder_in_use(tmp_path) is not None) == is_held
     if is_held:
         assert f"remove {tmp_path / LOCK_FILE}" in folder_in_use(tmp_path)
-        with pytest.raises(ValueError, match="writes into"), hold_folder(tmp_path):
+        with pytest.raises(ValueError, match="writing into"), hold_folder(tmp_path):
             pass
         assert (tmp_path / LOCK_FILE).read_text() == content
     else:
         with hold_folder(tmp_path):
             assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
-            with pytest.raises(ValueError, match="writes into"), hold_folder(tmp_path):
+            with pytest.raises(ValueError, match="writing into"), hold_folder(tmp_path):
                 pass
         assert not list(tmp_path.iterdir())
 
@@ -285,7 +296,7 @@ def test_the_lock_of_another_machine_counts_as_long_as_it_is_touched(tmp_path, m
 def test_parts_of_a_folder_are_held_beside_each_other_and_not_beside_the_whole(tmp_path):
     with hold_folder(tmp_path, part=(0, 2)):
         for part in (None, (0, 2), (0, 3)):
-            with pytest.raises(FolderInUse, match="writes into"), hold_folder(tmp_path, part=part):
+            with pytest.raises(FolderInUse, match="writing into"), hold_folder(tmp_path, part=part):
                 pytest.fail("the folder is not held")
         with hold_folder(tmp_path, part=(1, 2)):
             assert len(list(tmp_path.iterdir())) == 2
@@ -320,7 +331,7 @@ def test_of_two_that_find_the_lock_of_an_ended_process_one_gets_the_folder(tmp_p
     monkeypatch.setattr(files, "folder_in_use", slow)
     with ThreadPoolExecutor(2) as pool:
         problems = [future.result() for future in (pool.submit(files._take, tmp_path, None), pool.submit(second))]
-    assert problems[0] is None and "writes into" in problems[1]
+    assert problems[0] is None and "writing into" in problems[1]
 
 
 def test_a_lock_that_cannot_be_written_is_told_to_all_and_leaves_nothing(monkeypatch, tmp_path):
@@ -360,6 +371,16 @@ def test_a_killed_run_leaves_a_lock_that_does_not_count(tmp_path):
     assert folder_in_use(tmp_path) is None
     with hold_folder(tmp_path):
         pass
+
+
+def test_an_archive_that_ends_early_has_a_sentence_and_the_way_on(tmp_path):
+    accelerator = SimpleNamespace(trackers=[], is_main_process=True)
+    stop = SimpleNamespace(signalled_at=None, on_signal=signal.SIG_DFL)
+    with (
+        pytest.raises(ValueError, match="unexpected end of data. Training stopped after step 3; .*start over with"),
+        stopping.stop_cleanly(accelerator, tmp_path, TrainerState(step=3), stop),
+    ):
+        raise tarfile.ReadError("unexpected end of data")
 
 
 def test_a_full_disk_has_a_sentence_and_a_status(tmp_path, monkeypatch, capsys):

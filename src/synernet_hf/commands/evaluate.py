@@ -129,7 +129,9 @@ def draw_figures(output: Path, folder: Path, results: dict[str, dict], metric_cl
             points = [(event.step, 100 * event.value) for event in events.Scalars(tag)]
             series.setdefault(tag.split("/")[1], []).extend(points)
     if series:
-        curves({kind: sorted(points) for kind, points in series.items()}).save(output / "curves.png")
+        curves({kind: sorted(points) for kind, points in series.items()}, ylabel="mIoU, percent").save(
+            output / "curves.png"
+        )
 
 
 def run(args: argparse.Namespace, answer: Callable[[Any], None]) -> None:

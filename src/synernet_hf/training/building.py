@@ -128,6 +128,10 @@ def prepare_data(
     if problems:
         raise InvalidArguments("\n".join(problems))
     fingerprint = _fingerprint(splits, f"{data_args.dataset} {data_args.data_dir} {data_args.on_bad_image}")
+    if len(set(gather_object([fingerprint]))) > 1:
+        raise InvalidArguments(
+            "The processes find different images or labels in the data set: give the machines the same files."
+        )
     earlier = (record or {}).get("checked")
     if earlier is not None and earlier["fingerprint"] == fingerprint:
         return RunData(_without(splits, earlier["left_out"]), record["skipped"], earlier)

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, load
 from safetensors import SafetensorError
 
+from synernet_hf.data import LOADERS
 from synernet_hf.files import (
     LOCK_FILE,
     TEMPORARY_NAME,
@@ -233,7 +234,9 @@ def check_same_settings(checkpoint: Path, current: Mapping[str, Any]) -> None:
     for group in ("model_args", "data_args", "training_args", "run"):
         then, now = saved[group], current[group]
         for name in sorted((set(then) | set(now)) - FREE_SETTINGS.get(group, set())):
-            if then.get(name) != now.get(name):
+            # a folder may have moved; the fingerprint of the training split knows whether it is the same
+            is_place = name == "dataset" and not {then.get(name), now.get(name)} & set(LOADERS)
+            if then.get(name) != now.get(name) and not is_place:
                 differing.append(f"{name} ({then.get(name)} → {now.get(name)})")
     for label, (then, now) in enumerate(itertools.zip_longest(saved["class_names"], current["class_names"])):
         if then != now:
@@ -343,7 +346,9 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
         pairs = [(states["torch_manual_seed"], torch.get_rng_state())]
         if accelerator.device.type == "cuda":
             index = accelerator.device.index or 0
-            pairs.append((states["torch_cuda_manual_seed"][index], torch.cuda.get_rng_state(index)))
+            # none, or fewer, of another machine
+            saved = states.get("torch_cuda_manual_seed", [])[index : index + 1]
+            pairs.append((saved[0] if saved else torch.empty(0), torch.cuda.get_rng_state(index)))
         if states["random_state"] != random.getstate() or not all(torch.equal(*pair) for pair in pairs):
             problem = f"The random states in {path} do not fit this machine: continue where they were saved."
     problems = [text for text in gather_object([problem]) if text]
@@ -356,9 +361,10 @@ def remove_unfinished(output_dir: Path) -> None:
     for folder in (output_dir, output_dir / "best"):
         for path in [path for path in folder.glob("*.tmp") if _is_temporary(path)]:
             if path.is_dir():
-                shutil.rmtree(path)
+                # another process may still write into it; the next start removes what is left
+                shutil.rmtree(path, ignore_errors=True)
             else:
-                path.unlink()
+                path.unlink(missing_ok=True)
     if (output_dir / "best").is_dir() and not any((output_dir / "best").iterdir()):
         (output_dir / "best").rmdir()
 

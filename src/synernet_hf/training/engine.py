@@ -60,10 +60,10 @@ from synernet_hf.training.optimization import (
     check_finite_weights,
     fill_sharded_state,
     gather_in_rank_order,
-    is_slow_in_bf16,
     learning_rate_multiplier,
     parameter_groups,
     resolve_precision,
+    settle_precision,
     sum_over_processes,
     whole_model,
 )
@@ -194,11 +194,7 @@ def setup(training_args: SynerNetTrainingArguments) -> Accelerator:
             InitProcessGroupKwargs(timeout=PATIENCE),
         ],
     )
-    if accelerator.mixed_precision == "bf16" and is_slow_in_bf16(accelerator.device):
-        accelerator.print(
-            "This device only emulates bf16, many times slower than full precision: --mixed_precision auto takes what is "
-            "fast."
-        )
+    settle_precision(accelerator)
     # equal heads on all processes: DDP would make them equal, shards of different ones would be put together
     set_seed(training_args.seed)
     return accelerator

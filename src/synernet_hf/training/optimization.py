@@ -46,6 +46,18 @@ def resolve_precision(mixed_precision: str | None) -> str | None:
     return "bf16" if device.type == "cuda" and not is_slow_in_bf16(device) else "no"
 
 
+def settle_precision(accelerator: Accelerator) -> None:
+    """Warns of emulated bf16; has shards of FSDP2 compute from float32 weights, which autocast casts where it may."""
+    if accelerator.mixed_precision == "bf16" and is_slow_in_bf16(accelerator.device):
+        accelerator.print(
+            "This device only emulates bf16, many times slower than full precision: --mixed_precision auto takes what is "
+            "fast."
+        )
+    if accelerator.is_fsdp2:
+        # weights of half precision would meet the float32 of those losses that leave autocast
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
+
+
 def is_slow_in_bf16(device: torch.device) -> bool:
     """Whether a device is known to emulate bf16: CUDA without it, or a CPU whose best instructions are AVX2."""
     if device.type == "cuda":

@@ -5,6 +5,7 @@ import platform
 import re
 import signal
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -205,7 +206,7 @@ def stop_cleanly(accelerator: Accelerator, output_dir: Path, state: TrainerState
     previous = signal.signal(signal.SIGTERM, stop.on_signal) if in_main_thread else None
     try:
         yield
-    except (KeyboardInterrupt, FloatingPointError, OSError, RuntimeError, ValueError) as error:
+    except (KeyboardInterrupt, FloatingPointError, OSError, RuntimeError, ValueError, tarfile.TarError) as error:
         if stop.signalled_at is not None and isinstance(error, RuntimeError):
             # of loaders whose workers got the signal too
             error = Terminated()
@@ -223,7 +224,7 @@ def stop_cleanly(accelerator: Accelerator, output_dir: Path, state: TrainerState
             raise FloatingPointError(f"{error} Training stopped; {way_on.rpartition(' (')[0]}.") from error
         if isinstance(error, OSError):
             raise DiskError(f"{_fault(error)}. Training stopped after step {state.step}; {way_on}") from error
-        if isinstance(error, ValueError):
+        if isinstance(error, ValueError | tarfile.TarError):
             raise ValueError(
                 f"{one_line(error).rstrip('.')}. Training stopped after step {state.step}; {way_on}"
             ) from error
