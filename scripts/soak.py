@@ -51,6 +51,7 @@ if __name__ == "__main__":
 with needs_extra("train"):
     import numpy as np
     import torch
+    from accelerate.utils import load
     from safetensors.torch import load_file
 
     from synernet_hf.training import parse_arguments as parse_training
@@ -104,7 +105,7 @@ def differences(one: Path, other: Path) -> list[str]:
         if path.suffix == ".safetensors":
             return load_file(path)
         if path.suffix != ".json":
-            return torch.load(path, weights_only=False)
+            return load(path)
         # times, and the digests of the files that hold them
         return {
             name: value

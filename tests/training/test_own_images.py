@@ -128,9 +128,7 @@ def test_a_bad_record_goes_and_a_good_one_of_the_same_name_stays(monkeypatch, ba
     assert data.checked["left_out"] == {"train": [bad]} and len(data.skipped["train"]) == 1
     with monkeypatch.context() as patch:
         # a process on a machine with other files
-        patch.setattr(
-            building, "gather_object", lambda given: [*given, "other"] if given else given
-        )
+        patch.setattr(building, "gather_object", lambda given: [*given, "other"] if given else given)
         with pytest.raises(InvalidArguments, match="different images"):
             building.prepare_data(data_args, accelerator)
     again = building.prepare_data(data_args, accelerator, {"checked": data.checked, "skipped": data.skipped})
