@@ -444,7 +444,9 @@ def test_evaluate_script_draws_scores_confusion_and_curves(shapes_run, tmp_path,
             log.add_scalar("eval/segmentation/mean_iou", step / 100, step)
             log.add_scalar("train/loss", 1.0, step)
     drawn, curves = {}, visualization.curves
-    monkeypatch.setattr(visualization, "curves", lambda series: drawn.update(series) or curves(series))
+    monkeypatch.setattr(
+        visualization, "curves", lambda series, **names: drawn.update(series) or curves(series, **names)
+    )
     words = [
         str(shapes_run),
         "--parts",
