@@ -66,8 +66,10 @@ def read(argv: list[str]) -> argparse.Namespace:
         raise ValueError(f"--output {args.output} is a folder; give the name of a JSON file.")
     if args.figures is not None and args.figures.exists() and not args.figures.is_dir():
         raise ValueError(f"--figures {args.figures} is a file; give the name of a folder.")
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+    # what cannot be written is found before the scoring
+    for folder in (args.output and args.output.parent, args.figures):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
     return args
 
 
@@ -112,13 +114,12 @@ def draw_figures(output: Path, folder: Path, results: dict[str, dict], metric_cl
     """Draw scores by class, what classes are taken for, and the scores that a training logged."""
     from synernet_hf.visualization import confusion_chart, curves, score_bars
 
-    output.mkdir(parents=True, exist_ok=True)
     kinds = [kind for kind in ("segmentation", "segmentation_multi_scale", "fused_cam") if kind in results]
     by_class = {kind: {name: results[kind]["per_class_iou"].get(name) for name in metric_classes} for kind in kinds}
     score_bars(by_class).save(output / "scores.png")
-    confusion = results["segmentation"].get("confusion")
-    if confusion is not None:
-        shown = {name: confusion[name] for name in metric_classes if name in confusion}
+    confusion = results["segmentation"].get("confusion", {})
+    shown = {name: confusion[name] for name in metric_classes if name in confusion}
+    if shown:
         confusion_chart(shown, metric_classes).save(output / "confusion.png")
     series: dict[str, list[tuple[float, float]]] = {}
     for log in sorted((folder / "logs").glob("*/events.*")):
